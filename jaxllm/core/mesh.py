@@ -1,0 +1,52 @@
+"""Device meshes by named axes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from jaxllm.core.config import nearest, require
+from jaxllm.errors import CapacityError
+
+__all__ = ["AXES", "make_mesh", "parse_mesh"]
+
+AXES = ("data", "fsdp", "stage", "expert", "context", "tensor")
+"""Mesh axes from the slowest links to the fastest."""
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """Axis sizes from a text such as `data=2,tensor=4`."""
+    sizes: dict[str, int] = {}
+    for part in filter(None, text.split(",")):
+        name, _, size = part.partition("=")
+        require(name in AXES, f"mesh {text!r}: unknown axis {name!r}; {nearest(name, AXES)}")
+        require(size.isdecimal() and int(size) > 0, f"mesh {text!r}: write {name}=2, found {part!r}")
+        sizes[name] = int(size)
+    return sizes
+
+
+def make_mesh(sizes: Mapping[str, int], devices: Any = None) -> Any:
+    """A mesh with all axes of `AXES`, those not named of size 1.
+
+    Raises:
+      ConfigError: an unknown axis.
+      CapacityError: more devices asked for than there are.
+    """
+    import jax
+
+    for name in sizes:
+        require(name in AXES, f"mesh: unknown axis {name!r}; {nearest(name, AXES)}")
+    available = list(jax.devices() if devices is None else devices)
+    wanted = math.prod(sizes.values())
+    if wanted > len(available):
+        raise CapacityError(
+            f"mesh {dict(sizes)} needs {wanted} devices; {len(available)} are there"
+        )
+    auto = jax.sharding.AxisType.Auto
+    return jax.make_mesh(
+        tuple(sizes.get(name, 1) for name in AXES),
+        AXES,
+        axis_types=(auto,) * len(AXES),
+        devices=available[:wanted],
+    )

@@ -1,0 +1,56 @@
+"""Policy: how a model runs. Static under jit; nothing in it changes what the model is."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from jaxllm.core.config import require
+from jaxllm.core.precision import DtypeName, dtype_of
+from jaxllm.core.sharding import DEFAULT_RULES, Rules
+
+__all__ = ["Layout", "Policy", "Remat"]
+
+Layout = Literal["scan", "unrolled", "runs"]
+Remat = Literal["none", "full"]
+AttentionKind = Literal["auto", "reference", "cudnn"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Policy:
+    """Dtypes, implementations, layout and taps of a run.
+
+    Attributes:
+      param_dtype: dtype of stored parameters.
+      compute_dtype: dtype of activations and matmul inputs.
+      logit_dtype: dtype of logits.
+      attention: implementation of softmax attention; `auto` chooses and says what it took.
+      remat: what a backward pass recomputes: `none`, or everything inside a layer (`full`).
+      layout: `scan` keeps the canonical stacks, `unrolled` one array a layer, `runs` stacks
+        neighbours with equal leaf types.
+      fused: query/key/value and gate/up as one matrix each.
+      dropout: rate on embeddings and residual updates, active when the step carries a key.
+      taps: paths (`layers.3.mlp.down`, or `gram:layers.3.mlp.down`) whose inputs, or running Gram
+        matrices of inputs, come back in `aux.taps`.
+      rules: logical axis -> mesh axes.
+    """
+
+    param_dtype: DtypeName = "float32"
+    compute_dtype: DtypeName = "float32"
+    logit_dtype: DtypeName = "float32"
+    attention: AttentionKind = "auto"
+    remat: Remat = "none"
+    layout: Layout = "scan"
+    fused: bool = False
+    dropout: float = 0.0
+    taps: frozenset[str] = frozenset()
+    rules: Rules = DEFAULT_RULES
+
+    def __post_init__(self) -> None:
+        for name in (self.param_dtype, self.compute_dtype, self.logit_dtype):
+            dtype_of(name)
+        require(0 <= self.dropout < 1, f"dropout is in [0, 1), found {self.dropout}")
+        require(
+            not (self.taps and self.fused),
+            "taps need the projections apart: set fused=False",
+        )

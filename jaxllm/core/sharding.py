@@ -1,0 +1,79 @@
+"""Sharding: logical names on parameter dims -> a table -> NamedSharding."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxllm.core.config import require
+
+__all__ = ["DEFAULT_RULES", "Rules", "constrain", "named_sharding", "partition_spec", "shard"]
+
+Rules = tuple[tuple[str, str | tuple[str, ...] | None], ...]
+
+DEFAULT_RULES: Rules = (
+    ("batch", ("data", "fsdp")),
+    ("vocab", "tensor"),
+    ("width", "fsdp"),
+    ("heads", "tensor"),
+    ("kv_heads", "tensor"),
+    ("ffn", "tensor"),
+    ("head_dim", None),
+    ("layers", None),
+    ("length", None),
+)
+"""Data parallel batches, FSDP on the width, tensor parallel heads, ffn and vocabulary."""
+
+
+def partition_spec(
+    axes: tuple[str | None, ...], rules: Rules, mesh_shape: Mapping[str, int], shape: Any = None
+) -> Any:
+    """PartitionSpec of an array from the logical names of its dims.
+
+    A mesh axis that the mesh lacks, that has size 1 or that an earlier dim took is left out; so is
+    one that does not divide the dim when `shape` is given (one kv head on two tensor shards).
+    """
+    from jax.sharding import PartitionSpec
+
+    table, used, parts = dict(rules), set(), []
+    for dim, axis in enumerate(axes):
+        wanted = table.get(axis) if axis is not None else None
+        names = (wanted,) if isinstance(wanted, str) else tuple(wanted or ())
+        chosen: list[str] = []
+        size = 1
+        for name in names:
+            grown = size * mesh_shape.get(name, 1)
+            divides = shape is None or shape[dim] % grown == 0
+            if mesh_shape.get(name, 1) > 1 and name not in used and divides:
+                chosen.append(name)
+                size = grown
+        used.update(chosen)
+        parts.append(tuple(chosen) if len(chosen) > 1 else chosen[0] if chosen else None)
+    return PartitionSpec(*parts)
+
+
+def named_sharding(mesh: Any, axes: tuple[str | None, ...], rules: Rules, shape: Any) -> Any:
+    """NamedSharding of an array of a given shape on a mesh."""
+    from jax.sharding import NamedSharding
+
+    require(len(axes) == len(shape), f"axes {axes} do not fit the shape {shape}")
+    return NamedSharding(mesh, partition_spec(axes, rules, dict(mesh.shape), shape))
+
+
+def constrain(x: Any, axes: tuple[str | None, ...], rules: Rules) -> Any:
+    """Hint the sharding of an activation under the mesh that is set; without a mesh, x as it is."""
+    import jax
+
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(
+        x, partition_spec(axes, rules, dict(mesh.shape), x.shape)
+    )
+
+
+def shard(tree: Any, shardings: Any) -> Any:
+    """Put a tree of arrays on its shardings."""
+    import jax
+
+    return jax.device_put(tree, shardings)

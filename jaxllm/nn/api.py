@@ -1,0 +1,154 @@
+"""The verb and its helpers: `hidden, state, aux = apply(spec, params, inputs, step, state, policy=...)`."""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxllm.core.policy import Policy
+from jaxllm.core.sharding import named_sharding
+from jaxllm.core.tree import Segment, flatten, map_leaves, segments_of, unflatten, unstacked_paths
+from jaxllm.core.weights import AdaptedWeight, QArray
+from jaxllm.nn import decoder
+from jaxllm.nn.decoder import Aux, Inputs
+from jaxllm.spec.model import ModelSpec
+from jaxllm.spec.table import ParamDef, layer_paths, model_table
+from jaxllm.state.step import Step
+
+__all__ = [
+    "Aux",
+    "Inputs",
+    "apply",
+    "init",
+    "logical_axes",
+    "param_shardings",
+    "unembed",
+]
+
+
+def apply(
+    spec: ModelSpec,
+    params: Any,
+    inputs: Inputs | jax.Array,
+    step: Step,
+    state: Any = None,
+    *,
+    policy: Policy,
+) -> tuple[jax.Array, Any, Aux]:
+    """One forward pass: training, prefill, decode and verification alike.
+
+    Args:
+      spec: the model.
+      params: its parameters, in any layer layout.
+      inputs: `Inputs`, or ids [B, T].
+      step: where the tokens stand.
+      state: what is remembered; None in training.
+      policy: how to run.
+
+    Returns:
+      hidden [B, T, D] after the final norm, the new state, by-products.
+
+    Raises:
+      WeightsError: a parameter is missing or of another shape than the spec says.
+    """
+    if not isinstance(inputs, Inputs):
+        inputs = Inputs(inputs)
+    return decoder.decode(spec, params, inputs, step, state, policy)
+
+
+def unembed(spec: ModelSpec, params: Any, hidden: jax.Array, *, policy: Policy) -> jax.Array:
+    """Logits [B, T, V] of hidden states [B, T, D]."""
+    return decoder.logits(spec, params, hidden, policy)
+
+
+def _draw(path: str, definition: ParamDef, key: jax.Array, dtype: Any) -> jax.Array:
+    if definition.std == 0:
+        return jnp.full(definition.shape, definition.fill, dtype)
+    key = jax.random.fold_in(key, zlib.crc32(path.encode()))
+    draw = jax.random.normal(key, definition.shape, jnp.float32)
+    return (draw * definition.std).astype(dtype)
+
+
+def init(
+    spec: ModelSpec,
+    key: jax.Array,
+    *,
+    dtype: Any = jnp.float32,
+    segments: tuple[Segment, ...] | None = None,
+) -> dict[str, Any]:
+    """Fresh parameters; a leaf depends on the key and its unstacked path alone, not on the layout.
+
+    Args:
+      spec: the model.
+      key: random key.
+      dtype: of all leaves.
+      segments: how layers are stacked; canonical by default.
+    """
+    paths = layer_paths(spec)
+
+    def leaf(path: str, definition: ParamDef) -> jax.Array:
+        names = unstacked_paths(path)
+        draws = [_draw(name, paths[name], key, dtype) for name in names]
+        return jnp.stack(draws) if len(definition.shape) > len(draws[0].shape) else draws[0]
+
+    return map_leaves(leaf, model_table(spec, segments))
+
+
+def _fused(layers: Any) -> bool:
+    names = {path.split(".")[-1] for path, _ in flatten(layers)}
+    return bool(names & {"qkv", "gate_up"})
+
+
+def _leaf_axes(leaf: Any, axes: tuple[str | None, ...]) -> Any:
+    """Axes of every array of a leaf, derived from those of its values."""
+    if isinstance(leaf, AdaptedWeight):
+        lead = axes[:1] if axes[0] == "layers" else ()
+        return AdaptedWeight(
+            _leaf_axes(leaf.base, axes),
+            (*lead, *[None] * (leaf.a.ndim - len(lead))),  # pyright: ignore
+            (*lead, *[None] * (leaf.b.ndim - len(lead))),  # pyright: ignore
+            scale=leaf.scale,
+        )
+    if isinstance(leaf, QArray):
+        zero = None if leaf.zero is None else axes
+        return QArray(
+            axes,  # pyright: ignore
+            axes,  # pyright: ignore
+            zero,  # pyright: ignore
+            format=leaf.format,
+            axis=leaf.axis,
+            group=leaf.group,
+            version=leaf.version,
+        )
+    return axes
+
+
+def logical_axes(spec: ModelSpec, params: Any = None) -> Any:
+    """A tree like `params` with a tuple of axis names for every array.
+
+    Args:
+      spec: the model.
+      params: parameters whose layout and leaf kinds are followed; canonical and plain by default.
+    """
+    if params is None:
+        return map_leaves(lambda _, d: d.axes, model_table(spec))
+    table = model_table(spec, segments_of(params["layers"]), _fused(params["layers"]))
+    axes = dict(flatten(table))
+    return unflatten({path: _leaf_axes(leaf, axes[path].axes) for path, leaf in flatten(params)})
+
+
+def param_shardings(spec: ModelSpec, params: Any, mesh: Any, policy: Policy) -> Any:
+    """NamedSharding of every array of `params` (or of its shapes) on a mesh."""
+    axes = logical_axes(spec, params)
+    flat_axes = jax.tree.leaves(axes, is_leaf=lambda x: isinstance(x, tuple))
+    arrays, structure = jax.tree.flatten(params)
+    shardings = [
+        named_sharding(mesh, a, policy.rules, x.shape)
+        for a, x in zip(flat_axes, arrays, strict=True)
+    ]
+    return jax.tree.unflatten(structure, shardings)
+
+

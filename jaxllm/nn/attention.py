@@ -1,0 +1,49 @@
+"""Softmax attention as a module: project, rotate, attend through the state, project back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from flax import linen as nn
+
+from jaxllm.core.policy import Policy
+from jaxllm.core.sharding import constrain
+from jaxllm.nn.leaf import Leaves, Taps
+from jaxllm.ops.rope import apply_rope
+from jaxllm.spec import ops as spec_ops
+from jaxllm.spec.table import op_table
+from jaxllm.state.attend import attend
+from jaxllm.state.step import Step
+
+__all__ = ["Attention"]
+
+
+class Attention(nn.Module):
+    """MHA, GQA and MQA: out = softmax(scale q kT + mask) v, with q, k, v linear in x."""
+
+    op: spec_ops.Attention
+    policy: Policy
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, *, step: Step, state: Any, taps: Taps
+    ) -> tuple[jax.Array, Any]:
+        """x [B, T, D] and the op's state -> ([B, T, D], new state)."""
+        op, policy = self.op, self.policy
+        leaves = Leaves(
+            self,
+            op_table(op, x.shape[-1]),
+            policy=policy,
+            taps=taps,
+            adapter_ids=step.adapter_ids,
+        )
+        q, k, v = leaves.project("qkv", x, "BTD,DNH->BTNH")
+        if op.rope is not None:
+            q = apply_rope(q, step.positions, op.rope)
+            k = apply_rope(k, step.positions, op.rope)
+        q = constrain(q, ("batch", "length", "heads", "head_dim"), policy.rules)
+        out, state = attend(
+            state, (q, k, v), step=step, op=op, implementation=policy.attention
+        )
+        return leaves.product("o", out, "BTNH,NHD->BTD"), state

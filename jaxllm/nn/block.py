@@ -1,0 +1,98 @@
+"""One layer: residual updates in order, each an op (or several in parallel) between its norms."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from jaxllm.core.policy import Policy
+from jaxllm.core.sharding import constrain
+from jaxllm.nn.attention import Attention
+from jaxllm.nn.leaf import Leaves, Taps
+from jaxllm.nn.mlp import MLP
+from jaxllm.ops.norm import layer_norm, rms_norm
+from jaxllm.spec import ops as spec_ops
+from jaxllm.spec.model import Block as BlockSpec
+from jaxllm.spec.model import Sub
+from jaxllm.spec.table import norm_table
+from jaxllm.state.step import Step
+
+__all__ = ["Block", "Norm", "dropout"]
+
+MODULES = {spec_ops.Attention: Attention, spec_ops.MLP: MLP}
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    """Zero each value with probability `rate` and scale the rest by 1 / (1 - rate)."""
+    if rate == 0 or key is None:
+        return x
+    keep = jax.random.bernoulli(key, 1 - rate, x.shape)
+    return jnp.where(keep, x / (1 - rate), jnp.zeros_like(x))
+
+
+class Norm(nn.Module):
+    """RMSNorm or LayerNorm over the last dim."""
+
+    norm: spec_ops.Norm
+    policy: Policy
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [..., D] -> [..., D]."""
+        norm = self.norm
+        leaves = Leaves(self, norm_table(norm, x.shape[-1]), policy=self.policy)
+        if norm.type == "rms":
+            return rms_norm(x, leaves["scale"], eps=norm.eps, offset=norm.offset)
+        bias = leaves["bias"] if norm.bias else None
+        return layer_norm(x, leaves["scale"], bias, eps=norm.eps, offset=norm.offset)
+
+
+class Block(nn.Module):
+    """x <- x + scale * out(sum of ops(in(x))) for every sub."""
+
+    block: BlockSpec
+    policy: Policy
+    taps: frozenset[str] = frozenset()
+
+    def _norm(self, sub: Sub, place: str, x: jax.Array) -> jax.Array:
+        name = f"{sub.name}_{place}"
+        norm = sub.norms.get(name)
+        return x if norm is None else Norm(norm, self.policy, name=name)(x)
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, step: Step, state: Any, key: jax.Array | None
+    ) -> tuple[jax.Array, tuple[Any, dict[str, jax.Array]]]:
+        """Run one layer.
+
+        Args:
+          x: hidden states [B, T, D].
+          step: where the tokens stand.
+          state: dict op name -> state, or None.
+          key: dropout key of this layer, or None.
+
+        Returns:
+          (hidden [B, T, D], (new state, taps by local name)).
+        """
+        taps, new_state = Taps(self.taps), {}
+        for index, sub in enumerate(self.block.subs):
+            inner = self._norm(sub, "norm", x)
+            total = None
+            for named in sub.ops:
+                module = MODULES[type(named.op)](named.op, self.policy, name=named.name)
+                held = None if state is None else state.get(named.name)
+                y, held = module(inner, step=step, state=held, taps=taps)
+                if held is not None:
+                    new_state[named.name] = held
+                total = y if total is None else total + y
+            y = self._norm(sub, "out_norm", total)
+            y = dropout(
+                y, self.policy.dropout, None if key is None else jax.random.fold_in(key, index)
+            )
+            x = x + (y if sub.scale == 1.0 else y * sub.scale)
+            x = self._norm(sub, "after_norm", x)
+            x = constrain(x, ("batch", "length", None), self.policy.rules)
+        return x, (None if state is None else new_state, taps.found)

@@ -1,0 +1,97 @@
+"""The decoder: embed, run the layers, norm; logits apart, so that a loss can run over chunks."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxllm.core.policy import Policy
+from jaxllm.core.sharding import constrain
+from jaxllm.errors import ShapeError
+from jaxllm.nn.block import Norm, dropout
+from jaxllm.nn.stack import Carry, run
+from jaxllm.ops import linear
+from jaxllm.spec.model import ModelSpec
+from jaxllm.state.step import Step
+
+__all__ = ["Aux", "Inputs", "decode", "embed", "logits"]
+
+EMBED_KEY = 1_000_003
+"""Folded into the dropout key for embeddings; layers fold in their own number."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """Token ids, or given embeddings at marked positions (images, soft prompts).
+
+    Attributes:
+      ids: [B, T] integers; what stands at marked positions is ignored.
+      embeds: [B, T, D] or None.
+      is_embed: [B, T] booleans or None; where to take `embeds`.
+    """
+
+    ids: jax.Array
+    embeds: jax.Array | None = None
+    is_embed: jax.Array | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Aux:
+    """By-products of a forward pass.
+
+    Attributes:
+      losses: name -> scalar; a loss adds them by weight.
+      stats: name -> array, router statistics and the like.
+      taps: path -> inputs of that matrix, or their Gram matrix.
+    """
+
+    losses: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+    stats: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+    taps: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+
+
+def embed(spec: ModelSpec, params: Any, inputs: Inputs, step: Step, policy: Policy) -> jax.Array:
+    """Hidden states [B, T, D] before the first layer."""
+    x = linear.take(params["embed"]["table"], inputs.ids, dtype=policy.compute_dtype)
+    if spec.embedding.scale != 1.0:
+        x = x * jnp.asarray(spec.embedding.scale, x.dtype)
+    if inputs.embeds is not None:
+        if inputs.is_embed is None:
+            raise ShapeError("inputs: embeds need is_embed, which marks their positions")
+        x = jnp.where(inputs.is_embed[..., None], inputs.embeds.astype(x.dtype), x)
+    key = None if step.key is None else jax.random.fold_in(step.key, EMBED_KEY)
+    x = dropout(x, policy.dropout, key)
+    return constrain(x, ("batch", "length", None), policy.rules)
+
+
+def decode(
+    spec: ModelSpec, params: Any, inputs: Inputs, step: Step, state: Any, policy: Policy
+) -> tuple[jax.Array, Any, Aux]:
+    """Hidden states [B, T, D] after the final norm, the new state, and by-products."""
+    carry = Carry(embed(spec, params, inputs, step, policy), step)
+    carry, state = run(spec, params["layers"], carry, state, policy=policy)
+    hidden = carry.hidden
+    if spec.final_norm is not None:
+        norm = Norm(spec.final_norm, policy)
+        hidden = norm.apply({"params": params["final_norm"]}, hidden)
+    return jnp.asarray(hidden), state, Aux(taps=carry.taps)
+
+
+def logits(spec: ModelSpec, params: Any, hidden: jax.Array, policy: Policy) -> jax.Array:
+    """Logits [B, T, V] in the logit dtype."""
+    tied = spec.head.tied
+    leaf = params["embed"]["table"] if tied else params["head"]["kernel"]
+    out = linear.unembed(
+        hidden, leaf, tied=tied, dtype=policy.compute_dtype, out_dtype=policy.logit_dtype
+    )
+    if spec.head.scale != 1.0:
+        out = out * jnp.asarray(spec.head.scale, out.dtype)
+    if spec.head.softcap is not None:
+        cap = jnp.asarray(spec.head.softcap, out.dtype)
+        out = cap * jnp.tanh(out / cap)
+    return constrain(out, ("batch", "length", "vocab"), policy.rules)

@@ -1,0 +1,129 @@
+"""Leaves: the only reader of parameters. It checks logical shapes and records taps."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from jaxllm.core.policy import Policy
+from jaxllm.core.weights import logical_shape
+from jaxllm.errors import WeightsError
+from jaxllm.ops import linear
+from jaxllm.spec.table import FUSED, ParamDef, fuse_table, fused_dim
+
+__all__ = ["Leaves", "Taps"]
+
+
+@dataclasses.dataclass
+class Taps:
+    """Inputs of matrices that somebody asked for, collected while one layer is traced.
+
+    Attributes:
+      wanted: local names such as `mlp.down` or `gram:mlp.down`.
+      found: name -> inputs [B, T, ...] or Gram matrices [inputs, inputs] in float32.
+    """
+
+    wanted: frozenset[str] = frozenset()
+    found: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+
+    def record(self, name: str, x: jax.Array, inputs: int) -> None:
+        """Keep x [B, T, *inputs] (or its Gram matrix over tokens) if it is wanted."""
+        if name in self.wanted:
+            self.found[name] = x
+        if f"gram:{name}" in self.wanted:
+            flat = x.reshape(-1, _size(x.shape[-inputs:])).astype(jnp.float32)
+            exact = jax.lax.Precision.HIGHEST
+            self.found[f"gram:{name}"] = jnp.matmul(flat.T, flat, precision=exact)
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    out = 1
+    for dim in shape:
+        out *= dim
+    return out
+
+
+class Leaves:
+    """The parameters of one op: named leaves by table, and matrix products with them."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        table: dict[str, ParamDef],
+        *,
+        policy: Policy,
+        taps: Taps | None = None,
+        adapter_ids: jax.Array | None = None,
+    ):
+        self._module = module
+        self._table = table
+        self._policy = policy
+        self._taps = taps or Taps()
+        self._adapter_ids = adapter_ids
+
+    def has(self, name: str) -> bool:
+        """Whether the parameters hold a leaf of this name."""
+        return self._module.has_variable("params", name)
+
+    def __getitem__(self, name: str) -> Any:
+        """The leaf of a name, checked against the table.
+
+        Raises:
+          WeightsError: the leaf is missing or its logical shape is another.
+        """
+        where = ".".join((*self._module.path, name))
+        table = self._table if name in self._table else fuse_table(self._table)
+        if not self.has(name):
+            raise WeightsError(f"parameter {where!r} is missing")
+        leaf = self._module.get_variable("params", name)
+        if logical_shape(leaf) != table[name].shape:
+            raise WeightsError(
+                f"parameter {where!r} has shape {logical_shape(leaf)}; the spec says {table[name].shape}"
+            )
+        return leaf
+
+    def vector(self, name: str) -> jax.Array:
+        """A bias or scale in the compute dtype."""
+        return self[name].astype(self._policy.compute_dtype)
+
+    def product(self, name: str, x: jax.Array, equation: str) -> jax.Array:
+        """x times the matrix `name`, plus its bias if the op has one."""
+        operands = equation.split("->")[0].split(",")
+        self._taps.record(
+            f"{self._module.name}.{name}", x, sum(c in operands[0] for c in operands[1])
+        )
+        y = linear.einsum(
+            equation,
+            x,
+            self[name],
+            dtype=self._policy.compute_dtype,
+            adapter_ids=self._adapter_ids,
+        )
+        bias = f"{name}_bias"
+        return y + self.vector(bias) if bias in self._table or self.has(bias) else y
+
+    def project(self, fused: str, x: jax.Array, equation: str) -> list[jax.Array]:
+        """Several projections of one input, held as one matrix or apart.
+
+        Args:
+          fused: name in `FUSED`, for example `qkv`; parts that the table lacks are left out.
+          x: [B, T, D].
+          equation: einsum of any one part.
+
+        Returns:
+          One array a part, in the order of `FUSED`.
+        """
+        parts = [part for part in FUSED[fused] if part in self._table]
+        if not self.has(fused):
+            return [self.product(part, x, equation) for part in parts]
+        y = self.product(fused, x, equation)
+        dim = fused_dim(self._table[parts[0]])
+        sizes = [self._table[part].shape[dim] for part in parts]
+        stops = [sum(sizes[:i]) for i in range(1, len(sizes))]
+        return jnp.split(y, stops, axis=dim)
+
+

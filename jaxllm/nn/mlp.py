@@ -1,0 +1,46 @@
+"""Feed-forward as a module."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from flax import linen as nn
+
+from jaxllm.core.policy import Policy
+from jaxllm.core.sharding import constrain
+from jaxllm.nn.leaf import Leaves, Taps
+from jaxllm.ops.activation import activation
+from jaxllm.spec import ops as spec_ops
+from jaxllm.spec.table import op_table
+from jaxllm.state.step import Step
+
+__all__ = ["MLP"]
+
+
+class MLP(nn.Module):
+    """down(act(gate x) * up x) when gated, else down(act(up x)). Source: arXiv 2002.05202."""
+
+    op: spec_ops.MLP
+    policy: Policy
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, *, step: Step, state: Any, taps: Taps
+    ) -> tuple[jax.Array, Any]:
+        """x [B, T, D] -> ([B, T, D], the state as it was)."""
+        op = self.op
+        leaves = Leaves(
+            self,
+            op_table(op, x.shape[-1]),
+            policy=self.policy,
+            taps=taps,
+            adapter_ids=step.adapter_ids,
+        )
+        if op.gated:
+            gate, up = leaves.project("gate_up", x, "BTD,DF->BTF")
+            hidden = activation(op.activation, gate) * up
+        else:
+            hidden = activation(op.activation, leaves.product("up", x, "BTD,DF->BTF"))
+        hidden = constrain(hidden, ("batch", "length", "ffn"), self.policy.rules)
+        return leaves.product("down", hidden, "BTF,FD->BTD"), state

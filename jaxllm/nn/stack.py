@@ -1,0 +1,172 @@
+"""The stack of layers: runs each segment as a scan or one by one, as its parameters are held."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from jaxllm.core.policy import Policy
+from jaxllm.core.tree import Segment, layer_tree, segments_of
+from jaxllm.errors import ConfigError
+from jaxllm.nn.block import Block
+from jaxllm.spec.model import ModelSpec
+from jaxllm.state.step import Step
+
+__all__ = ["Carry", "Stack", "run"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Carry:
+    """What passes from layer to layer: hidden states [B, T, D], the step, taps so far."""
+
+    hidden: jax.Array
+    step: Step
+    taps: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+
+
+def _local_taps(policy: Policy, layer: int) -> frozenset[str]:
+    """Taps of one layer by local name: `gram:layers.3.mlp.down` -> `gram:mlp.down` for layer 3."""
+    out = set()
+    for tap in policy.taps:
+        kind, path = ("gram:", tap[5:]) if tap.startswith("gram:") else ("", tap)
+        if path.startswith(f"layers.{layer}."):
+            out.add(kind + path.removeprefix(f"layers.{layer}."))
+    return frozenset(out)
+
+
+def _global_name(local: str, layer: int) -> str:
+    kind, name = ("gram:", local[5:]) if local.startswith("gram:") else ("", local)
+    return f"{kind}layers.{layer}.{name}"
+
+
+class _Unit(nn.Module):
+    """The layers of one repeat of a segment; the body of a scan when stacked."""
+
+    spec: ModelSpec
+    policy: Policy
+    segment: Segment
+
+    @nn.compact
+    def __call__(self, x: jax.Array, inputs: Any, step: Step) -> tuple[jax.Array, Any]:
+        repeat, state = inputs
+        block = nn.remat(Block, prevent_cse=False) if self.policy.remat == "full" else Block
+        states, taps = {}, {}
+        for place in range(self.segment.unit):
+            layer = self.segment.start + place
+            every = range(layer, self.segment.stop, self.segment.unit)
+            wanted = frozenset[str]().union(*(_local_taps(self.policy, i) for i in every))
+            key = step.key
+            if key is not None:
+                key = jax.random.fold_in(key, layer + repeat * self.segment.unit)
+            held = state
+            if state is not None and self.segment.unit > 1:
+                held = state[str(place)]
+            module = block(
+                self.spec.block(layer), self.policy, wanted, name=str(place)
+            )
+            x, (states[str(place)], taps[str(place)]) = module(x, step, held, key)
+        return x, (None if state is None else states, taps)
+
+
+class Stack(nn.Module):
+    """All segments in order."""
+
+    spec: ModelSpec
+    policy: Policy
+    segments: tuple[Segment, ...]
+
+    @nn.compact
+    def __call__(self, carry: Carry, state: Any) -> tuple[Carry, Any]:
+        """Run the layers: (carry, state) -> (carry, new state)."""
+        x, taps, new_state = carry.hidden, dict(carry.taps), {}
+        for segment in self.segments:
+            held = None if state is None else state[segment.key]
+            body, repeats = _Unit, jnp.uint32(0)
+            if segment.stacked:
+                repeats = jnp.arange(segment.repeats, dtype=jnp.uint32)
+                body = nn.scan(
+                    _Unit,
+                    variable_axes={"params": 0},
+                    split_rngs={"params": False},
+                    in_axes=(0, nn.broadcast),
+                    length=segment.repeats,
+                )
+            unit = body(self.spec, self.policy, segment, name=segment.key)
+            x, (held, found) = unit(x, (repeats, held), carry.step)
+            new_state[segment.key] = held
+            self._collect(segment, found, taps)
+        carry = dataclasses.replace(carry, hidden=x, taps=taps)
+        return carry, None if state is None else new_state
+
+    def _collect(self, segment: Segment, found: Any, taps: dict[str, jax.Array]) -> None:
+        """Give tapped values their layer's name; a scan brought those of all repeats."""
+        for place in range(segment.unit):
+            for repeat in range(segment.repeats):
+                layer = segment.start + repeat * segment.unit + place
+                wanted = _local_taps(self.policy, layer)
+                for local, value in found[str(place)].items():
+                    if local in wanted:
+                        taps[_global_name(local, layer)] = value[repeat] if segment.stacked else value
+
+
+def _nest(segment: Segment, tree: Any) -> Any:
+    """Linen's names of a segment's parameters: units of one layer stand under "0" too."""
+    return tree if segment.unit > 1 else {"0": tree}
+
+
+def _cut(tree: Any, start: int, stop: int) -> Any:
+    """The segments (parameters or state) of layers start..stop-1; cuts through stacks slice them."""
+    out: dict[str, Any] = {}
+    for segment in segments_of(tree):
+        first, last = max(segment.start, start), min(segment.stop, stop)
+        if first >= last:
+            continue
+        if (first, last) == (segment.start, segment.stop):
+            out[segment.key] = tree[segment.key]
+            continue
+        for layer in range(first, last):
+            take = lambda leaf, i: jax.tree.map(lambda a: a[i], leaf)  # noqa: E731
+            out[str(layer)] = layer_tree(segment, tree[segment.key], layer, take)
+    return out
+
+
+def run(
+    spec: ModelSpec,
+    layers: Any,
+    carry: Carry,
+    state: Any,
+    *,
+    policy: Policy,
+    span: tuple[int, int] | None = None,
+) -> tuple[Carry, Any]:
+    """Run layers start..stop-1: the seam for pipeline stages and for changes between layers.
+
+    Args:
+      spec: the model.
+      layers: `params["layers"]` in any segmentation.
+      carry: hidden states and the step.
+      state: state of these layers, or None.
+      policy: how to run.
+      span: (start, stop); all layers by default.
+
+    Returns:
+      (carry, new state of the layers that ran).
+    """
+    start, stop = span or (0, spec.num_layers)
+    if not 0 <= start < stop <= spec.num_layers:
+        raise ConfigError(f"layers {start}:{stop} are not among the model's 0:{spec.num_layers}")
+    if (start, stop) != (0, spec.num_layers):
+        layers = _cut(layers, start, stop)
+        state = None if state is None else _cut(state, start, stop)
+    found = tuple(sorted(Segment.parse(key) for key in layers))
+    params = {s.key: _nest(s, layers[s.key]) for s in found}
+    stack = Stack(spec, policy, found)
+    carry, new_state = stack.apply({"params": params}, carry, state)
+    if new_state is not None:
+        new_state = {s.key: new_state[s.key] if s.unit > 1 else new_state[s.key]["0"] for s in found}
+    return carry, new_state

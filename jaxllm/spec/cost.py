@@ -1,0 +1,87 @@
+"""Counts of a spec before anything runs: parameters, FLOPs, bytes."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from jaxllm.core.tree import flatten
+from jaxllm.spec.mask import And, Causal, Full, Mask, Or, Window, allowed
+from jaxllm.spec.model import ModelSpec
+from jaxllm.spec.ops import Attention
+from jaxllm.spec.table import layer_paths, model_table
+
+__all__ = ["attended_pairs", "flops", "kv_bytes_per_token", "num_params", "weight_bytes"]
+
+
+def num_params(spec: ModelSpec) -> int:
+    """Number of parameters; a tied head counts once."""
+    return sum(d.size for _, d in flatten(model_table(spec)))
+
+
+def weight_bytes(spec: ModelSpec, dtype_bytes: int) -> int:
+    """Bytes of all parameters at `dtype_bytes` a value."""
+    return num_params(spec) * dtype_bytes
+
+
+def _attentions(spec: ModelSpec) -> list[Attention]:
+    return [
+        named.op
+        for layer in range(spec.num_layers)
+        for sub in spec.block(layer).subs
+        for named in sub.ops
+        if isinstance(named.op, Attention)
+    ]
+
+
+def kv_bytes_per_token(spec: ModelSpec, dtype_bytes: int) -> int:
+    """Bytes of keys and values that one token adds to the cache of all layers."""
+    return sum(2 * a.kv_heads * a.head_dim * dtype_bytes for a in _attentions(spec))
+
+
+def attended_pairs(mask: Mask, tokens: int, past: int = 0) -> int:
+    """Number of (query, key) pairs a mask admits for `tokens` new tokens after `past` others.
+
+    Exact for causal, full and window masks; a union or intersection is counted key by key.
+    """
+    total = past + tokens
+    match mask:
+        case Full():
+            return tokens * total
+        case Causal():
+            return tokens * past + tokens * (tokens + 1) // 2
+        case Window(left=left, right=right):
+            return sum(
+                min(total - 1, q + right) - max(0, q - left) + 1 for q in range(past, total)
+            )
+        case And(first=Causal(), second=Window(left=left)) | And(
+            first=Window(left=left), second=Causal()
+        ):
+            return attended_pairs(Window(left=left, right=0), tokens, past)
+        case And() | Or():
+            return sum(
+                bool(allowed(mask, q, k)) for q in range(past, total) for k in range(total)
+            )
+
+
+def flops(spec: ModelSpec, tokens: int, past: int = 0, logits: int | None = None) -> dict[str, Any]:
+    """Forward multiply-adds x 2 of one sequence, counted honestly: masked pairs cost nothing.
+
+    Args:
+      spec: the model.
+      tokens: new tokens T.
+      past: tokens already in the cache.
+      logits: positions that are unembedded; all of them by default.
+
+    Returns:
+      `matmul`, `attention`, `head` and their sum `total`.
+    """
+    body = sum(
+        2 * d.size for path, d in layer_paths(spec).items() if path.startswith("layers.") and d.std
+    )
+    pairs = sum(
+        4 * a.heads * a.head_dim * attended_pairs(a.mask, tokens, past) for a in _attentions(spec)
+    )
+    head = 2 * spec.width * spec.vocab * (tokens if logits is None else logits)
+    parts = {"matmul": body * tokens, "attention": pairs, "head": head}
+    return parts | {"total": math.fsum(parts.values())}

@@ -1,0 +1,96 @@
+"""Layer patterns: text such as `(L*5 G)*5 L*4` to block names and to segments.
+
+Every repeated top-level item becomes one stacked segment: the repeat is the scan.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+from jaxllm.core.tree import Segment
+from jaxllm.errors import ConfigError
+
+__all__ = ["Pattern", "parse"]
+
+_TOKEN = re.compile(r"\s*(?:([A-Za-z_][A-Za-z0-9_]*)|\*\s*(\d+)|([()]))")
+_MAX_LAYERS = 10_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Pattern:
+    """Block names of all layers in order, and how they are stacked."""
+
+    names: tuple[str, ...]
+    segments: tuple[Segment, ...]
+
+
+def _tokens(text: str) -> list[tuple[str, str]]:
+    out, position = [], 0
+    stripped = text.rstrip()
+    while position < len(stripped):
+        match = _TOKEN.match(stripped, position)
+        if match is None:
+            raise ConfigError(
+                f"layers {text!r}: unexpected {stripped[position:].strip()[0]!r}; "
+                "write block names, *n and parentheses, for example '(L*5 G)*5 L*4'"
+            )
+        kind = ("name", "times", "paren")[match.lastindex - 1 if match.lastindex else 0]
+        out.append((kind, match.group(match.lastindex or 0)))
+        position = match.end()
+    return out
+
+
+def _items(tokens: list[tuple[str, str]], text: str, depth: int) -> list[tuple[list[str], int]]:
+    items: list[tuple[list[str], int]] = []
+    while tokens:
+        kind, value = tokens.pop(0)
+        if value == ")" and kind == "paren":
+            if depth == 0:
+                raise ConfigError(f"layers {text!r}: ')' without '('")
+            return items
+        if kind == "times":
+            raise ConfigError(f"layers {text!r}: '*{value}' follows no block")
+        inner = [value] if kind == "name" else _expand(_items(tokens, text, depth + 1), text)
+        times = 1
+        if tokens and tokens[0][0] == "times":
+            times = int(tokens.pop(0)[1])
+        if not inner or not 1 <= times <= _MAX_LAYERS or len(inner) * times > _MAX_LAYERS:
+            raise ConfigError(f"layers {text!r}: a repeat gives 1 to {_MAX_LAYERS} layers")
+        items.append((inner, times))
+    if depth:
+        raise ConfigError(f"layers {text!r}: '(' without ')'")
+    return items
+
+
+def _expand(items: list[tuple[list[str], int]], text: str) -> list[str]:
+    names = [name for inner, times in items for _ in range(times) for name in inner]
+    if len(names) > _MAX_LAYERS:
+        raise ConfigError(f"layers {text!r}: more than {_MAX_LAYERS} layers")
+    return names
+
+
+def parse(text: str) -> Pattern:
+    """Parse a pattern text.
+
+    Args:
+      text: block names separated by blanks, `*n` for repeats, parentheses for groups.
+
+    Returns:
+      All block names in order, and one segment for each top-level item.
+
+    Raises:
+      ConfigError: the text is empty or malformed.
+    """
+    items = _items(_tokens(text), text, 0)
+    if not items:
+        raise ConfigError("layers: the pattern is empty; write for example 'G*12'")
+    segments: list[Segment] = []
+    start = 0
+    for inner, times in items:
+        if times == 1:
+            segments += [Segment(start + i, start + i + 1, 1, False) for i in range(len(inner))]
+        else:
+            segments.append(Segment(start, start + times * len(inner), len(inner)))
+        start += times * len(inner)
+    return Pattern(tuple(_expand(items, text)), tuple(segments))

@@ -1,0 +1,178 @@
+"""The table of parameters: shape, logical axes and initial spread of every leaf of a spec.
+
+Import, initialisation, sharding and counting all read this table; nothing else knows shapes.
+Matrices are stored [in, out] ([D, N, H], [N, H, D], [D, F], ...), the embedding [V, D].
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+from jaxllm.core.tree import Segment, flatten
+from jaxllm.spec.model import Block, ModelSpec
+from jaxllm.spec.ops import MLP, Attention, Norm, Op
+
+__all__ = [
+    "FUSED",
+    "ParamDef",
+    "block_table",
+    "fuse_table",
+    "layer_paths",
+    "model_table",
+    "norm_table",
+    "op_table",
+]
+
+FUSED: dict[str, tuple[str, ...]] = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
+"""Projections of one input that a run may hold as one matrix, concatenated on the dim before H or on F."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ParamDef:
+    """One leaf: its logical shape, the name of each dim, and how it is drawn at the start.
+
+    `std` is the standard deviation of a normal draw; 0 with `fill` gives a constant.
+    """
+
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    std: float = 0.0
+    fill: float = 0.0
+
+    @property
+    def size(self) -> int:
+        """Number of values."""
+        return math.prod(self.shape)
+
+    def stack(self, repeats: int) -> ParamDef:
+        """The same leaf stacked on a leading axis of layers."""
+        return dataclasses.replace(
+            self, shape=(repeats, *self.shape), axes=("layers", *self.axes)
+        )
+
+
+def norm_table(norm: Norm, width: int) -> dict[str, ParamDef]:
+    """Leaves of a norm over D values."""
+    table = {"scale": ParamDef((width,), ("width",), fill=1.0 - norm.offset)}
+    if norm.bias:
+        table["bias"] = ParamDef((width,), ("width",))
+    return table
+
+
+def op_table(op: Op, width: int) -> dict[str, ParamDef]:
+    """Leaves of one op on inputs of width D."""
+    match op:
+        case Attention():
+            n, k, h = op.heads, op.kv_heads, op.head_dim
+            std = width**-0.5
+            table = {
+                "q": ParamDef((width, n, h), ("width", "heads", "head_dim"), std),
+                "k": ParamDef((width, k, h), ("width", "kv_heads", "head_dim"), std),
+                "v": ParamDef((width, k, h), ("width", "kv_heads", "head_dim"), std),
+                "o": ParamDef((n, h, width), ("heads", "head_dim", "width"), (n * h) ** -0.5),
+            }
+            if op.qkv_bias:
+                table["q_bias"] = ParamDef((n, h), ("heads", "head_dim"))
+                table["k_bias"] = ParamDef((k, h), ("kv_heads", "head_dim"))
+                table["v_bias"] = ParamDef((k, h), ("kv_heads", "head_dim"))
+            if op.out_bias:
+                table["o_bias"] = ParamDef((width,), ("width",))
+            return table
+        case MLP():
+            up = ParamDef((width, op.width), ("width", "ffn"), width**-0.5)
+            table = {"gate": up} if op.gated else {}
+            table |= {"up": up, "down": ParamDef((op.width, width), ("ffn", "width"), op.width**-0.5)}
+            if op.bias:
+                bias = ParamDef((op.width,), ("ffn",))
+                table |= {"gate_bias": bias} if op.gated else {}
+                table |= {"up_bias": bias, "down_bias": ParamDef((width,), ("width",))}
+            return table
+
+
+def block_table(block: Block, width: int) -> dict[str, dict[str, ParamDef]]:
+    """Leaves of one layer: ops and norms by name."""
+    table: dict[str, dict[str, ParamDef]] = {}
+    for sub in block.subs:
+        table |= {name: norm_table(norm, width) for name, norm in sub.norms.items()}
+        table |= {named.name: op_table(named.op, width) for named in sub.ops}
+    return table
+
+
+def fuse_table(table: dict[str, ParamDef]) -> dict[str, ParamDef]:
+    """The leaves of an op after its fusible projections are concatenated on their output dim."""
+    out = dict(table)
+    for suffix in ("", "_bias"):
+        for fused, parts in FUSED.items():
+            names = [part + suffix for part in parts]
+            if not all(name in out for name in names):
+                continue
+            defs = [out.pop(name) for name in names]
+            dim = fused_dim(defs[0])
+            shape = list(defs[0].shape)
+            shape[dim] = sum(d.shape[dim] for d in defs)
+            axes = list(defs[0].axes)
+            axes[dim] = None
+            out[fused + suffix] = dataclasses.replace(defs[0], shape=tuple(shape), axes=tuple(axes))
+    return out
+
+
+def fused_dim(part: ParamDef) -> int:
+    """The dim (from the end) on which parts of a fused projection are concatenated."""
+    return -2 if part.axes[-1] == "head_dim" else -1
+
+
+@functools.lru_cache(maxsize=64)
+def model_table(
+    spec: ModelSpec, segments: tuple[Segment, ...] | None = None, fused: bool = False
+) -> dict[str, Any]:
+    """The whole tree of `ParamDef`s in a given segmentation (canonical by default).
+
+    Args:
+      spec: the model.
+      segments: how layers are stacked; None is the canonical form, also on disk.
+      fused: whether query/key/value and gate/up stand as one matrix each.
+    """
+    layers: dict[str, Any] = {}
+    for segment in segments or spec.segments:
+        units = [
+            _layer_table(spec, segment.start + place, fused) for place in range(segment.unit)
+        ]
+        if segment.stacked:
+            units = [_stack_table(unit, segment.repeats) for unit in units]
+        layers[segment.key] = (
+            {str(i): unit for i, unit in enumerate(units)} if segment.unit > 1 else units[0]
+        )
+    table: dict[str, Any] = {
+        "embed": {
+            "table": ParamDef((spec.vocab, spec.width), ("vocab", "width"), spec.width**-0.5)
+        },
+        "layers": layers,
+    }
+    if spec.final_norm is not None:
+        table["final_norm"] = norm_table(spec.final_norm, spec.width)
+    if not spec.head.tied:
+        table["head"] = {
+            "kernel": ParamDef((spec.width, spec.vocab), ("width", "vocab"), spec.width**-0.5)
+        }
+    return table
+
+
+def _layer_table(spec: ModelSpec, layer: int, fused: bool) -> dict[str, dict[str, ParamDef]]:
+    table = block_table(spec.block(layer), spec.width)
+    return {name: fuse_table(leaves) if fused else leaves for name, leaves in table.items()}
+
+
+def _stack_table(table: dict[str, dict[str, ParamDef]], repeats: int) -> dict[str, Any]:
+    return {
+        name: {leaf: d.stack(repeats) for leaf, d in leaves.items()}
+        for name, leaves in table.items()
+    }
+
+
+def layer_paths(spec: ModelSpec) -> dict[str, ParamDef]:
+    """Unstacked path -> definition of every leaf of the model, unfused."""
+    single = tuple(Segment(i, i + 1, 1, stacked=False) for i in range(spec.num_layers))
+    return dict(flatten(model_table(spec, single)))

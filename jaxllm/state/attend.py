@@ -1,0 +1,90 @@
+"""Attention through the state: the one place that dispatches on how keys are remembered."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxllm.errors import UnsupportedError
+from jaxllm.ops.attention import attention
+from jaxllm.ops.mask import Visibility
+from jaxllm.spec.mask import reach
+from jaxllm.spec.ops import Attention
+from jaxllm.state.dense import DenseKV, write
+from jaxllm.state.step import Step
+
+__all__ = ["attend"]
+
+
+def attend(
+    state: Any,
+    qkv: tuple[jax.Array, jax.Array, jax.Array],
+    *,
+    step: Step,
+    op: Attention,
+    implementation: str = "auto",
+) -> tuple[jax.Array, Any]:
+    """Remember the new keys and values, and attend over all that is remembered.
+
+    Args:
+      state: None (training) or the op's `DenseKV`.
+      qkv: q [B, T, N, H], k and v [B, T, K, H], rotated.
+      step: where the tokens stand.
+      op: scale and mask.
+      implementation: of softmax attention.
+
+    Returns:
+      ([B, T, N, H], the new state).
+    """
+    q, k, v = qkv
+    if state is not None and not isinstance(state, DenseKV):
+        raise UnsupportedError(f"attention cannot read a {type(state).__name__}; use a dense state")
+    if state is not None:
+        state = DenseKV(
+            write(state.k, k, step.positions, aligned=step.aligned),
+            write(state.v, v, step.positions, aligned=step.aligned),
+        )
+    if state is None or step.fresh:
+        see = _among_new(step, op)
+    else:
+        k, v = state.k, state.v
+        see = _over_cache(k, step, op)
+    keys, values = k.astype(q.dtype), v.astype(q.dtype)
+    out = attention(
+        q, keys, values, see, scale=op.query_scale, implementation=implementation
+    )
+    return out, state
+
+
+def _sees_ahead(op: Attention) -> bool:
+    return reach(op.mask)[1] != 0
+
+
+def _among_new(step: Step, op: Attention) -> Visibility:
+    """The new tokens among themselves; padding is at the end, so a causal mask hides it."""
+    return Visibility(
+        step.positions,
+        step.positions,
+        step.segment_ids,
+        step.segment_ids,
+        step.lengths if _sees_ahead(op) else None,
+        mask=op.mask,
+        aligned=step.fresh,
+    )
+
+
+def _over_cache(k: jax.Array, step: Step, op: Attention) -> Visibility:
+    """The new tokens over all slots; slots past the sequence are never before a query."""
+    slots = jnp.arange(k.shape[1], dtype=step.positions.dtype)
+    lengths = None
+    if _sees_ahead(op):
+        new = step.positions.shape[1] if step.lengths is None else step.lengths
+        lengths = (step.positions[:, 0] + new).astype(slots.dtype)
+    return Visibility(
+        step.positions,
+        jnp.broadcast_to(slots, k.shape[:2]),
+        key_lengths=lengths,
+        mask=op.mask,
+    )

@@ -1,0 +1,69 @@
+"""Step: where the new tokens stand. It is data, so one program serves every position."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+__all__ = ["Step", "dense_step", "training_step"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """Positions and boundaries of the new tokens of a batch.
+
+    Attributes:
+      positions: [B, T] integers, the place of each token in its sequence.
+      segment_ids: [B, T] integers or None; packed documents see only their own.
+      lengths: [B] integers or None; how many of the T tokens are real, the rest is padding.
+      page_table: [B, P] integers or None; pages of a paged state.
+      adapter_ids: [B] integers or None; 0 is no adapter.
+      key: random key for dropout, or None.
+      fresh: static; positions are 0..T-1 in every row and nothing is remembered before them.
+      aligned: static; all rows stand at the same positions.
+    """
+
+    positions: jax.Array
+    segment_ids: jax.Array | None = None
+    lengths: jax.Array | None = None
+    page_table: jax.Array | None = None
+    adapter_ids: jax.Array | None = None
+    key: jax.Array | None = None
+    fresh: bool = dataclasses.field(default=False, metadata={"static": True})
+    aligned: bool = dataclasses.field(default=False, metadata={"static": True})
+
+
+def training_step(
+    batch: int,
+    length: int,
+    *,
+    segment_ids: Any = None,
+    positions: Any = None,
+    adapter_ids: Any = None,
+    key: Any = None,
+) -> Step:
+    """A step without state over whole rows; packed rows bring their segments and positions."""
+    fresh = positions is None
+    if fresh:
+        positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
+    return Step(
+        positions,
+        segment_ids=segment_ids,
+        adapter_ids=adapter_ids,
+        key=key,
+        fresh=fresh,
+        aligned=fresh,
+    )
+
+
+def dense_step(start: jax.Array, length: int, *, fresh: bool = False, lengths: Any = None) -> Step:
+    """A step of T tokens that follow `start` [B] remembered ones in a dense state.
+
+    `fresh` promises that all starts are 0 and lets attention read the new keys alone.
+    """
+    positions = start[:, None] + jnp.arange(length, dtype=jnp.int32)
+    return Step(positions, lengths=lengths, fresh=fresh, aligned=fresh or start.shape[0] == 1)

@@ -1,0 +1,1 @@
+"""Text on the host: tokenizers, chat templates, streaming detokenization. No jax here."""

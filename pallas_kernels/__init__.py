@@ -1,0 +1,1 @@
+"""Pallas kernels for GPU and TPU; depends on jax and numpy only, never on jaxllm."""
