@@ -1,0 +1,1 @@
+"""Programs compiled ahead of time: lower, compile, inspect, store, load."""

@@ -1,0 +1,1 @@
+"""Config, trees, leaves, sharding and the run's policy."""

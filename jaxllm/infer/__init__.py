@@ -1,0 +1,1 @@
+"""Generation: prefill and decode programs, sampling."""

@@ -1,0 +1,1 @@
+"""The model as Linen modules; the only room that imports flax."""

@@ -15,7 +15,7 @@ from jaxllm.core.weights import AdaptedWeight, QArray
 from jaxllm.nn import decoder
 from jaxllm.nn.decoder import Aux, Inputs
 from jaxllm.spec.model import ModelSpec
-from jaxllm.spec.table import ParamDef, layer_paths, model_table
+from jaxllm.spec.table import ParamDef, model_table
 from jaxllm.state.step import Step
 
 __all__ = [
@@ -78,23 +78,25 @@ def init(
     *,
     dtype: Any = jnp.float32,
     segments: tuple[Segment, ...] | None = None,
+    fused: bool = False,
 ) -> dict[str, Any]:
-    """Fresh parameters; a leaf depends on the key and its unstacked path alone, not on the layout.
+    """Fresh parameters; an unfused leaf depends on the key and its unstacked path alone, not on the layout.
 
     Args:
       spec: the model.
       key: random key.
       dtype: of all leaves.
       segments: how layers are stacked; canonical by default.
+      fused: draw query/key/value and gate/up as one matrix each.
     """
-    paths = layer_paths(spec)
 
     def leaf(path: str, definition: ParamDef) -> jax.Array:
-        names = unstacked_paths(path)
-        draws = [_draw(name, paths[name], key, dtype) for name in names]
-        return jnp.stack(draws) if len(definition.shape) > len(draws[0].shape) else draws[0]
+        if definition.axes[0] != "layers":
+            return _draw(path, definition, key, dtype)
+        one = definition.unstack()
+        return jnp.stack([_draw(name, one, key, dtype) for name in unstacked_paths(path)])
 
-    return map_leaves(leaf, model_table(spec, segments))
+    return map_leaves(leaf, model_table(spec, segments, fused))
 
 
 def _fused(layers: Any) -> bool:

@@ -1,0 +1,1 @@
+"""What a model is: specs, masks, ropes, patterns, the parameter table, counts."""

@@ -34,13 +34,15 @@ FUSED: dict[str, tuple[str, ...]] = {"qkv": ("q", "k", "v"), "gate_up": ("gate",
 class ParamDef:
     """One leaf: its logical shape, the name of each dim, and how it is drawn at the start.
 
-    `std` is the standard deviation of a normal draw; 0 with `fill` gives a constant.
+    `std` is the standard deviation of a normal draw; 0 with `fill` gives a constant. `inputs` counts
+    the contracted dims of a matrix (before the outputs, after a layers axis); 0 for vectors and tables.
     """
 
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
     std: float = 0.0
     fill: float = 0.0
+    inputs: int = 0
 
     @property
     def size(self) -> int:
@@ -52,6 +54,10 @@ class ParamDef:
         return dataclasses.replace(
             self, shape=(repeats, *self.shape), axes=("layers", *self.axes)
         )
+
+    def unstack(self) -> ParamDef:
+        """The leaf of one layer of a stacked one."""
+        return dataclasses.replace(self, shape=self.shape[1:], axes=self.axes[1:])
 
 
 def norm_table(norm: Norm, width: int) -> dict[str, ParamDef]:
@@ -69,10 +75,10 @@ def op_table(op: Op, width: int) -> dict[str, ParamDef]:
             n, k, h = op.heads, op.kv_heads, op.head_dim
             std = width**-0.5
             table = {
-                "q": ParamDef((width, n, h), ("width", "heads", "head_dim"), std),
-                "k": ParamDef((width, k, h), ("width", "kv_heads", "head_dim"), std),
-                "v": ParamDef((width, k, h), ("width", "kv_heads", "head_dim"), std),
-                "o": ParamDef((n, h, width), ("heads", "head_dim", "width"), (n * h) ** -0.5),
+                "q": ParamDef((width, n, h), ("width", "heads", "head_dim"), std, inputs=1),
+                "k": ParamDef((width, k, h), ("width", "kv_heads", "head_dim"), std, inputs=1),
+                "v": ParamDef((width, k, h), ("width", "kv_heads", "head_dim"), std, inputs=1),
+                "o": ParamDef((n, h, width), ("heads", "head_dim", "width"), (n * h) ** -0.5, inputs=2),
             }
             if op.qkv_bias:
                 table["q_bias"] = ParamDef((n, h), ("heads", "head_dim"))
@@ -82,9 +88,10 @@ def op_table(op: Op, width: int) -> dict[str, ParamDef]:
                 table["o_bias"] = ParamDef((width,), ("width",))
             return table
         case MLP():
-            up = ParamDef((width, op.width), ("width", "ffn"), width**-0.5)
+            up = ParamDef((width, op.width), ("width", "ffn"), width**-0.5, inputs=1)
             table = {"gate": up} if op.gated else {}
-            table |= {"up": up, "down": ParamDef((op.width, width), ("ffn", "width"), op.width**-0.5)}
+            down = ParamDef((op.width, width), ("ffn", "width"), op.width**-0.5, inputs=1)
+            table |= {"up": up, "down": down}
             if op.bias:
                 bias = ParamDef((op.width,), ("ffn",))
                 table |= {"gate_bias": bias} if op.gated else {}
@@ -155,7 +162,9 @@ def model_table(
         table["final_norm"] = norm_table(spec.final_norm, spec.width)
     if not spec.head.tied:
         table["head"] = {
-            "kernel": ParamDef((spec.width, spec.vocab), ("width", "vocab"), spec.width**-0.5)
+            "kernel": ParamDef(
+                (spec.width, spec.vocab), ("width", "vocab"), spec.width**-0.5, inputs=1
+            )
         }
     return table
 

@@ -73,7 +73,9 @@ def _check_product(left: Any, right: Any) -> None:
             raise OverflowError("a product of more than 4096 bits")
         return
     for items, count in ((left, right), (right, left)):
-        if isinstance(count, int) and hasattr(items, "__len__") and len(items) * count > MAX_REPEAT:
+        if not isinstance(count, int) or not isinstance(items, str | bytes | list | tuple):
+            continue
+        if len(items) * count > MAX_REPEAT:
             raise OverflowError(f"a text or list repeated to more than {MAX_REPEAT:,} items")
 
 
@@ -93,7 +95,7 @@ def build_environment() -> Any:
     class Generation(Extension):
         """`{% generation %}` marks assistant text for training masks; rendering ignores it."""
 
-        tags = {"generation"}
+        tags = frozenset({"generation"})  # pyright: ignore[reportAssignmentType]
 
         def parse(self, parser: Any) -> nodes.Node:
             line = next(parser.stream).lineno

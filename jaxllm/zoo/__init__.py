@@ -1,0 +1,1 @@
+"""Public families: config to spec, weight names, files in and out."""

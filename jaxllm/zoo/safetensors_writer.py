@@ -14,6 +14,7 @@ import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -74,20 +75,21 @@ def write_safetensors(
     directory: str | os.PathLike[str],
     tensors: Iterable[TensorSource],
     *,
-    metadata: Mapping[str, str] | None = None,
+    metadata: Mapping[str, Any] | None = None,
     max_shard_bytes: int = 5 * 10**9,
 ) -> tuple[Path, ...]:
     """Write tensors in the Hugging Face layout, one tensor in memory at a time, all or nothing.
 
+    A directory that holds a sharded checkpoint is refused: shards cannot be replaced atomically.
+
     Args:
-        tensors: name, shape and type, and the function that makes the array. All names are
-            gathered first; each function is called once, when its tensor is written.
+        tensors: name, shape and type, and the function that makes the array; each function is
+            called once, when its tensor is written.
         metadata: text to text, stored in every file; transformers wants {"format": "pt"}.
         max_shard_bytes: of tensor data in a file; a larger tensor gets a shard of its own.
 
     Returns:
-        The files: model.safetensors, or the shards and then the index. A directory that holds a
-        sharded checkpoint is refused, because shards cannot be replaced atomically.
+        The files: model.safetensors, or the shards and then the index.
 
     Raises:
         ConfigError: bad metadata or shard size, or the directory cannot take the checkpoint.
@@ -107,12 +109,16 @@ def write_safetensors(
         for name, shard in zip(names, shards, strict=True):
             _write_shard(place(name), shard, metadata)
         if count > 1:
-            weight_map = {e[0]: n for n, shard in zip(names, shards, strict=True) for e in shard}
-            total = sum(info.nbytes for _, info, _ in entries)
-            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            _write_file(place(index_name), [_index(names, shards)])
             names.append(index_name)
-            _write_file(place(index_name), [json.dumps(index, indent=2).encode()])
     return tuple(directory / name for name in names)
+
+
+def _index(names: Sequence[str], shards: Sequence[Sequence[TensorSource]]) -> bytes:
+    weight_map = {e[0]: name for name, shard in zip(names, shards, strict=True) for e in shard}
+    total = sum(info.nbytes for shard in shards for _, info, _ in shard)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    return json.dumps(index, indent=2).encode()
 
 
 def _check_entries(entries: Sequence[TensorSource], metadata: dict, max_shard_bytes: int) -> None:
@@ -195,15 +201,15 @@ def _tensor_bytes(name: str, info: TensorInfo, array: np.ndarray) -> Iterator[np
 def _write_file(path: Path, chunks: Iterable[bytes | np.ndarray]) -> None:
     """Write and sync a new file; errors of the disk are told from errors of the chunks' source."""
     with contextlib.ExitStack() as stack:
-        with _disk(path):
+        with _disk(path.parent):
             handle = stack.enter_context(open(path, "xb", buffering=0))
         for chunk in chunks:
             view = memoryview(chunk)
-            with _disk(path):
+            with _disk(path.parent):
                 while view:
                     view = view[handle.write(view) :]
             del chunk, view  # or this tensor would live on while the next one is made
-        with _disk(path):
+        with _disk(path.parent):
             os.fsync(handle.fileno())
 
 

@@ -1,0 +1,151 @@
+"""Program: a function with abstract arguments, lowered and compiled before it runs.
+
+A `Program` is only a description. `Executable` is the compiled thing; calling it never traces, and
+an argument of another shape is an error, never a silent recompile.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+from jaxllm.aot import fingerprint
+from jaxllm.aot.report import Report, report_of
+from jaxllm.aot.store import Store
+from jaxllm.core.logging import log
+from jaxllm.errors import ShapeError
+
+__all__ = ["Executable", "Program"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Executable:
+    """A compiled program.
+
+    Attributes:
+      name: of the program.
+      compiled: jax's executable.
+      report: bytes and FLOPs.
+      stored: whether it came from the store.
+      seconds: it took to compile or to load.
+      fingerprint: what it was built for.
+    """
+
+    name: str
+    compiled: Any
+    report: Report
+    stored: bool
+    seconds: float
+    fingerprint: str
+
+    def __call__(self, *args: Any) -> Any:
+        """Run on arguments of exactly the declared structure, shapes and dtypes.
+
+        Raises:
+          ShapeError: other arguments.
+        """
+        try:
+            return self.compiled(*args)
+        except TypeError as error:
+            raise ShapeError(f"program {self.name}: {str(error).splitlines()[0]}") from error
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Program:
+    """What is compiled.
+
+    Attributes:
+      name: short and made of letters, digits, `-`, `_` and `.`.
+      build: gives the function; called only when there is something to lower, so that a stored
+        program loads without importing the model's code.
+      args: abstract arguments (`ShapeDtypeStruct`s, with shardings where they matter).
+      depends: JSON-ready description of everything that the function closes over.
+      donate: positions of donated arguments.
+      out_shardings: shardings of the results, or None.
+      mesh: mesh that is set while lowering, or None.
+      options: compiler options of this program alone.
+    """
+
+    name: str
+    build: Callable[[], Callable[..., Any]]
+    args: tuple[Any, ...]
+    depends: Any
+    donate: tuple[int, ...] = ()
+    out_shardings: Any = None
+    mesh: Any = None
+    options: tuple[tuple[str, Any], ...] = ()
+
+    def devices(self) -> list[Any]:
+        """The devices that the program runs on."""
+        import jax
+
+        if self.mesh is not None:
+            return list(self.mesh.devices.flat)
+        return jax.devices()[:1]
+
+    def fingerprint(self) -> str:
+        """Hash of everything the executable depends on, found without tracing."""
+        return fingerprint.digest(
+            {
+                "name": self.name,
+                "args": fingerprint.signature(self.args),
+                "depends": self.depends,
+                "donate": self.donate,
+                "out": str(self.out_shardings),
+                "mesh": str(self.mesh),
+                "options": self.options,
+                "environment": fingerprint.environment(self.devices()[0]),
+            }
+        )
+
+    def lower(self) -> Any:
+        """Trace and lower, ready to inspect or compile."""
+        import contextlib
+
+        import jax
+
+        shardings = {} if self.out_shardings is None else {"out_shardings": self.out_shardings}
+        jitted = jax.jit(self.build(), donate_argnums=self.donate, **shardings)
+        scope = contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+        with scope:
+            return jitted.lower(*self.args)
+
+    def compile(self) -> Executable:
+        """Lower and compile now."""
+        start = time.perf_counter()
+        compiled = self.lower().compile(dict(self.options) or None)
+        seconds = time.perf_counter() - start
+        return Executable(
+            name=self.name,
+            compiled=compiled,
+            report=report_of(compiled, seconds),
+            stored=False,
+            seconds=seconds,
+            fingerprint=self.fingerprint(),
+        )
+
+    def load(self, store: Store | None = None) -> Executable:
+        """From the store if it is there, else compiled and stored; `store=None` never stores."""
+        if store is None:
+            return self.compile()
+        start = time.perf_counter()
+        key = self.fingerprint()
+        found = store.load(self.name, key, self.devices())
+        if found is not None:
+            seconds = time.perf_counter() - start
+            log.info("program %s: from the store in %.2f s", self.name, seconds)
+            return Executable(
+                name=self.name,
+                compiled=found[0],
+                report=found[1],
+                stored=True,
+                seconds=seconds,
+                fingerprint=key,
+            )
+        log.info("program %s: compiling", self.name)
+        made = self.compile()
+        store.save(self.name, key, made.compiled, made.report)
+        log.info("program %s: compiled in %.1f s; %s", self.name, made.seconds, made.report)
+        return made

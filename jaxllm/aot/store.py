@@ -1,0 +1,120 @@
+"""The store: one file an executable in the user's cache, written atomically, checked when read.
+
+An executable is code. The folder belongs to the user alone (mode 0700), and a file that is damaged
+or was made for something else is ignored with one warning and built again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import json
+import os
+import pickle
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from jaxllm.aot.report import Report
+from jaxllm.core import runtime
+from jaxllm.core.config import from_dict, to_dict
+from jaxllm.core.logging import log
+from jaxllm.errors import CapacityError, ConfigError
+
+__all__ = ["Store", "atomic_write"]
+
+_MAGIC = b"jaxllm-program-1\n"
+
+
+def atomic_write(path: Path, chunks: list[bytes]) -> None:
+    """Write a file whole or not at all.
+
+    Raises:
+      CapacityError: no space is left; nothing stays behind.
+    """
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            for chunk in chunks:
+                file.write(chunk)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise CapacityError(
+                f"no space left for {path}; free some or set JAXLLM_CACHE to another folder"
+            ) from None
+        raise
+
+
+@dataclasses.dataclass(frozen=True)
+class Store:
+    """Executables by fingerprint below one folder."""
+
+    folder: Path
+
+    @staticmethod
+    def default() -> Store:
+        """The store in the user's cache."""
+        return Store(runtime.programs_dir())
+
+    def path(self, name: str, fingerprint: str) -> Path:
+        """The file of a program."""
+        return self.folder / f"{name}-{fingerprint[:32]}.xla"
+
+    def save(self, name: str, fingerprint: str, compiled: Any, report: Report) -> None:
+        """Store an executable and its report."""
+        from jax.experimental import serialize_executable
+
+        payload = pickle.dumps(serialize_executable.serialize(compiled))
+        head = {
+            "fingerprint": fingerprint,
+            "sha256": hashlib.sha256(payload).hexdigest(),
+            "report": to_dict(report),
+        }
+        text = json.dumps(head).encode() + b"\n"
+        atomic_write(self.path(name, fingerprint), [_MAGIC, text, payload])
+
+    def load(self, name: str, fingerprint: str, devices: Any) -> tuple[Any, Report] | None:
+        """The executable of a fingerprint and its report, or None if it is not (soundly) there."""
+        path = self.path(name, fingerprint)
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError:
+            return None
+        try:
+            report, payload = _checked(content, fingerprint)
+            from jax.experimental import serialize_executable
+
+            trees = pickle.loads(payload)
+            compiled = serialize_executable.deserialize_and_load(
+                *trees, backend=devices[0].client, execution_devices=devices
+            )
+        except Exception as error:
+            log.warning("stored program %s is ignored and built again: %s", path, error)
+            return None
+        return compiled, report
+
+
+def _checked(content: bytes, fingerprint: str) -> tuple[Report, bytes]:
+    """Report and payload of a stored file.
+
+    Raises:
+      ConfigError: the file is damaged or holds another program.
+    """
+    if not content.startswith(_MAGIC):
+        raise ConfigError("it is no stored program of this version")
+    text, separator, payload = content[len(_MAGIC) :].partition(b"\n")
+    try:
+        head = json.loads(text)
+        wanted = (head["fingerprint"], head["sha256"])
+    except (ValueError, KeyError, TypeError):
+        raise ConfigError("its header is damaged") from None
+    if not separator or wanted != (fingerprint, hashlib.sha256(payload).hexdigest()):
+        raise ConfigError("its contents are damaged or belong to another program")
+    return from_dict(Report, head["report"], "report"), payload

@@ -1,0 +1,230 @@
+"""Generation: prefill in buckets, then decode several tokens a call, streamed as they come.
+
+The state is donated from call to call. On an accelerator the next call is dispatched before the last
+one's tokens are read, so the device never waits for the host.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxllm.aot.program import Executable, Program
+from jaxllm.aot.store import Store
+from jaxllm.core.config import require
+from jaxllm.errors import CapacityError
+from jaxllm.infer import programs
+from jaxllm.infer.programs import Setup, bucket
+from jaxllm.infer.sampling import Sampling
+
+__all__ = ["Generator", "Timings"]
+
+PREFILL_TOKENS = 2048
+"""The longest prefill bucket; longer prompts come in chunks."""
+
+
+@dataclasses.dataclass
+class Timings:
+    """Where the time of a request went; milliseconds by the host's clock.
+
+    Attributes:
+      time_to_first_token_ms: from the call to the first token.
+      decode_ms: from the first token to the last.
+      decoded_tokens: tokens after the first.
+      prompt_tokens: tokens of the prompt.
+      build_ms: loading or compiling programs, part of the above.
+    """
+
+    time_to_first_token_ms: float = 0.0
+    decode_ms: float = 0.0
+    decoded_tokens: int = 0
+    prompt_tokens: int = 0
+    build_ms: float = 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Decoded tokens a second, the first one and program building left out."""
+        return 1e3 * self.decoded_tokens / self.decode_ms if self.decode_ms > 0 else 0.0
+
+
+@dataclasses.dataclass
+class Generator:
+    """Runs the inference programs of one model; holds those that are loaded.
+
+    Attributes:
+      setup: what the programs share.
+      params: parameters in the run's layout.
+      store: where programs are kept, or None.
+      tokens_per_call: decode steps of one program call.
+      ahead: calls dispatched before the last one is read.
+    """
+
+    setup: Setup
+    params: Any
+    store: Store | None
+    tokens_per_call: int = 8
+    ahead: int = 1
+    loaded: dict[str, Executable] = dataclasses.field(default_factory=dict)
+
+    def executable(self, program: Program, timings: Timings | None = None) -> Executable:
+        """The executable of a program, loaded or compiled at its first use."""
+        if program.name not in self.loaded:
+            start = time.perf_counter()
+            self.loaded[program.name] = program.load(self.store)
+            if timings is not None:
+                timings.build_ms += 1e3 * (time.perf_counter() - start)
+        return self.loaded[program.name]
+
+    def stream(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        max_tokens: int,
+        timings: Timings | None = None,
+    ) -> Iterator[np.ndarray]:
+        """Yield arrays [B, n] of new tokens; the caller stops when it has seen enough.
+
+        Args:
+          prompts: token ids of each row, none empty.
+          sampling: options, the same for all rows (seeds count up).
+          max_tokens: at most this many tokens a row.
+          timings: filled in as it goes.
+
+        Raises:
+          CapacityError: a prompt leaves no room for a token in the model's context.
+        """
+        timings = timings or Timings()
+        lengths = np.asarray([len(p) for p in prompts], np.int32)
+        self._check(lengths, max_tokens)
+        limit = min(max_tokens, self.setup.spec.context - int(lengths.max()))
+        return _Run(self, prompts, lengths, sampling, limit, timings).stream()
+
+    def _check(self, lengths: np.ndarray, max_tokens: int) -> None:
+        context = self.setup.spec.context
+        require(max_tokens >= 1, f"max_tokens is at least 1, found {max_tokens}")
+        require(len(lengths) > 0 and lengths.min() > 0, "the prompt is empty; give at least one token")
+        if lengths.max() >= context:
+            raise CapacityError(
+                f"the prompt has {lengths.max()} tokens; the model's context of {context} tokens "
+                "must hold the prompt and at least one more"
+            )
+
+
+class _Run:
+    """One batch on its way: state, tail and the capacity they have."""
+
+    def __init__(
+        self,
+        generator: Generator,
+        prompts: Sequence[Sequence[int]],
+        lengths: np.ndarray,
+        sampling: Sampling,
+        limit: int,
+        timings: Timings,
+    ):
+        self.generator = generator
+        self.prompts = prompts
+        self.lengths = lengths
+        self.mode = sampling.mode
+        self.batch = len(prompts)
+        self.rows = sampling.rows(self.batch)
+        self.limit = limit
+        self.timings = timings
+        self.capacity = 0
+        self.state: Any = None
+        self.tail: Any = None
+
+    def stream(self) -> Iterator[np.ndarray]:
+        timings, start = self.timings, time.perf_counter()
+        timings.prompt_tokens += int(self.lengths.sum())
+        self._prefill()
+        first = np.asarray(self.tail.tokens)[:, None]
+        begun = time.perf_counter()
+        timings.time_to_first_token_ms = 1e3 * (begun - start)
+        building = timings.build_ms
+        yield first
+        produced, pending = 1, []
+        while produced < self.limit or pending:
+            while produced < self.limit and len(pending) <= self.generator.ahead:
+                count = min(self.generator.tokens_per_call, self.limit - produced)
+                pending.append((self._decode(), count))
+                produced += count
+            tokens, count = pending.pop(0)
+            tokens = np.asarray(tokens)[:, :count]
+            timings.decoded_tokens += self.batch * count
+            built = timings.build_ms - building
+            timings.decode_ms = 1e3 * (time.perf_counter() - begun) - built
+            yield tokens
+
+    def _run(self, program: Program, *args: Any) -> Any:
+        return self.generator.executable(program, self.timings)(*args)
+
+    def _prefill(self) -> None:
+        """Fresh bucket first; what is longer than the longest bucket follows in chunks."""
+        setup, params = self.generator.setup, self.generator.params
+        longest = int(self.lengths.max())
+        self.capacity = bucket(longest + min(self.limit, 128), 256)
+        start = 0
+        while start < longest:
+            size = min(longest - start, PREFILL_TOKENS)
+            ids, new = self._chunk(start, bucket(size))
+            self._reserve(start + ids.shape[1])
+            program = programs.prefill(
+                setup,
+                batch=self.batch,
+                length=ids.shape[1],
+                capacity=self.capacity,
+                mode=self.mode,
+                fresh=start == 0,
+            )
+            held = () if start == 0 else (self.state, self.tail)
+            self.state, self.tail = self._run(program, params, *held, ids, new, self.rows)
+            start += size
+
+    def _chunk(self, start: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+        """ids [B, size] of the prompts from `start`, and how many are real in each row."""
+        ids = np.zeros((self.batch, size), np.int32)
+        new = np.zeros((self.batch,), np.int32)
+        for row, prompt in enumerate(self.prompts):
+            part = prompt[start : start + size]
+            ids[row, : len(part)] = part
+            new[row] = len(part)
+        return ids, new
+
+    def _reserve(self, tokens: int) -> None:
+        """Make room for `tokens` tokens a row, doubling as needed."""
+        wanted = self.capacity
+        while wanted < tokens:
+            wanted *= 2
+        if wanted > self.capacity and self.state is not None:
+            program = programs.grow(
+                self.generator.setup, batch=self.batch, capacity=self.capacity, to=wanted
+            )
+            self.state = self._run(program, self.state)
+        self.capacity = wanted
+
+    def _decode(self) -> Any:
+        """One call: `tokens_per_call` tokens a row, as a device array."""
+        count = self.generator.tokens_per_call
+        self._reserve(int(self.lengths.max()) + self.done + count)
+        self.done += count
+        program = programs.decode(
+            self.generator.setup,
+            batch=self.batch,
+            capacity=self.capacity,
+            mode=self.mode,
+            tokens=count,
+        )
+        self.state, self.tail, tokens = self._run(
+            program, self.generator.params, self.state, self.tail, self.rows
+        )
+        return tokens
+
+    done = 0
+    """Tokens decoded so far, those not yet read included."""
+
+

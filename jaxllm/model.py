@@ -1,0 +1,380 @@
+"""Model: the public face. A thin frozen value over spec, params and tokenizer."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Generator as Pieces
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxllm.aot import counter
+from jaxllm.aot.store import Store
+from jaxllm.core.config import nearest, require
+from jaxllm.core.policy import Policy
+from jaxllm.core.tree import layer_tree, segments_of
+from jaxllm.errors import ConfigError, ShapeError
+from jaxllm.infer import programs
+from jaxllm.infer.generate import Generator, Timings
+from jaxllm.infer.open import open_source, run_policy
+from jaxllm.infer.programs import Setup, bucket
+from jaxllm.infer.sampling import Sampling
+from jaxllm.spec.model import ModelSpec
+from jaxllm.spec.table import FUSED, fused_dim, layer_paths
+from jaxllm.text.detokenize import Detokenizer, StopMatcher
+from jaxllm.text.tokenizer import Tokenizer
+from jaxllm.zoo.load import save_checkpoint
+
+__all__ = ["Generation", "Model", "Prompt", "load"]
+
+Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int] | np.ndarray
+"""A string, a list of messages, or a list of token ids."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Generation:
+    """What a request gave.
+
+    Attributes:
+      text: the answer, without special tokens and without what a stop string cut off.
+      token_ids: all tokens generated, the end token included.
+      prompt_token_ids: what the model was given.
+      finish_reason: `stop` (end token or stop string) or `length`.
+      timings: where the time went.
+    """
+
+    text: str
+    token_ids: list[int]
+    prompt_token_ids: list[int]
+    finish_reason: str
+    timings: Timings
+
+    @property
+    def usage(self) -> dict[str, int]:
+        """Token counts, as OpenAI's API names them."""
+        prompt, new = len(self.prompt_token_ids), len(self.token_ids)
+        return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
+
+
+def load(
+    source: str | Path,
+    *,
+    dtype: str | None = None,
+    mesh: Any = None,
+    store: bool = True,
+    policy: Policy | None = None,
+) -> Model:
+    """Load a model.
+
+    Args:
+      source: a catalogue name (`smollm2-135m-instruct`), a Hugging Face directory, a GGUF file,
+        `org/name` from the local Hugging Face cache, or `random:PRESET`.
+      dtype: `float32`, `bfloat16` or `float16`, of weights and activations; what suits the device
+        by default.
+      mesh: a mesh of `core.mesh.make_mesh` to shard over, or None for one device.
+      store: keep weights in run layout and compiled programs in the user's cache.
+      policy: how to run, in place of `dtype` and the device's defaults.
+
+    Raises:
+      ConfigError, WeightsError, UnsupportedError: the source is unknown, damaged or of a kind that
+        is not read.
+    """
+    counter.start()
+    require(policy is None or dtype is None, "give dtype or policy, not both")
+    policy = policy or run_policy(dtype, mesh=mesh)
+    kept = Store.default() if store else None
+    opened = open_source(str(source), policy=policy, mesh=mesh, store=kept)
+    setup = Setup(
+        spec=opened.spec,
+        policy=policy,
+        params=jax.tree.map(_abstract if mesh is None else _abstract_sharded, opened.params),
+        segments=segments_of(opened.params["layers"]),
+        mesh=mesh,
+    )
+    on_cpu = jax.default_backend() == "cpu"
+    generator = Generator(
+        setup,
+        opened.params,
+        kept,
+        tokens_per_call=4 if on_cpu else 8,
+        ahead=0 if on_cpu else 1,
+    )
+    return Model(
+        spec=opened.spec,
+        params=opened.params,
+        tokenizer=opened.tokenizer,
+        policy=policy,
+        eos_ids=opened.eos_ids,
+        generator=generator,
+        weights_stored=opened.stored,
+    )
+
+
+def _abstract(x: jax.Array) -> Any:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+
+def _abstract_sharded(x: jax.Array) -> Any:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Model:
+    """A loaded model.
+
+    Attributes:
+      spec: what it is.
+      params: what it knows, in the layout of the run (see `core.tree`).
+      tokenizer: or None.
+      policy: how it runs.
+      eos_ids: tokens that end generation.
+      generator: runs its compiled programs.
+      weights_stored: whether the weights came from the cache.
+    """
+
+    spec: ModelSpec
+    params: Any
+    tokenizer: Tokenizer | None
+    policy: Policy
+    eos_ids: tuple[int, ...]
+    generator: Generator
+    weights_stored: bool = False
+
+    def logits(self, tokens: Any) -> np.ndarray:
+        """Logits of every position.
+
+        Args:
+          tokens: [B, T] integers.
+
+        Returns:
+          float32 [B, T, V]. Programs are compiled for lengths rounded up to a power of two; the
+          padding is after the tokens, where a causal model does not look.
+
+        Raises:
+          ShapeError: not [B, T] integers within the vocabulary, or longer than the context.
+        """
+        ids = self._ids(tokens)
+        batch, length = ids.shape
+        padded = np.zeros((batch, bucket(length)), np.int32)
+        padded[:, :length] = ids
+        program = programs.logits(self.generator.setup, batch=batch, length=padded.shape[1])
+        out = self.generator.executable(program)(self.params, padded)
+        return np.asarray(out)[:, :length]
+
+    def _ids(self, tokens: Any) -> np.ndarray:
+        ids = np.asarray(tokens)
+        if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer) or 0 in ids.shape:
+            raise ShapeError(f"tokens are integers [B, T], found {ids.dtype} {ids.shape}")
+        if ids.min() < 0 or ids.max() >= self.spec.vocab:
+            raise ShapeError(f"token ids are in 0..{self.spec.vocab - 1}, found {ids.min()}..{ids.max()}")
+        if ids.shape[1] > self.spec.context:
+            raise ShapeError(f"{ids.shape[1]} tokens exceed the model's context of {self.spec.context}")
+        return ids.astype(np.int32)
+
+    def prompt_ids(self, prompt: Prompt, *, raw: bool = False) -> list[int]:
+        """Token ids of a prompt.
+
+        Args:
+          prompt: a string is a user's message where the tokenizer has a chat template, else plain
+            text; messages go through the template; ids are taken as they are.
+          raw: take a string as plain text in any case.
+
+        Raises:
+          ConfigError: text without a tokenizer, messages without a template, nothing at all.
+        """
+        if not isinstance(prompt, str) and all(isinstance(i, (int, np.integer)) for i in prompt):
+            ids = [int(i) for i in prompt]
+            if ids and not 0 <= min(ids) <= max(ids) < self.spec.vocab:
+                raise ShapeError(f"token ids are in 0..{self.spec.vocab - 1}, found {min(ids)}..{max(ids)}")
+        elif self.tokenizer is None:
+            raise ConfigError("this model has no tokenizer: give token ids")
+        elif isinstance(prompt, str):
+            require(bool(prompt), "the prompt is empty; give at least one character")
+            if raw or self.tokenizer.chat_template is None:
+                ids = self.tokenizer.encode(prompt)
+            else:
+                ids = self.tokenizer.apply_chat([{"role": "user", "content": prompt}])
+        else:
+            ids = self.tokenizer.apply_chat(prompt)  # pyright: ignore[reportArgumentType]
+        require(bool(ids), "the prompt is empty; give at least one token")
+        return ids
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        max_tokens: int = 256,
+        stop: str | Sequence[str] = (),
+        raw: bool = False,
+        **sampling: Any,
+    ) -> Pieces[str, None, Generation]:
+        """Yield the answer's text as it comes; the generator's return value is the `Generation`.
+
+        Args:
+          prompt: see `prompt_ids`.
+          max_tokens: at most this many new tokens.
+          stop: strings that end the answer and are not part of it.
+          raw: a string prompt without the chat template.
+          **sampling: `temperature`, `top_k`, `top_p`, `min_p`, `repetition_penalty`,
+            `presence_penalty`, `frequency_penalty`, `seed`; see `Sampling`.
+
+        Raises:
+          ConfigError: an option out of its range; CapacityError: the prompt exceeds the context.
+        """
+        options = _sampling(sampling)
+        stops = [stop] if isinstance(stop, str) else list(stop)
+        ids = self.prompt_ids(prompt, raw=raw)
+        timings = Timings()
+        chunks = self.generator.stream([ids], options, max_tokens, timings)
+        return self._stream(ids, chunks, stops, timings)
+
+    def _stream(
+        self, ids: list[int], chunks: Iterator[np.ndarray], stops: list[str], timings: Timings
+    ) -> Pieces[str, None, Generation]:
+        answer = _Answer(self.tokenizer, self.eos_ids, stops)
+        for chunk in chunks:
+            piece = answer.push(chunk[0].tolist())
+            if piece:
+                yield piece
+            if answer.finished:
+                break
+        tail = answer.flush()
+        if tail:
+            yield tail
+        return Generation(
+            text=answer.text,
+            token_ids=answer.token_ids,
+            prompt_token_ids=ids,
+            finish_reason="stop" if answer.finished else "length",
+            timings=timings,
+        )
+
+    def generate(self, prompt: Prompt, **options: Any) -> Generation:
+        """Generate an answer; takes what `stream` takes."""
+        pieces = self.stream(prompt, **options)
+        while True:
+            try:
+                next(pieces)
+            except StopIteration as end:
+                return end.value
+
+    def generate_batch(
+        self, prompts: Sequence[Prompt], *, max_tokens: int = 256, raw: bool = False, **sampling: Any
+    ) -> list[Generation]:
+        """Answers to several prompts in one batch; all rows run until the last one ends."""
+        options = _sampling(sampling)
+        rows = [self.prompt_ids(p, raw=raw) for p in prompts]
+        answers = [_Answer(self.tokenizer, self.eos_ids, []) for _ in rows]
+        timings = Timings()
+        for chunk in self.generator.stream(rows, options, max_tokens, timings):
+            for answer, tokens in zip(answers, chunk, strict=True):
+                answer.push(tokens.tolist())
+            if all(a.finished for a in answers):
+                break
+        for answer in answers:
+            answer.flush()
+        return [
+            Generation(
+                text=a.text,
+                token_ids=a.token_ids,
+                prompt_token_ids=ids,
+                finish_reason="stop" if a.finished else "length",
+                timings=timings,
+            )
+            for a, ids in zip(answers, rows, strict=True)
+        ]
+
+    def leaf(self, path: str) -> np.ndarray:
+        """One parameter by its unstacked path (`layers.3.mlp.down`), in canonical form on the host."""
+        definition = layer_paths(self.spec)[path]
+        *parents, name = path.split(".")
+        if parents[0] != "layers":
+            return np.asarray(self.params[parents[0]][name])
+        layer = int(parents[1])
+        segment = next(s for s in segments_of(self.params["layers"]) if s.start <= layer < s.stop)
+        tree = layer_tree(segment, self.params["layers"][segment.key], layer, lambda a, i: a[i])
+        leaves = tree[parents[2]]
+        if name in leaves:
+            return np.asarray(leaves[name])
+        return np.ascontiguousarray(_unfuse(self.spec, path, leaves, definition))
+
+    def save(self, directory: str | Path) -> None:
+        """Write the Hugging Face layout: config.json, safetensors, tokenizer. Loads back bit-equal.
+
+        Raises:
+          UnsupportedError: no public config can say this spec; CapacityError: no space.
+        """
+        directory = Path(directory)
+        save_checkpoint(directory, self.spec, self.leaf, dtype=self.policy.param_dtype, eos_ids=self.eos_ids)
+        if self.tokenizer is not None:
+            self.tokenizer.save(directory)
+
+
+def _unfuse(spec: ModelSpec, path: str, leaves: Any, definition: Any) -> np.ndarray:
+    """The part of a fused leaf that a path names."""
+    parent, _, name = path.rpartition(".")
+    stem, bias = (name.removesuffix("_bias"), "_bias") if name.endswith("_bias") else (name, "")
+    fused = next(f for f, parts in FUSED.items() if stem in parts)
+    dim, start = fused_dim(definition), 0
+    for part in FUSED[fused]:
+        size = layer_paths(spec)[f"{parent}.{part}{bias}"].shape[dim]
+        if part == stem:
+            whole = np.asarray(leaves[fused + bias])
+            return np.take(whole, range(start, start + size), axis=dim)
+        start += size
+    raise ConfigError(f"{path} is no part of {fused}")
+
+
+def _sampling(options: dict[str, Any]) -> Sampling:
+    known = {f.name for f in dataclasses.fields(Sampling)}
+    for name in options:
+        require(name in known, f"unknown option {name!r}; {nearest(name, known)}")
+    return Sampling(**options)
+
+
+class _Answer:
+    """Tokens of one row until it ends, and their text."""
+
+    def __init__(self, tokenizer: Tokenizer | None, eos_ids: Sequence[int], stops: list[str]):
+        require(tokenizer is not None or not stops, "stop strings need a tokenizer")
+        self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer)
+        self._matcher = StopMatcher(stops)
+        self._eos = frozenset(eos_ids)
+        self.token_ids: list[int] = []
+        self.text = ""
+        self.finished = False
+
+    def push(self, tokens: Sequence[int]) -> str:
+        """Take new tokens; the text that is certain by now. Those after the end are dropped."""
+        piece = ""
+        for token in tokens:
+            if self.finished:
+                break
+            self.token_ids.append(token)
+            self.finished = token in self._eos
+            if self._detokenizer is not None and not self.finished:
+                piece += self._emit(self._detokenizer.push(token))
+        return piece
+
+    def _emit(self, text: str) -> str:
+        piece, stopped = self._matcher.push(text)
+        self.finished = self.finished or stopped
+        self.text += piece
+        return piece
+
+    def flush(self) -> str:
+        """What was held back."""
+        if self._detokenizer is None:
+            return ""
+        stopped_by_string = self.finished and self.token_ids[-1] not in self._eos
+        if stopped_by_string:
+            return ""
+        piece = self._emit(self._detokenizer.flush())
+        rest = self._matcher.flush()
+        self.text += rest
+        return piece + rest
+
+

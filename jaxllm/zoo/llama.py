@@ -1,0 +1,354 @@
+"""The Llama family: Llama 2 and 3, SmolLM2, Mistral, Qwen2. Pre-norm, GQA, half-split rope, SwiGLU."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxllm.core.config import to_dict
+from jaxllm.spec.mask import And, Causal, Mask, Window
+from jaxllm.spec.model import Block, Head, ModelSpec, sub
+from jaxllm.spec.ops import MLP, Attention, Norm
+from jaxllm.spec.rope import LinearScaling, Llama3Scaling, Rope, RopeScaling
+from jaxllm.zoo.table import ConfigReader, Entry, Family
+
+__all__ = ["FAMILY", "PRESETS"]
+
+_ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
+_IGNORED_KEYS = (
+    "_name_or_path",
+    "architectures",
+    "attention_dropout",
+    "bos_token_id",
+    "chunk_size_feed_forward",
+    "dtype",
+    "eos_token_id",
+    "hidden_dropout",
+    "id2label",
+    "initializer_range",
+    "is_encoder_decoder",
+    "is_llama_config",
+    "label2id",
+    "model_type",
+    "output_attentions",
+    "output_hidden_states",
+    "pad_token_id",
+    "pretraining_tp",
+    "problem_type",
+    "return_dict",
+    "rope_interleaved",
+    "torch_dtype",
+    "transformers.js_config",
+    "transformers_version",
+    "use_cache",
+)
+
+
+def _spec(
+    *, vocab: int, width: int, layers: int, context: int, eps: float, attn: Attention, mlp: MLP, tied: bool
+) -> ModelSpec:
+    norm = Norm(eps=eps)
+    block = Block(
+        name="G", subs=(sub("attn", attn, norm_in=norm), sub("mlp", mlp, norm_in=norm))
+    )
+    return ModelSpec(
+        vocab=vocab,
+        width=width,
+        blocks=(block,),
+        layers=f"G*{layers}",
+        context=context,
+        final_norm=norm,
+        head=Head(tied=tied),
+    )
+
+
+def _scaling(config: ConfigReader, data: Mapping[str, Any]) -> RopeScaling | None:
+    reader = ConfigReader(data, "rope_scaling")
+    kind = reader.take("rope_type", str, reader.take("type", str, "default"))
+    reader.ignore("rope_theta")
+    out: RopeScaling | None = None
+    if kind == "linear":
+        out = LinearScaling(factor=reader.take("factor", float))
+    elif kind == "llama3":
+        out = Llama3Scaling(
+            factor=reader.take("factor", float),
+            low_freq_factor=reader.take("low_freq_factor", float),
+            high_freq_factor=reader.take("high_freq_factor", float),
+            original_context=reader.take("original_max_position_embeddings", int),
+        )
+    elif kind != "default":
+        config.problem(f"rope_type {kind!r} is not supported here; default, linear and llama3 are")
+        return None
+    reader.finish()
+    return out
+
+
+def _rope(config: ConfigReader) -> Rope:
+    """Both dialects: `rope_parameters`, or `rope_theta` with `rope_scaling`."""
+    parameters = config.take("rope_parameters", dict, {})
+    scaling = config.take("rope_scaling", dict, {})
+    theta = config.take("rope_theta", float, parameters.get("rope_theta", 10_000.0))
+    return Rope(theta=float(theta), scaling=_scaling(config, parameters or scaling))
+
+
+def _window(config: ConfigReader, model_type: str) -> Mask:
+    """A sliding window of W keys counts the query's own."""
+    default = 4096 if model_type == "mistral" else None
+    window = config.take("sliding_window", int, default if not config.has("sliding_window") else None)
+    used = config.take("use_sliding_window", bool, False)
+    config.ignore("max_window_layers")
+    kinds = set(config.take("layer_types", list, []))
+    if kinds - {"full_attention", "sliding_attention"} or len(kinds) > 1:
+        config.problem(f"layer_types {sorted(map(str, kinds))} are not supported in this family")
+    if model_type == "mistral" and window:
+        return And(first=Causal(), second=Window(left=window - 1))
+    if used or "sliding_attention" in kinds:
+        config.problem("use_sliding_window is not supported for this model_type")
+    return Causal()
+
+
+def _read(config: ConfigReader) -> ModelSpec:
+    model_type = config.take("model_type", str)
+    width = config.take("hidden_size", int)
+    heads = config.take("num_attention_heads", int)
+    bias = config.take("attention_bias", bool, False)
+    activation = config.take("hidden_act", str, "silu")
+    if activation not in _ACTIVATIONS:
+        config.problem(f"hidden_act {activation!r} is unknown; {', '.join(_ACTIVATIONS)} are known")
+    config.ignore(*_IGNORED_KEYS)
+    values = dict(
+        vocab=config.take("vocab_size", int),
+        layers=config.take("num_hidden_layers", int),
+        context=config.take("max_position_embeddings", int, 2048),
+        eps=config.take("rms_norm_eps", float, 1e-6),
+        tied=config.take("tie_word_embeddings", bool, False),
+    )
+    parts = dict(
+        heads=heads,
+        kv_heads=config.take("num_key_value_heads", int, heads),
+        head_dim=config.take("head_dim", int, width // max(heads, 1)),
+        qkv_bias=bias or model_type == "qwen2",
+        out_bias=bias,
+        rope=_rope(config),
+        mask=_window(config, model_type),
+    )
+    mlp = dict(
+        width=config.take("intermediate_size", int), bias=config.take("mlp_bias", bool, False)
+    )
+    config.finish()
+    return _spec(
+        width=width,
+        attn=Attention(**parts),
+        mlp=MLP(activation=_ACTIVATIONS[activation], **mlp),  # pyright: ignore
+        **values,
+    )
+
+
+def _only_block(spec: ModelSpec) -> tuple[Attention, MLP, Norm] | None:
+    """The parts of a spec of this family's form, or None."""
+    subs = spec.blocks[0].subs
+    ops = [s.ops[0].op for s in subs]
+    if len(spec.blocks) != 1 or len(ops) != 2 or spec.layers != f"G*{spec.num_layers}":
+        return None
+    attn, mlp = ops
+    if not isinstance(attn, Attention) or not isinstance(mlp, MLP) or spec.final_norm is None:
+        return None
+    return attn, mlp, spec.final_norm
+
+
+def _model_type(attn: Attention) -> str:
+    if isinstance(attn.mask, And):
+        return "mistral"
+    return "qwen2" if attn.qkv_bias and not attn.out_bias else "llama"
+
+
+def _write(spec: ModelSpec) -> dict[str, Any] | None:
+    parts = _only_block(spec)
+    if parts is None:
+        return None
+    attn, mlp, norm = parts
+    model_type = _model_type(attn)
+    names = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}
+    config: dict[str, Any] = {
+        "architectures": [f"{names[model_type]}ForCausalLM"],
+        "model_type": model_type,
+        "vocab_size": spec.vocab,
+        "hidden_size": spec.width,
+        "intermediate_size": mlp.width,
+        "num_hidden_layers": spec.num_layers,
+        "num_attention_heads": attn.heads,
+        "num_key_value_heads": attn.kv_heads,
+        "head_dim": attn.head_dim,
+        "hidden_act": {v: k for k, v in _ACTIVATIONS.items() if k != "swish"}.get(mlp.activation),
+        "max_position_embeddings": spec.context,
+        "rms_norm_eps": norm.eps,
+        "tie_word_embeddings": spec.head.tied,
+        "rope_theta": attn.rope.theta if attn.rope else None,
+        "rope_scaling": _write_scaling(attn.rope),
+    }
+    if model_type == "llama":
+        config |= {"attention_bias": attn.out_bias, "mlp_bias": mlp.bias}
+    if isinstance(attn.mask, And) and isinstance(attn.mask.second, Window):
+        config["sliding_window"] = attn.mask.second.left + 1
+    if model_type == "qwen2":
+        config["use_sliding_window"] = False
+    return config
+
+
+def _write_scaling(rope: Rope | None) -> dict[str, Any] | None:
+    if rope is None or rope.scaling is None:
+        return None
+    data = to_dict(rope.scaling)
+    data["rope_type"] = data.pop("kind")
+    if "original_context" in data:
+        data["original_max_position_embeddings"] = data.pop("original_context")
+    return data
+
+
+def _entries(spec: ModelSpec, layer: str, tensors: Mapping[str, str], ends: Mapping[str, str]) -> list[Entry]:
+    """Entries of all layers from names within a layer, and those outside of layers."""
+    attn, mlp, _ = _only_block(spec) or (None, None, None)
+    biased = {f"attn.{n}" for n in "qkv"} if attn and attn.qkv_bias else set()
+    biased |= {"attn.o"} if attn and attn.out_bias else set()
+    biased |= {f"mlp.{n}" for n in ("gate", "up", "down")} if mlp and mlp.bias else set()
+    out = [Entry(ends["embed"], "embed.table", "plain"), Entry(ends["norm"], "final_norm.scale", "plain")]
+    if not spec.head.tied:
+        out.append(Entry(ends["head"], "head.kernel"))
+    for i in range(spec.num_layers):
+        for path, name in tensors.items():
+            stem, ours = layer.format(i) + name, f"layers.{i}.{path}"
+            if path.endswith("norm"):
+                out.append(Entry(f"{stem}.weight", f"{ours}.scale", "plain"))
+                continue
+            out.append(Entry(f"{stem}.weight", ours))
+            if path in biased:
+                out.append(Entry(f"{stem}.bias", f"{ours}_bias", "plain"))
+    return out
+
+
+def _names(spec: ModelSpec) -> list[Entry]:
+    tensors = {f"attn.{n}": f"self_attn.{n}_proj" for n in ("q", "k", "v", "o")}
+    tensors |= {f"mlp.{n}": f"mlp.{n}_proj" for n in ("gate", "up", "down")}
+    tensors |= {"attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
+    ends = {"embed": "model.embed_tokens.weight", "norm": "model.norm.weight", "head": "lm_head.weight"}
+    return _entries(spec, "model.layers.{}.", tensors, ends)
+
+
+def _gguf_names(spec: ModelSpec, architecture: str) -> list[Entry]:
+    """GGUF names; the architecture `llama` stores q and k for interleaved rope."""
+    tensors = {f"attn.{n}": f"attn_{n}" for n in "qkv"} | {"attn.o": "attn_output"}
+    tensors |= {f"mlp.{n}": f"ffn_{n}" for n in ("gate", "up", "down")}
+    tensors |= {"attn_norm": "attn_norm", "mlp_norm": "ffn_norm"}
+    ends = {"embed": "token_embd.weight", "norm": "output_norm.weight", "head": "output.weight"}
+    entries = _entries(spec, "blk.{}.", tensors, ends)
+    if architecture != "llama":
+        return entries
+    rotary = ("attn.q", "attn.k", "attn.q_bias", "attn.k_bias")
+    return [
+        Entry(e.disk, e.path, "interleaved") if e.path.endswith(rotary) else e for e in entries
+    ]
+
+
+_GGUF_IGNORED = (
+    "rope.dimension_count",
+    "attention.sliding_window",
+    "tensor_data_layout",
+    "rope.scaling.attn_factor",
+    "rope.scaling.finetuned",
+    "attention.layer_norm_epsilon",
+    "expert_count",
+    "expert_used_count",
+)
+
+
+def _read_gguf(config: ConfigReader, tensors: Mapping[str, Any]) -> ModelSpec:
+    """Keys below `<architecture>.`, read through a reader whose names lack that prefix."""
+    width = config.take("embedding_length", int)
+    heads = config.take("attention.head_count", int)
+    head_dim = config.take("attention.key_length", int, width // max(heads, 1))
+    if config.take("attention.value_length", int, head_dim) != head_dim:
+        config.problem("attention.value_length differs from attention.key_length")
+    if config.take("expert_count", int, 0):
+        config.problem("expert_count > 0: experts are not supported in this family")
+    if config.take("rope.dimension_count", int, head_dim) != head_dim:
+        config.problem("rope.dimension_count differs from the head width")
+    config.ignore(*_GGUF_IGNORED)
+    table = tensors["token_embd.weight"].shape if "token_embd.weight" in tensors else (1,)
+    values = dict(
+        vocab=config.take("vocab_size", int, table[0]),
+        layers=config.take("block_count", int),
+        context=config.take("context_length", int),
+        eps=_short(config.take("attention.layer_norm_rms_epsilon", float)),
+        tied="output.weight" not in tensors,
+    )
+    parts = dict(
+        heads=heads,
+        kv_heads=config.take("attention.head_count_kv", int, heads),
+        head_dim=head_dim,
+        qkv_bias="blk.0.attn_q.bias" in tensors,
+        out_bias="blk.0.attn_output.bias" in tensors,
+        rope=Rope(
+            theta=_short(config.take("rope.freq_base", float, 10_000.0)),
+            scaling=_gguf_scaling(config, tensors),
+        ),
+    )
+    mlp = MLP(
+        width=max(config.take("feed_forward_length", int), 1), bias="blk.0.ffn_down.bias" in tensors
+    )
+    config.finish()
+    return _spec(width=width, attn=Attention(**parts), mlp=mlp, **values)
+
+
+def _short(value: float) -> float:
+    """GGUF keeps float32: the shortest decimal that means the same, 1e-05 and not 9.99999974e-06."""
+    return float(str(np.float32(value)))
+
+
+def _gguf_scaling(config: ConfigReader, tensors: Mapping[str, Any]) -> RopeScaling | None:
+    kind = config.take("rope.scaling.type", str, "none")
+    factor = config.take("rope.scaling.factor", float, config.take("rope.scale_linear", float, 1.0))
+    config.ignore("rope.scaling.original_context_length")
+    if "rope_freqs.weight" in tensors:
+        config.problem("rope_freqs.weight (llama3 scaling in GGUF) is not supported; use the safetensors")
+    if kind not in ("none", "linear"):
+        config.problem(f"rope.scaling.type {kind!r} is not supported here; none and linear are")
+    return LinearScaling(factor=factor) if factor > 1 and math.isfinite(factor) else None
+
+
+FAMILY = Family(
+    model_types=("llama", "mistral", "qwen2"),
+    architectures=("llama", "qwen2"),
+    read=_read,
+    write=_write,
+    names=_names,
+    read_gguf=_read_gguf,
+    gguf_names=_gguf_names,
+    ignored=("*.rotary_emb.inv_freq",),
+)
+
+PRESETS: dict[str, ModelSpec] = {
+    "llama-3.2-1b": _spec(
+        vocab=128_256,
+        width=2048,
+        layers=16,
+        context=131_072,
+        eps=1e-5,
+        attn=Attention(
+            heads=32,
+            kv_heads=8,
+            head_dim=64,
+            rope=Rope(
+                theta=5e5,
+                scaling=Llama3Scaling(
+                    factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=8192
+                ),
+            ),
+        ),
+        mlp=MLP(width=8192),
+        tied=True,
+    ),
+}
+"""Shapes for benchmarks and random-weight runs."""

@@ -1,0 +1,247 @@
+"""From files to (spec, params): streams one tensor at a time into the layout of the run."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxllm.core import runtime
+from jaxllm.core.config import nearest
+from jaxllm.core.tree import Segment, flatten, unstacked_paths
+from jaxllm.errors import ConfigError, UnsupportedError, WeightsError
+from jaxllm.spec.model import ModelSpec
+from jaxllm.spec.table import FUSED, fused_dim, layer_paths, model_table
+from jaxllm.zoo.families import FAMILIES
+from jaxllm.zoo.gguf import open_gguf
+from jaxllm.zoo.reader import Reader, TensorInfo
+from jaxllm.zoo.safetensors import open_safetensors
+from jaxllm.zoo.safetensors_writer import write_safetensors
+from jaxllm.zoo.table import ConfigReader, Entry, Family
+
+__all__ = ["Checkpoint", "open_checkpoint", "read_arrays", "save_checkpoint", "source_hash"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """An opened source: what the model is, and where each of its tensors stands.
+
+    Attributes:
+      path: directory or file.
+      spec: the model.
+      reader: gives tensors by name.
+      entries: tensors on disk and the leaves they fill.
+      family: how its files are read.
+    """
+
+    path: Path
+    spec: ModelSpec
+    reader: Reader
+    entries: tuple[Entry, ...]
+    family: Family
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise WeightsError(f"{path}: is missing; a model directory holds config.json") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise WeightsError(f"{path}: is no JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise WeightsError(f"{path}: expected an object, found {type(data).__name__}")
+    return data
+
+
+def _family(kind: str, names: Callable[[Family], tuple[str, ...]], where: str) -> Family:
+    for family in FAMILIES.values():
+        if kind in names(family):
+            return family
+    known = [n for f in FAMILIES.values() for n in names(f)]
+    raise UnsupportedError(f"{where}: unknown architecture {kind!r}; {nearest(kind, known)}")
+
+
+def _open_gguf(path: Path) -> Checkpoint:
+    reader = open_gguf(path)
+    kind = str(reader.metadata.get("general.architecture"))
+    family = _family(kind, lambda f: f.architectures, f"{path}: general.architecture")
+    own = {
+        key.removeprefix(f"{kind}."): value
+        for key, value in reader.metadata.items()
+        if key.startswith(f"{kind}.")
+    }
+    spec = family.read_gguf(ConfigReader(own, str(path)), reader.tensors)
+    return Checkpoint(path, spec, reader, tuple(family.gguf_names(spec, kind)), family)
+
+
+def _open_directory(path: Path) -> Checkpoint:
+    config = _read_json(path / "config.json")
+    kind = str(config.get("model_type"))
+    family = _family(kind, lambda f: f.model_types, f"{path / 'config.json'}: model_type")
+    if "quantization_config" in config:
+        raise UnsupportedError(f"{path / 'config.json'}: quantization_config is not supported yet")
+    spec = family.read(ConfigReader(config, str(path / "config.json")))
+    return Checkpoint(path, spec, open_safetensors(path), tuple(family.names(spec)), family)
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Open a GGUF file or a Hugging Face directory, and account for every tensor in it.
+
+    Raises:
+      WeightsError: missing or damaged files; missing, misshapen or unknown tensors, all at once.
+      ConfigError: a config key that is missing, contradictory or unknown.
+      UnsupportedError: an architecture that no family reads.
+    """
+    checkpoint = _open_directory(path) if path.is_dir() else _open_gguf(path)
+    _check_tensors(checkpoint)
+    return checkpoint
+
+
+def _check_tensors(checkpoint: Checkpoint) -> None:
+    tensors, paths = checkpoint.reader.tensors, layer_paths(checkpoint.spec)
+    problems: list[str] = []
+    for entry in checkpoint.entries:
+        wanted = entry.disk_shape(paths[entry.path])
+        if entry.disk not in tensors:
+            problems.append(f"{entry.disk} is missing")
+        elif tensors[entry.disk].shape != wanted:
+            problems.append(f"{entry.disk} has shape {tensors[entry.disk].shape}, not {wanted}")
+        elif tensors[entry.disk].dtype in ("I64", "I32", "I16", "I8", "U8", "BOOL"):
+            problems.append(f"{entry.disk} has dtype {tensors[entry.disk].dtype}, not a float")
+    used = {entry.disk for entry in checkpoint.entries}
+    ignored = [*checkpoint.family.ignored]
+    if checkpoint.spec.head.tied:
+        ignored.append("lm_head.weight")
+    for name in tensors:
+        if name not in used and not any(fnmatch.fnmatchcase(name, g) for g in ignored):
+            problems.append(f"{name} is used by nothing")
+    if problems:
+        more = f"; and {len(problems) - 6} more" if len(problems) > 6 else ""
+        raise WeightsError(f"{checkpoint.path}: {'; '.join(problems[:6])}{more}")
+
+
+def read_arrays(
+    checkpoint: Checkpoint,
+    *,
+    dtype: Any,
+    segments: tuple[Segment, ...],
+    fused: bool,
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield (dotted path, host array) of every leaf in the run's layout, one at a time.
+
+    At any moment one leaf and one source tensor are in memory.
+
+    Args:
+      checkpoint: the source.
+      dtype: numpy dtype of the leaves.
+      segments: how layers are stacked.
+      fused: query/key/value and gate/up as one matrix each.
+    """
+    sources = {entry.path: entry for entry in checkpoint.entries}
+    for path, definition in flatten(model_table(checkpoint.spec, segments, fused)):
+        layers = unstacked_paths(path)
+        stacked = len(layers) > 1 or definition.axes[0] == "layers"
+        out = np.empty(definition.shape, dtype)
+        for i, layer in enumerate(layers):
+            _fill(checkpoint, sources, layer, out[i] if stacked else out)
+        yield path, out
+
+
+def _fill(
+    checkpoint: Checkpoint, sources: dict[str, Entry], path: str, out: np.ndarray
+) -> None:
+    """Fill the place of one unstacked (possibly fused) leaf."""
+    paths = layer_paths(checkpoint.spec)
+    parent, _, name = path.rpartition(".")
+    stem, bias = (name.removesuffix("_bias"), "_bias") if name.endswith("_bias") else (name, "")
+    if stem not in FUSED:
+        parts = [path]
+    else:
+        parts = [f"{parent}.{part}{bias}" for part in FUSED[stem]]
+    start = 0
+    for part in parts:
+        definition = paths[part]
+        array = checkpoint.reader.read(sources[part].disk)
+        array = sources[part].to_ours(array, definition)
+        if len(parts) == 1:
+            out[...] = array.astype(out.dtype, copy=False)
+            return
+        dim = out.ndim + fused_dim(definition)
+        place = [slice(None)] * out.ndim
+        place[dim] = slice(start, start + definition.shape[dim])
+        out[tuple(place)] = array
+        start += definition.shape[dim]
+
+
+def save_checkpoint(
+    directory: Path,
+    spec: ModelSpec,
+    read: Callable[[str], np.ndarray],
+    *,
+    dtype: str,
+    eos_ids: tuple[int, ...] = (),
+) -> None:
+    """Write config.json and safetensors in the Hugging Face layout; `read` gives unstacked leaves.
+
+    Args:
+      directory: made if absent; config.json is written last.
+      spec: the model.
+      read: unstacked path -> canonical host array.
+      dtype: name of the arrays' dtype, for the config and the header.
+      eos_ids: tokens that end generation.
+
+    Raises:
+      UnsupportedError: no family can say this spec.
+    """
+    for family in FAMILIES.values():
+        config = family.write(spec)
+        if config is not None and _same_spec(family, config, spec):
+            break
+    else:
+        raise UnsupportedError("no public family's config.json can say this spec")
+    paths = layer_paths(spec)
+    tag = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}[dtype]
+    width = 4 if tag == "F32" else 2
+
+    def tensor(entry: Entry) -> tuple[str, TensorInfo, Callable[[], np.ndarray]]:
+        shape = entry.disk_shape(paths[entry.path])
+        info = TensorInfo(shape, tag, int(np.prod(shape)) * width)
+        return entry.disk, info, lambda: entry.to_disk(read(entry.path), shape)
+
+    directory.mkdir(parents=True, exist_ok=True)
+    write_safetensors(directory, map(tensor, family.names(spec)), metadata={"format": "pt"})
+    config["torch_dtype"] = dtype
+    if eos_ids:
+        config["eos_token_id"] = eos_ids[0] if len(eos_ids) == 1 else list(eos_ids)
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _same_spec(family: Family, config: dict[str, Any], spec: ModelSpec) -> bool:
+    try:
+        return family.read(ConfigReader(config, "config")) == spec
+    except ConfigError:
+        return False
+
+
+def source_hash(checkpoint: Checkpoint) -> str:
+    """SHA-256 over the source's files; remembered by path, size and time, so that a start is quick."""
+    files = [*checkpoint.reader.files]
+    if checkpoint.path.is_dir():
+        files.append(checkpoint.path / "config.json")
+    stamps = [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+    key = hashlib.sha256(json.dumps(stamps).encode()).hexdigest()
+    memo = runtime.weights_dir() / f"source-{key[:32]}.sha256"
+    if memo.exists():
+        return memo.read_text().strip()
+    hasher = hashlib.sha256()
+    for path in sorted(files):
+        with open(path, "rb") as file:
+            hasher.update(hashlib.file_digest(file, "sha256").digest())
+    memo.write_text(hasher.hexdigest())
+    return hasher.hexdigest()

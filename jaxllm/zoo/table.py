@@ -1,0 +1,145 @@
+"""How a family is described: config reading that accounts for every key, and invertible weight names."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import numpy as np
+
+from jaxllm.errors import ConfigError
+from jaxllm.spec.model import ModelSpec
+from jaxllm.spec.table import ParamDef
+
+__all__ = ["ConfigReader", "Entry", "Family", "Form"]
+
+Form = Literal["linear", "plain", "interleaved"]
+_MISSING = object()
+
+
+class ConfigReader:
+    """A config's keys, each of which must be taken or ignored; problems are raised all at once."""
+
+    def __init__(self, data: Mapping[str, Any], where: str):
+        self._data = data
+        self._where = where
+        self._seen: set[str] = set()
+        self._problems: list[str] = []
+
+    def take(self, key: str, kind: type, default: Any = _MISSING) -> Any:
+        """The value of a key; null counts as absent. A wrong type or a missing key is a problem."""
+        self._seen.add(key)
+        value = self._data.get(key)
+        if value is None:
+            if default is not _MISSING:
+                return default
+            self.problem(f"{key} is missing")
+            return kind(1)
+        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            self.problem(f"{key} is {value!r}; it must be of type {kind.__name__}")
+            return kind(1) if default is _MISSING else default
+        if kind in (int, float) and not (value >= 0 and math.isfinite(value) and value < 2**48):
+            self.problem(f"{key} is {value!r}; it must be finite and not negative")
+            return kind(1)
+        return value
+
+    def has(self, key: str) -> bool:
+        """Whether the config names a key, be it null."""
+        return key in self._data
+
+    def ignore(self, *keys: str) -> None:
+        """Keys that do not change what the model computes at inference."""
+        self._seen.update(keys)
+
+    def problem(self, message: str) -> None:
+        """Remember a problem; `finish` raises all of them."""
+        self._problems.append(message)
+
+    def finish(self) -> None:
+        """Raise if there was a problem or a key that nobody asked for.
+
+        Raises:
+          ConfigError: names the file and every problem.
+        """
+        unknown = [key for key in self._data if key not in self._seen]
+        for key in unknown:
+            near = difflib.get_close_matches(key, self._seen, 1)
+            hint = f" (nearest known: {near[0]})" if near else ""
+            self._problems.append(f"unknown key {key!r}{hint}")
+        if self._problems:
+            shown = "; ".join(self._problems[:8])
+            more = f"; and {len(self._problems) - 8} more" if len(self._problems) > 8 else ""
+            raise ConfigError(f"{self._where}: {shown}{more}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A tensor on disk, the unstacked path that it fills, and how the two are laid out.
+
+    Forms: `plain` is a reshape; `linear` is [out, in] on disk and [*in, *out] here; `interleaved` is
+    `linear` (or a bias) whose rotary rows are paired 2i, 2i + 1 on disk and i, i + H/2 here.
+    """
+
+    disk: str
+    path: str
+    form: Form = "linear"
+
+    def disk_shape(self, definition: ParamDef) -> tuple[int, ...]:
+        """The shape on disk: matrices [out, in] with heads folded, vectors flat, tables as they are."""
+        if not definition.std:
+            return (definition.size,)
+        if not definition.inputs:
+            return definition.shape
+        fan_in = math.prod(definition.shape[: definition.inputs])
+        return (definition.size // fan_in, fan_in)
+
+    def to_ours(self, array: np.ndarray, definition: ParamDef) -> np.ndarray:
+        """From disk to the canonical leaf."""
+        if self.form == "interleaved":
+            head_dim = definition.shape[-1]
+            paired = array.reshape(-1, head_dim // 2, 2, *array.shape[1:])
+            array = paired.swapaxes(1, 2).reshape(array.shape)
+        if self.form != "plain" and array.ndim == 2:
+            array = array.T
+        return array.reshape(definition.shape)
+
+    def to_disk(self, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        """From the canonical leaf to disk; the inverse of `to_ours`."""
+        if self.form != "plain" and len(shape) == 2:
+            out = array.reshape(shape[1], shape[0]).T
+        else:
+            out = array.reshape(shape)
+        if self.form == "interleaved":
+            halves = out.reshape(-1, 2, array.shape[-1] // 2, *out.shape[1:])
+            out = halves.swapaxes(1, 2).reshape(out.shape)
+        return np.ascontiguousarray(out)
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A public family: how its files are read and written.
+
+    Attributes:
+      model_types: values of `model_type` in config.json.
+      architectures: values of `general.architecture` in GGUF.
+      read: config.json -> spec.
+      write: spec -> config.json, or None where the family cannot say it.
+      names: spec -> entries of the Hugging Face layout.
+      read_gguf: GGUF metadata -> spec.
+      gguf_names: (spec, architecture) -> entries of the GGUF layout.
+      ignored: globs of tensors that carry nothing the model needs.
+    """
+
+    model_types: tuple[str, ...]
+    architectures: tuple[str, ...]
+    read: Callable[[ConfigReader], ModelSpec]
+    write: Callable[[ModelSpec], dict[str, Any] | None]
+    names: Callable[[ModelSpec], list[Entry]]
+    read_gguf: Callable[[ConfigReader, Mapping[str, Any]], ModelSpec]
+    gguf_names: Callable[[ModelSpec, str], list[Entry]]
+    ignored: tuple[str, ...] = ()
