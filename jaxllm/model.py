@@ -169,9 +169,13 @@ class Model:
         if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer) or 0 in ids.shape:
             raise ShapeError(f"tokens are integers [B, T], found {ids.dtype} {ids.shape}")
         if ids.min() < 0 or ids.max() >= self.spec.vocab:
-            raise ShapeError(f"token ids are in 0..{self.spec.vocab - 1}, found {ids.min()}..{ids.max()}")
+            raise ShapeError(
+                f"token ids are in 0..{self.spec.vocab - 1}, found {ids.min()}..{ids.max()}"
+            )
         if ids.shape[1] > self.spec.context:
-            raise ShapeError(f"{ids.shape[1]} tokens exceed the model's context of {self.spec.context}")
+            raise ShapeError(
+                f"{ids.shape[1]} tokens exceed the model's context of {self.spec.context}"
+            )
         return ids.astype(np.int32)
 
     def prompt_ids(self, prompt: Prompt, *, raw: bool = False) -> list[int]:
@@ -188,7 +192,9 @@ class Model:
         if not isinstance(prompt, str) and all(isinstance(i, (int, np.integer)) for i in prompt):
             ids = [int(i) for i in prompt]
             if ids and not 0 <= min(ids) <= max(ids) < self.spec.vocab:
-                raise ShapeError(f"token ids are in 0..{self.spec.vocab - 1}, found {min(ids)}..{max(ids)}")
+                raise ShapeError(
+                    f"token ids are in 0..{self.spec.vocab - 1}, found {min(ids)}..{max(ids)}"
+                )
         elif self.tokenizer is None:
             raise ConfigError("this model has no tokenizer: give token ids")
         elif isinstance(prompt, str):
@@ -262,7 +268,12 @@ class Model:
                 return end.value
 
     def generate_batch(
-        self, prompts: Sequence[Prompt], *, max_tokens: int = 256, raw: bool = False, **sampling: Any
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        max_tokens: int = 256,
+        raw: bool = False,
+        **sampling: Any,
     ) -> list[Generation]:
         """Answers to several prompts in one batch; all rows run until the last one ends."""
         options = _sampling(sampling)
@@ -308,7 +319,9 @@ class Model:
           UnsupportedError: no public config can say this spec; CapacityError: no space.
         """
         directory = Path(directory)
-        save_checkpoint(directory, self.spec, self.leaf, dtype=self.policy.param_dtype, eos_ids=self.eos_ids)
+        save_checkpoint(
+            directory, self.spec, self.leaf, dtype=self.policy.param_dtype, eos_ids=self.eos_ids
+        )
         if self.tokenizer is not None:
             self.tokenizer.save(directory)
 
@@ -376,5 +389,3 @@ class _Answer:
         rest = self._matcher.flush()
         self.text += rest
         return piece + rest
-
-

@@ -15,13 +15,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["Params", "Path", "State"]
+__all__ = ["Params", "Path", "Slot", "State"]
 
 Params = Mapping[str, Any]
 """Nested dict of leaves: plain arrays, `QArray`s or `AdaptedWeight`s."""
 
 State = Any
 """What the model remembers of its sequences: a pytree shaped by the layers, or None in training."""
+
+Slot = Any
+"""A field of a pytree node: an array, or in its place a tracer, a `ShapeDtypeStruct`, a sharding or a
+tuple of axis names, since trees of all of these take the node's form. Its docstring gives the shape."""
 
 Path = str
 """Dotted path of a leaf with unstacked layer numbers, for example `layers.3.mlp.down`."""

@@ -64,9 +64,7 @@ def signature(args: Any) -> list[Any]:
     import jax
 
     leaves, structure = jax.tree.flatten(args)
-    rows = [
-        [list(x.shape), str(x.dtype), str(getattr(x, "sharding", None))] for x in leaves
-    ]
+    rows = [[list(x.shape), str(x.dtype), str(getattr(x, "sharding", None))] for x in leaves]
     return [str(structure), rows]
 
 

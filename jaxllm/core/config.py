@@ -7,6 +7,7 @@ import difflib
 import functools
 import types
 import typing
+from collections.abc import Iterable
 from typing import Any
 
 from jaxllm.errors import ConfigError
@@ -20,7 +21,7 @@ def require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
-def nearest(word: str, allowed: typing.Iterable[str]) -> str:
+def nearest(word: str, allowed: Iterable[str]) -> str:
     """Text that names the nearest allowed word and then all of them."""
     names = sorted(allowed)
     close = difflib.get_close_matches(word, names, n=1)
@@ -63,7 +64,8 @@ def from_dict(cls: Any, data: Any, where: str = "config") -> Any:
         kinds = [args[0]] * len(data) if args[-1] is Ellipsis else args
         require(len(kinds) == len(data), f"{where}: expected {len(kinds)} items, found {len(data)}")
         return tuple(
-            from_dict(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(kinds, data, strict=True))
+            from_dict(k, v, f"{where}[{i}]")
+            for i, (k, v) in enumerate(zip(kinds, data, strict=True))
         )
     if origin is typing.Literal:
         require(data in args, f"{where}: {data!r} is not one of {', '.join(map(str, args))}")

@@ -21,7 +21,9 @@ def parse_mesh(text: str) -> dict[str, int]:
     for part in filter(None, text.split(",")):
         name, _, size = part.partition("=")
         require(name in AXES, f"mesh {text!r}: unknown axis {name!r}; {nearest(name, AXES)}")
-        require(size.isdecimal() and int(size) > 0, f"mesh {text!r}: write {name}=2, found {part!r}")
+        require(
+            size.isdecimal() and int(size) > 0, f"mesh {text!r}: write {name}=2, found {part!r}"
+        )
         sizes[name] = int(size)
     return sizes
 

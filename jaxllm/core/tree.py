@@ -45,8 +45,15 @@ class Segment:
     stacked: bool = True
 
     def __post_init__(self) -> None:
-        if self.start < 0 or self.unit < 1 or (self.stop - self.start) % self.unit or self.repeats < 1:
-            raise ConfigError(f"layers {self.start}:{self.stop} are no repeats of a unit of {self.unit}")
+        if (
+            self.start < 0
+            or self.unit < 1
+            or (self.stop - self.start) % self.unit
+            or self.repeats < 1
+        ):
+            raise ConfigError(
+                f"layers {self.start}:{self.stop} are no repeats of a unit of {self.unit}"
+            )
 
     @property
     def repeats(self) -> int:
@@ -113,9 +120,7 @@ def map_leaves(function: Callable[[str, Any], Any], tree: Any, prefix: str = "")
     """The same tree with `function(path, leaf)` in place of every leaf."""
     if not is_node(tree):
         return function(prefix, tree)
-    return {
-        k: map_leaves(function, v, f"{prefix}.{k}" if prefix else k) for k, v in tree.items()
-    }
+    return {k: map_leaves(function, v, f"{prefix}.{k}" if prefix else k) for k, v in tree.items()}
 
 
 def layer_tree(segment: Segment, tree: Any, layer: int, take: Callable[[Any, int], Any]) -> Any:
@@ -170,7 +175,9 @@ def restack(params: Mapping[str, Any], segments: tuple[Segment, ...]) -> dict[st
             continue
         places = []
         for place in range(segment.unit):
-            group = [single[str(i)] for i in range(segment.start + place, segment.stop, segment.unit)]
+            group = [
+                single[str(i)] for i in range(segment.start + place, segment.stop, segment.unit)
+            ]
             places.append(_stack_layers(group, segment))
         layers[segment.key] = (
             {str(i): p for i, p in enumerate(places)} if segment.unit > 1 else places[0]
@@ -219,7 +226,9 @@ def select(path: str, rules: tuple[str, ...]) -> bool:
     """
     hits = [any(fnmatch.fnmatchcase(p, r) for r in rules) for p in unstacked_paths(path)]
     if any(hits) and not all(hits):
-        raise ConfigError(f"rules {rules} take some layers of the stacked leaf {path!r}; unstack first")
+        raise ConfigError(
+            f"rules {rules} take some layers of the stacked leaf {path!r}; unstack first"
+        )
     return all(hits)
 
 

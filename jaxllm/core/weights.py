@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from jaxllm.core.config import nearest
 from jaxllm.errors import ConfigError, ShapeError
+from jaxllm.typing import Slot
 
 __all__ = [
     "AdaptedWeight",
@@ -44,9 +45,9 @@ class QArray:
       version: layout version of `values`; 1 is the logical order.
     """
 
-    values: jax.Array
-    scale: jax.Array
-    zero: jax.Array | None = None
+    values: Slot
+    scale: Slot
+    zero: Slot | None = None
     format: Literal["int8", "int4"] = dataclasses.field(default="int8", metadata={"static": True})
     axis: int = dataclasses.field(default=-1, metadata={"static": True})
     group: int = dataclasses.field(default=1, metadata={"static": True})
@@ -69,8 +70,8 @@ class AdaptedWeight:
     """
 
     base: Any
-    a: jax.Array
-    b: jax.Array
+    a: Slot
+    b: Slot
     scale: float = dataclasses.field(default=1.0, metadata={"static": True})
 
 

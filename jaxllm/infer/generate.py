@@ -98,18 +98,18 @@ class Generator:
           CapacityError: a prompt leaves no room for a token in the model's context.
         """
         timings = timings or Timings()
-        lengths = np.asarray([len(p) for p in prompts], np.int32)
+        lengths = [len(p) for p in prompts]
         self._check(lengths, max_tokens)
-        limit = min(max_tokens, self.setup.spec.context - int(lengths.max()))
+        limit = min(max_tokens, self.setup.spec.context - max(lengths))
         return _Run(self, prompts, lengths, sampling, limit, timings).stream()
 
-    def _check(self, lengths: np.ndarray, max_tokens: int) -> None:
+    def _check(self, lengths: list[int], max_tokens: int) -> None:
         context = self.setup.spec.context
         require(max_tokens >= 1, f"max_tokens is at least 1, found {max_tokens}")
-        require(len(lengths) > 0 and lengths.min() > 0, "the prompt is empty; give at least one token")
-        if lengths.max() >= context:
+        require(bool(lengths) and min(lengths) > 0, "the prompt is empty; give at least one token")
+        if max(lengths) >= context:
             raise CapacityError(
-                f"the prompt has {lengths.max()} tokens; the model's context of {context} tokens "
+                f"the prompt has {max(lengths)} tokens; the model's context of {context} tokens "
                 "must hold the prompt and at least one more"
             )
 
@@ -121,7 +121,7 @@ class _Run:
         self,
         generator: Generator,
         prompts: Sequence[Sequence[int]],
-        lengths: np.ndarray,
+        lengths: list[int],
         sampling: Sampling,
         limit: int,
         timings: Timings,
@@ -140,7 +140,7 @@ class _Run:
 
     def stream(self) -> Iterator[np.ndarray]:
         timings, start = self.timings, time.perf_counter()
-        timings.prompt_tokens += int(self.lengths.sum())
+        timings.prompt_tokens += sum(self.lengths)
         self._prefill()
         first = np.asarray(self.tail.tokens)[:, None]
         begun = time.perf_counter()
@@ -166,7 +166,7 @@ class _Run:
     def _prefill(self) -> None:
         """Fresh bucket first; what is longer than the longest bucket follows in chunks."""
         setup, params = self.generator.setup, self.generator.params
-        longest = int(self.lengths.max())
+        longest = max(self.lengths)
         self.capacity = bucket(longest + min(self.limit, 128), 256)
         start = 0
         while start < longest:
@@ -210,7 +210,7 @@ class _Run:
     def _decode(self) -> Any:
         """One call: `tokens_per_call` tokens a row, as a device array."""
         count = self.generator.tokens_per_call
-        self._reserve(int(self.lengths.max()) + self.done + count)
+        self._reserve(max(self.lengths) + self.done + count)
         self.done += count
         program = programs.decode(
             self.generator.setup,
@@ -226,5 +226,3 @@ class _Run:
 
     done = 0
     """Tokens decoded so far, those not yet read included."""
-
-

@@ -68,12 +68,12 @@ def run_policy(dtype: str | None = None, *, mesh: Any = None, **changes: Any) ->
     kind = default_dtype(platform) if dtype is None else dtype
     dtype_of(kind)
     single = mesh is None and platform != "tpu"
-    base = dict(
-        param_dtype=kind,
-        compute_dtype=kind,
-        layout="unrolled" if single else "scan",
-        fused=single,
-    )
+    base = {
+        "param_dtype": kind,
+        "compute_dtype": kind,
+        "layout": "unrolled" if single else "scan",
+        "fused": single,
+    }
     return Policy(**(base | changes))  # pyright: ignore[reportArgumentType]
 
 
@@ -121,7 +121,7 @@ def open_source(
 
 
 def _layout(policy: Policy, segments: tuple[Segment, ...]) -> dict[str, Any]:
-    return dict(dtype=dtype_of(policy.param_dtype), segments=segments, fused=policy.fused)
+    return {"dtype": dtype_of(policy.param_dtype), "segments": segments, "fused": policy.fused}
 
 
 def _opened(
@@ -170,9 +170,7 @@ def _place_stream(
 ) -> Any:
     """Arrays straight to their (sharded) place, one at a time."""
     table = dict(flatten(model_table(spec, run_segments(spec, policy), policy.fused)))
-    return unflatten(
-        {p: jax.device_put(a, _sharding(table[p], policy, mesh)) for p, a in arrays}
-    )
+    return unflatten({p: jax.device_put(a, _sharding(table[p], policy, mesh)) for p, a in arrays})
 
 
 def _place(spec: ModelSpec, tree: Any, policy: Policy, mesh: Any) -> Any:

@@ -23,6 +23,7 @@ from jaxllm.infer.sampling import Mode, Sampling
 from jaxllm.ops.sampling import History
 from jaxllm.spec.model import ModelSpec
 from jaxllm.state.dense import dense_state, state_axes
+from jaxllm.typing import Slot
 
 __all__ = ["Setup", "Tail", "bucket", "decode", "grow", "logits", "prefill", "score"]
 
@@ -43,8 +44,8 @@ class Tail:
       history: tokens seen, for penalties; None where there are none.
     """
 
-    tokens: jax.Array
-    positions: jax.Array
+    tokens: Slot
+    positions: Slot
     history: History | None = None
 
 
@@ -146,7 +147,7 @@ def prefill(
     Fresh: (params, ids [B, T], lengths [B], rows) -> (state, tail). Otherwise the state and tail of
     the tokens before come after `params` and are donated.
     """
-    depends = dict(length=length, capacity=capacity, mode=mode, fresh=fresh)
+    depends = {"length": length, "capacity": capacity, "mode": mode, "fresh": fresh}
 
     def build() -> Any:
         from jaxllm.infer.steps import prefill_step
@@ -174,7 +175,7 @@ def decode(setup: Setup, *, batch: int, capacity: int, mode: Mode, tokens: int) 
         f"decode-{mode}-b{batch}-n{tokens}-s{capacity}",
         build,
         (setup.params, state, tail, setup.rows(batch)),
-        depends=dict(mode=mode, tokens=tokens),
+        depends={"mode": mode, "tokens": tokens},
         donate=(1, 2),
         out=(state, tail, setup.ints(batch, tokens)),
     )
@@ -192,7 +193,7 @@ def grow(setup: Setup, *, batch: int, capacity: int, to: int) -> Program:
         f"grow-b{batch}-s{capacity}-to{to}",
         build,
         (setup.state(batch, capacity),),
-        depends=dict(to=to),
+        depends={"to": to},
         out=setup.state(batch, to),
     )
 

@@ -82,5 +82,5 @@ class Sampling:
             full(self.repetition_penalty, np.float32),
             full(self.presence_penalty, np.float32),
             full(self.frequency_penalty, np.float32),
-            seeds.astype(np.uint32),  # pyright: ignore
+            seeds.astype(np.uint32),
         )

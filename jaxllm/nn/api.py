@@ -110,16 +110,16 @@ def _leaf_axes(leaf: Any, axes: tuple[str | None, ...]) -> Any:
         lead = axes[:1] if axes[0] == "layers" else ()
         return AdaptedWeight(
             _leaf_axes(leaf.base, axes),
-            (*lead, *[None] * (leaf.a.ndim - len(lead))),  # pyright: ignore
-            (*lead, *[None] * (leaf.b.ndim - len(lead))),  # pyright: ignore
+            (*lead, *[None] * (leaf.a.ndim - len(lead))),
+            (*lead, *[None] * (leaf.b.ndim - len(lead))),
             scale=leaf.scale,
         )
     if isinstance(leaf, QArray):
         zero = None if leaf.zero is None else axes
         return QArray(
-            axes,  # pyright: ignore
-            axes,  # pyright: ignore
-            zero,  # pyright: ignore
+            axes,
+            axes,
+            zero,
             format=leaf.format,
             axis=leaf.axis,
             group=leaf.group,
@@ -152,5 +152,3 @@ def param_shardings(spec: ModelSpec, params: Any, mesh: Any, policy: Policy) -> 
         for a, x in zip(flat_axes, arrays, strict=True)
     ]
     return jax.tree.unflatten(structure, shardings)
-
-

@@ -43,7 +43,5 @@ class Attention(nn.Module):
             q = apply_rope(q, step.positions, op.rope)
             k = apply_rope(k, step.positions, op.rope)
         q = constrain(q, ("batch", "length", "heads", "head_dim"), policy.rules)
-        out, state = attend(
-            state, (q, k, v), step=step, op=op, implementation=policy.attention
-        )
+        out, state = attend(state, (q, k, v), step=step, op=op, implementation=policy.attention)
         return leaves.product("o", out, "BTNH,NHD->BTD"), state

@@ -16,6 +16,7 @@ from jaxllm.nn.stack import Carry, run
 from jaxllm.ops import linear
 from jaxllm.spec.model import ModelSpec
 from jaxllm.state.step import Step
+from jaxllm.typing import Slot
 
 __all__ = ["Aux", "Inputs", "decode", "embed", "logits"]
 
@@ -34,9 +35,9 @@ class Inputs:
       is_embed: [B, T] booleans or None; where to take `embeds`.
     """
 
-    ids: jax.Array
-    embeds: jax.Array | None = None
-    is_embed: jax.Array | None = None
+    ids: Slot
+    embeds: Slot | None = None
+    is_embed: Slot | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -50,9 +51,9 @@ class Aux:
       taps: path -> inputs of that matrix, or their Gram matrix.
     """
 
-    losses: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
-    stats: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
-    taps: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+    losses: dict[str, Slot] = dataclasses.field(default_factory=dict)
+    stats: dict[str, Slot] = dataclasses.field(default_factory=dict)
+    taps: dict[str, Slot] = dataclasses.field(default_factory=dict)
 
 
 def embed(spec: ModelSpec, params: Any, inputs: Inputs, step: Step, policy: Policy) -> jax.Array:

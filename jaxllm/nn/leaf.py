@@ -104,7 +104,9 @@ class Leaves:
             adapter_ids=self._adapter_ids,
         )
         bias = f"{name}_bias"
-        return y + self.vector(bias) if bias in self._table or self.has(bias) else y
+        if bias in self._table or self.has(bias):
+            y = y + linear.align(self.vector(bias), y)
+        return y
 
     def project(self, fused: str, x: jax.Array, equation: str) -> list[jax.Array]:
         """Several projections of one input, held as one matrix or apart.
@@ -125,5 +127,3 @@ class Leaves:
         sizes = [self._table[part].shape[dim] for part in parts]
         stops = [sum(sizes[:i]) for i in range(1, len(sizes))]
         return jnp.split(y, stops, axis=dim)
-
-

@@ -15,6 +15,7 @@ from jaxllm.errors import ConfigError
 from jaxllm.nn.block import Block
 from jaxllm.spec.model import ModelSpec
 from jaxllm.state.step import Step
+from jaxllm.typing import Slot
 
 __all__ = ["Carry", "Stack", "run"]
 
@@ -24,9 +25,9 @@ __all__ = ["Carry", "Stack", "run"]
 class Carry:
     """What passes from layer to layer: hidden states [B, T, D], the step, taps so far."""
 
-    hidden: jax.Array
+    hidden: Slot
     step: Step
-    taps: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+    taps: dict[str, Slot] = dataclasses.field(default_factory=dict)
 
 
 def _local_taps(policy: Policy, layer: int) -> frozenset[str]:
@@ -66,9 +67,7 @@ class _Unit(nn.Module):
             held = state
             if state is not None and self.segment.unit > 1:
                 held = state[str(place)]
-            module = block(
-                self.spec.block(layer), self.policy, wanted, name=str(place)
-            )
+            module = block(self.spec.block(layer), self.policy, wanted, name=str(place))
             x, (states[str(place)], taps[str(place)]) = module(x, step, held, key)
         return x, (None if state is None else states, taps)
 
@@ -111,7 +110,9 @@ class Stack(nn.Module):
                 wanted = _local_taps(self.policy, layer)
                 for local, value in found[str(place)].items():
                     if local in wanted:
-                        taps[_global_name(local, layer)] = value[repeat] if segment.stacked else value
+                        taps[_global_name(local, layer)] = (
+                            value[repeat] if segment.stacked else value
+                        )
 
 
 def _nest(segment: Segment, tree: Any) -> Any:
@@ -168,5 +169,7 @@ def run(
     stack = Stack(spec, policy, found)
     carry, new_state = stack.apply({"params": params}, carry, state)
     if new_state is not None:
-        new_state = {s.key: new_state[s.key] if s.unit > 1 else new_state[s.key]["0"] for s in found}
+        new_state = {
+            s.key: new_state[s.key] if s.unit > 1 else new_state[s.key]["0"] for s in found
+        }
     return carry, new_state

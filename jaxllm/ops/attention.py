@@ -60,9 +60,7 @@ def reference(
     return out.reshape(*out.shape[:2], -1, v.shape[-1])
 
 
-def _cudnn(
-    q: jax.Array, k: jax.Array, v: jax.Array, see: Visibility, *, scale: float
-) -> jax.Array:
+def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, see: Visibility, *, scale: float) -> jax.Array:
     """cuDNN's fused attention through `jax.nn.dot_product_attention`."""
     plain = see.query_segments is None and see.key_lengths is None
     structural = see.aligned and plain and isinstance(see.mask, Causal)

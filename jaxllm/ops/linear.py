@@ -10,7 +10,12 @@ import jax.numpy as jnp
 from jaxllm.core.weights import AdaptedWeight, QArray, dequantize
 from jaxllm.errors import ShapeError
 
-__all__ = ["dense", "einsum", "grouped", "take", "unembed"]
+__all__ = ["align", "dense", "einsum", "grouped", "take", "unembed"]
+
+
+def align(vector: jax.Array, x: jax.Array) -> jax.Array:
+    """A bias or scale with leading dims of 1, so that it has as many dims as x."""
+    return jax.lax.expand_dims(vector, range(x.ndim - vector.ndim))
 
 
 def dense(leaf: Any, dtype: Any) -> jax.Array:
@@ -85,9 +90,7 @@ def take(leaf: Any, ids: jax.Array, *, dtype: Any) -> jax.Array:
             raise ShapeError(f"an embedding table is grouped along its last dim, not {leaf.axis}")
         zero = None if leaf.zero is None else jnp.take(leaf.zero, ids, axis=0)
         rows = (jnp.take(a, ids, axis=0) for a in (leaf.values, leaf.scale))
-        return dequantize(
-            QArray(*rows, zero, format=leaf.format, axis=-1, group=leaf.group), dtype
-        )
+        return dequantize(QArray(*rows, zero, format=leaf.format, axis=-1, group=leaf.group), dtype)
     return jnp.take(leaf, ids, axis=0).astype(dtype)
 
 

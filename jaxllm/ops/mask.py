@@ -6,7 +6,8 @@ import dataclasses
 
 import jax
 
-from jaxllm.spec.mask import Mask, allowed
+from jaxllm.spec.mask import Causal, Mask, allowed
+from jaxllm.typing import Slot
 
 __all__ = ["Visibility", "visible"]
 
@@ -26,12 +27,12 @@ class Visibility:
       aligned: whether both positions are 0..T-1 in every row, so that structure alone says it all.
     """
 
-    query_positions: jax.Array
-    key_positions: jax.Array
-    query_segments: jax.Array | None = None
-    key_segments: jax.Array | None = None
-    key_lengths: jax.Array | None = None
-    mask: Mask = dataclasses.field(default=None, metadata={"static": True})  # pyright: ignore
+    query_positions: Slot
+    key_positions: Slot
+    query_segments: Slot | None = None
+    key_segments: Slot | None = None
+    key_lengths: Slot | None = None
+    mask: Mask = dataclasses.field(default=Causal(), metadata={"static": True})
     aligned: bool = dataclasses.field(default=False, metadata={"static": True})
 
 

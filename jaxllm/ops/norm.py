@@ -5,6 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from jaxllm.ops.linear import align
+
 __all__ = ["layer_norm", "rms_norm"]
 
 
@@ -15,7 +17,7 @@ def rms_norm(x: jax.Array, scale: jax.Array, *, eps: float, offset: float = 0.0)
     """
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
-    return (y * (scale.astype(jnp.float32) + offset)).astype(x.dtype)
+    return (y * align(scale.astype(jnp.float32) + offset, y)).astype(x.dtype)
 
 
 def layer_norm(
@@ -33,5 +35,7 @@ def layer_norm(
     y = x.astype(jnp.float32)
     y = y - jnp.mean(y, axis=-1, keepdims=True)
     y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
-    y = y * (scale.astype(jnp.float32) + offset)
-    return (y if bias is None else y + bias.astype(jnp.float32)).astype(x.dtype)
+    y = y * align(scale.astype(jnp.float32) + offset, y)
+    if bias is not None:
+        y = y + align(bias.astype(jnp.float32), y)
+    return y.astype(x.dtype)

@@ -41,7 +41,7 @@ def apply_rope(x: jax.Array, positions: jax.Array, rope: Rope) -> jax.Array:
     Pair (a, b) becomes (a cos - b sin, b cos + a sin). Source: arXiv 2104.09864.
     """
     freqs = frequencies(rope, x.shape[-1])
-    angles = positions[..., None].astype(jnp.float32) * freqs
+    angles = positions[..., None].astype(jnp.float32) * freqs[None, None]
     cos, sin = (f(angles)[:, :, None, :] for f in (jnp.cos, jnp.sin))
     dims = 2 * len(freqs)
     rotated, rest = x[..., :dims].astype(jnp.float32), x[..., dims:]

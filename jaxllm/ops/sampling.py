@@ -12,6 +12,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from jaxllm.typing import Slot
+
 __all__ = ["History", "SamplingRows", "penalize", "remember", "sample"]
 
 
@@ -31,14 +33,14 @@ class SamplingRows:
       seed: uint32.
     """
 
-    temperature: jax.Array
-    top_k: jax.Array
-    top_p: jax.Array
-    min_p: jax.Array
-    repetition: jax.Array
-    presence: jax.Array
-    frequency: jax.Array
-    seed: jax.Array
+    temperature: Slot
+    top_k: Slot
+    top_p: Slot
+    min_p: Slot
+    repetition: Slot
+    presence: Slot
+    frequency: Slot
+    seed: Slot
 
 
 @jax.tree_util.register_dataclass
@@ -46,8 +48,8 @@ class SamplingRows:
 class History:
     """Which tokens a row has seen: prompt [B, V] booleans, answer [B, V] counts."""
 
-    prompt: jax.Array
-    answer: jax.Array
+    prompt: Slot
+    answer: Slot
 
 
 def remember(history: History, tokens: jax.Array) -> History:
@@ -65,8 +67,8 @@ def penalize(logits: jax.Array, rows: SamplingRows, history: History) -> jax.Arr
     factor = rows.repetition[:, None]
     repeated = jnp.where(logits > 0, logits / factor, logits * factor)
     logits = jnp.where(history.prompt | answered, repeated, logits)
-    count = history.answer.astype(logits.dtype)
-    return logits - rows.presence[:, None] * answered - rows.frequency[:, None] * count
+    count, present = (x.astype(logits.dtype) for x in (history.answer, answered))
+    return logits - rows.presence[:, None] * present - rows.frequency[:, None] * count
 
 
 def _ordered(x: jax.Array) -> jax.Array:

@@ -51,17 +51,14 @@ def attended_pairs(mask: Mask, tokens: int, past: int = 0) -> int:
         case Causal():
             return tokens * past + tokens * (tokens + 1) // 2
         case Window(left=left, right=right):
-            return sum(
-                min(total - 1, q + right) - max(0, q - left) + 1 for q in range(past, total)
-            )
-        case And(first=Causal(), second=Window(left=left)) | And(
-            first=Window(left=left), second=Causal()
+            return sum(min(total - 1, q + right) - max(0, q - left) + 1 for q in range(past, total))
+        case (
+            And(first=Causal(), second=Window(left=left))
+            | And(first=Window(left=left), second=Causal())
         ):
             return attended_pairs(Window(left=left, right=0), tokens, past)
         case And() | Or():
-            return sum(
-                bool(allowed(mask, q, k)) for q in range(past, total) for k in range(total)
-            )
+            return sum(bool(allowed(mask, q, k)) for q in range(past, total) for k in range(total))
 
 
 def flops(spec: ModelSpec, tokens: int, past: int = 0, logits: int | None = None) -> dict[str, Any]:

@@ -51,9 +51,7 @@ class ParamDef:
 
     def stack(self, repeats: int) -> ParamDef:
         """The same leaf stacked on a leading axis of layers."""
-        return dataclasses.replace(
-            self, shape=(repeats, *self.shape), axes=("layers", *self.axes)
-        )
+        return dataclasses.replace(self, shape=(repeats, *self.shape), axes=("layers", *self.axes))
 
     def unstack(self) -> ParamDef:
         """The leaf of one layer of a stacked one."""
@@ -78,7 +76,9 @@ def op_table(op: Op, width: int) -> dict[str, ParamDef]:
                 "q": ParamDef((width, n, h), ("width", "heads", "head_dim"), std, inputs=1),
                 "k": ParamDef((width, k, h), ("width", "kv_heads", "head_dim"), std, inputs=1),
                 "v": ParamDef((width, k, h), ("width", "kv_heads", "head_dim"), std, inputs=1),
-                "o": ParamDef((n, h, width), ("heads", "head_dim", "width"), (n * h) ** -0.5, inputs=2),
+                "o": ParamDef(
+                    (n, h, width), ("heads", "head_dim", "width"), (n * h) ** -0.5, inputs=2
+                ),
             }
             if op.qkv_bias:
                 table["q_bias"] = ParamDef((n, h), ("heads", "head_dim"))
@@ -144,9 +144,7 @@ def model_table(
     """
     layers: dict[str, Any] = {}
     for segment in segments or spec.segments:
-        units = [
-            _layer_table(spec, segment.start + place, fused) for place in range(segment.unit)
-        ]
+        units = [_layer_table(spec, segment.start + place, fused) for place in range(segment.unit)]
         if segment.stacked:
             units = [_stack_table(unit, segment.repeats) for unit in units]
         layers[segment.key] = (

@@ -52,9 +52,7 @@ def attend(
         k, v = state.k, state.v
         see = _over_cache(k, step, op)
     keys, values = k.astype(q.dtype), v.astype(q.dtype)
-    out = attention(
-        q, keys, values, see, scale=op.query_scale, implementation=implementation
-    )
+    out = attention(q, keys, values, see, scale=op.query_scale, implementation=implementation)
     return out, state
 
 

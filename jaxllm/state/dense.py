@@ -13,6 +13,7 @@ import numpy as np
 from jaxllm.core.tree import Segment
 from jaxllm.spec.model import Block, ModelSpec
 from jaxllm.spec.ops import Attention
+from jaxllm.typing import Slot
 
 __all__ = ["DenseKV", "dense_state", "grow", "state_axes", "write"]
 
@@ -24,8 +25,8 @@ KV_AXES = ("batch", "kv_length", "kv_heads", "head_dim")
 class DenseKV:
     """Keys and values [B, S, K, H] of one attention; slots past the sequence hold anything."""
 
-    k: jax.Array
-    v: jax.Array
+    k: Slot
+    v: Slot
 
 
 def _block_state(block: Block, make: Callable[[Attention], Any]) -> dict[str, Any]:
@@ -77,7 +78,7 @@ def dense_state(
     def make(op: Attention, lead: tuple[int, ...]) -> DenseKV:
         shape = (*lead, batch, capacity, op.kv_heads, op.head_dim)
         one = jax.ShapeDtypeStruct(shape, dtype) if abstract else np.zeros(shape, dtype)
-        return DenseKV(one, one)  # pyright: ignore[reportArgumentType]
+        return DenseKV(one, one)
 
     return _build(spec, segments or spec.segments, make)
 
@@ -87,7 +88,7 @@ def state_axes(spec: ModelSpec, segments: tuple[Segment, ...] | None = None) -> 
 
     def make(op: Attention, lead: tuple[int, ...]) -> DenseKV:
         axes = ("layers", *KV_AXES) if lead else KV_AXES
-        return DenseKV(axes, axes)  # pyright: ignore[reportArgumentType]
+        return DenseKV(axes, axes)
 
     return _build(spec, segments or spec.segments, make)
 

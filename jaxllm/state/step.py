@@ -8,6 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxllm.typing import Slot
+
 __all__ = ["Step", "dense_step", "training_step"]
 
 
@@ -27,12 +29,12 @@ class Step:
       aligned: static; all rows stand at the same positions.
     """
 
-    positions: jax.Array
-    segment_ids: jax.Array | None = None
-    lengths: jax.Array | None = None
-    page_table: jax.Array | None = None
-    adapter_ids: jax.Array | None = None
-    key: jax.Array | None = None
+    positions: Slot
+    segment_ids: Slot | None = None
+    lengths: Slot | None = None
+    page_table: Slot | None = None
+    adapter_ids: Slot | None = None
+    key: Slot | None = None
     fresh: bool = dataclasses.field(default=False, metadata={"static": True})
     aligned: bool = dataclasses.field(default=False, metadata={"static": True})
 
@@ -65,5 +67,5 @@ def dense_step(start: jax.Array, length: int, *, fresh: bool = False, lengths: A
 
     `fresh` promises that all starts are 0 and lets attention read the new keys alone.
     """
-    positions = start[:, None] + jnp.arange(length, dtype=jnp.int32)
+    positions = start[:, None] + jnp.arange(length, dtype=jnp.int32)[None]
     return Step(positions, lengths=lengths, fresh=fresh, aligned=fresh or start.shape[0] == 1)

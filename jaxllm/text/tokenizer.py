@@ -8,7 +8,7 @@ import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 from jaxllm.errors import ConfigError, WeightsError
 from jaxllm.text.chat import check_messages, check_tools, render_template
@@ -126,7 +126,7 @@ class Tokenizer:
                 "UTF-8 before encoding it"
             ) from None
 
-    def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
+    def decode(self, ids: Iterable[SupportsIndex], *, skip_special: bool = True) -> str:
         """The text of token ids; invalid UTF-8 becomes U+FFFD, ids that no token has are left out.
 
         Raises:

@@ -48,12 +48,18 @@ _IGNORED_KEYS = (
 
 
 def _spec(
-    *, vocab: int, width: int, layers: int, context: int, eps: float, attn: Attention, mlp: MLP, tied: bool
+    *,
+    vocab: int,
+    width: int,
+    layers: int,
+    context: int,
+    eps: float,
+    attn: Attention,
+    mlp: MLP,
+    tied: bool,
 ) -> ModelSpec:
     norm = Norm(eps=eps)
-    block = Block(
-        name="G", subs=(sub("attn", attn, norm_in=norm), sub("mlp", mlp, norm_in=norm))
-    )
+    block = Block(name="G", subs=(sub("attn", attn, norm_in=norm), sub("mlp", mlp, norm_in=norm)))
     return ModelSpec(
         vocab=vocab,
         width=width,
@@ -97,7 +103,9 @@ def _rope(config: ConfigReader) -> Rope:
 def _window(config: ConfigReader, model_type: str) -> Mask:
     """A sliding window of W keys counts the query's own."""
     default = 4096 if model_type == "mistral" else None
-    window = config.take("sliding_window", int, default if not config.has("sliding_window") else None)
+    window = config.take(
+        "sliding_window", int, default if not config.has("sliding_window") else None
+    )
     used = config.take("use_sliding_window", bool, False)
     config.ignore("max_window_layers")
     kinds = set(config.take("layer_types", list, []))
@@ -119,25 +127,25 @@ def _read(config: ConfigReader) -> ModelSpec:
     if activation not in _ACTIVATIONS:
         config.problem(f"hidden_act {activation!r} is unknown; {', '.join(_ACTIVATIONS)} are known")
     config.ignore(*_IGNORED_KEYS)
-    values = dict(
-        vocab=config.take("vocab_size", int),
-        layers=config.take("num_hidden_layers", int),
-        context=config.take("max_position_embeddings", int, 2048),
-        eps=config.take("rms_norm_eps", float, 1e-6),
-        tied=config.take("tie_word_embeddings", bool, False),
-    )
-    parts = dict(
-        heads=heads,
-        kv_heads=config.take("num_key_value_heads", int, heads),
-        head_dim=config.take("head_dim", int, width // max(heads, 1)),
-        qkv_bias=bias or model_type == "qwen2",
-        out_bias=bias,
-        rope=_rope(config),
-        mask=_window(config, model_type),
-    )
-    mlp = dict(
-        width=config.take("intermediate_size", int), bias=config.take("mlp_bias", bool, False)
-    )
+    values = {
+        "vocab": config.take("vocab_size", int),
+        "layers": config.take("num_hidden_layers", int),
+        "context": config.take("max_position_embeddings", int, 2048),
+        "eps": config.take("rms_norm_eps", float, 1e-6),
+        "tied": config.take("tie_word_embeddings", bool, False),
+    }
+    parts = {
+        "heads": heads,
+        "kv_heads": config.take("num_key_value_heads", int, heads),
+        "head_dim": config.take("head_dim", int, width // max(heads, 1)),
+        "qkv_bias": bias or model_type == "qwen2",
+        "out_bias": bias,
+        "rope": _rope(config),
+        "mask": _window(config, model_type),
+    }
+    mlp = {
+        "width": config.take("intermediate_size", int), "bias": config.take("mlp_bias", bool, False)
+    }
     config.finish()
     return _spec(
         width=width,
@@ -208,13 +216,18 @@ def _write_scaling(rope: Rope | None) -> dict[str, Any] | None:
     return data
 
 
-def _entries(spec: ModelSpec, layer: str, tensors: Mapping[str, str], ends: Mapping[str, str]) -> list[Entry]:
+def _entries(
+    spec: ModelSpec, layer: str, tensors: Mapping[str, str], ends: Mapping[str, str]
+) -> list[Entry]:
     """Entries of all layers from names within a layer, and those outside of layers."""
     attn, mlp, _ = _only_block(spec) or (None, None, None)
     biased = {f"attn.{n}" for n in "qkv"} if attn and attn.qkv_bias else set()
     biased |= {"attn.o"} if attn and attn.out_bias else set()
     biased |= {f"mlp.{n}" for n in ("gate", "up", "down")} if mlp and mlp.bias else set()
-    out = [Entry(ends["embed"], "embed.table", "plain"), Entry(ends["norm"], "final_norm.scale", "plain")]
+    out = [
+        Entry(ends["embed"], "embed.table", "plain"),
+        Entry(ends["norm"], "final_norm.scale", "plain"),
+    ]
     if not spec.head.tied:
         out.append(Entry(ends["head"], "head.kernel"))
     for i in range(spec.num_layers):
@@ -233,7 +246,11 @@ def _names(spec: ModelSpec) -> list[Entry]:
     tensors = {f"attn.{n}": f"self_attn.{n}_proj" for n in ("q", "k", "v", "o")}
     tensors |= {f"mlp.{n}": f"mlp.{n}_proj" for n in ("gate", "up", "down")}
     tensors |= {"attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
-    ends = {"embed": "model.embed_tokens.weight", "norm": "model.norm.weight", "head": "lm_head.weight"}
+    ends = {
+        "embed": "model.embed_tokens.weight",
+        "norm": "model.norm.weight",
+        "head": "lm_head.weight",
+    }
     return _entries(spec, "model.layers.{}.", tensors, ends)
 
 
@@ -247,9 +264,7 @@ def _gguf_names(spec: ModelSpec, architecture: str) -> list[Entry]:
     if architecture != "llama":
         return entries
     rotary = ("attn.q", "attn.k", "attn.q_bias", "attn.k_bias")
-    return [
-        Entry(e.disk, e.path, "interleaved") if e.path.endswith(rotary) else e for e in entries
-    ]
+    return [Entry(e.disk, e.path, "interleaved") if e.path.endswith(rotary) else e for e in entries]
 
 
 _GGUF_IGNORED = (
@@ -277,24 +292,24 @@ def _read_gguf(config: ConfigReader, tensors: Mapping[str, Any]) -> ModelSpec:
         config.problem("rope.dimension_count differs from the head width")
     config.ignore(*_GGUF_IGNORED)
     table = tensors["token_embd.weight"].shape if "token_embd.weight" in tensors else (1,)
-    values = dict(
-        vocab=config.take("vocab_size", int, table[0]),
-        layers=config.take("block_count", int),
-        context=config.take("context_length", int),
-        eps=_short(config.take("attention.layer_norm_rms_epsilon", float)),
-        tied="output.weight" not in tensors,
-    )
-    parts = dict(
-        heads=heads,
-        kv_heads=config.take("attention.head_count_kv", int, heads),
-        head_dim=head_dim,
-        qkv_bias="blk.0.attn_q.bias" in tensors,
-        out_bias="blk.0.attn_output.bias" in tensors,
-        rope=Rope(
+    values = {
+        "vocab": config.take("vocab_size", int, table[0]),
+        "layers": config.take("block_count", int),
+        "context": config.take("context_length", int),
+        "eps": _short(config.take("attention.layer_norm_rms_epsilon", float)),
+        "tied": "output.weight" not in tensors,
+    }
+    parts = {
+        "heads": heads,
+        "kv_heads": config.take("attention.head_count_kv", int, heads),
+        "head_dim": head_dim,
+        "qkv_bias": "blk.0.attn_q.bias" in tensors,
+        "out_bias": "blk.0.attn_output.bias" in tensors,
+        "rope": Rope(
             theta=_short(config.take("rope.freq_base", float, 10_000.0)),
             scaling=_gguf_scaling(config, tensors),
         ),
-    )
+    }
     mlp = MLP(
         width=max(config.take("feed_forward_length", int), 1), bias="blk.0.ffn_down.bias" in tensors
     )
@@ -312,7 +327,9 @@ def _gguf_scaling(config: ConfigReader, tensors: Mapping[str, Any]) -> RopeScali
     factor = config.take("rope.scaling.factor", float, config.take("rope.scale_linear", float, 1.0))
     config.ignore("rope.scaling.original_context_length")
     if "rope_freqs.weight" in tensors:
-        config.problem("rope_freqs.weight (llama3 scaling in GGUF) is not supported; use the safetensors")
+        config.problem(
+            "rope_freqs.weight (llama3 scaling in GGUF) is not supported; use the safetensors"
+        )
     if kind not in ("none", "linear"):
         config.problem(f"rope.scaling.type {kind!r} is not supported here; none and linear are")
     return LinearScaling(factor=factor) if factor > 1 and math.isfinite(factor) else None

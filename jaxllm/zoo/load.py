@@ -153,9 +153,7 @@ def read_arrays(
         yield path, out
 
 
-def _fill(
-    checkpoint: Checkpoint, sources: dict[str, Entry], path: str, out: np.ndarray
-) -> None:
+def _fill(checkpoint: Checkpoint, sources: dict[str, Entry], path: str, out: np.ndarray) -> None:
     """Fill the place of one unstacked (possibly fused) leaf."""
     paths = layer_paths(checkpoint.spec)
     parent, _, name = path.rpartition(".")

@@ -83,8 +83,7 @@ def write_safetensors(
     A directory that holds a sharded checkpoint is refused: shards cannot be replaced atomically.
 
     Args:
-        tensors: name, shape and type, and the function that makes the array; each function is
-            called once, when its tensor is written.
+        tensors: name, shape and type, and the function that makes the array, called once.
         metadata: text to text, stored in every file; transformers wants {"format": "pt"}.
         max_shard_bytes: of tensor data in a file; a larger tensor gets a shard of its own.
 

@@ -30,7 +30,7 @@ json_values += tuple(map(str, edges))
 _names = itertools.count()
 
 quick = settings(
-    max_examples=600,
+    max_examples=400,
     deadline=None,
     derandomize=True,
     database=None,
@@ -142,15 +142,15 @@ def test_mutated_gguf(tmp_path: Path, small_gguf: bytes, data: st.DataObject):
 
 
 def test_every_integer_of_gguf(tmp_path: Path, small_gguf: bytes):
-    """Edge values at each byte of the header, four at a byte in turn."""
+    """Edge values at each byte of the header, two at a byte in turn."""
     end = small_gguf.rindex(b"Q6_K.w") + 40
     opened = 0
     turns = itertools.cycle(edges)  # 11 values: every value comes to every byte's neighbourhood
-    for at, value in ((at, next(turns)) for at in range(end) for _ in range(4)):
+    for at, value in ((at, next(turns)) for at in range(end) for _ in range(2)):
         width = 4 if value < 2**32 and at % 2 else 8
         data = small_gguf[:at] + value.to_bytes(width, "little") + small_gguf[at + width :]
         opened += hold_bytes(open_gguf, tmp_path, data)
-    assert 0 < opened < 2 * end
+    assert 0 < opened < end
 
 
 @quick

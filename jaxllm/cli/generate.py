@@ -1,0 +1,121 @@
+"""`jaxllm generate`: answer one prompt."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from jaxllm.cli.options import Generate
+from jaxllm.core.config import require
+from jaxllm.core.logging import show_notes
+from jaxllm.errors import ConfigError
+from jaxllm.infer.sampling import Sampling
+
+__all__ = ["prompt_of", "run", "sampling_of"]
+
+
+def sampling_of(options: Any) -> dict[str, Any]:
+    """Keyword arguments of `Model.stream` from a command's options, checked before a model loads."""
+    require(options.max_tokens >= 1, f"--max-tokens is at least 1, found {options.max_tokens}")
+    names = [f.name for f in dataclasses.fields(Sampling)]
+    given = {name: getattr(options, name) for name in names}
+    try:
+        Sampling(**given)
+    except ConfigError as error:
+        name, _, rest = str(error).partition(" ")
+        raise ConfigError(f"--{name.replace('_', '-')} {rest}") from None
+    return {**given, "max_tokens": options.max_tokens, "stop": options.stop}
+
+
+def _messages(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"--messages {path}: cannot be read as JSON: {error}") from None
+
+
+def prompt_of(options: Generate) -> tuple[Any, bool]:
+    """(prompt, raw) from exactly one of --prompt, --raw-prompt, --messages."""
+    given = [x for x in (options.prompt, options.raw_prompt, options.messages) if x is not None]
+    require(len(given) == 1, "give one of --prompt, --raw-prompt and --messages")
+    if options.messages is not None:
+        return _messages(options.messages), False
+    return given[0], options.raw_prompt is not None
+
+
+def run(options: Generate) -> int:
+    """Run the subcommand."""
+    show_notes()
+    prompt, raw = prompt_of(options)
+    sampling = sampling_of(options)
+    from jaxllm.model import load
+
+    model = load(options.source, dtype=options.dtype)
+    if not raw and isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    pieces = model.stream(prompt, raw=raw, **sampling)
+    while True:
+        try:
+            piece = next(pieces)
+        except StopIteration as end:
+            result = end.value
+            break
+        if not options.json:
+            print(piece, end="", flush=True)
+    if options.json:
+        print(json.dumps(as_json(result)))
+        return 0
+    print()
+    if options.report:
+        print(report(model, result))
+    return 0
+
+
+def as_json(result: Any) -> dict[str, Any]:
+    """The JSON object of a generation."""
+    timings = dataclasses.asdict(result.timings)
+    return {
+        "text": result.text,
+        "token_ids": result.token_ids,
+        "prompt_token_ids": result.prompt_token_ids,
+        "finish_reason": result.finish_reason,
+        "usage": result.usage,
+        "timings": timings | {"tokens_per_second": result.timings.tokens_per_second},
+    }
+
+
+def report(model: Any, result: Any) -> str:
+    """What the run took and where its parts came from."""
+    from jaxllm.aot import counter
+
+    loaded = model.generator.loaded.values()
+    stored = [p for p in loaded if p.stored]
+    timings = result.timings
+    weights = "stored in run layout, memory-mapped" if model.weights_stored else "imported"
+    return "\n".join(
+        [
+            "",
+            f"time to first token: {timings.time_to_first_token_ms:.0f} ms "
+            f"(programs {timings.build_ms:.0f} ms)",
+            f"tokens per second: {timings.tokens_per_second:.1f}",
+            f"compile seconds: {counter.compile_seconds():.1f}",
+            f"programs from the store: {len(stored)} of {len(loaded)}",
+            f"weights: {weights}",
+            f"compilations: {counter.compilations()} (traces: {counter.traces()})",
+            f"start to answer: {_since_start():.1f} s",
+        ]
+    )
+
+
+def _since_start() -> float:
+    """Seconds since this process began, by the kernel's clock where it tells."""
+    import os
+    import time
+
+    try:
+        ticks = int(Path("/proc/self/stat").read_text().rsplit(") ", 1)[1].split()[19])
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError, AttributeError):
+        return float("nan")

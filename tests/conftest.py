@@ -1,0 +1,27 @@
+"""The suite's ground rules: eight virtual CPU devices, strict promotion, warnings are errors, types
+checked at run time, a cache folder of its own."""
+
+import os
+import tempfile
+
+import pytest
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["JAX_NUM_CPU_DEVICES"] = "8"
+os.environ["JAXLLM_CACHE"] = tempfile.mkdtemp(prefix="jaxllm-test-cache-")
+for name in ("HF_ENDPOINT", "XLA_FLAGS"):
+    os.environ.pop(name, None)
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from jaxtyping import install_import_hook
+
+_hook = install_import_hook(["jaxllm", "pallas_kernels"], "beartype.beartype")
+
+import jax
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("filterwarnings", "error")
