@@ -28,36 +28,25 @@ def read_gguf_vocab(metadata: Mapping[str, Any]) -> dict[str, Any]:
         UnsupportedError: The kind of vocabulary or pre-tokenizer is not known.
     """
     problems: list[str] = []
-    model = _scalar(metadata, "model", str, problems)
-    if model is None and not problems:
-        problems.append(f"{PREFIX}model is missing: the file has no tokenizer")
-    _raise(problems)
-    if model not in ("gpt2", "llama"):
-        raise UnsupportedError(
-            f"{PREFIX}model is {model!r}; known are 'gpt2' (byte-level BPE) and 'llama' "
-            "(sentencepiece BPE). Import the model from its Hugging Face directory instead"
-        )
+    model = _model_kind(metadata)
     tokens, types = _tokens(metadata, problems)
     ids = _special_ids(metadata, len(tokens), problems)
     templates = {
         "chat_template": _text(metadata, "tokenizer.chat_template", problems),
         "tool_template": _text(metadata, "tokenizer.chat_template.tool_use", problems),
     }
-    flags = {
-        name: _scalar(metadata, name, bool, problems)
-        for name in ("add_bos_token", "add_eos_token", "add_space_prefix")
-    }
+    flags = _flags(metadata, ids, problems)
     if model == "gpt2":
         pre = find_pre_kind(_scalar(metadata, "pre", str, problems) or "default")
         backend = _byte_level(metadata, tokens, pre, problems)
         default_bos = pre.adds_bos
     else:
-        backend = _sentencepiece(metadata, tokens, types, ids, flags, problems)
+        backend = _sentencepiece(
+            metadata, tokens, types=types, ids=ids, flags=flags, problems=problems
+        )
         default_bos = True
-    bos_flag = flags["add_bos_token"]
-    if (bos_flag and ids["bos"] is None) or (flags["add_eos_token"] and ids["eos"] is None):
-        problems.append(f"{PREFIX}add_bos_token or add_eos_token is set, but that id is not given")
     _raise(problems)
+    bos_flag = flags["add_bos_token"]
     adds_bos = (default_bos if bos_flag is None else bos_flag) and ids["bos"] is not None
     _add_special_tokens(backend, tokens, types)
     set_bos_eos(
@@ -76,6 +65,33 @@ def read_gguf_vocab(metadata: Mapping[str, Any]) -> dict[str, Any]:
         "special_tokens": {k: tokens[i] for k, i in named.items() if i is not None},
         **templates,
     }
+
+
+def _model_kind(metadata: Mapping[str, Any]) -> str:
+    """The kind of vocabulary, one of the known."""
+    problems: list[str] = []
+    model = _scalar(metadata, "model", str, problems)
+    if model is None and not problems:
+        problems.append(f"{PREFIX}model is missing: the file has no tokenizer")
+    _raise(problems)
+    if model not in ("gpt2", "llama"):
+        raise UnsupportedError(
+            f"{PREFIX}model is {model!r}; known are 'gpt2' (byte-level BPE) and 'llama' "
+            "(sentencepiece BPE). Import the model from its Hugging Face directory instead"
+        )
+    return model
+
+
+def _flags(
+    metadata: Mapping[str, Any], ids: Mapping[str, int | None], problems: list[str]
+) -> dict[str, bool | None]:
+    """The switches of the file; None where it does not say."""
+    names = ("add_bos_token", "add_eos_token", "add_space_prefix")
+    flags = {name: _scalar(metadata, name, bool, problems) for name in names}
+    for name in ("bos", "eos"):
+        if flags[f"add_{name}_token"] and ids[name] is None:
+            problems.append(f"{PREFIX}add_{name}_token is set, but there is no {name}_token_id")
+    return flags
 
 
 def _raise(problems: list[str]) -> None:
@@ -184,6 +200,7 @@ def _byte_level(
 def _sentencepiece(
     metadata: Mapping[str, Any],
     tokens: list[str],
+    *,
     types: list[int],
     ids: Mapping[str, int | None],
     flags: Mapping[str, bool | None],

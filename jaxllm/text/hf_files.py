@@ -33,16 +33,7 @@ def read_hf_directory(directory: Path) -> dict[str, Any] | None:
     model = _read_json(directory / "config.json")
     model |= _read_json(directory / "generation_config.json")
     _add_listed_tokens(backend, config, directory)
-    special = {
-        f"{name}_token": text
-        for name in SPECIAL_NAMES
-        if (text := _content(config.get(f"{name}_token"))) is not None
-    }
-    for name in ("bos", "eos"):  # a directory without tokenizer_config.json: ids of the model
-        listed = _ids(model, f"{name}_token_id", directory)
-        text = backend.id_to_token(listed[0]) if listed else None
-        if text is not None:
-            special.setdefault(f"{name}_token", text)
+    special = _special_texts(backend, config, model, directory)
     _mark_special(backend, special)
     bos_id, eos_id = (_id(backend, special.get(f"{name}_token")) for name in ("bos", "eos"))
     if "add_bos_token" in config or "add_eos_token" in config:
@@ -139,6 +130,21 @@ def _add_listed_tokens(backend: Any, config: Mapping[str, Any], directory: Path)
                 f"{where} gives {text!r} the id {number}, but in tokenizer.json it has "
                 f"{backend.token_to_id(text)}"
             )
+
+
+def _special_texts(
+    backend: Any, config: Mapping[str, Any], model: Mapping[str, Any], directory: Path
+) -> dict[str, str]:
+    """`bos_token` … -> text: as named, else (BOS and EOS) of the id that the model's config has."""
+    special = {}
+    for key in (f"{name}_token" for name in SPECIAL_NAMES):
+        text = _content(config.get(key))
+        if text is None and key in ("bos_token", "eos_token"):
+            listed = _ids(model, f"{key}_id", directory)
+            text = backend.id_to_token(listed[0]) if listed else None
+        if text is not None:
+            special[key] = text
+    return special
 
 
 def _mark_special(backend: Any, special: Mapping[str, str]) -> None:

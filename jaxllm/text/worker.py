@@ -44,7 +44,7 @@ class Worker:
             # The margin of time lets the worker's own timer come first.
             most = BYTES_PER_CHAR * output_chars + 10_000
             deadline = Deadline(self.process, time_s + 0.5)
-            reply = self.exchange(self.process, line, most, deadline)
+            reply = self.exchange(self.process, line, most=most, deadline=deadline)
             code = self.stop() if deadline.passed or not reply.endswith(b"\n") else None
             if reply.endswith(b"\n"):
                 return json.loads(reply)
@@ -53,7 +53,7 @@ class Worker:
             return {"kind": "died", "message": f"it ended its process (exit code {code})"}
 
     def exchange(
-        self, process: subprocess.Popen[bytes], line: bytes, most: int, deadline: Deadline
+        self, process: subprocess.Popen[bytes], line: bytes, *, most: int, deadline: Deadline
     ) -> bytes:
         """Write a request, read the answer; no whole line when the worker died or was too slow."""
         assert process.stdin and process.stdout
