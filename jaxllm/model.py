@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Generator as Pieces
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -16,6 +16,7 @@ from jaxllm.aot.store import Store
 from jaxllm.core.config import nearest, require
 from jaxllm.core.policy import Policy
 from jaxllm.core.tree import layer_tree, segments_of
+from jaxllm.core.weights import plain
 from jaxllm.errors import ConfigError, ShapeError
 from jaxllm.infer import programs
 from jaxllm.infer.generate import Generator, Timings
@@ -29,6 +30,10 @@ from jaxllm.text.tokenizer import Tokenizer
 from jaxllm.zoo.load import save_checkpoint
 
 __all__ = ["Generation", "Model", "Prompt", "load"]
+
+COMPILER_OPTIONS = {"gpu": (("xla_gpu_command_buffer_scheduling_mode", "CONCURRENT"),)}
+"""Per-program options of XLA; this one lets independent kernels of a step overlap (+1.2 % on an
+H100 at batch 1, 2026-11-24)."""
 
 Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int] | np.ndarray
 """A string, a list of messages, or a list of token ids."""
@@ -93,6 +98,7 @@ def load(
         params=jax.tree.map(_abstract if mesh is None else _abstract_sharded, opened.params),
         segments=segments_of(opened.params["layers"]),
         mesh=mesh,
+        options=COMPILER_OPTIONS.get(jax.default_backend(), ()),
     )
     on_cpu = jax.default_backend() == "cpu"
     generator = Generator(
@@ -190,7 +196,7 @@ class Model:
           ConfigError: text without a tokenizer, messages without a template, nothing at all.
         """
         if not isinstance(prompt, str) and all(isinstance(i, (int, np.integer)) for i in prompt):
-            ids = [int(i) for i in prompt]
+            ids = [int(i) for i in cast("Sequence[int]", prompt)]
             if ids and not 0 <= min(ids) <= max(ids) < self.spec.vocab:
                 raise ShapeError(
                     f"token ids are in 0..{self.spec.vocab - 1}, found {min(ids)}..{max(ids)}"
@@ -204,7 +210,7 @@ class Model:
             else:
                 ids = self.tokenizer.apply_chat([{"role": "user", "content": prompt}])
         else:
-            ids = self.tokenizer.apply_chat(prompt)  # pyright: ignore[reportArgumentType]
+            ids = self.tokenizer.apply_chat(cast("Sequence[Mapping[str, Any]]", prompt))
         require(bool(ids), "the prompt is empty; give at least one token")
         return ids
 
@@ -299,17 +305,17 @@ class Model:
         ]
 
     def leaf(self, path: str) -> np.ndarray:
-        """One parameter by its unstacked path (`layers.3.mlp.down`), in canonical form on the host."""
+        """One parameter by its unstacked path (`layers.3.mlp.down`), canonical and on the host."""
         definition = layer_paths(self.spec)[path]
         *parents, name = path.split(".")
         if parents[0] != "layers":
-            return np.asarray(self.params[parents[0]][name])
+            return np.ascontiguousarray(plain(host(self.params[parents[0]][name])))
         layer = int(parents[1])
         segment = next(s for s in segments_of(self.params["layers"]) if s.start <= layer < s.stop)
-        tree = layer_tree(segment, self.params["layers"][segment.key], layer, lambda a, i: a[i])
+        tree = layer_tree(segment, self.params["layers"][segment.key], layer, lambda leaf, i: jax.tree.map(lambda a: np.asarray(a)[i], leaf))
         leaves = tree[parents[2]]
         if name in leaves:
-            return np.asarray(leaves[name])
+            return np.ascontiguousarray(plain(host(leaves[name])))
         return np.ascontiguousarray(_unfuse(self.spec, path, leaves, definition))
 
     def save(self, directory: str | Path) -> None:
@@ -326,6 +332,11 @@ class Model:
             self.tokenizer.save(directory)
 
 
+def host(leaf: Any) -> Any:
+    """A leaf with its arrays on the host."""
+    return jax.tree.map(np.asarray, leaf)
+
+
 def _unfuse(spec: ModelSpec, path: str, leaves: Any, definition: Any) -> np.ndarray:
     """The part of a fused leaf that a path names."""
     parent, _, name = path.rpartition(".")
@@ -335,7 +346,7 @@ def _unfuse(spec: ModelSpec, path: str, leaves: Any, definition: Any) -> np.ndar
     for part in FUSED[fused]:
         size = layer_paths(spec)[f"{parent}.{part}{bias}"].shape[dim]
         if part == stem:
-            whole = np.asarray(leaves[fused + bias])
+            whole = plain(host(leaves[fused + bias]))
             return np.take(whole, range(start, start + size), axis=dim)
         start += size
     raise ConfigError(f"{path} is no part of {fused}")

@@ -15,7 +15,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["Params", "Path", "Slot", "State"]
+import numpy as np
+from jaxtyping import Array
+
+__all__ = ["AnyArray", "Params", "Path", "Slot", "State"]
+
+AnyArray = Array | np.ndarray
+"""An array on the devices, traced, or on the host."""
 
 Params = Mapping[str, Any]
 """Nested dict of leaves: plain arrays, `QArray`s or `AdaptedWeight`s."""
@@ -24,8 +30,9 @@ State = Any
 """What the model remembers of its sequences: a pytree shaped by the layers, or None in training."""
 
 Slot = Any
-"""A field of a pytree node: an array, or in its place a tracer, a `ShapeDtypeStruct`, a sharding or a
-tuple of axis names, since trees of all of these take the node's form. Its docstring gives the shape."""
+"""A field of a pytree node: an array, or in its place a tracer, a `ShapeDtypeStruct`, a sharding or
+a tuple of axis names, since trees of all of these take the node's form. The node's docstring gives
+the shape."""
 
 Path = str
 """Dotted path of a leaf with unstacked layer numbers, for example `layers.3.mlp.down`."""

@@ -8,6 +8,10 @@ import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
+# Where the user's own cache lies: tests with the real model look there. Workers inherit the answer.
+_default_cache = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "jaxllm")
+_own_cache = os.path.expanduser(os.environ.get("JAXLLM_CACHE") or _default_cache)
+os.environ.setdefault("JAXLLM_REAL_CACHE", os.path.abspath(_own_cache))
 os.environ["JAXLLM_CACHE"] = tempfile.mkdtemp(prefix="jaxllm-test-cache-")
 for name in ("HF_ENDPOINT", "XLA_FLAGS"):
     os.environ.pop(name, None)

@@ -1,7 +1,7 @@
-"""Weights in run layout on disk: one flat file, memory-mapped when read, so that a start copies nothing.
+"""Weights in run layout on disk: one flat file, mapped into memory, so that a start copies nothing.
 
-A folder holds `index.json` (path, dtype, shape, offset of each array) and `data.bin`, with arrays at
-multiples of 4096 bytes: the CPU backend takes such a map as it is.
+A folder holds `index.json` (path, dtype, shape, offset of each array) and `data.bin`, with arrays
+at multiples of 4096 bytes: the CPU backend takes such a map as it is.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def save_arrays(
 
 
 def load_arrays(folder: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
-    """(nested tree of memory-mapped arrays, extra), or None if the folder is not (soundly) there."""
+    """(nested tree of memory-mapped arrays, extra), or None if the folder is not soundly there."""
     try:
         head = json.loads((folder / "index.json").read_text())
         if head["format"] != _FORMAT or os.path.getsize(folder / "data.bin") != head["size"]:

@@ -9,7 +9,7 @@ __all__ = ["compilations", "compile_seconds", "start", "traces"]
 _TRACE = "/jax/core/compile/jaxpr_trace_duration"
 _COMPILE = "/jax/core/compile/backend_compile_duration"
 _counts: collections.Counter[str] = collections.Counter()
-_seconds: collections.Counter[str] = collections.Counter()
+_seconds: dict[str, float] = {}
 _started: list[bool] = []
 
 
@@ -19,9 +19,9 @@ def start() -> None:
         return
     import jax.monitoring
 
-    def listen(event: str, duration: float, **_: object) -> None:
+    def listen(event: str, duration_secs: float, **_: str | int) -> None:
         _counts[event] += 1
-        _seconds[event] += duration  # pyright: ignore[reportArgumentType]
+        _seconds[event] = _seconds.get(event, 0.0) + duration_secs
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     _started.append(True)
@@ -39,4 +39,4 @@ def traces() -> int:
 
 def compile_seconds() -> float:
     """Seconds spent in backend compilations since `start`."""
-    return float(_seconds[_COMPILE])
+    return _seconds.get(_COMPILE, 0.0)

@@ -44,7 +44,7 @@ def _cpu_features() -> str:
 def environment(device: Any) -> dict[str, Any]:
     """What of the machine and the software a compiled program depends on."""
     import jax
-    import jaxlib
+    from jaxlib import version as jaxlib
 
     return {
         "jax": jax.__version__,

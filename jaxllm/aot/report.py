@@ -34,8 +34,9 @@ class Report:
         mb = 1 / 2**20
         return (
             f"arguments {self.argument_bytes * mb:.1f} MiB, outputs {self.output_bytes * mb:.1f} "
-            f"({self.aliased_bytes * mb:.1f} in place), temporaries {self.temporary_bytes * mb:.1f}, "
-            f"code {self.code_bytes * mb:.1f}; {self.flops / 1e9:.2f} GFLOP, "
+            f"({self.aliased_bytes * mb:.1f} in place), "
+            f"temporaries {self.temporary_bytes * mb:.1f}, code {self.code_bytes * mb:.1f}; "
+            f"{self.flops / 1e9:.2f} GFLOP, "
             f"{self.bytes_accessed * mb:.1f} MiB moved"
         )
 

@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from jaxllm.cli.options import Doctor
@@ -75,7 +76,7 @@ def _devices(problems: list[str]) -> list[dict[str, Any]]:
 
 def _host_free_bytes() -> int | None:
     try:
-        lines = open("/proc/meminfo").read().splitlines()
+        lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
         return None
     return next((int(x.split()[1]) * 1024 for x in lines if x.startswith("MemAvailable")), None)
@@ -90,10 +91,8 @@ def _choices() -> dict[str, str]:
 
         policy = run_policy()
         platform, dtype = jax.default_backend(), policy.compute_dtype
-        out = {}
-        for name, queries in (("attention, prefill", 512), ("attention, decode", 1)):
-            choice = choose("auto", platform=platform, dtype=dtype, head_dim=64, queries=queries)
-            out[name] = f"{choice.name} ({choice.why})"
+        choice = choose("auto", platform=platform, dtype=dtype, head_dim=64)
+        out = {"attention": f"{choice.name} ({choice.why})"}
         out["matmul"] = f"XLA's own in {dtype} (no kernel of ours covers this device yet)"
         fused = ", fused projections" if policy.fused else ""
         out["weights"] = f"{policy.param_dtype}, {policy.layout} layers{fused}"

@@ -17,7 +17,7 @@ __all__ = ["prompt_of", "run", "sampling_of"]
 
 
 def sampling_of(options: Any) -> dict[str, Any]:
-    """Keyword arguments of `Model.stream` from a command's options, checked before a model loads."""
+    """Keyword arguments of `Model.stream` from a command's options, checked before any load."""
     require(options.max_tokens >= 1, f"--max-tokens is at least 1, found {options.max_tokens}")
     names = [f.name for f in dataclasses.fields(Sampling)]
     given = {name: getattr(options, name) for name in names}
@@ -97,8 +97,10 @@ def report(model: Any, result: Any) -> str:
     return "\n".join(
         [
             "",
-            f"time to first token: {timings.time_to_first_token_ms:.0f} ms "
-            f"(programs {timings.build_ms:.0f} ms)",
+            (
+                f"time to first token: {timings.time_to_first_token_ms:.0f} ms "
+                f"(programs {timings.build_ms:.0f} ms)"
+            ),
             f"tokens per second: {timings.tokens_per_second:.1f}",
             f"compile seconds: {counter.compile_seconds():.1f}",
             f"programs from the store: {len(stored)} of {len(loaded)}",

@@ -99,7 +99,7 @@ class Pull:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Doctor:
-    """Show devices, versions, chosen implementations and caches; fails when something is missing."""
+    """Show devices, versions, chosen implementations and caches; fail if something is missing."""
 
     json: bool = False
     """Print one JSON object."""

@@ -27,8 +27,9 @@ def run(options: Perplexity) -> int:
     from jaxllm.model import load
 
     model = load(options.source, dtype=options.dtype)
-    require(model.tokenizer is not None, f"{options.source} has no tokenizer to score a text with")
-    ids = model.tokenizer.encode(text[int(len(text) * skip) :])  # pyright: ignore
+    if model.tokenizer is None:
+        raise ConfigError(f"{options.source} has no tokenizer to score a text with")
+    ids = model.tokenizer.encode(text[int(len(text) * skip) :])
     result = perplexity(
         model.generator, ids, window=options.window, num_windows=options.num_windows
     )
@@ -36,6 +37,7 @@ def run(options: Perplexity) -> int:
         print(json.dumps(result))
         return 0
     print(
-        f"nll {result['nll']:.5f}  perplexity {result['perplexity']:.3f}  tokens {result['num_tokens']}"
+        f"nll {result['nll']:.5f}  perplexity {result['perplexity']:.3f}  "
+        f"tokens {result['num_tokens']}"
     )
     return 0

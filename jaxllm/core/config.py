@@ -1,4 +1,4 @@
-"""Frozen dataclasses to JSON and strictly back: an unknown key is an error with the nearest name."""
+"""Frozen dataclasses to JSON and strictly back: an error for an unknown key names the nearest."""
 
 from __future__ import annotations
 
@@ -30,9 +30,10 @@ def nearest(word: str, allowed: Iterable[str]) -> str:
 
 
 def to_dict(value: Any) -> Any:
-    """JSON-ready form of a value: dataclasses become objects, tagged by `kind` where they have one."""
+    """JSON-ready form of a value: a dataclass becomes an object, tagged by `kind` if it has one."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        tag = {"kind": value.kind} if hasattr(type(value), "kind") else {}
+        kind = getattr(value, "kind", None)
+        tag = {} if kind is None else {"kind": kind}
         return tag | {
             f.name: to_dict(getattr(value, f.name))
             for f in dataclasses.fields(value)

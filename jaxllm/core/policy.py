@@ -29,6 +29,7 @@ class Policy:
       layout: `scan` keeps the canonical stacks, `unrolled` one array a layer, `runs` stacks
         neighbours with equal leaf types.
       fused: query/key/value and gate/up as one matrix each.
+      outputs_first: hold matrices as [out, in], which decode of one sequence reads best.
       dropout: rate on embeddings and residual updates, active when the step carries a key.
       taps: paths (`layers.3.mlp.down`, or `gram:layers.3.mlp.down`) whose inputs, or running Gram
         matrices of inputs, come back in `aux.taps`.
@@ -42,6 +43,7 @@ class Policy:
     remat: Remat = "none"
     layout: Layout = "scan"
     fused: bool = False
+    outputs_first: bool = False
     dropout: float = 0.0
     taps: frozenset[str] = frozenset()
     rules: Rules = DEFAULT_RULES

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,8 @@ __all__ = [
     "merge",
     "partition",
     "restack",
+    "runs",
+    "runs",
     "segments_of",
     "select",
     "unflatten",
@@ -76,7 +78,8 @@ class Segment:
         numbers = [int(p) for p in parts]
         if len(numbers) == 1:
             return Segment(numbers[0], numbers[0] + 1, 1, stacked=False)
-        return Segment(*numbers)
+        start, stop, *unit = numbers
+        return Segment(start, stop, unit[0] if unit else 1)
 
 
 def is_node(value: Any) -> bool:
@@ -193,6 +196,17 @@ def leaf_type(layer: Any) -> Any:
     return structure, tuple((leaf.shape, str(leaf.dtype)) for leaf in leaves)
 
 
+def runs(params: Mapping[str, Any]) -> tuple[Segment, ...]:
+    """The segmentation that stacks neighbouring layers with equal leaf types."""
+    layers = unstack(params)["layers"]
+    kinds = [leaf_type(layers[str(i)]) for i in range(len(layers))]
+    starts = [i for i, kind in enumerate(kinds) if i == 0 or kind != kinds[i - 1]]
+    ends = [*starts[1:], len(kinds)]
+    return tuple(
+        Segment(a, b, 1, stacked=b - a > 1) for a, b in zip(starts, ends, strict=True)
+    )
+
+
 def _stack_layers(group: list[Any], segment: Segment) -> Any:
     if len({leaf_type(layer) for layer in group}) > 1:
         raise WeightsError(
@@ -203,8 +217,27 @@ def _stack_layers(group: list[Any], segment: Segment) -> Any:
     return unflatten({path: _stack([f[path] for f in flat]) for path in flat[0]})
 
 
+def runs(names: Sequence[str], params: Mapping[str, Any] | None = None) -> tuple[Segment, ...]:
+    """The segments of the layout `runs`: neighbours of one block with equal leaves are stacked.
+
+    Args:
+      names: the block that each layer uses (`spec.pattern.names`).
+      params: parameters in any layout; without them a block's leaves are taken to be equal.
+    """
+    kinds: list[Any] = list(names)
+    if params is not None:
+        layers = unstack(params)["layers"]
+        kinds = [(name, leaf_type(layers[str(i)])) for i, name in enumerate(names)]
+    segments, start = [], 0
+    for stop in range(1, len(kinds) + 1):
+        if stop == len(kinds) or kinds[stop] != kinds[start]:
+            segments.append(Segment(start, stop, 1, stacked=stop - start > 1))
+            start = stop
+    return tuple(segments)
+
+
 def unstacked_paths(path: str) -> list[str]:
-    """The paths of the layers behind a (possibly stacked) path: `layers.0:2.q` -> layers.0.q, layers.1.q."""
+    """The paths of the layers behind a path: `layers.0:2.q` -> `layers.0.q`, `layers.1.q`."""
     parts = path.split(".")
     if parts[0] != "layers" or len(parts) < 2:
         return [path]

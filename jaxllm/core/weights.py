@@ -11,23 +11,40 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
 
 from jaxllm.core.config import nearest
 from jaxllm.errors import ConfigError, ShapeError
-from jaxllm.typing import Slot
+from jaxllm.typing import AnyArray, Slot
 
 __all__ = [
     "AdaptedWeight",
     "Leaf",
+    "OutputsFirst",
     "QArray",
     "attach",
     "dequantize",
     "logical_shape",
     "merge_adapter",
+    "plain",
     "quantize",
 ]
 
 _BITS: dict[str, tuple[Any, int]] = {"int8": (jnp.int8, 127), "int4": (jnp.int4, 7)}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class OutputsFirst:
+    """A plain matrix held as [*outputs, *inputs], as a product of few rows reads it best.
+
+    Attributes:
+      values: the array.
+      inputs: number of input dims (the last ones of `values`).
+    """
+
+    values: Slot
+    inputs: int = dataclasses.field(default=1, metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
@@ -75,19 +92,30 @@ class AdaptedWeight:
     scale: float = dataclasses.field(default=1.0, metadata={"static": True})
 
 
-Leaf = jax.Array | QArray | AdaptedWeight
+Leaf = jax.Array | OutputsFirst | QArray | AdaptedWeight
 
 
 def is_leaf(value: Any) -> bool:
     """Whether a value is a leaf of its own kind; for `is_leaf=` of tree functions."""
-    return isinstance(value, (QArray, AdaptedWeight))
+    return isinstance(value, (OutputsFirst, QArray, AdaptedWeight))
 
 
 def logical_shape(leaf: Any) -> tuple[int, ...]:
     """The shape that the model sees, whatever the leaf stores."""
     if isinstance(leaf, AdaptedWeight):
         return logical_shape(leaf.base)
+    if isinstance(leaf, OutputsFirst):
+        shape = tuple(leaf.values.shape)
+        return (*shape[-leaf.inputs :], *shape[: -leaf.inputs])
     return tuple(leaf.values.shape) if isinstance(leaf, QArray) else tuple(leaf.shape)
+
+
+def plain(leaf: Any) -> Any:
+    """The array [*inputs, *outputs] of a plain or outputs-first leaf that is not stacked."""
+    if not isinstance(leaf, OutputsFirst):
+        return leaf
+    dims = range(leaf.values.ndim)
+    return leaf.values.transpose(*dims[-leaf.inputs :], *dims[: -leaf.inputs])
 
 
 def _grouped(shape: tuple[int, ...], axis: int, group: int) -> tuple[int, ...]:
@@ -96,12 +124,17 @@ def _grouped(shape: tuple[int, ...], axis: int, group: int) -> tuple[int, ...]:
 
 
 def quantize(
-    w: jax.Array, format: str, *, axis: int, group: int | None = None, symmetric: bool = True
+    w: Float[AnyArray, "..."],
+    format: str,
+    *,
+    axis: int,
+    group: int | None = None,
+    symmetric: bool = True,
 ) -> QArray:
     """Round to nearest, one scale a group.
 
-    Symmetric: scale = max |w| / 127 (int8) or / 7 (int4). Otherwise the range min..max is spread over
-    all 2^bits values and `zero` is the (float) position of 0.
+    Symmetric: scale = max |w| / 127 (int8) or / 7 (int4). Otherwise the range min..max is spread
+    over all 2^bits values and `zero` is the (float) position of 0.
 
     Args:
       w: the weight.
@@ -141,7 +174,7 @@ def quantize(
     )
 
 
-def dequantize(leaf: QArray, dtype: Any) -> jax.Array:
+def dequantize(leaf: QArray, dtype: Any) -> Float[Array, "..."]:
     """The values that a `QArray` stands for."""
     shape = leaf.values.shape
     x = leaf.values.astype(jnp.float32).reshape(_grouped(shape, leaf.axis, leaf.group))
@@ -151,7 +184,9 @@ def dequantize(leaf: QArray, dtype: Any) -> jax.Array:
     return (x * jnp.expand_dims(leaf.scale, dim)).reshape(shape).astype(dtype)
 
 
-def attach(leaf: Any, key: jax.Array, *, rank: int, inputs: int, alpha: float) -> AdaptedWeight:
+def attach(
+    leaf: Any, key: Key[Array, ""], *, rank: int, inputs: int, alpha: float
+) -> AdaptedWeight:
     """A leaf with a fresh adapter: `a` normal with std 1/R, `b` zero, so that nothing changes yet.
 
     Args:
@@ -167,9 +202,9 @@ def attach(leaf: Any, key: jax.Array, *, rank: int, inputs: int, alpha: float) -
     return AdaptedWeight(leaf, a, b, scale=alpha / rank)
 
 
-def merge_adapter(leaf: AdaptedWeight, adapter: int = 0) -> jax.Array:
+def merge_adapter(leaf: AdaptedWeight, adapter: int = 0) -> Float[Array, "..."]:
     """The plain weight W + scale * a b of one adapter of an unstacked leaf."""
-    base = leaf.base
+    base = plain(leaf.base)
     dtype = base.scale.dtype if isinstance(base, QArray) else base.dtype
     w = dequantize(base, jnp.float32) if isinstance(base, QArray) else base.astype(jnp.float32)
     update = jnp.tensordot(leaf.a[adapter], leaf.b[adapter], 1)

@@ -1,7 +1,7 @@
 """Generation: prefill in buckets, then decode several tokens a call, streamed as they come.
 
-The state is donated from call to call. On an accelerator the next call is dispatched before the last
-one's tokens are read, so the device never waits for the host.
+The state is donated from call to call. On an accelerator the next call is dispatched before the
+last one's tokens are read, so the device never waits for the host.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from jaxllm.core.config import require
 from jaxllm.errors import CapacityError
 from jaxllm.infer import programs
 from jaxllm.infer.programs import Setup, bucket
-from jaxllm.infer.sampling import Sampling
+from jaxllm.infer.sampling import Mode, Sampling
 
 __all__ = ["Generator", "Timings"]
 
@@ -129,7 +129,7 @@ class _Run:
         self.generator = generator
         self.prompts = prompts
         self.lengths = lengths
-        self.mode = sampling.mode
+        self.mode: Mode = sampling.mode
         self.batch = len(prompts)
         self.rows = sampling.rows(self.batch)
         self.limit = limit

@@ -7,10 +7,9 @@ memory by the next start; on a CPU they are used where they lie.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +26,11 @@ from jaxllm.core.logging import log
 from jaxllm.core.policy import Policy
 from jaxllm.core.precision import default_dtype, dtype_of
 from jaxllm.core.sharding import named_sharding
-from jaxllm.core.tree import Segment, flatten, map_leaves, unflatten
+from jaxllm.core.tree import Segment, flatten, map_leaves, runs, unflatten
+from jaxllm.core.weights import OutputsFirst
 from jaxllm.errors import ConfigError, WeightsError
 from jaxllm.spec.model import ModelSpec
-from jaxllm.spec.table import model_table
+from jaxllm.spec.table import ParamDef, model_table
 from jaxllm.text.tokenizer import Tokenizer
 from jaxllm.zoo import load as zoo
 from jaxllm.zoo.families import PRESETS
@@ -73,6 +73,7 @@ def run_policy(dtype: str | None = None, *, mesh: Any = None, **changes: Any) ->
         "compute_dtype": kind,
         "layout": "unrolled" if single else "scan",
         "fused": single,
+        "outputs_first": single and platform == "gpu",
     }
     return Policy(**(base | changes))  # pyright: ignore[reportArgumentType]
 
@@ -81,7 +82,7 @@ def run_segments(spec: ModelSpec, policy: Policy) -> tuple[Segment, ...]:
     """How the layers of a spec are stacked under a policy."""
     if policy.layout == "unrolled":
         return tuple(Segment(i, i + 1, 1, stacked=False) for i in range(spec.num_layers))
-    return spec.segments
+    return runs(spec.pattern.names) if policy.layout == "runs" else spec.segments
 
 
 def open_source(
@@ -98,7 +99,7 @@ def open_source(
     segments = run_segments(checkpoint.spec, policy)
     if store is None:
         arrays = zoo.read_arrays(checkpoint, **_layout(policy, segments))
-        placed = _place_stream(checkpoint.spec, arrays, policy, mesh)
+        placed = _place(checkpoint.spec, arrays, policy, mesh)
         return _opened(checkpoint, placed, _tokenizer(checkpoint), stored=False)
     folder = _weights_folder(checkpoint, policy)
     found = load_arrays(folder)
@@ -112,16 +113,21 @@ def open_source(
         reread = load_arrays(folder)
         if reread is None:
             raise WeightsError(f"{folder}: the weights just written cannot be read back")
-        return _opened(checkpoint, _place(checkpoint.spec, reread[0], policy, mesh), tokenizer)
+        return _opened(checkpoint, _place(checkpoint.spec, flatten(reread[0]), policy, mesh), tokenizer)
     tree, extra = found
     text = extra.get("tokenizer")
     tokenizer = None if text is None else Tokenizer.from_json(text)
-    params = _place(checkpoint.spec, tree, policy, mesh)
+    params = _place(checkpoint.spec, flatten(tree), policy, mesh)
     return _opened(checkpoint, params, tokenizer, stored=True)
 
 
 def _layout(policy: Policy, segments: tuple[Segment, ...]) -> dict[str, Any]:
-    return {"dtype": dtype_of(policy.param_dtype), "segments": segments, "fused": policy.fused}
+    return {
+        "dtype": dtype_of(policy.param_dtype),
+        "segments": segments,
+        "fused": policy.fused,
+        "outputs_first": policy.outputs_first,
+    }
 
 
 def _opened(
@@ -152,29 +158,39 @@ def _tokenizer(checkpoint: zoo.Checkpoint) -> Tokenizer | None:
 
 
 def _weights_folder(checkpoint: zoo.Checkpoint, policy: Policy) -> Path:
-    """Named by source, dtype and layout, then by the code that writes it: older ones are replaced."""
+    """Named by source, dtype and layout, then by the code that writes it: older ones give way."""
     code = fingerprint.package_hash("spec", "zoo", "text", "aot/arrays.py")
-    layout = f"{policy.param_dtype}-{policy.layout}{'-fused' if policy.fused else ''}"
+    layout = "-".join(
+        [policy.param_dtype, policy.layout]
+        + ["fused"] * policy.fused
+        + ["outputs_first"] * policy.outputs_first
+    )
     source = zoo.source_hash(checkpoint)[:24]
     return runtime.weights_dir() / f"{source}-{layout}-{code[:12]}"
 
 
-def _sharding(definition: Any, policy: Policy, mesh: Any) -> Any:
+def _sharding(definition: ParamDef, policy: Policy, mesh: Any) -> Any:
+    """Where a leaf's held array goes."""
     if mesh is None:
         return None
-    return named_sharding(mesh, definition.axes, policy.rules, definition.shape)
+    held = definition.hold(policy.outputs_first)
+    return named_sharding(mesh, held.axes, policy.rules, held.shape)
 
 
-def _place_stream(
-    spec: ModelSpec, arrays: Iterator[tuple[str, np.ndarray]], policy: Policy, mesh: Any
+def _place(
+    spec: ModelSpec, arrays: Iterable[tuple[str, np.ndarray]], policy: Policy, mesh: Any
 ) -> Any:
-    """Arrays straight to their (sharded) place, one at a time."""
+    """Held arrays straight to their (sharded) place, one at a time, as leaves."""
     table = dict(flatten(model_table(spec, run_segments(spec, policy), policy.fused)))
-    return unflatten({p: jax.device_put(a, _sharding(table[p], policy, mesh)) for p, a in arrays})
 
+    def leaf(path: str, array: np.ndarray) -> Any:
+        definition = table[path]
+        placed = jax.device_put(array, _sharding(definition, policy, mesh))
+        if policy.outputs_first and definition.inputs:
+            return OutputsFirst(placed, inputs=definition.inputs)
+        return placed
 
-def _place(spec: ModelSpec, tree: Any, policy: Policy, mesh: Any) -> Any:
-    return _place_stream(spec, flatten(tree), policy, mesh)
+    return unflatten({path: leaf(path, array) for path, array in arrays})
 
 
 def _random(name: str, policy: Policy, mesh: Any, store: Store | None) -> Opened:
@@ -185,11 +201,12 @@ def _random(name: str, policy: Policy, mesh: Any, store: Store | None) -> Opened
     segments = run_segments(spec, policy)
 
     def build() -> Callable[..., Any]:
-        from jaxllm.nn.api import init
+        from jaxllm.nn.api import hold, init
 
-        make = functools.partial(init, dtype=dtype_of(policy.param_dtype))
-        return lambda seed: make(
-            spec, jax.random.key(seed, impl="rbg"), segments=segments, fused=policy.fused
+        dtype = dtype_of(policy.param_dtype)
+        layout = {"segments": segments, "fused": policy.fused}
+        return lambda seed: hold(
+            spec, init(spec, jax.random.key(seed, impl="rbg"), dtype=dtype, **layout), policy
         )
 
     table = model_table(spec, segments, policy.fused)

@@ -1,4 +1,4 @@
-"""The functions behind the inference programs: each is the one `apply` with T = prompt, 1 or all."""
+"""The functions behind the inference programs: each is the one `apply`, T the prompt, 1 or all."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def next_token_nll(setup: Setup) -> Callable[..., Any]:
 
     def run(params: Any, ids: jax.Array) -> jax.Array:
         hidden, _, _ = _forward(setup, params, ids, training_step(*ids.shape), None)
-        batch, length, width = hidden.shape
+        batch, length = ids.shape
         targets = jnp.roll(ids, -1, axis=1)
         chunk = min(128, length)
         pad = -length % chunk

@@ -1,4 +1,4 @@
-"""The verb and its helpers: `hidden, state, aux = apply(spec, params, inputs, step, state, policy=...)`."""
+"""The verb, `hidden, state, aux = apply(spec, params, inputs, step, state, policy=…)`; helpers."""
 
 from __future__ import annotations
 
@@ -7,21 +7,24 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
 
 from jaxllm.core.policy import Policy
 from jaxllm.core.sharding import named_sharding
 from jaxllm.core.tree import Segment, flatten, map_leaves, segments_of, unflatten, unstacked_paths
-from jaxllm.core.weights import AdaptedWeight, QArray
+from jaxllm.core.weights import AdaptedWeight, OutputsFirst, QArray
 from jaxllm.nn import decoder
 from jaxllm.nn.decoder import Aux, Inputs
 from jaxllm.spec.model import ModelSpec
 from jaxllm.spec.table import ParamDef, model_table
 from jaxllm.state.step import Step
+from jaxllm.typing import AnyArray
 
 __all__ = [
     "Aux",
     "Inputs",
     "apply",
+    "hold",
     "init",
     "logical_axes",
     "param_shardings",
@@ -32,24 +35,24 @@ __all__ = [
 def apply(
     spec: ModelSpec,
     params: Any,
-    inputs: Inputs | jax.Array,
+    inputs: Inputs | Int[AnyArray, "B T"],
     step: Step,
     state: Any = None,
     *,
     policy: Policy,
-) -> tuple[jax.Array, Any, Aux]:
+) -> tuple[Float[Array, "B T D"], Any, Aux]:
     """One forward pass: training, prefill, decode and verification alike.
 
     Args:
       spec: the model.
       params: its parameters, in any layer layout.
-      inputs: `Inputs`, or ids [B, T].
+      inputs: `Inputs`, or ids.
       step: where the tokens stand.
       state: what is remembered; None in training.
       policy: how to run.
 
     Returns:
-      hidden [B, T, D] after the final norm, the new state, by-products.
+      Hidden states after the final norm, the new state, by-products.
 
     Raises:
       WeightsError: a parameter is missing or of another shape than the spec says.
@@ -59,12 +62,14 @@ def apply(
     return decoder.decode(spec, params, inputs, step, state, policy)
 
 
-def unembed(spec: ModelSpec, params: Any, hidden: jax.Array, *, policy: Policy) -> jax.Array:
-    """Logits [B, T, V] of hidden states [B, T, D]."""
+def unembed(
+    spec: ModelSpec, params: Any, hidden: Float[Array, "B T D"], *, policy: Policy
+) -> Float[Array, "B T V"]:
+    """Logits of hidden states, in the logit dtype."""
     return decoder.logits(spec, params, hidden, policy)
 
 
-def _draw(path: str, definition: ParamDef, key: jax.Array, dtype: Any) -> jax.Array:
+def _draw(path: str, definition: ParamDef, key: Array, dtype: Any) -> Array:
     if definition.std == 0:
         return jnp.full(definition.shape, definition.fill, dtype)
     key = jax.random.fold_in(key, zlib.crc32(path.encode()))
@@ -74,13 +79,15 @@ def _draw(path: str, definition: ParamDef, key: jax.Array, dtype: Any) -> jax.Ar
 
 def init(
     spec: ModelSpec,
-    key: jax.Array,
+    key: Key[Array, ""],
     *,
     dtype: Any = jnp.float32,
     segments: tuple[Segment, ...] | None = None,
     fused: bool = False,
 ) -> dict[str, Any]:
-    """Fresh parameters; an unfused leaf depends on the key and its unstacked path alone, not on the layout.
+    """Fresh parameters, the same in every layout.
+
+    An unfused leaf depends on the key and its unstacked path alone.
 
     Args:
       spec: the model.
@@ -90,13 +97,30 @@ def init(
       fused: draw query/key/value and gate/up as one matrix each.
     """
 
-    def leaf(path: str, definition: ParamDef) -> jax.Array:
+    def leaf(path: str, definition: ParamDef) -> Array:
         if definition.axes[0] != "layers":
             return _draw(path, definition, key, dtype)
         one = definition.unstack()
         return jnp.stack([_draw(name, one, key, dtype) for name in unstacked_paths(path)])
 
     return map_leaves(leaf, model_table(spec, segments, fused))
+
+
+def hold(spec: ModelSpec, params: Any, policy: Policy) -> Any:
+    """Plain parameters with every matrix held as the policy says."""
+    if not policy.outputs_first:
+        return params
+    table = model_table(spec, segments_of(params["layers"]), _fused(params["layers"]))
+    definitions = dict(flatten(table))
+
+    def leaf(path: str, array: jax.Array) -> Any:
+        definition = definitions[path]
+        if not definition.inputs:
+            return array
+        held = array.transpose(definition.hold_order(True))
+        return OutputsFirst(held, inputs=definition.inputs)
+
+    return map_leaves(leaf, params)
 
 
 def _fused(layers: Any) -> bool:
@@ -114,6 +138,10 @@ def _leaf_axes(leaf: Any, axes: tuple[str | None, ...]) -> Any:
             (*lead, *[None] * (leaf.b.ndim - len(lead))),
             scale=leaf.scale,
         )
+    if isinstance(leaf, OutputsFirst):
+        lead = int(axes[0] == "layers")
+        stop = lead + leaf.inputs
+        return OutputsFirst((*axes[:lead], *axes[stop:], *axes[lead:stop]), inputs=leaf.inputs)
     if isinstance(leaf, QArray):
         zero = None if leaf.zero is None else axes
         return QArray(

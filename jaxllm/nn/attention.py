@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
 from flax import linen as nn
+from jaxtyping import Array, Float
 
 from jaxllm.core.policy import Policy
 from jaxllm.core.sharding import constrain
@@ -27,9 +27,9 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, *, step: Step, state: Any, taps: Taps
-    ) -> tuple[jax.Array, Any]:
-        """x [B, T, D] and the op's state -> ([B, T, D], new state)."""
+        self, x: Float[Array, "B T D"], *, step: Step, state: Any, taps: Taps
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """(x, the op's state) -> (update of x, new state)."""
         op, policy = self.op, self.policy
         leaves = Leaves(
             self,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jaxtyping import Array, Float, Key
 
 from jaxllm.core.policy import Policy
 from jaxllm.core.sharding import constrain
@@ -25,7 +28,9 @@ __all__ = ["Block", "Norm", "dropout"]
 MODULES = {spec_ops.Attention: Attention, spec_ops.MLP: MLP}
 
 
-def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+def dropout(
+    x: Float[Array, "*dims"], rate: float, key: Key[Array, ""] | None
+) -> Float[Array, "*dims"]:
     """Zero each value with probability `rate` and scale the rest by 1 / (1 - rate)."""
     if rate == 0 or key is None:
         return x
@@ -40,8 +45,8 @@ class Norm(nn.Module):
     policy: Policy
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """x [..., D] -> [..., D]."""
+    def __call__(self, x: Float[Array, "*dims D"]) -> Float[Array, "*dims D"]:
+        """x normed, in its own dtype."""
         norm = self.norm
         leaves = Leaves(self, norm_table(norm, x.shape[-1]), policy=self.policy)
         if norm.type == "rms":
@@ -57,38 +62,38 @@ class Block(nn.Module):
     policy: Policy
     taps: frozenset[str] = frozenset()
 
-    def _norm(self, sub: Sub, place: str, x: jax.Array) -> jax.Array:
+    def _norm(self, sub: Sub, place: str, x: Array) -> Array:
         name = f"{sub.name}_{place}"
         norm = sub.norms.get(name)
         return x if norm is None else Norm(norm, self.policy, name=name)(x)
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, step: Step, state: Any, key: jax.Array | None
-    ) -> tuple[jax.Array, tuple[Any, dict[str, jax.Array]]]:
+        self, x: Float[Array, "B T D"], step: Step, state: Any, key: Key[Array, ""] | None
+    ) -> tuple[Float[Array, "B T D"], tuple[Any, dict[str, Float[Array, "..."]]]]:
         """Run one layer.
 
         Args:
-          x: hidden states [B, T, D].
+          x: hidden states.
           step: where the tokens stand.
           state: dict op name -> state, or None.
           key: dropout key of this layer, or None.
 
         Returns:
-          (hidden [B, T, D], (new state, taps by local name)).
+          (hidden states, (new state, taps by local name)).
         """
         taps, new_state = Taps(self.taps), {}
         for index, sub in enumerate(self.block.subs):
             inner = self._norm(sub, "norm", x)
-            total = None
+            updates: list[Array] = []
             for named in sub.ops:
                 module = MODULES[type(named.op)](named.op, self.policy, name=named.name)
                 held = None if state is None else state.get(named.name)
                 y, held = module(inner, step=step, state=held, taps=taps)
                 if held is not None:
                     new_state[named.name] = held
-                total = y if total is None else total + y
-            y = self._norm(sub, "out_norm", total)
+                updates.append(y)
+            y = self._norm(sub, "out_norm", functools.reduce(operator.add, updates))
             y = dropout(
                 y, self.policy.dropout, None if key is None else jax.random.fold_in(key, index)
             )

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from jaxllm.core.policy import Policy
 from jaxllm.core.sharding import constrain
@@ -56,8 +57,10 @@ class Aux:
     taps: dict[str, Slot] = dataclasses.field(default_factory=dict)
 
 
-def embed(spec: ModelSpec, params: Any, inputs: Inputs, step: Step, policy: Policy) -> jax.Array:
-    """Hidden states [B, T, D] before the first layer."""
+def embed(
+    spec: ModelSpec, params: Any, inputs: Inputs, step: Step, policy: Policy
+) -> Float[Array, "B T D"]:
+    """Hidden states before the first layer."""
     x = linear.take(params["embed"]["table"], inputs.ids, dtype=policy.compute_dtype)
     if spec.embedding.scale != 1.0:
         x = x * jnp.asarray(spec.embedding.scale, x.dtype)
@@ -72,8 +75,8 @@ def embed(spec: ModelSpec, params: Any, inputs: Inputs, step: Step, policy: Poli
 
 def decode(
     spec: ModelSpec, params: Any, inputs: Inputs, step: Step, state: Any, policy: Policy
-) -> tuple[jax.Array, Any, Aux]:
-    """Hidden states [B, T, D] after the final norm, the new state, and by-products."""
+) -> tuple[Float[Array, "B T D"], Any, Aux]:
+    """Hidden states after the final norm, the new state, and by-products."""
     carry = Carry(embed(spec, params, inputs, step, policy), step)
     carry, state = run(spec, params["layers"], carry, state, policy=policy)
     hidden = carry.hidden
@@ -83,8 +86,10 @@ def decode(
     return jnp.asarray(hidden), state, Aux(taps=carry.taps)
 
 
-def logits(spec: ModelSpec, params: Any, hidden: jax.Array, policy: Policy) -> jax.Array:
-    """Logits [B, T, V] in the logit dtype."""
+def logits(
+    spec: ModelSpec, params: Any, hidden: Float[Array, "B T D"], policy: Policy
+) -> Float[Array, "B T V"]:
+    """Logits of hidden states, in the logit dtype."""
     tied = spec.head.tied
     leaf = params["embed"]["table"] if tied else params["head"]["kernel"]
     out = linear.unembed(

@@ -8,12 +8,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jaxtyping import Array, Float, Int
 
 from jaxllm.core.policy import Policy
 from jaxllm.core.weights import logical_shape
 from jaxllm.errors import WeightsError
 from jaxllm.ops import linear
 from jaxllm.spec.table import FUSED, ParamDef, fuse_table, fused_dim
+from jaxllm.typing import AnyArray
 
 __all__ = ["Leaves", "Taps"]
 
@@ -28,10 +30,10 @@ class Taps:
     """
 
     wanted: frozenset[str] = frozenset()
-    found: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+    found: dict[str, Float[Array, "..."]] = dataclasses.field(default_factory=dict)
 
-    def record(self, name: str, x: jax.Array, inputs: int) -> None:
-        """Keep x [B, T, *inputs] (or its Gram matrix over tokens) if it is wanted."""
+    def record(self, name: str, x: Float[Array, "B T *inputs"], inputs: int) -> None:
+        """Keep x (or the Gram matrix of its last `inputs` dims over tokens) if it is wanted."""
         if name in self.wanted:
             self.found[name] = x
         if f"gram:{name}" in self.wanted:
@@ -57,7 +59,7 @@ class Leaves:
         *,
         policy: Policy,
         taps: Taps | None = None,
-        adapter_ids: jax.Array | None = None,
+        adapter_ids: Int[AnyArray, "B"] | None = None,
     ):
         self._module = module
         self._table = table
@@ -82,15 +84,18 @@ class Leaves:
         leaf = self._module.get_variable("params", name)
         if logical_shape(leaf) != table[name].shape:
             raise WeightsError(
-                f"parameter {where!r} has shape {logical_shape(leaf)}; the spec says {table[name].shape}"
+                f"parameter {where!r} has shape {logical_shape(leaf)}; "
+                f"the spec says {table[name].shape}"
             )
         return leaf
 
-    def vector(self, name: str) -> jax.Array:
+    def vector(self, name: str) -> Float[AnyArray, "..."]:
         """A bias or scale in the compute dtype."""
         return self[name].astype(self._policy.compute_dtype)
 
-    def product(self, name: str, x: jax.Array, equation: str) -> jax.Array:
+    def product(
+        self, name: str, x: Float[Array, "B T *inputs"], equation: str
+    ) -> Float[Array, "B T *outputs"]:
         """x times the matrix `name`, plus its bias if the op has one."""
         operands = equation.split("->")[0].split(",")
         self._taps.record(
@@ -108,12 +113,14 @@ class Leaves:
             y = y + linear.align(self.vector(bias), y)
         return y
 
-    def project(self, fused: str, x: jax.Array, equation: str) -> list[jax.Array]:
+    def project(
+        self, fused: str, x: Float[Array, "B T D"], equation: str
+    ) -> list[Float[Array, "B T ..."]]:
         """Several projections of one input, held as one matrix or apart.
 
         Args:
           fused: name in `FUSED`, for example `qkv`; parts that the table lacks are left out.
-          x: [B, T, D].
+          x: the input.
           equation: einsum of any one part.
 
         Returns:

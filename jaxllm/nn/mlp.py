@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
 from flax import linen as nn
+from jaxtyping import Array, Float
 
 from jaxllm.core.policy import Policy
 from jaxllm.core.sharding import constrain
@@ -26,9 +26,9 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, *, step: Step, state: Any, taps: Taps
-    ) -> tuple[jax.Array, Any]:
-        """x [B, T, D] -> ([B, T, D], the state as it was)."""
+        self, x: Float[Array, "B T D"], *, step: Step, state: Any, taps: Taps
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """x -> (update of x, the state as it was)."""
         op = self.op
         leaves = Leaves(
             self,

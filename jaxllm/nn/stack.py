@@ -8,10 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jaxtyping import Array, Float
 
 from jaxllm.core.policy import Policy
 from jaxllm.core.tree import Segment, layer_tree, segments_of
-from jaxllm.errors import ConfigError
+from jaxllm.errors import ConfigError, WeightsError
 from jaxllm.nn.block import Block
 from jaxllm.spec.model import ModelSpec
 from jaxllm.state.step import Step
@@ -53,9 +54,14 @@ class _Unit(nn.Module):
     segment: Segment
 
     @nn.compact
-    def __call__(self, x: jax.Array, inputs: Any, step: Step) -> tuple[jax.Array, Any]:
+    def __call__(
+        self, x: Float[Array, "B T D"], inputs: Any, step: Step
+    ) -> tuple[Float[Array, "B T D"], Any]:
         repeat, state = inputs
-        block = nn.remat(Block, prevent_cse=False) if self.policy.remat == "full" else Block
+        block = Block
+        if self.policy.remat == "full":
+            # A scan hides the first computation; elsewhere XLA would find it and undo the remat.
+            block = nn.remat(Block, prevent_cse=not self.segment.stacked)
         states, taps = {}, {}
         for place in range(self.segment.unit):
             layer = self.segment.start + place
@@ -92,7 +98,7 @@ class Stack(nn.Module):
                     _Unit,
                     variable_axes={"params": 0},
                     split_rngs={"params": False},
-                    in_axes=(0, nn.broadcast),
+                    in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]
                     length=segment.repeats,
                 )
             unit = body(self.spec, self.policy, segment, name=segment.key)
@@ -102,7 +108,7 @@ class Stack(nn.Module):
         carry = dataclasses.replace(carry, hidden=x, taps=taps)
         return carry, None if state is None else new_state
 
-    def _collect(self, segment: Segment, found: Any, taps: dict[str, jax.Array]) -> None:
+    def _collect(self, segment: Segment, found: Any, taps: dict[str, Array]) -> None:
         """Give tapped values their layer's name; a scan brought those of all repeats."""
         for place in range(segment.unit):
             for repeat in range(segment.repeats):
@@ -120,8 +126,18 @@ def _nest(segment: Segment, tree: Any) -> Any:
     return tree if segment.unit > 1 else {"0": tree}
 
 
+def _check_blocks(spec: ModelSpec, segment: Segment) -> None:
+    """A stack runs every repeat as the block of its first: the others must use the same."""
+    for layer in range(segment.start + segment.unit, segment.stop):
+        if spec.block(layer) != spec.block(layer - segment.unit):
+            raise WeightsError(
+                f"layers {segment.key} are stacked, but the spec gives layers "
+                f"{layer - segment.unit} and {layer} different blocks; restack by the spec"
+            )
+
+
 def _cut(tree: Any, start: int, stop: int) -> Any:
-    """The segments (parameters or state) of layers start..stop-1; cuts through stacks slice them."""
+    """The segments (parameters or state) of layers start..stop-1; a cut stack is sliced."""
     out: dict[str, Any] = {}
     for segment in segments_of(tree):
         first, last = max(segment.start, start), min(segment.stop, stop)
@@ -165,6 +181,8 @@ def run(
         layers = _cut(layers, start, stop)
         state = None if state is None else _cut(state, start, stop)
     found = tuple(sorted(Segment.parse(key) for key in layers))
+    for segment in found:
+        _check_blocks(spec, segment)
     params = {s.key: _nest(s, layers[s.key]) for s in found}
     stack = Stack(spec, policy, found)
     carry, new_state = stack.apply({"params": params}, carry, state)

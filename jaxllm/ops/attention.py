@@ -11,12 +11,15 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from jaxllm.core.config import nearest
 from jaxllm.core.logging import note_once
 from jaxllm.errors import ConfigError, ShapeError, UnsupportedError
 from jaxllm.ops.mask import Visibility, visible
 from jaxllm.spec.mask import Causal
+
+_WIDE = jnp.float32
 
 __all__ = ["IMPLEMENTATIONS", "Choice", "attention", "choose", "reference"]
 
@@ -30,44 +33,73 @@ class Choice:
 
 
 def reference(
-    q: jax.Array, k: jax.Array, v: jax.Array, see: Visibility, *, scale: float
-) -> jax.Array:
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    see: Visibility,
+    *,
+    scale: float,
+) -> Float[Array, "B T N H"]:
     """softmax(scale q kT + mask) v, statistics in float32.
 
     Args:
-      q: [B, T, N, H] queries.
-      k: [B, S, K, H] keys.
-      v: [B, S, K, H] values.
+      q: queries.
+      k: keys.
+      v: values.
       see: who sees whom; a row that sees nothing gives zeros.
       scale: factor on the scores.
 
     Returns:
-      [B, T, N, H] in v's dtype.
+      In v's dtype.
     """
-    groups = q.shape[2] // k.shape[2]
-    q = q.reshape(*q.shape[:2], k.shape[2], groups, q.shape[3])
+    batch, length, heads, width = q.shape
+    kv_heads = k.shape[2]
     exact = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
-    scores = jnp.einsum(
-        "BTKGH,BSKH->BKGTS", q, k, precision=exact, preferred_element_type=jnp.float32
-    )
-    seen = visible(see)[:, None, None]
-    scores = jnp.where(seen, scores * scale, -jnp.inf)
+    seen = visible(see)
+    if not see.aligned:  # slots that nobody sees may hold anything, NaN too
+        v = jnp.where(jnp.any(seen, axis=1)[:, :, None, None], v, jnp.zeros_like(v))
+    # Batched products of plain matrices [G * T, H] x [S, H]: what every backend does best.
+    q = q.reshape(batch, length, kv_heads, -1, width).transpose(0, 2, 3, 1, 4)
+    q = q.reshape(batch, kv_heads, -1, width)
+    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+    scores = jnp.einsum("BKMH,BKSH->BKMS", q, k, precision=exact, preferred_element_type=_WIDE)
+    scores = scores.reshape(batch, kv_heads, -1, length, scores.shape[-1])
+    scores = jnp.where(seen[:, None, None], scores * scale, -jnp.inf)
     peak = jnp.max(scores, axis=-1, keepdims=True)
     weights = jnp.exp(scores - jnp.where(jnp.isfinite(peak), peak, 0.0))
     total = jnp.sum(weights, axis=-1, keepdims=True)
-    weights = (weights / jnp.where(total == 0, 1.0, total)).astype(v.dtype)
-    out = jnp.einsum("BKGTS,BSKH->BTKGH", weights, v, precision=exact)
-    return out.reshape(*out.shape[:2], -1, v.shape[-1])
+    weights = weights.reshape(batch, kv_heads, -1, weights.shape[-1]).astype(v.dtype)
+    out = jnp.einsum("BKMS,BKSH->BKMH", weights, v, precision=exact, preferred_element_type=_WIDE)
+    out = out.reshape(*scores.shape[:-1], v.shape[-1]) / jnp.where(total == 0, 1.0, total)
+    out = out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, v.shape[-1])
+    return out.astype(v.dtype)
 
 
-def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, see: Visibility, *, scale: float) -> jax.Array:
+def _cudnn(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    see: Visibility,
+    *,
+    scale: float,
+) -> Float[Array, "B T N H"]:
     """cuDNN's fused attention through `jax.nn.dot_product_attention`."""
-    plain = see.query_segments is None and see.key_lengths is None
-    structural = see.aligned and plain and isinstance(see.mask, Causal)
-    mask = None if structural else visible(see)[:, None]
+    simple = see.query_segments is None and see.key_lengths is None
+    simple = simple and isinstance(see.mask, Causal)
+    whole = simple and see.aligned
+    one = simple and see.slots and q.shape[1] == 1
+    lengths = see.query_positions[:, 0] + 1 if one else None  # reads the filled slots only
+    mask = None if whole or one else visible(see)[:, None]
     with jax.numpy_dtype_promotion("standard"):
         return jax.nn.dot_product_attention(
-            q, k, v, mask=mask, scale=scale, is_causal=structural, implementation="cudnn"
+            q,
+            k,
+            v,
+            mask=mask,
+            scale=scale,
+            is_causal=whole,
+            key_value_seq_lengths=lengths,
+            implementation="cudnn",
         )
 
 
@@ -86,7 +118,7 @@ def _cudnn_obstacle(platform: str, dtype: str, head_dim: int) -> str | None:
 
 @functools.lru_cache(maxsize=256)
 def choose(
-    implementation: str, *, platform: str, dtype: str, head_dim: int, queries: int
+    implementation: str, *, platform: str, dtype: str, head_dim: int
 ) -> Choice:
     """The implementation for a shape, and why.
 
@@ -95,7 +127,6 @@ def choose(
       platform: `cpu`, `gpu` or `tpu`.
       dtype: name of q's dtype.
       head_dim: H.
-      queries: T; decode (few queries over a long cache) is bound by bytes, not by fusion.
 
     Raises:
       ConfigError: unknown name; UnsupportedError: a named choice that cannot be served.
@@ -112,21 +143,23 @@ def choose(
         return Choice(implementation, "named")
     if obstacle:
         return Choice("reference", obstacle)
-    if queries < 16:
-        return Choice("reference", f"{queries} queries a row: bound by reading the cache")
-    return Choice("cudnn", "fused on a CUDA device")
+    return Choice("cudnn", "fused on a CUDA device, reads only the filled part of a cache")
 
 
 def attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
     see: Visibility,
     *,
     scale: float,
     implementation: str = "auto",
-) -> jax.Array:
-    """Softmax attention of q [B, T, N, H] over k, v [B, S, K, H]; see `reference`."""
+) -> Float[Array, "B T N H"]:
+    """Softmax attention of queries q over keys k and values v; see `reference`.
+
+    Raises:
+      ShapeError: heads or lengths that do not fit; ConfigError, UnsupportedError: see `choose`.
+    """
     if q.shape[2] % k.shape[2] or k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0]:
         raise ShapeError(f"attention: q {q.shape}, k {k.shape} and v {v.shape} do not fit")
     choice = choose(
@@ -134,7 +167,6 @@ def attention(
         platform=jax.default_backend(),
         dtype=str(q.dtype),
         head_dim=q.shape[-1],
-        queries=q.shape[1],
     )
     if implementation == "auto":
         note_once(f"attention: {choice.name} ({choice.why})")

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 
 import jax
+from jaxtyping import Bool
 
 from jaxllm.spec.mask import Causal, Mask, allowed
-from jaxllm.typing import Slot
+from jaxllm.typing import AnyArray, Slot
 
 __all__ = ["Visibility", "visible"]
 
@@ -24,7 +25,8 @@ class Visibility:
       key_segments: [B, S] integers or None.
       key_lengths: [B] integers or None; keys at or past the length are not there.
       mask: the declared mask.
-      aligned: whether both positions are 0..T-1 in every row, so that structure alone says it all.
+      aligned: whether both positions are 0..T-1 in every row, so that structure says it all.
+      slots: whether key s stands at position s in every row, as in a dense cache.
     """
 
     query_positions: Slot
@@ -34,10 +36,11 @@ class Visibility:
     key_lengths: Slot | None = None
     mask: Mask = dataclasses.field(default=Causal(), metadata={"static": True})
     aligned: bool = dataclasses.field(default=False, metadata={"static": True})
+    slots: bool = dataclasses.field(default=False, metadata={"static": True})
 
 
-def visible(see: Visibility) -> jax.Array:
-    """Booleans [B, T, S]: whether query t may attend to key s."""
+def visible(see: Visibility) -> Bool[AnyArray, "B T S"]:
+    """Whether query t may attend to key s."""
     query, key = see.query_positions[:, :, None], see.key_positions[:, None, :]
     out = allowed(see.mask, query, key)
     if see.query_segments is not None and see.key_segments is not None:

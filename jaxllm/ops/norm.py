@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from jaxllm.ops.linear import align
+from jaxllm.typing import AnyArray
 
 __all__ = ["layer_norm", "rms_norm"]
 
 
-def rms_norm(x: jax.Array, scale: jax.Array, *, eps: float, offset: float = 0.0) -> jax.Array:
+def rms_norm(
+    x: Float[Array, "*dims D"], scale: Float[AnyArray, "D"], *, eps: float, offset: float = 0.0
+) -> Float[Array, "*dims D"]:
     """x / sqrt(mean(x^2) + eps) * (offset + scale), in float32, cast back to x's dtype.
 
     Source: arXiv 1910.07467.
@@ -21,13 +25,13 @@ def rms_norm(x: jax.Array, scale: jax.Array, *, eps: float, offset: float = 0.0)
 
 
 def layer_norm(
-    x: jax.Array,
-    scale: jax.Array,
-    bias: jax.Array | None,
+    x: Float[Array, "*dims D"],
+    scale: Float[AnyArray, "D"],
+    bias: Float[AnyArray, "D"] | None,
     *,
     eps: float,
     offset: float = 0.0,
-) -> jax.Array:
+) -> Float[Array, "*dims D"]:
     """(x - mean) / sqrt(var + eps) * (offset + scale) + bias, in float32, cast back to x's dtype.
 
     Source: arXiv 1607.06450.

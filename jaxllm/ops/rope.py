@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Float32, Int
 
 from jaxllm.spec.rope import LinearScaling, Llama3Scaling, Rope
+from jaxllm.typing import AnyArray
 
 __all__ = ["apply_rope", "frequencies"]
 
 
-def frequencies(rope: Rope, head_dim: int) -> np.ndarray:
-    """Angles per position of the rotated pairs, float32 [H * fraction / 2].
+def frequencies(rope: Rope, head_dim: int) -> Float32[np.ndarray, "pairs"]:
+    """Angles per position of the H * fraction / 2 rotated pairs.
 
     theta^(-2i / H'), then scaled as the spec says.
     """
@@ -35,8 +36,10 @@ def frequencies(rope: Rope, head_dim: int) -> np.ndarray:
     return freqs.astype(np.float32)
 
 
-def apply_rope(x: jax.Array, positions: jax.Array, rope: Rope) -> jax.Array:
-    """Rotate x [B, T, N, H] by positions [B, T]; dims beyond the rotated fraction stay.
+def apply_rope(
+    x: Float[Array, "B T N H"], positions: Int[AnyArray, "B T"], rope: Rope
+) -> Float[Array, "B T N H"]:
+    """Rotate x by its positions; dims beyond the rotated fraction stay.
 
     Pair (a, b) becomes (a cos - b sin, b cos + a sin). Source: arXiv 2104.09864.
     """

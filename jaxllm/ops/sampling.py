@@ -1,8 +1,8 @@
-"""Sampling inside the compiled program: penalties, temperature, top-k, top-p, min-p, a seed a request.
+"""Sampling in the compiled program: penalties, temperature, top-k, top-p, min-p, a seed a request.
 
 Cuts are thresholds found by bisection over the bits of a float, so that nothing is ever sorted: the
-threshold of top-k is the largest t for which at least k logits are >= t, that of top-p the largest t
-for which the tokens >= t have at least mass p. Ties at a threshold are all kept.
+threshold of top-k is the largest t for which at least k logits are >= t, that of top-p the largest
+t for which the tokens >= t have at least mass p. Ties at a threshold are all kept.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int, Int32, UInt32
 
 from jaxllm.typing import Slot
 
@@ -52,14 +53,16 @@ class History:
     answer: Slot
 
 
-def remember(history: History, tokens: jax.Array) -> History:
-    """Count new answer tokens [B]."""
+def remember(history: History, tokens: Int[Array, "B"]) -> History:
+    """Count new answer tokens."""
     rows = jnp.arange(tokens.shape[0])
     return History(history.prompt, history.answer.at[rows, tokens].add(1))
 
 
-def penalize(logits: jax.Array, rows: SamplingRows, history: History) -> jax.Array:
-    """Logits [B, V] after repetition, presence and frequency penalties.
+def penalize(
+    logits: Float[Array, "B V"], rows: SamplingRows, history: History
+) -> Float[Array, "B V"]:
+    """Logits after repetition, presence and frequency penalties.
 
     Source: arXiv 1909.05858 for repetition; the other two as in OpenAI's API.
     """
@@ -71,17 +74,19 @@ def penalize(logits: jax.Array, rows: SamplingRows, history: History) -> jax.Arr
     return logits - rows.presence[:, None] * present - rows.frequency[:, None] * count
 
 
-def _ordered(x: jax.Array) -> jax.Array:
+def _ordered(x: Float32[Array, "*dims"]) -> UInt32[Array, "*dims"]:
     """Integers in the order of the float32 values."""
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     negative = bits >> 31 == 1
     return jnp.where(negative, ~bits, bits | jnp.uint32(1 << 31))
 
 
-def _threshold(keys: jax.Array, mass: jax.Array, least: jax.Array) -> jax.Array:
-    """The largest t [B, 1] with sum(mass where keys >= t) >= least; keys and mass [B, V]."""
+def _threshold(
+    keys: UInt32[Array, "B V"], mass: Float32[Array, "B V"], least: Float32[Array, "B 1"]
+) -> UInt32[Array, "B 1"]:
+    """The largest t with sum(mass where keys >= t) >= least."""
 
-    def bit(i: jax.Array, found: jax.Array) -> jax.Array:
+    def bit(i: Array, found: Array) -> Array:
         trial = found | (jnp.uint32(1) << (31 - i).astype(jnp.uint32))
         reached = jnp.sum(jnp.where(keys >= trial, mass, 0.0), axis=-1, keepdims=True) >= least
         return jnp.where(reached, trial, found)
@@ -89,15 +94,15 @@ def _threshold(keys: jax.Array, mass: jax.Array, least: jax.Array) -> jax.Array:
     return jax.lax.fori_loop(0, 32, bit, jnp.zeros_like(keys[:, :1]))
 
 
-def _cut(scaled: jax.Array, rows: SamplingRows) -> jax.Array:
-    """Logits [B, V] with everything outside top-k, top-p and min-p at -inf, in this order."""
+def _cut(scaled: Float32[Array, "B V"], rows: SamplingRows) -> Float32[Array, "B V"]:
+    """Logits with everything outside top-k, top-p and min-p at -inf, in this order."""
     keys = _ordered(scaled)
 
-    def by_count(x: jax.Array) -> jax.Array:
+    def by_count(x: Array) -> Array:
         k = jnp.where(rows.top_k > 0, rows.top_k, x.shape[-1])[:, None].astype(jnp.float32)
         return jnp.where(keys >= _threshold(keys, jnp.ones_like(x), k), x, -jnp.inf)
 
-    def by_mass(x: jax.Array) -> jax.Array:
+    def by_mass(x: Array) -> Array:
         p = jax.nn.softmax(x, axis=-1)
         floor = _threshold(keys, p, rows.top_p[:, None])
         return jnp.where((keys >= floor) | (rows.top_p[:, None] >= 1), x, -jnp.inf)
@@ -108,25 +113,24 @@ def _cut(scaled: jax.Array, rows: SamplingRows) -> jax.Array:
     return jnp.where(scaled - peak >= jnp.log(rows.min_p)[:, None], scaled, -jnp.inf)
 
 
-def sample(logits: jax.Array, rows: SamplingRows, positions: jax.Array) -> jax.Array:
+def sample(
+    logits: Float32[Array, "B V"], rows: SamplingRows, positions: Int[Array, "B"]
+) -> Int32[Array, "B"]:
     """One token a row.
 
     The draw depends on the row's seed and position alone, whatever else is in the batch.
 
     Args:
-      logits: [B, V] float32, penalised already.
+      logits: penalised already.
       rows: options.
-      positions: [B] integers, the place that the token will take in its sequence.
-
-    Returns:
-      [B] int32.
+      positions: the place that the token will take in its sequence.
     """
     best = jnp.argmax(logits, axis=-1)
     warm = rows.temperature > 0
     scaled = logits / jnp.where(warm, rows.temperature, 1.0)[:, None]
     scaled = _cut(scaled, rows)
 
-    def noise(seed: jax.Array, position: jax.Array) -> jax.Array:
+    def noise(seed: Array, position: Array) -> Array:
         key = jax.random.fold_in(jax.random.key(seed), position)
         return jax.random.gumbel(key, logits.shape[-1:], jnp.float32)
 

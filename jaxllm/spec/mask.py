@@ -93,5 +93,5 @@ def reach(mask: Mask) -> tuple[int | None, int | None]:
     if isinstance(mask, And):
         left, right = (min((r for r in p if r is not None), default=None) for p in pairs)
     else:
-        left, right = (None if None in p else max(p) for p in pairs)
+        left, right = (None if a is None or b is None else max(a, b) for a, b in pairs)
     return left, right

@@ -31,8 +31,8 @@ class NamedOp:
 class Sub:
     """One residual update: x <- after(x + scale * out(sum of ops(in(x)))).
 
-    Several ops run in parallel on one input. Pre-LN sets `norm_in`, output-only `norm_out`, sandwich
-    both, post-LN `norm_after`.
+    Several ops run in parallel on one input. Pre-LN sets `norm_in`, output-only `norm_out`,
+    sandwich both, post-LN `norm_after`.
     """
 
     ops: tuple[NamedOp, ...]

@@ -54,7 +54,8 @@ class Attention:
             rotated = self.head_dim * self.rope.fraction
             require(
                 rotated == int(rotated) and int(rotated) % 2 == 0,
-                f"attention: rope rotates {rotated} of {self.head_dim} dims; the number must be even",
+                f"attention: rope rotates {rotated} of {self.head_dim} dims; it must be an even "
+                "number",
             )
 
     @property

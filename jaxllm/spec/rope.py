@@ -23,7 +23,7 @@ class LinearScaling:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Llama3Scaling:
-    """Low frequencies divided by `factor`, high ones kept, a ramp between. Source: arXiv 2407.21783."""
+    """Low frequencies over `factor`, high ones kept, a ramp between. Source: arXiv 2407.21783."""
 
     kind: ClassVar[str] = "llama3"
     factor: float

@@ -27,15 +27,16 @@ __all__ = [
 ]
 
 FUSED: dict[str, tuple[str, ...]] = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
-"""Projections of one input that a run may hold as one matrix, concatenated on the dim before H or on F."""
+"""Projections of one input that a run may hold as one matrix, joined on the dim before H or F."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ParamDef:
     """One leaf: its logical shape, the name of each dim, and how it is drawn at the start.
 
-    `std` is the standard deviation of a normal draw; 0 with `fill` gives a constant. `inputs` counts
-    the contracted dims of a matrix (before the outputs, after a layers axis); 0 for vectors and tables.
+    `std` is the standard deviation of a normal draw; 0 with `fill` gives a constant. `inputs`
+    counts the contracted dims of a matrix (before the outputs, after a layers axis); it is 0 for
+    vectors and tables.
     """
 
     shape: tuple[int, ...]
@@ -52,6 +53,24 @@ class ParamDef:
     def stack(self, repeats: int) -> ParamDef:
         """The same leaf stacked on a leading axis of layers."""
         return dataclasses.replace(self, shape=(repeats, *self.shape), axes=("layers", *self.axes))
+
+    def hold(self, outputs_first: bool) -> ParamDef:
+        """The leaf as its array is held: outputs before inputs when asked, if it is a matrix."""
+        order = self.hold_order(outputs_first)
+        return dataclasses.replace(
+            self,
+            shape=tuple(self.shape[i] for i in order),
+            axes=tuple(self.axes[i] for i in order),
+        )
+
+    def hold_order(self, outputs_first: bool) -> tuple[int, ...]:
+        """Which of the leaf's dims stands where in the held array."""
+        dims = tuple(range(len(self.shape)))
+        if not (outputs_first and self.inputs):
+            return dims
+        lead = int(self.axes[0] == "layers")
+        stop = lead + self.inputs
+        return (*dims[:lead], *dims[stop:], *dims[lead:stop])
 
     def unstack(self) -> ParamDef:
         """The leaf of one layer of a stacked one."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from jaxllm.errors import UnsupportedError
 from jaxllm.ops.attention import attention
@@ -20,23 +20,23 @@ __all__ = ["attend"]
 
 def attend(
     state: Any,
-    qkv: tuple[jax.Array, jax.Array, jax.Array],
+    qkv: tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]],
     *,
     step: Step,
     op: Attention,
     implementation: str = "auto",
-) -> tuple[jax.Array, Any]:
+) -> tuple[Float[Array, "B T N H"], Any]:
     """Remember the new keys and values, and attend over all that is remembered.
 
     Args:
       state: None (training) or the op's `DenseKV`.
-      qkv: q [B, T, N, H], k and v [B, T, K, H], rotated.
+      qkv: queries, keys and values of the new tokens, rotated.
       step: where the tokens stand.
       op: scale and mask.
       implementation: of softmax attention.
 
     Returns:
-      ([B, T, N, H], the new state).
+      (what each query found, the new state).
     """
     q, k, v = qkv
     if state is not None and not isinstance(state, DenseKV):
@@ -73,7 +73,7 @@ def _among_new(step: Step, op: Attention) -> Visibility:
     )
 
 
-def _over_cache(k: jax.Array, step: Step, op: Attention) -> Visibility:
+def _over_cache(k: Float[Array, "B S K H"], step: Step, op: Attention) -> Visibility:
     """The new tokens over all slots; slots past the sequence are never before a query."""
     slots = jnp.arange(k.shape[1], dtype=step.positions.dtype)
     lengths = None
@@ -85,4 +85,5 @@ def _over_cache(k: jax.Array, step: Step, op: Attention) -> Visibility:
         jnp.broadcast_to(slots, k.shape[:2]),
         key_lengths=lengths,
         mask=op.mask,
+        slots=True,
     )

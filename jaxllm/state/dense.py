@@ -9,11 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int
 
 from jaxllm.core.tree import Segment
 from jaxllm.spec.model import Block, ModelSpec
 from jaxllm.spec.ops import Attention
-from jaxllm.typing import Slot
+from jaxllm.typing import AnyArray, Slot
 
 __all__ = ["DenseKV", "dense_state", "grow", "state_axes", "write"]
 
@@ -96,7 +97,7 @@ def state_axes(spec: ModelSpec, segments: tuple[Segment, ...] | None = None) -> 
 def grow(state: Any, capacity: int) -> Any:
     """The same state with room for `capacity` tokens a sequence."""
 
-    def pad(x: jax.Array) -> jax.Array:
+    def pad(x: Float[AnyArray, "*L B S K H"]) -> Float[Array, "*L B capacity K H"]:
         widths = [(0, 0)] * x.ndim
         widths[-3] = (0, capacity - x.shape[-3])
         return jnp.pad(x, widths)
@@ -104,8 +105,14 @@ def grow(state: Any, capacity: int) -> Any:
     return jax.tree.map(pad, state)
 
 
-def write(cache: jax.Array, new: jax.Array, positions: jax.Array, *, aligned: bool) -> jax.Array:
-    """Put new [B, T, K, H] into cache [B, S, K, H] at positions [B, T].
+def write(
+    cache: Float[AnyArray, "B S K H"],
+    new: Float[Array, "B T K H"],
+    positions: Int[AnyArray, "B T"],
+    *,
+    aligned: bool,
+) -> Float[Array, "B S K H"]:
+    """Put new keys or values into a cache at their positions.
 
     Rows that stand at the same positions take one slice update; others scatter, and positions past
     the capacity are dropped.
@@ -114,4 +121,4 @@ def write(cache: jax.Array, new: jax.Array, positions: jax.Array, *, aligned: bo
     if aligned:
         return jax.lax.dynamic_update_slice(cache, new, (0, positions[0, 0], 0, 0))
     rows = jnp.arange(cache.shape[0], dtype=positions.dtype)[:, None]
-    return cache.at[rows, positions].set(new, mode="drop", unique_indices=True)
+    return jnp.asarray(cache).at[rows, positions].set(new, mode="drop", unique_indices=True)

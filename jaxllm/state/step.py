@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Int, Key
 
-from jaxllm.typing import Slot
+from jaxllm.typing import AnyArray, Slot
 
 __all__ = ["Step", "dense_step", "training_step"]
 
@@ -43,10 +43,10 @@ def training_step(
     batch: int,
     length: int,
     *,
-    segment_ids: Any = None,
-    positions: Any = None,
-    adapter_ids: Any = None,
-    key: Any = None,
+    segment_ids: Int[AnyArray, "B T"] | None = None,
+    positions: Int[AnyArray, "B T"] | None = None,
+    adapter_ids: Int[AnyArray, "B"] | None = None,
+    key: Key[Array, ""] | None = None,
 ) -> Step:
     """A step without state over whole rows; packed rows bring their segments and positions."""
     fresh = positions is None
@@ -62,8 +62,14 @@ def training_step(
     )
 
 
-def dense_step(start: jax.Array, length: int, *, fresh: bool = False, lengths: Any = None) -> Step:
-    """A step of T tokens that follow `start` [B] remembered ones in a dense state.
+def dense_step(
+    start: Int[AnyArray, "B"],
+    length: int,
+    *,
+    fresh: bool = False,
+    lengths: Int[AnyArray, "B"] | None = None,
+) -> Step:
+    """A step of `length` tokens that follow `start` remembered ones in a dense state.
 
     `fresh` promises that all starts are 0 and lets attention read the new keys alone.
     """

@@ -139,7 +139,8 @@ def answer(compiled: Any, request: dict[str, Any]) -> dict[str, str]:
     except MemoryError:
         return {"kind": "memory", "message": "it needs too much memory"}
     except Exception as error:  # whatever a stranger's code can raise
-        line = f" (line {error.lineno})" if getattr(error, "lineno", None) else ""  # pyright: ignore
+        number = getattr(error, "lineno", None)
+        line = f" (line {number})" if number else ""
         return {"kind": "template", "message": f"{type(error).__name__}: {str(error)[:500]}{line}"}
 
 

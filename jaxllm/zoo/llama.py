@@ -1,4 +1,4 @@
-"""The Llama family: Llama 2 and 3, SmolLM2, Mistral, Qwen2. Pre-norm, GQA, half-split rope, SwiGLU."""
+"""The Llama family: Llama 2, 3, SmolLM2, Mistral, Qwen2. Pre-norm, GQA, half-split rope, SwiGLU."""
 
 from __future__ import annotations
 
@@ -11,13 +11,18 @@ import numpy as np
 from jaxllm.core.config import to_dict
 from jaxllm.spec.mask import And, Causal, Mask, Window
 from jaxllm.spec.model import Block, Head, ModelSpec, sub
-from jaxllm.spec.ops import MLP, Attention, Norm
+from jaxllm.spec.ops import MLP, Activation, Attention, Norm
 from jaxllm.spec.rope import LinearScaling, Llama3Scaling, Rope, RopeScaling
 from jaxllm.zoo.table import ConfigReader, Entry, Family
 
 __all__ = ["FAMILY", "PRESETS"]
 
-_ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
+_ACTIVATIONS: dict[str, Activation] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
 _IGNORED_KEYS = (
     "_name_or_path",
     "architectures",
@@ -144,13 +149,14 @@ def _read(config: ConfigReader) -> ModelSpec:
         "mask": _window(config, model_type),
     }
     mlp = {
-        "width": config.take("intermediate_size", int), "bias": config.take("mlp_bias", bool, False)
+        "width": config.take("intermediate_size", int),
+        "bias": config.take("mlp_bias", bool, False),
     }
     config.finish()
     return _spec(
         width=width,
         attn=Attention(**parts),
-        mlp=MLP(activation=_ACTIVATIONS[activation], **mlp),  # pyright: ignore
+        mlp=MLP(activation=_ACTIVATIONS[activation], **mlp),
         **values,
     )
 
@@ -318,7 +324,7 @@ def _read_gguf(config: ConfigReader, tensors: Mapping[str, Any]) -> ModelSpec:
 
 
 def _short(value: float) -> float:
-    """GGUF keeps float32: the shortest decimal that means the same, 1e-05 and not 9.99999974e-06."""
+    """GGUF keeps float32: the shortest decimal of the same value, 1e-05 and not 9.99999974e-06."""
     return float(str(np.float32(value)))
 
 

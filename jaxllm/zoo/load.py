@@ -132,6 +132,7 @@ def read_arrays(
     dtype: Any,
     segments: tuple[Segment, ...],
     fused: bool,
+    outputs_first: bool,
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yield (dotted path, host array) of every leaf in the run's layout, one at a time.
 
@@ -142,14 +143,16 @@ def read_arrays(
       dtype: numpy dtype of the leaves.
       segments: how layers are stacked.
       fused: query/key/value and gate/up as one matrix each.
+      outputs_first: matrices as [*outputs, *inputs].
     """
     sources = {entry.path: entry for entry in checkpoint.entries}
     for path, definition in flatten(model_table(checkpoint.spec, segments, fused)):
         layers = unstacked_paths(path)
         stacked = len(layers) > 1 or definition.axes[0] == "layers"
-        out = np.empty(definition.shape, dtype)
+        out = np.empty(definition.hold(outputs_first).shape, dtype)
+        ours = out.transpose(np.argsort(definition.hold_order(outputs_first)))
         for i, layer in enumerate(layers):
-            _fill(checkpoint, sources, layer, out[i] if stacked else out)
+            _fill(checkpoint, sources, layer, ours[i] if stacked else ours)
         yield path, out
 
 
@@ -228,7 +231,7 @@ def _same_spec(family: Family, config: dict[str, Any], spec: ModelSpec) -> bool:
 
 
 def source_hash(checkpoint: Checkpoint) -> str:
-    """SHA-256 over the source's files; remembered by path, size and time, so that a start is quick."""
+    """SHA-256 over the source's files; remembered by path, size and time: a start is quick."""
     files = [*checkpoint.reader.files]
     if checkpoint.path.is_dir():
         files.append(checkpoint.path / "config.json")

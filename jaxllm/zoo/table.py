@@ -1,4 +1,4 @@
-"""How a family is described: config reading that accounts for every key, and invertible weight names."""
+"""How a family is described: reading a config to the last key, and invertible weight names."""
 
 from __future__ import annotations
 
@@ -81,8 +81,8 @@ class ConfigReader:
 class Entry:
     """A tensor on disk, the unstacked path that it fills, and how the two are laid out.
 
-    Forms: `plain` is a reshape; `linear` is [out, in] on disk and [*in, *out] here; `interleaved` is
-    `linear` (or a bias) whose rotary rows are paired 2i, 2i + 1 on disk and i, i + H/2 here.
+    Forms: `plain` is a reshape; `linear` is [out, in] on disk and [*in, *out] here; `interleaved`
+    is `linear` (or a bias) whose rotary rows are paired 2i, 2i + 1 on disk and i, i + H/2 here.
     """
 
     disk: str
@@ -90,7 +90,7 @@ class Entry:
     form: Form = "linear"
 
     def disk_shape(self, definition: ParamDef) -> tuple[int, ...]:
-        """The shape on disk: matrices [out, in] with heads folded, vectors flat, tables as they are."""
+        """Shape on disk: matrices [out, in] with heads folded, vectors flat, tables as they are."""
         if not definition.std:
             return (definition.size,)
         if not definition.inputs:

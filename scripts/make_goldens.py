@@ -1,0 +1,399 @@
+#!/usr/bin/env python3
+"""Golden files of tests/oracle: tiny random models, and SmolLM2, through transformers on the CPU.
+
+    python scripts/make_goldens.py [--only NAME ...] [--smollm2 FOLDER_WITH_THE_GGUF]
+
+Needs torch, transformers, safetensors and gguf, and imports nothing of jaxllm: the two sides share
+no mistake. All parameters are drawn anew: matrices with std 1/sqrt(fan_in), every vector with
+N(0, 0.3^2) added, for a library's own init (norms 1, biases 0) hides mistakes. Running it twice
+writes the same bytes. Numbers are taken from a model that was read back from the files written.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import platform
+import shutil
+import tempfile
+import zlib
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+import transformers
+from smollm2_prompts import CHATS, PARAGRAPH
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import LlamaConfig as Llama
+from transformers import MistralConfig as Mistral
+from transformers import Qwen2Config as Qwen2
+
+FOLDER = Path(__file__).resolve().parents[1] / "tests/oracle/goldens"
+PROMPTS = (17, 28)  # tokens of the two rows' prompts; logits are of 28 tokens in both rows
+LENGTH, ANSWER = max(PROMPTS), 12
+LEAST_MARGIN = 2e-3  # of the largest logit, between the two best tokens of every greedy step
+MAX_BYTES, MAX_TOTAL_BYTES = 200_000, 3_000_000
+BASE = {
+    "vocab_size": 80,
+    "hidden_size": 32,
+    "intermediate_size": 56,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+# Positions reach 40: past the original 16, so that all three bands of the scaling differ.
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiny:
+    """A tiny model: its config, and how its files are written.
+
+    Attributes:
+      config: class of the config.
+      changes: what differs from `BASE`.
+      hub: rewrite config.json as files on the hub before transformers 5 have it.
+      dtype: of the tensors on disk.
+      shard: size of a shard, or None for one file.
+      gguf: types of the matrices in a GGUF file, which stands in place of config and safetensors.
+    """
+
+    config: Any
+    changes: dict[str, Any]
+    hub: bool = False
+    dtype: str = "float32"
+    shard: str | None = None
+    gguf: str | None = None
+
+
+TINY = {
+    "llama_mha": Tiny(Llama, {"num_key_value_heads": 4}, hub=True),
+    "llama_gqa_scaled": Tiny(
+        Llama, {"head_dim": 32, "rope_parameters": LLAMA3, "intermediate_size": 40}
+    ),
+    "llama_gqa_scaled_hub": Tiny(
+        Llama,
+        {"head_dim": 32, "rope_parameters": LLAMA3 | {"factor": 4.0}, "tie_word_embeddings": True},
+        hub=True,
+    ),
+    "llama_linear": Tiny(Llama, {"rope_parameters": LINEAR}),
+    "llama_linear_hub": Tiny(
+        Llama, {"rope_parameters": LINEAR | {"factor": 2.5}, "num_hidden_layers": 1}, hub=True
+    ),
+    "llama_mqa": Tiny(
+        Llama,
+        {"hidden_size": 39, "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 16},
+    ),
+    "llama_bias": Tiny(
+        Llama, {"attention_bias": True, "mlp_bias": True, "hidden_act": "gelu", "vocab_size": 97}
+    ),
+    "llama_odd": Tiny(
+        Llama,
+        {
+            "hidden_size": 35,
+            "intermediate_size": 53,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 5,
+            "num_key_value_heads": 5,
+            "head_dim": 6,
+            "vocab_size": 71,
+            "hidden_act": "gelu_pytorch_tanh",
+        },
+    ),
+    "smollm2": Tiny(
+        Llama,
+        {
+            "hidden_size": 36,
+            "intermediate_size": 96,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e5},
+            "tie_word_embeddings": True,
+        },
+        hub=True,
+    ),
+    "mistral_full": Tiny(Mistral, {"sliding_window": None}),
+    "mistral_window": Tiny(Mistral, {"sliding_window": 8}),
+    "mistral_window_hub": Tiny(
+        Mistral, {"sliding_window": 12, "head_dim": 16, "num_hidden_layers": 1}, hub=True
+    ),
+    "qwen2": Tiny(Qwen2, {"tie_word_embeddings": True, "rms_norm_eps": 1e-6}),
+    "qwen2_hub": Tiny(Qwen2, {"num_attention_heads": 2, "num_key_value_heads": 1}, hub=True),
+    "llama_sharded": Tiny(Llama, {"num_hidden_layers": 3}, dtype="bfloat16", shard="24KB"),
+    "gguf_f32": Tiny(Llama, {"attention_bias": True, "mlp_bias": True}, gguf="F32"),
+    "gguf_q8": Tiny(
+        Llama, {"head_dim": 16, "intermediate_size": 64, "tie_word_embeddings": True}, gguf="Q8_0"
+    ),
+    "gguf_qwen2": Tiny(Qwen2, {"num_key_value_heads": 1, "num_hidden_layers": 1}, gguf="F32"),
+}
+
+
+def redraw(model: Any, seed: int) -> None:
+    """Draw every parameter and every stored buffer anew; the rope's table is not stored."""
+    generator = torch.Generator().manual_seed(seed)
+    stored = model.state_dict()
+    names = [n for n, _ in (*model.named_parameters(), *model.named_buffers()) if n in stored]
+    for name in names:
+        value = model.get_parameter(name) if name.endswith(("weight", "bias")) else stored[name]
+        noise = torch.randn(value.shape, generator=generator)
+        with torch.no_grad():
+            value.copy_(noise / value.shape[-1] ** 0.5 if value.ndim > 1 else value + 0.3 * noise)
+
+
+def hub_dialect(config: dict[str, Any]) -> dict[str, Any]:
+    """A config of transformers 5 in the words that files on the hub have."""
+    out = {k: v for k, v in config.items() if k not in ("rope_parameters", "dtype", "layer_types")}
+    rope = dict(config["rope_parameters"])
+    out["rope_theta"] = rope.pop("rope_theta")
+    kind = rope.pop("rope_type")
+    # Early files say `type`; those with llama3 scaling say `rope_type`.
+    key = "rope_type" if kind == "llama3" else "type"
+    out["rope_scaling"] = None if kind == "default" else {key: kind, **rope}
+    out["torch_dtype"] = config["dtype"]
+    if out["model_type"] == "qwen2":  # as published: a window is named and not used
+        out |= {"sliding_window": 16, "max_window_layers": 2, "use_sliding_window": False}
+    if out.get("head_dim") == out["hidden_size"] // out["num_attention_heads"]:
+        del out["head_dim"]
+    return dict(sorted(out.items()))
+
+
+def interleave(rows: np.ndarray, head_dim: int) -> np.ndarray:
+    """Rows of q or k as GGUF's architecture `llama` keeps them: rotary pairs side by side.
+
+    Here row i of a head turns with row i + H/2; there rows 2i and 2i + 1 turn together.
+    """
+    half = head_dim // 2
+    heads = range(0, len(rows), head_dim)
+    return rows[[head + i + side for head in heads for i in range(half) for side in (0, half)]]
+
+
+GGUF_NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def write_gguf(path: Path, model: Any, kind: str) -> None:
+    """Write a GGUF file, and give the model the values that a reader gets back from it."""
+    config = model.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    writer = gguf.GGUFWriter(path, config.model_type)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_rope_dimension_count(head_dim)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    quant = gguf.GGMLQuantizationType[kind]
+    for name, value in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        stem, _, ending = name.rpartition(".")
+        layer = stem.split(".")[2] if stem.startswith("model.layers.") else None
+        inner = stem if layer is None else stem.removeprefix(f"model.layers.{layer}.")
+        disk = f"{'' if layer is None else f'blk.{layer}.'}{GGUF_NAMES[inner]}.{ending}"
+        array = value.numpy()
+        if kind != "F32" and array.ndim == 2:
+            whole = gguf.quants.dequantize(gguf.quants.quantize(array, quant), quant)
+            value.copy_(torch.from_numpy(whole))
+            array = value.numpy()
+        if config.model_type == "llama" and inner.endswith(("q_proj", "k_proj")):
+            array = interleave(array, head_dim)
+        if kind != "F32" and array.ndim == 2:
+            writer.add_tensor(disk, gguf.quants.quantize(array, quant), raw_dtype=quant)
+        else:
+            writer.add_tensor(disk, np.ascontiguousarray(array))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def write_model(folder: Path, tiny: Tiny, seed: int) -> Any:
+    """Write a model's files and give the model that transformers reads from them, in float32."""
+    config = tiny.config(**BASE | tiny.changes)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    redraw(model, seed)
+    if tiny.gguf:
+        write_gguf(folder / "model.gguf", model, tiny.gguf)
+        if not getattr(config, "attention_bias", False):
+            # transformers' own reader of GGUF must agree; it knows no biases in this architecture.
+            again = AutoModelForCausalLM.from_pretrained(
+                folder, gguf_file="model.gguf", dtype=torch.float32, attn_implementation="eager"
+            )
+            for name, value in model.state_dict().items():
+                assert torch.equal(value, again.state_dict()[name]), name
+        return model.eval()
+    more = {"max_shard_size": tiny.shard} if tiny.shard else {}
+    model.to(getattr(torch, tiny.dtype)).save_pretrained(folder, **more)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    path = folder / "config.json"
+    if tiny.hub:
+        path.write_text(json.dumps(hub_dialect(json.loads(path.read_text())), indent=2) + "\n")
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+
+
+def greedy(model: Any, prompt: list[int], count: int, eos: Any = None) -> tuple[list[int], float]:
+    """The model's own cached greedy answer, and the least relative margin of a step."""
+    out = model.generate(
+        torch.tensor([prompt]),
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+        max_new_tokens=count,
+        do_sample=False,
+        use_cache=True,
+        eos_token_id=eos,
+        pad_token_id=0,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    best = torch.cat(out.logits).topk(2).values
+    margin = ((best[:, 0] - best[:, 1]) / torch.cat(out.logits).abs().amax(-1)).min()
+    return out.sequences[0, len(prompt) :].tolist(), float(margin)
+
+
+def sha256(*paths: Path) -> str:
+    """One hash of several files."""
+    return hashlib.sha256(b"".join(p.read_bytes() for p in paths)).hexdigest()
+
+
+def provenance(**more: Any) -> dict[str, Any]:
+    """Who made a golden file, with what."""
+    packages = ("torch", "transformers", "safetensors", "gguf", "numpy")
+    versions = {"python": platform.python_version()} | {name: version(name) for name in packages}
+    return {"generator": "scripts/make_goldens.py", "versions": versions, **more}
+
+
+def make_tiny(name: str) -> str:
+    """Write one golden directory; draws anew until no greedy step is near a tie."""
+    for attempt in range(50):
+        seed = zlib.crc32(name.encode()) + attempt
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary)
+            model = write_model(folder, TINY[name], seed)
+            vocab = model.config.vocab_size
+            ids = np.random.default_rng(seed).integers(3, vocab, (2, LENGTH)).astype(np.int32)
+            rows = [greedy(model, r[:n].tolist(), ANSWER) for r, n in zip(ids, PROMPTS)]  # noqa: B905
+            margin = min(m for _, m in rows)
+            if margin < LEAST_MARGIN:
+                continue
+            with torch.no_grad():
+                logits = model(torch.from_numpy(ids).long()).logits.numpy()
+                wide = model.double()(torch.from_numpy(ids).long()).logits.numpy()
+            noise = float(np.abs(logits - wide).max() / np.abs(wide).max())
+            weights = sorted(p for p in folder.iterdir() if p.name != "config.json")
+            config = folder / "config.json"
+            about = provenance(
+                config_sha256=sha256(config) if config.exists() else None,
+                weights_sha256=sha256(*weights),
+                seed=seed,
+                float32_noise=noise,
+                least_margin=margin,
+            )
+            np.savez(
+                folder / "golden.npz",
+                ids=ids,
+                logits=logits,
+                prompt_lengths=np.asarray(PROMPTS, np.int32),
+                greedy=np.asarray([r for r, _ in rows], np.int32),
+                provenance=np.asarray(json.dumps(about)),
+            )
+            size = sum(p.stat().st_size for p in folder.iterdir())
+            assert size <= MAX_BYTES, f"{name} takes {size} bytes"
+            shutil.rmtree(FOLDER / name, ignore_errors=True)
+            shutil.copytree(folder, FOLDER / name)
+            return f"{size} bytes, float32 noise {noise:.1e}, least margin {margin:.1e}"
+    raise SystemExit(f"{name}: every draw has a greedy step near a tie")
+
+
+def make_smollm2(source: Path) -> str:
+    """Write smollm2.json: greedy answers, logits and likelihood of the real model."""
+    (path,) = source.glob("*.gguf")
+    model = AutoModelForCausalLM.from_pretrained(
+        source, gguf_file=path.name, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=path.name)
+    eos = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    chats, margins = [], []
+    for messages in CHATS:
+        ids = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=False, tokenize=True
+        )
+        answer, margin = greedy(model, list(ids), 24, eos)
+        margins.append(margin)
+        chats.append({"messages": messages, "prompt_ids": list(ids), "greedy": answer})
+    ids = tokenizer(PARAGRAPH)["input_ids"][:64]
+    with torch.no_grad():
+        logits = model(torch.tensor([ids])).logits[0]
+    best = logits.max(-1)
+    nll = torch.nn.functional.cross_entropy(logits[:-1].double(), torch.tensor(ids[1:]))
+    about = provenance(gguf=path.name, gguf_sha256=sha256(path), least_margin=min(margins))
+    golden = {
+        "provenance": about,
+        "chats": chats,
+        "paragraph": {
+            "text": PARAGRAPH,
+            "ids": ids,
+            "top_ids": best.indices.tolist(),
+            "top_logits": [float(f"{x:.9g}") for x in best.values.tolist()],
+            "largest_logit": float(logits.abs().max()),
+            "nll": float(nll),
+        },
+    }
+    (FOLDER / "smollm2.json").write_text(json.dumps(golden, indent=1) + "\n")
+    return f"{len(ids)} tokens with nll {float(nll):.4f}; least margins {margins}"
+
+
+def main() -> None:
+    """Make what is asked for, by default all tiny models."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="*", default=list(TINY), choices=list(TINY))
+    parser.add_argument("--smollm2", type=Path, help="folder that holds the GGUF file")
+    arguments = parser.parse_args()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    for name in arguments.only:
+        print(name, make_tiny(name), flush=True)
+    if arguments.smollm2:
+        print("smollm2.json", make_smollm2(arguments.smollm2))
+    total = sum(p.stat().st_size for p in FOLDER.rglob("*") if p.is_file())
+    print(f"{total} bytes in all")
+    assert total <= MAX_TOTAL_BYTES
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,208 @@
+"""Toy models that together use every feature of a spec, their parameters, and how tests run them."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxllm.core.policy import Policy
+from jaxllm.core.tree import map_leaves, restack
+from jaxllm.nn import api
+from jaxllm.spec.mask import And, Causal, Window
+from jaxllm.spec.model import Block, Embedding, Head, ModelSpec, NamedOp, Sub, sub
+from jaxllm.spec.ops import MLP, Attention, Norm
+from jaxllm.spec.rope import LinearScaling, Llama3Scaling, Rope
+from jaxllm.spec.table import model_table
+from jaxllm.state.step import training_step
+
+RMS, OFFSET, LAYER = Norm(), Norm(offset=1.0, eps=1e-6), Norm(type="layer", bias=True)
+LOCAL = And(first=Causal(), second=Window(left=2))
+NEAR = Rope(theta=100.0)
+
+
+def model(*blocks: Block, layers: str, **changes: Any) -> ModelSpec:
+    """A toy of width 32 and 64 tokens."""
+    base = {"vocab": 64, "width": 32, "context": 64, "final_norm": RMS}
+    return ModelSpec(blocks=blocks, layers=layers, **(base | changes))
+
+
+def pre(name: str, attn: Attention, mlp: MLP, norm: Norm = RMS) -> Block:
+    """A pre-norm layer."""
+    return Block(name=name, subs=(sub("attn", attn, norm_in=norm), sub("mlp", mlp, norm_in=norm)))
+
+
+def heads(count: int, kv: int, **changes: Any) -> Attention:
+    """Attention with heads of 8, rotated fast enough for a dozen tokens to tell."""
+    return Attention(heads=count, kv_heads=kv, head_dim=8, **({"rope": NEAR} | changes))
+
+
+MLP48 = MLP(width=48)
+INTERLEAVED = Rope(theta=100.0, layout="interleaved", scaling=LinearScaling(factor=2.0))
+LLAMA3 = Rope(
+    theta=100.0,
+    scaling=Llama3Scaling(
+        factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=32
+    ),
+)
+PARTIAL = Rope(theta=100.0, fraction=0.5)
+
+SPECS: dict[str, ModelSpec] = {
+    "mha": model(pre("G", heads(4, 4, rope=INTERLEAVED), MLP48), layers="G*3"),
+    # Prefix, a unit of two repeated, suffix; a window; query/key/value biases.
+    "gqa": model(
+        pre("A", heads(4, 4, rope=None), MLP(width=32, activation="gelu_tanh")),
+        pre("G", heads(4, 2, rope=LLAMA3, qkv_bias=True), MLP48),
+        pre("L", heads(4, 2, mask=LOCAL, qkv_bias=True), MLP48),
+        layers="A (L G)*2 L",
+        head=Head(tied=True),
+    ),
+    "mqa_sandwich": model(
+        Block(
+            name="G",
+            subs=(
+                sub("attn", heads(4, 1, rope=PARTIAL, qkv_bias=True, out_bias=True, scale=0.5),
+                    norm_in=OFFSET, norm_out=OFFSET),
+                sub("mlp", MLP(width=48, gated=True, bias=True, activation="gelu"),
+                    norm_in=OFFSET, norm_out=OFFSET),
+            ),
+        ),
+        layers="G*2",
+        final_norm=OFFSET,
+        embedding=Embedding(scale=5.0),
+        head=Head(tied=True, softcap=3.0),
+    ),
+    "post_layernorm": model(
+        Block(
+            name="G",
+            subs=(
+                sub("attn", heads(4, 4), norm_after=LAYER),
+                sub("mlp", MLP(width=48, gated=False, bias=True, activation="gelu"), norm_after=LAYER),
+            ),
+        ),
+        layers="G*2",
+        final_norm=None,
+    ),
+    # Attention and feed-forward in one residual update, then a second, scaled one.
+    "parallel": model(
+        Block(
+            name="P",
+            subs=(
+                Sub(ops=(NamedOp(name="attn", op=heads(4, 2)), NamedOp(name="mlp", op=MLP48)),
+                    norm_in=LAYER),
+                sub("more", MLP(width=16, gated=False, activation="relu2"), norm_in=RMS, scale=0.5),
+            ),
+        ),
+        layers="P*2",
+        head=Head(scale=0.25, softcap=5.0),
+    ),
+    "output_norm": model(
+        Block(
+            name="G",
+            subs=(
+                sub("attn", heads(4, 2), norm_out=RMS),
+                sub("mlp", MLP(width=48, activation="relu"), norm_out=RMS),
+            ),
+        ),
+        layers="G G*2",
+        final_norm=Norm(type="layer"),
+    ),
+}  # fmt: skip
+NAMES = tuple(SPECS)
+BATCH, LENGTH = 4, 12
+
+
+def redraw(spec: ModelSpec, seed: int = 0) -> dict[str, Any]:
+    """Canonical parameters in which everything bites: no norm stays at 1 and no bias at 0."""
+    random = np.random.default_rng(seed)
+
+    def leaf(_: str, d: Any) -> Any:
+        noise = random.standard_normal(d.shape).astype(np.float32)
+        return noise * np.float32(d.std) if d.std else np.float32(d.fill) + 0.3 * noise
+
+    return map_leaves(leaf, model_table(spec))
+
+
+@functools.cache
+def params(name: str) -> Any:
+    """Canonical parameters of a toy, on the first device."""
+    return jax.device_put(redraw(SPECS[name]))
+
+
+def tokens(name: str, batch: int = BATCH, length: int = LENGTH) -> np.ndarray:
+    """Token ids [B, T]."""
+    random = np.random.default_rng(7)
+    return random.integers(0, SPECS[name].vocab, (batch, length), dtype=np.int32)
+
+
+def quick(function: Callable[..., Any], **options: Any) -> Any:
+    """`jax.jit`, compiled without LLVM's optimiser: these programs run a few times only."""
+    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0}, **options)
+
+
+def forward(spec: ModelSpec, policy: Policy | None = None) -> Callable[..., Any]:
+    """(params, ids or `Inputs`, step or None) -> (logits, aux) of whole sequences."""
+    policy = policy or Policy()
+
+    def run(weights: Any, inputs: Any, step: Any = None) -> Any:
+        if step is None:
+            step = training_step(*getattr(inputs, "ids", inputs).shape)
+        hidden, _, aux = api.apply(spec, weights, inputs, step, policy=policy)
+        return api.unembed(spec, weights, hidden, policy=policy), aux
+
+    return run
+
+
+def loss(spec: ModelSpec, policy: Policy | None = None) -> Callable[..., Any]:
+    """(params, ids) -> (mean next-token loss, logits)."""
+    run = forward(spec, policy)
+
+    def mean(weights: Any, ids: jax.Array) -> Any:
+        logits, _ = run(weights, ids)
+        scores = jax.nn.log_softmax(logits[:, :-1])
+        return -jnp.take_along_axis(scores, ids[:, 1:, None], axis=-1).mean(), logits
+
+    return mean
+
+
+@functools.cache
+def full(name: str) -> np.ndarray:
+    """Logits [B, T, V] of the toy's tokens: one canonical forward pass."""
+    logits, _ = quick(forward(SPECS[name]))(params(name), tokens(name))
+    return np.asarray(logits)
+
+
+@functools.cache
+def gradient(name: str) -> tuple[float, np.ndarray, Any]:
+    """(loss, logits, gradient) of the toy's tokens on one device."""
+    step = quick(jax.value_and_grad(loss(SPECS[name]), has_aux=True))
+    (value, logits), grads = step(params(name), tokens(name))
+    return float(value), np.asarray(logits), jax.tree.map(np.asarray, grads)
+
+
+def single(weights: Any, layers: int) -> Any:
+    """The same parameters, one entry a layer."""
+    from jaxllm.core.tree import Segment
+
+    return restack(weights, tuple(Segment(i, i + 1, 1, stacked=False) for i in range(layers)))
+
+
+def assert_close(found: Any, wanted: Any, tolerance: float = 1e-5) -> None:
+    """Equal to `tolerance` relative to the largest magnitude of each array."""
+    assert jax.tree.structure(found) == jax.tree.structure(wanted)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        assert a.shape == b.shape
+        assert np.isfinite(a).all()
+        limit = tolerance * max(1.0, np.abs(b).max(initial=0.0))
+        assert np.abs(a - b).max(initial=0.0) <= limit
+
+
+def assert_equal(found: Any, wanted: Any) -> None:
+    """Bit for bit the same trees."""
+    assert jax.tree.structure(found) == jax.tree.structure(wanted)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        assert (a.dtype, a.shape) == (b.dtype, b.shape)
+        assert np.array_equal(np.asarray(a), np.asarray(b))

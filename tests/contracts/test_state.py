@@ -1,0 +1,101 @@
+"""Full forward = prefill + decode = chunked prefill, ragged rows and padding included."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxllm.core.policy import Policy
+from jaxllm.nn import api
+from jaxllm.state.dense import dense_state
+from jaxllm.state.step import dense_step
+from tests.contracts.specs import NAMES, SPECS, assert_close, full, params, quick, tokens
+
+LENGTHS = np.array([8, 5, 4, 1], np.int32)
+CAPACITY = 13  # slot 12 stays unused in the longest row
+
+
+@functools.cache
+def program(name: str, fresh: bool):
+    """(params, state, ids, start, lengths) -> (logits, state)."""
+    spec, policy = SPECS[name], Policy()
+
+    def run(weights, state, ids, start, lengths):
+        step = dense_step(start, ids.shape[1], fresh=fresh, lengths=lengths)
+        hidden, state, _ = api.apply(spec, weights, ids, step, state, policy=policy)
+        return api.unembed(spec, weights, hidden, policy=policy), state
+
+    return quick(run)
+
+
+def empty(name: str, batch: int = len(LENGTHS)):
+    return dense_state(SPECS[name], batch, CAPACITY, dtype=np.float32)
+
+
+def garbled(ids: np.ndarray, start: int, size: int, lengths: np.ndarray) -> np.ndarray:
+    """A chunk of the rows; what stands past their lengths is noise."""
+    out = np.full((len(ids), size), 63, np.int32)
+    for row, length in enumerate(lengths):
+        part = ids[row, start : min(start + size, length)]
+        out[row, : len(part)] = part
+    return out
+
+
+def check_rows(logits, name: str, start: np.ndarray, count: np.ndarray) -> None:
+    """Real positions of a chunk have the logits of the full forward pass."""
+    wanted = full(name)
+    for row, (first, number) in enumerate(zip(start, count, strict=True)):
+        assert_close(logits[row, :number], wanted[row, first : first + number])
+
+
+def decode_rest(name: str, state, start: np.ndarray) -> None:
+    """Feed each row its true next tokens one by one."""
+    ids = tokens(name)
+    for _ in range(4):
+        new = np.take_along_axis(ids, start[:, None], axis=1)
+        logits, state = program(name, False)(params(name), state, new, start, None)
+        check_rows(logits, name, start, np.ones_like(start))
+        start = start + 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_prefill_then_decode_is_the_full_forward(name):
+    ids, zero = garbled(tokens(name), 0, 8, LENGTHS), np.zeros_like(LENGTHS)
+    logits, state = program(name, True)(params(name), empty(name), ids, zero, LENGTHS)
+    check_rows(logits, name, zero, LENGTHS)
+    decode_rest(name, state, LENGTHS)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_chunked_prefill_is_the_full_forward(name):
+    ids, state, start = tokens(name), empty(name), np.zeros_like(LENGTHS)
+    for first in (0, 4):
+        count = np.clip(LENGTHS - first, 0, 4)
+        chunk = garbled(ids, first, 4, LENGTHS)
+        logits, state = program(name, False)(params(name), state, chunk, start, count)
+        check_rows(logits, name, start, count)
+        start = start + count
+    decode_rest(name, state, start)
+
+
+def test_one_row_takes_slice_updates_and_agrees():
+    """A batch of one is aligned: its keys are written by one slice update."""
+    name = "gqa"
+    ids, state = tokens(name)[:1], empty(name, 1)
+    for first, size in ((0, 8), (8, 1), (9, 1), (10, 2)):
+        start = np.array([first], np.int32)
+        chunk = ids[:, first : first + size]
+        logits, state = program(name, False)(params(name), state, chunk, start, None)
+        check_rows(logits, name, start, np.array([size]))
+
+
+def test_poisoned_slots_never_leak():
+    """NaN in slots past each row's sequence, as a reused cache may hold, changes nothing."""
+    name = "gqa"
+    ids, zero = garbled(tokens(name), 0, 8, LENGTHS), np.zeros_like(LENGTHS)
+    _, state = program(name, True)(params(name), empty(name), ids, zero, LENGTHS)
+    free = jnp.arange(CAPACITY)[None] >= LENGTHS[:, None]
+    poison = lambda x: jnp.where(free[..., None, None], jnp.nan, x)  # noqa: E731
+    decode_rest(name, jax.tree.map(poison, state), LENGTHS)

@@ -1,0 +1,147 @@
+"""Tiny models of the family against transformers, through the files that transformers saved.
+
+Every test says its greatest relative error with `pytest -rP`.
+"""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+import jaxllm
+from jaxllm.core.policy import Policy
+from jaxllm.core.tree import flatten
+from tests.oracle.golden import NAMES, TOLERANCE, golden, relative, tensors
+
+POLICIES = {"default": None, "scan": Policy(layout="scan", fused=False)}
+PAIRS = [(name, layout) for name in NAMES for layout in POLICIES]
+SAFETENSORS = [name for name in NAMES if golden(name).source.is_dir()]
+SOME = ("gguf_f32", "llama_bias", "llama_mqa", "mistral_window", "smollm2")
+
+
+def load(source, layout="default", store=False):
+    """A model in float32 in one of the two layouts."""
+    policy = POLICIES[layout]
+    dtype = "float32" if policy is None else None
+    return jaxllm.load(source, dtype=dtype, policy=policy, store=store)
+
+
+def same_bits(first, second):
+    """Whether two parameter trees hold the same paths, dtypes and bits."""
+    a, b = dict(flatten(first)), dict(flatten(second))
+    assert a.keys() == b.keys()
+    return all(
+        a[k].dtype == b[k].dtype and np.asarray(a[k]).tobytes() == np.asarray(b[k]).tobytes()
+        for k in a
+    )
+
+
+def test_there_is_something_to_check():
+    assert len(NAMES) >= 18
+    assert sum(golden(name).provenance["float32_noise"] > TOLERANCE / 5 for name in NAMES) == 0
+
+
+@pytest.mark.parametrize(("name", "layout"), PAIRS)
+def test_logits_and_greedy_answers(name, layout):
+    want = golden(name)
+    model = load(want.source, layout)
+    error = relative(model.logits(want.ids), want.logits)
+    print(f"{name} {layout}: {error:.2e}")
+    assert error < TOLERANCE
+    if layout == "scan" and name not in SOME:
+        return  # the cache is the same in both layouts; a few of each kind are enough
+    answers = model.generate_batch(want.prompts, max_tokens=len(want.greedy[0]), raw=True)
+    assert [a.token_ids for a in answers] == want.greedy
+    assert [a.finish_reason for a in answers] == ["length", "length"]
+
+
+@pytest.mark.parametrize("name", SAFETENSORS)
+def test_saved_files_are_those_of_the_reference(name, tmp_path):
+    want = golden(name)
+    model = load(want.source)
+    model.save(tmp_path)
+    before, after = tensors(want.source), tensors(tmp_path)
+    assert {k: v.shape for k, v in before.items()} == {k: v.shape for k, v in after.items()}
+    for key, value in before.items():
+        assert np.array_equal(after[key], value.astype(np.float32)), key
+    again = load(tmp_path)
+    assert again.spec == model.spec
+    assert same_bits(again.params, model.params)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["torch_dtype"] == "float32"
+
+
+def test_saving_from_the_stacked_layout_writes_the_same_bytes(tmp_path):
+    source = golden("llama_bias").source
+    for layout in POLICIES:
+        load(source, layout).save(tmp_path / layout)
+    files = [(tmp_path / layout / "model.safetensors").read_bytes() for layout in POLICIES]
+    assert files[0] == files[1]
+
+
+@pytest.mark.parametrize("name", ["gguf_f32", "gguf_q8"])
+def test_a_gguf_file_becomes_the_safetensors_of_the_same_model(name, tmp_path):
+    want = golden(name)
+    model = load(want.source)
+    model.save(tmp_path)
+    again = load(tmp_path)
+    assert again.spec == model.spec
+    assert same_bits(again.params, model.params)
+
+
+def test_bfloat16_files_stay_as_they_are(tmp_path):
+    source = golden("llama_sharded").source
+    model = jaxllm.load(source, dtype="bfloat16", store=False)
+    model.save(tmp_path)
+    before, after = tensors(source), tensors(tmp_path)
+    assert {k: (v.dtype, v.tobytes()) for k, v in before.items()} == {
+        k: (v.dtype, v.tobytes()) for k, v in after.items()
+    }
+
+
+def test_the_store_changes_nothing_and_an_end_token_ends(tmp_path):
+    want = golden("smollm2")
+    shutil.copytree(want.source, tmp_path / "model")
+    first = load(tmp_path / "model", store=True)
+    second = load(tmp_path / "model", store=True)
+    assert (first.weights_stored, second.weights_stored) == (False, True)
+    assert same_bits(first.params, second.params)
+    logits = [model.logits(want.ids) for model in (first, second)]
+    assert relative(logits[1], want.logits) < TOLERANCE
+    assert np.array_equal(*logits)
+
+    def answer(model):
+        return model.generate(want.prompts[0], max_tokens=12)
+
+    assert answer(first).token_ids == answer(second).token_ids == want.greedy[0]
+    # The eighth token (and one that never comes) as end tokens; the programs come from the store.
+    end = want.greedy[0][7]
+    stop = want.greedy[0].index(end) + 1
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    absent = next(i for i in range(80) if i not in want.greedy[0])
+    config["eos_token_id"] = [absent, end]
+    (tmp_path / "model/config.json").write_text(json.dumps(config))
+    third = answer(load(tmp_path / "model", store=True))
+    assert (third.token_ids, third.finish_reason) == (want.greedy[0][:stop], "stop")
+
+
+def test_both_dialects_of_a_config_say_the_same_model(tmp_path):
+    """The words of transformers 5 and those of older files on the hub, for every kind of rope."""
+    for name in ("llama_gqa_scaled", "llama_linear", "mistral_window", "mistral_full"):
+        folder = tmp_path / name
+        shutil.copytree(golden(name).source, folder)
+        config = json.loads((folder / "config.json").read_text())
+        rope = config.pop("rope_parameters")
+        config["rope_theta"] = rope.pop("rope_theta")
+        config["rope_scaling"] = None if rope["rope_type"] == "default" else rope
+        config["torch_dtype"] = config.pop("dtype")
+        (folder / "config.json").write_text(json.dumps(config))
+        assert load(folder).spec == load(golden(name).source).spec
+
+
+def test_parameters_are_float32_on_one_device():
+    model = load(golden("llama_mha").source)
+    kinds = {(str(leaf.dtype), len(leaf.devices())) for leaf in jax.tree.leaves(model.params)}
+    assert kinds == {("float32", 1)}
