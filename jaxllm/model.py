@@ -25,7 +25,7 @@ from jaxllm.infer.programs import Setup, bucket
 from jaxllm.infer.sampling import Sampling
 from jaxllm.spec.model import ModelSpec
 from jaxllm.spec.table import FUSED, fused_dim, layer_paths
-from jaxllm.text.detokenize import Detokenizer, StopMatcher
+from jaxllm.text.answer import Answer
 from jaxllm.text.tokenizer import Tokenizer
 from jaxllm.zoo.load import save_checkpoint
 
@@ -246,7 +246,7 @@ class Model:
     def _stream(
         self, ids: list[int], chunks: Iterator[np.ndarray], stops: list[str], timings: Timings
     ) -> Pieces[str, None, Generation]:
-        answer = _Answer(self.tokenizer, self.eos_ids, stops)
+        answer = Answer(self.tokenizer, self.eos_ids, stops)
         for chunk in chunks:
             piece = answer.push(chunk[0].tolist())
             if piece:
@@ -284,7 +284,7 @@ class Model:
         """Answers to several prompts in one batch; all rows run until the last one ends."""
         options = _sampling(sampling)
         rows = [self.prompt_ids(p, raw=raw) for p in prompts]
-        answers = [_Answer(self.tokenizer, self.eos_ids, []) for _ in rows]
+        answers = [Answer(self.tokenizer, self.eos_ids, []) for _ in rows]
         timings = Timings()
         for chunk in self.generator.stream(rows, options, max_tokens, timings):
             for answer, tokens in zip(answers, chunk, strict=True):
@@ -312,7 +312,8 @@ class Model:
             return np.ascontiguousarray(plain(host(self.params[parents[0]][name])))
         layer = int(parents[1])
         segment = next(s for s in segments_of(self.params["layers"]) if s.start <= layer < s.stop)
-        tree = layer_tree(segment, self.params["layers"][segment.key], layer, lambda leaf, i: jax.tree.map(lambda a: np.asarray(a)[i], leaf))
+        take = lambda leaf, i: jax.tree.map(lambda a: np.asarray(a)[i], leaf)  # noqa: E731
+        tree = layer_tree(segment, self.params["layers"][segment.key], layer, take)
         leaves = tree[parents[2]]
         if name in leaves:
             return np.ascontiguousarray(plain(host(leaves[name])))
@@ -357,46 +358,3 @@ def _sampling(options: dict[str, Any]) -> Sampling:
     for name in options:
         require(name in known, f"unknown option {name!r}; {nearest(name, known)}")
     return Sampling(**options)
-
-
-class _Answer:
-    """Tokens of one row until it ends, and their text."""
-
-    def __init__(self, tokenizer: Tokenizer | None, eos_ids: Sequence[int], stops: list[str]):
-        require(tokenizer is not None or not stops, "stop strings need a tokenizer")
-        self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer)
-        self._matcher = StopMatcher(stops)
-        self._eos = frozenset(eos_ids)
-        self.token_ids: list[int] = []
-        self.text = ""
-        self.finished = False
-
-    def push(self, tokens: Sequence[int]) -> str:
-        """Take new tokens; the text that is certain by now. Those after the end are dropped."""
-        piece = ""
-        for token in tokens:
-            if self.finished:
-                break
-            self.token_ids.append(token)
-            self.finished = token in self._eos
-            if self._detokenizer is not None and not self.finished:
-                piece += self._emit(self._detokenizer.push(token))
-        return piece
-
-    def _emit(self, text: str) -> str:
-        piece, stopped = self._matcher.push(text)
-        self.finished = self.finished or stopped
-        self.text += piece
-        return piece
-
-    def flush(self) -> str:
-        """What was held back."""
-        if self._detokenizer is None:
-            return ""
-        stopped_by_string = self.finished and self.token_ids[-1] not in self._eos
-        if stopped_by_string:
-            return ""
-        piece = self._emit(self._detokenizer.flush())
-        rest = self._matcher.flush()
-        self.text += rest
-        return piece + rest

@@ -1,6 +1,6 @@
 """Decode and prefill of SmolLM2 in float32 on the CPU, beside llama.cpp and transformers.
 
-  .venv/bin/python scripts/bench_cpu.py --peer-python PEER/bin/python --rounds 5 --out runs/cpu.jsonl
+  .venv/bin/python scripts/bench_cpu.py --peer-python PEER/bin/python --rounds 5 --out cpu.jsonl
 
 PEER is an environment with llama-cpp-python (compiled from source), torch and transformers. Each
 round runs every program once, one after the other, in a process of its own: ratios are of medians.

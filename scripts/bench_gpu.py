@@ -61,7 +61,8 @@ for batch in (1, 32):
     def run():
         cache.reset()
         positions = torch.arange(PROMPT, device="cuda")
-        token = model(ids, past_key_values=cache, cache_position=positions).logits[:, -1:].argmax(-1)
+        out = model(ids, past_key_values=cache, cache_position=positions)
+        token = out.logits[:, -1:].argmax(-1)
         torch.cuda.synchronize()
         start = time.perf_counter()
         for i in range(NEW):
@@ -190,7 +191,8 @@ def main() -> None:
         for label in ("first start (compiles and stores)", *["start from the store"] * 3):
             say({"bench": f"cold start: {label}"} | run_python(COLD))
     if options.peer:
-        say({"bench": "transformers, static cache, torch.compile: tokens/s by batch"} | run_python(PEER))
+        label = "transformers, static cache, torch.compile: tokens/s by batch"
+        say({"bench": label} | run_python(PEER))
     say(check())
     for label, changes in (ABLATIONS if options.ablate else {"as loaded": {}}).items():
         for batch in (1, 32):

@@ -9,19 +9,24 @@ import pytest
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 # Where the user's own cache lies: tests with the real model look there. Workers inherit the answer.
-_default_cache = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "jaxllm")
-_own_cache = os.path.expanduser(os.environ.get("JAXLLM_CACHE") or _default_cache)
-os.environ.setdefault("JAXLLM_REAL_CACHE", os.path.abspath(_own_cache))
+os.environ.setdefault(
+    "JAXLLM_REAL_CACHE",
+    os.path.abspath(
+        os.path.expanduser(
+            os.environ.get("JAXLLM_CACHE")
+            or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "jaxllm")
+        )
+    ),
+)
 os.environ["JAXLLM_CACHE"] = tempfile.mkdtemp(prefix="jaxllm-test-cache-")
 for name in ("HF_ENDPOINT", "XLA_FLAGS"):
     os.environ.pop(name, None)
-os.environ["HF_HUB_OFFLINE"] = "1"
 
-from jaxtyping import install_import_hook
+from jaxtyping import install_import_hook  # noqa: E402
 
 _hook = install_import_hook(["jaxllm", "pallas_kernels"], "beartype.beartype")
 
-import jax
+import jax  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -41,7 +41,7 @@ def parse(arguments: Sequence[str]) -> Any:
         lines = [line.translate(_BOX).strip() for line in said.getvalue().splitlines()]
         lines = [line for line in lines if line]
         if lines:
-            _complain(" ".join(arguments[:1]), " ".join(lines[1:_MAX_LINES]))
+            _complain(" ".join(arguments[:1]), "; ".join(lines[1:_MAX_LINES]))
         raise SystemExit(end.code) from None
 
 

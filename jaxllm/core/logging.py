@@ -18,11 +18,16 @@ def note_once(message: str) -> None:
         log.info(message)
 
 
+class _Stderr(logging.Handler):
+    """Writes to whatever stderr is at the moment of the note."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr, flush=True)
+
+
 def show_notes(level: int = logging.INFO) -> None:
     """Send the house's notes to stderr; the command line does this."""
     if not log.handlers:
-        handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        log.addHandler(handler)
+        log.addHandler(_Stderr())
         log.propagate = False
     log.setLevel(level)

@@ -28,9 +28,9 @@ __all__ = [
     "partition",
     "restack",
     "runs",
-    "runs",
     "segments_of",
     "select",
+    "stack_equal",
     "unflatten",
     "unstack",
     "unstacked_paths",
@@ -196,15 +196,24 @@ def leaf_type(layer: Any) -> Any:
     return structure, tuple((leaf.shape, str(leaf.dtype)) for leaf in leaves)
 
 
-def runs(params: Mapping[str, Any]) -> tuple[Segment, ...]:
-    """The segmentation that stacks neighbouring layers with equal leaf types."""
-    layers = unstack(params)["layers"]
-    kinds = [leaf_type(layers[str(i)]) for i in range(len(layers))]
+def stack_equal(kinds: Sequence[Any]) -> tuple[Segment, ...]:
+    """The segmentation that stacks neighbours of an equal kind; `kinds` has one entry a layer."""
     starts = [i for i, kind in enumerate(kinds) if i == 0 or kind != kinds[i - 1]]
     ends = [*starts[1:], len(kinds)]
-    return tuple(
-        Segment(a, b, 1, stacked=b - a > 1) for a, b in zip(starts, ends, strict=True)
-    )
+    return tuple(Segment(a, b, 1, stacked=b - a > 1) for a, b in zip(starts, ends, strict=True))
+
+
+def runs(params: Mapping[str, Any], names: Sequence[str] | None = None) -> tuple[Segment, ...]:
+    """The segmentation that stacks neighbouring layers with equal leaf types.
+
+    Args:
+      params: parameters in any layout.
+      names: the block of each layer (`spec.pattern.names`), where blocks may differ in more than
+        their leaves, for example in a mask.
+    """
+    layers = unstack(params)["layers"]
+    names = names or ("",) * len(layers)
+    return stack_equal([(name, leaf_type(layers[str(i)])) for i, name in enumerate(names)])
 
 
 def _stack_layers(group: list[Any], segment: Segment) -> Any:
@@ -215,25 +224,6 @@ def _stack_layers(group: list[Any], segment: Segment) -> Any:
         )
     flat = [dict(flatten(layer)) for layer in group]
     return unflatten({path: _stack([f[path] for f in flat]) for path in flat[0]})
-
-
-def runs(names: Sequence[str], params: Mapping[str, Any] | None = None) -> tuple[Segment, ...]:
-    """The segments of the layout `runs`: neighbours of one block with equal leaves are stacked.
-
-    Args:
-      names: the block that each layer uses (`spec.pattern.names`).
-      params: parameters in any layout; without them a block's leaves are taken to be equal.
-    """
-    kinds: list[Any] = list(names)
-    if params is not None:
-        layers = unstack(params)["layers"]
-        kinds = [(name, leaf_type(layers[str(i)])) for i, name in enumerate(names)]
-    segments, start = [], 0
-    for stop in range(1, len(kinds) + 1):
-        if stop == len(kinds) or kinds[stop] != kinds[start]:
-            segments.append(Segment(start, stop, 1, stacked=stop - start > 1))
-            start = stop
-    return tuple(segments)
 
 
 def unstacked_paths(path: str) -> list[str]:

@@ -159,7 +159,8 @@ def quantize(
         zero = None
     else:
         low, top = jnp.min(x, reduce, keepdims=True), jnp.max(x, reduce, keepdims=True)
-        scale = (top - low) / (2 * high + 1)
+        # A group of one value is that value times one step, whatever the value.
+        scale = jnp.where(top == low, jnp.abs(low), (top - low) / (2 * high + 1))
         zero = -high - 1 - low / jnp.where(scale == 0, 1.0, scale)
     safe = jnp.where(scale == 0, 1.0, scale)
     q = jnp.clip(jnp.round(x / safe + (0.0 if zero is None else zero)), -high - 1, high)
@@ -207,5 +208,6 @@ def merge_adapter(leaf: AdaptedWeight, adapter: int = 0) -> Float[Array, "..."]:
     base = plain(leaf.base)
     dtype = base.scale.dtype if isinstance(base, QArray) else base.dtype
     w = dequantize(base, jnp.float32) if isinstance(base, QArray) else base.astype(jnp.float32)
-    update = jnp.tensordot(leaf.a[adapter], leaf.b[adapter], 1)
+    a, b = (x[adapter].astype(jnp.float32) for x in (leaf.a, leaf.b))
+    update = jnp.tensordot(a, b, 1, precision=jax.lax.Precision.HIGHEST)
     return (w + leaf.scale * update).astype(dtype)

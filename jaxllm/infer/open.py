@@ -26,7 +26,7 @@ from jaxllm.core.logging import log
 from jaxllm.core.policy import Policy
 from jaxllm.core.precision import default_dtype, dtype_of
 from jaxllm.core.sharding import named_sharding
-from jaxllm.core.tree import Segment, flatten, map_leaves, runs, unflatten
+from jaxllm.core.tree import Segment, flatten, map_leaves, stack_equal, unflatten
 from jaxllm.core.weights import OutputsFirst
 from jaxllm.errors import ConfigError, WeightsError
 from jaxllm.spec.model import ModelSpec
@@ -37,6 +37,10 @@ from jaxllm.zoo.families import PRESETS
 from jaxllm.zoo.pull import resolve
 
 __all__ = ["Opened", "open_source", "run_policy", "run_segments"]
+
+
+_CODE_LETTERS = 12
+"""Letters of the hash of the importing code at the end of a stored weight folder's name."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,7 +86,7 @@ def run_segments(spec: ModelSpec, policy: Policy) -> tuple[Segment, ...]:
     """How the layers of a spec are stacked under a policy."""
     if policy.layout == "unrolled":
         return tuple(Segment(i, i + 1, 1, stacked=False) for i in range(spec.num_layers))
-    return runs(spec.pattern.names) if policy.layout == "runs" else spec.segments
+    return stack_equal(spec.pattern.names) if policy.layout == "runs" else spec.segments
 
 
 def open_source(
@@ -97,28 +101,37 @@ def open_source(
         return _random(source.removeprefix("random:"), policy, mesh, store)
     checkpoint = zoo.open_checkpoint(resolve(source))
     segments = run_segments(checkpoint.spec, policy)
+    stored, known = False, None
     if store is None:
         arrays = zoo.read_arrays(checkpoint, **_layout(policy, segments))
-        placed = _place(checkpoint.spec, arrays, policy, mesh)
-        return _opened(checkpoint, placed, _tokenizer(checkpoint), stored=False)
+    else:
+        arrays, known, stored = _kept_arrays(checkpoint, policy, segments)
+    params = _place(checkpoint.spec, arrays, policy, mesh)
+    tokenizer = _tokenizer(checkpoint, known)
+    eos = tokenizer.eos_ids if tokenizer is not None else _config_eos(checkpoint.path)
+    return Opened(
+        spec=checkpoint.spec, params=params, tokenizer=tokenizer, eos_ids=eos, stored=stored
+    )
+
+
+def _kept_arrays(
+    checkpoint: zoo.Checkpoint, policy: Policy, segments: tuple[Segment, ...]
+) -> tuple[Iterable[tuple[str, np.ndarray]], str | None, bool]:
+    """(mapped arrays, a GGUF file's tokenizer, whether they were there), imported if need be."""
     folder = _weights_folder(checkpoint, policy)
     found = load_arrays(folder)
+    stored = found is not None
     if found is None:
         log.info("weights: importing %s", checkpoint.path)
-        for old in folder.parent.glob(f"{folder.name.rsplit('-', 1)[0]}-*"):
+        for old in folder.parent.glob(folder.name[:-_CODE_LETTERS] + "?" * _CODE_LETTERS):
             shutil.rmtree(old, ignore_errors=True)
-        tokenizer = _tokenizer(checkpoint)
-        extra = {"tokenizer": None if tokenizer is None else tokenizer.to_json()}
+        tokenizer = None if checkpoint.path.is_dir() else _tokenizer(checkpoint, None)
+        extra = {} if tokenizer is None else {"tokenizer": tokenizer.to_json()}
         save_arrays(folder, zoo.read_arrays(checkpoint, **_layout(policy, segments)), extra)
-        reread = load_arrays(folder)
-        if reread is None:
-            raise WeightsError(f"{folder}: the weights just written cannot be read back")
-        return _opened(checkpoint, _place(checkpoint.spec, flatten(reread[0]), policy, mesh), tokenizer)
-    tree, extra = found
-    text = extra.get("tokenizer")
-    tokenizer = None if text is None else Tokenizer.from_json(text)
-    params = _place(checkpoint.spec, flatten(tree), policy, mesh)
-    return _opened(checkpoint, params, tokenizer, stored=True)
+        found = load_arrays(folder)
+    if found is None:
+        raise WeightsError(f"{folder}: the weights just written cannot be read back")
+    return flatten(found[0]), found[1].get("tokenizer"), stored
 
 
 def _layout(policy: Policy, segments: tuple[Segment, ...]) -> dict[str, Any]:
@@ -128,15 +141,6 @@ def _layout(policy: Policy, segments: tuple[Segment, ...]) -> dict[str, Any]:
         "fused": policy.fused,
         "outputs_first": policy.outputs_first,
     }
-
-
-def _opened(
-    checkpoint: zoo.Checkpoint, params: Any, tokenizer: Tokenizer | None, stored: bool = False
-) -> Opened:
-    eos = tokenizer.eos_ids if tokenizer is not None else _config_eos(checkpoint.path)
-    return Opened(
-        spec=checkpoint.spec, params=params, tokenizer=tokenizer, eos_ids=eos, stored=stored
-    )
 
 
 def _config_eos(path: Path) -> tuple[int, ...]:
@@ -149,9 +153,12 @@ def _config_eos(path: Path) -> tuple[int, ...]:
     return ()
 
 
-def _tokenizer(checkpoint: zoo.Checkpoint) -> Tokenizer | None:
+def _tokenizer(checkpoint: zoo.Checkpoint, known: str | None) -> Tokenizer | None:
+    """The source's tokenizer; `known` is the JSON of a GGUF file's, kept beside its weights."""
     if checkpoint.path.is_dir():
         return Tokenizer.from_directory(checkpoint.path)
+    if known is not None:
+        return Tokenizer.from_json(known)
     if "tokenizer.ggml.model" not in checkpoint.reader.metadata:
         return None
     return Tokenizer.from_gguf(checkpoint.reader.metadata)
@@ -160,13 +167,13 @@ def _tokenizer(checkpoint: zoo.Checkpoint) -> Tokenizer | None:
 def _weights_folder(checkpoint: zoo.Checkpoint, policy: Policy) -> Path:
     """Named by source, dtype and layout, then by the code that writes it: older ones give way."""
     code = fingerprint.package_hash("spec", "zoo", "text", "aot/arrays.py")
-    layout = "-".join(
+    layout = "+".join(
         [policy.param_dtype, policy.layout]
         + ["fused"] * policy.fused
         + ["outputs_first"] * policy.outputs_first
     )
     source = zoo.source_hash(checkpoint)[:24]
-    return runtime.weights_dir() / f"{source}-{layout}-{code[:12]}"
+    return runtime.weights_dir() / f"{source}-{layout}-{code[:_CODE_LETTERS]}"
 
 
 def _sharding(definition: ParamDef, policy: Policy, mesh: Any) -> Any:

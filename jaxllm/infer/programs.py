@@ -46,7 +46,7 @@ class Tail:
 
     tokens: Slot
     positions: Slot
-    history: History | None = None
+    history: Slot | None = None
 
 
 @dataclasses.dataclass(frozen=True)

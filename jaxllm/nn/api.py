@@ -63,10 +63,15 @@ def apply(
 
 
 def unembed(
-    spec: ModelSpec, params: Any, hidden: Float[Array, "B T D"], *, policy: Policy
+    spec: ModelSpec,
+    params: Any,
+    hidden: Float[Array, "B T D"],
+    *,
+    policy: Policy,
+    adapter_ids: Int[AnyArray, "B"] | None = None,
 ) -> Float[Array, "B T V"]:
-    """Logits of hidden states, in the logit dtype."""
-    return decoder.logits(spec, params, hidden, policy)
+    """Logits of hidden states, in the logit dtype; only an adapted head reads `adapter_ids`."""
+    return decoder.logits(spec, params, hidden, policy, adapter_ids)
 
 
 def _draw(path: str, definition: ParamDef, key: Array, dtype: Any) -> Array:
@@ -113,7 +118,7 @@ def hold(spec: ModelSpec, params: Any, policy: Policy) -> Any:
     table = model_table(spec, segments_of(params["layers"]), _fused(params["layers"]))
     definitions = dict(flatten(table))
 
-    def leaf(path: str, array: jax.Array) -> Any:
+    def leaf(path: str, array: Array) -> Any:
         definition = definitions[path]
         if not definition.inputs:
             return array

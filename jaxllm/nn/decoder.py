@@ -7,17 +7,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
+from jaxllm.core.config import require
 from jaxllm.core.policy import Policy
 from jaxllm.core.sharding import constrain
 from jaxllm.errors import ShapeError
 from jaxllm.nn.block import Norm, dropout
+from jaxllm.nn.leaf import checked
 from jaxllm.nn.stack import Carry, run
 from jaxllm.ops import linear
 from jaxllm.spec.model import ModelSpec
+from jaxllm.spec.table import model_table
 from jaxllm.state.step import Step
-from jaxllm.typing import Slot
+from jaxllm.typing import AnyArray, Slot
 
 __all__ = ["Aux", "Inputs", "decode", "embed", "logits"]
 
@@ -57,11 +60,22 @@ class Aux:
     taps: dict[str, Slot] = dataclasses.field(default_factory=dict)
 
 
+def _end(spec: ModelSpec, params: Any, group: str, name: str) -> Any:
+    """A leaf outside of the layers, checked."""
+    shape = model_table(spec)[group][name].shape
+    return checked(params.get(group, {}).get(name), shape, f"{group}.{name}")
+
+
 def embed(
     spec: ModelSpec, params: Any, inputs: Inputs, step: Step, policy: Policy
 ) -> Float[Array, "B T D"]:
     """Hidden states before the first layer."""
-    x = linear.take(params["embed"]["table"], inputs.ids, dtype=policy.compute_dtype)
+    x = linear.take(
+        _end(spec, params, "embed", "table"),
+        inputs.ids,
+        dtype=policy.compute_dtype,
+        adapter_ids=step.adapter_ids,
+    )
     if spec.embedding.scale != 1.0:
         x = x * jnp.asarray(spec.embedding.scale, x.dtype)
     if inputs.embeds is not None:
@@ -79,21 +93,31 @@ def decode(
     """Hidden states after the final norm, the new state, and by-products."""
     carry = Carry(embed(spec, params, inputs, step, policy), step)
     carry, state = run(spec, params["layers"], carry, state, policy=policy)
+    unknown = sorted(policy.taps - carry.taps.keys())
+    require(not unknown, f"taps: no matrix is at {', '.join(unknown)}; write layers.0.mlp.down")
     hidden = carry.hidden
     if spec.final_norm is not None:
         norm = Norm(spec.final_norm, policy)
-        hidden = norm.apply({"params": params["final_norm"]}, hidden)
+        hidden = norm.apply({"params": params.get("final_norm", {})}, hidden)
     return jnp.asarray(hidden), state, Aux(taps=carry.taps)
 
 
 def logits(
-    spec: ModelSpec, params: Any, hidden: Float[Array, "B T D"], policy: Policy
+    spec: ModelSpec,
+    params: Any,
+    hidden: Float[Array, "B T D"],
+    policy: Policy,
+    adapter_ids: Int[AnyArray, "B"] | None = None,
 ) -> Float[Array, "B T V"]:
     """Logits of hidden states, in the logit dtype."""
     tied = spec.head.tied
-    leaf = params["embed"]["table"] if tied else params["head"]["kernel"]
     out = linear.unembed(
-        hidden, leaf, tied=tied, dtype=policy.compute_dtype, out_dtype=policy.logit_dtype
+        hidden,
+        _end(spec, params, "embed", "table") if tied else _end(spec, params, "head", "kernel"),
+        tied=tied,
+        dtype=policy.compute_dtype,
+        out_dtype=policy.logit_dtype,
+        adapter_ids=adapter_ids,
     )
     if spec.head.scale != 1.0:
         out = out * jnp.asarray(spec.head.scale, out.dtype)

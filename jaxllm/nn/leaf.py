@@ -17,7 +17,7 @@ from jaxllm.ops import linear
 from jaxllm.spec.table import FUSED, ParamDef, fuse_table, fused_dim
 from jaxllm.typing import AnyArray
 
-__all__ = ["Leaves", "Taps"]
+__all__ = ["Leaves", "Taps", "checked"]
 
 
 @dataclasses.dataclass
@@ -49,6 +49,21 @@ def _size(shape: tuple[int, ...]) -> int:
     return out
 
 
+def checked(leaf: Any, shape: tuple[int, ...], where: str) -> Any:
+    """The leaf, if it is there and has the logical shape that the spec says.
+
+    Raises:
+      WeightsError: it is missing or of another shape.
+    """
+    if leaf is None:
+        raise WeightsError(f"parameter {where!r} is missing")
+    if logical_shape(leaf) != shape:
+        raise WeightsError(
+            f"parameter {where!r} has shape {logical_shape(leaf)}; the spec says {shape}"
+        )
+    return leaf
+
+
 class Leaves:
     """The parameters of one op: named leaves by table, and matrix products with them."""
 
@@ -75,19 +90,15 @@ class Leaves:
         """The leaf of a name, checked against the table.
 
         Raises:
-          WeightsError: the leaf is missing or its logical shape is another.
+          WeightsError: the leaf is missing, unknown to the spec, or of another logical shape.
         """
         where = ".".join((*self._module.path, name))
         table = self._table if name in self._table else fuse_table(self._table)
         if not self.has(name):
             raise WeightsError(f"parameter {where!r} is missing")
-        leaf = self._module.get_variable("params", name)
-        if logical_shape(leaf) != table[name].shape:
-            raise WeightsError(
-                f"parameter {where!r} has shape {logical_shape(leaf)}; "
-                f"the spec says {table[name].shape}"
-            )
-        return leaf
+        if name not in table:
+            raise WeightsError(f"parameter {where!r} is none that the spec has")
+        return checked(self._module.get_variable("params", name), table[name].shape, where)
 
     def vector(self, name: str) -> Float[AnyArray, "..."]:
         """A bias or scale in the compute dtype."""

@@ -11,7 +11,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from jaxllm.core.policy import Policy
-from jaxllm.core.tree import Segment, layer_tree, segments_of
+from jaxllm.core.tree import Segment, layer_tree
 from jaxllm.errors import ConfigError, WeightsError
 from jaxllm.nn.block import Block
 from jaxllm.spec.model import ModelSpec
@@ -137,18 +137,26 @@ def _check_blocks(spec: ModelSpec, segment: Segment) -> None:
 
 
 def _cut(tree: Any, start: int, stop: int) -> Any:
-    """The segments (parameters or state) of layers start..stop-1; a cut stack is sliced."""
+    """The segments (parameters or state) of layers start..stop-1; a cut stack is sliced.
+
+    Raises:
+      WeightsError: not every layer is there once.
+    """
     out: dict[str, Any] = {}
-    for segment in segments_of(tree):
+    held: list[int] = []
+    for segment in sorted(Segment.parse(key) for key in tree):
         first, last = max(segment.start, start), min(segment.stop, stop)
         if first >= last:
             continue
+        held += range(first, last)
         if (first, last) == (segment.start, segment.stop):
             out[segment.key] = tree[segment.key]
             continue
         for layer in range(first, last):
             take = lambda leaf, i: jax.tree.map(lambda a: a[i], leaf)  # noqa: E731
             out[str(layer)] = layer_tree(segment, tree[segment.key], layer, take)
+    if held != list(range(start, stop)):
+        raise WeightsError(f"layers {start}:{stop} are not all there once: {', '.join(tree)}")
     return out
 
 
@@ -165,21 +173,30 @@ def run(
 
     Args:
       spec: the model.
-      layers: `params["layers"]` in any segmentation.
+      layers: `params["layers"]` in any segmentation; those outside of the span are not needed.
       carry: hidden states and the step.
-      state: state of these layers, or None.
+      state: state of these layers, stacked like them, or None.
       policy: how to run.
       span: (start, stop); all layers by default.
 
     Returns:
       (carry, new state of the layers that ran).
+
+    Raises:
+      ConfigError: the span is none of the model's.
+      WeightsError: layers are missing, or stacked otherwise than the spec or the state allow.
     """
     start, stop = span or (0, spec.num_layers)
     if not 0 <= start < stop <= spec.num_layers:
         raise ConfigError(f"layers {start}:{stop} are not among the model's 0:{spec.num_layers}")
-    if (start, stop) != (0, spec.num_layers):
-        layers = _cut(layers, start, stop)
-        state = None if state is None else _cut(state, start, stop)
+    given, layers = layers, _cut(layers, start, stop)
+    if span is None and set(layers) != set(given):
+        raise WeightsError(f"the spec has {stop} layers; the parameters: {', '.join(given)}")
+    state = None if state is None else _cut(state, start, stop)
+    if state is not None and set(state) != set(layers):
+        raise WeightsError(
+            f"the state is stacked as {', '.join(state)}, the layers as {', '.join(layers)}"
+        )
     found = tuple(sorted(Segment.parse(key) for key in layers))
     for segment in found:
         _check_blocks(spec, segment)

@@ -117,9 +117,7 @@ def _cudnn_obstacle(platform: str, dtype: str, head_dim: int) -> str | None:
 
 
 @functools.lru_cache(maxsize=256)
-def choose(
-    implementation: str, *, platform: str, dtype: str, head_dim: int
-) -> Choice:
+def choose(implementation: str, *, platform: str, dtype: str, head_dim: int) -> Choice:
     """The implementation for a shape, and why.
 
     Args:

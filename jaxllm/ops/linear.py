@@ -15,7 +15,6 @@ from jaxllm.core.weights import (
     QArray,
     dequantize,
     logical_shape,
-    merge_adapter,
     plain,
 )
 from jaxllm.errors import ShapeError
@@ -29,11 +28,11 @@ def align(vector: Float[AnyArray, "..."], x: Float[Array, "..."]) -> Float[Array
     return jax.lax.expand_dims(vector, range(x.ndim - vector.ndim))
 
 
-def dense(leaf: Any, dtype: Any) -> Float[AnyArray, "..."]:
+def dense(leaf: Any, dtype: Any) -> Float[Array, "..."]:
     """The values of a plain, outputs-first or quantized leaf, [*inputs, *outputs]."""
     if isinstance(leaf, QArray):
         return dequantize(leaf, dtype)
-    return plain(leaf).astype(dtype)
+    return jnp.asarray(plain(leaf)).astype(dtype)
 
 
 def _precision(dtype: Any) -> jax.lax.Precision:
@@ -41,17 +40,19 @@ def _precision(dtype: Any) -> jax.lax.Precision:
     return jax.lax.Precision.HIGHEST if wide else jax.lax.Precision.DEFAULT
 
 
-def _product(equation: str, x: Array, w: AnyArray, out_dtype: Any) -> Array:
+def _product(equation: str, x: Array, w: Array, out_dtype: Any) -> Array:
     return jnp.einsum(
         equation, x, w, precision=_precision(x.dtype), preferred_element_type=out_dtype
     )
 
 
-def _rows_times(x: jax.Array, w: jax.Array, out_dtype: Any) -> jax.Array:
-    """x [rows, in] times w [out, in] transposed.
+def _rows_times(
+    x: Float[Array, "rows I"], w: Float[AnyArray, "O I"], out_dtype: Any
+) -> Float[Array, "rows O"]:
+    """x times w transposed.
 
-    One row is written as a multiply and a sum: XLA makes one fusion of it that streams w once, where
-    a call of a matrix library for one row is a third slower on an H100.
+    One row is written as a multiply and a sum: XLA makes one fusion of it that streams w once,
+    where a call of a matrix library for one row is a third slower on an H100.
     """
     if x.shape[0] == 1:
         wide = x.astype(jnp.float32) * w.astype(jnp.float32)
@@ -65,7 +66,7 @@ def _rows_times(x: jax.Array, w: jax.Array, out_dtype: Any) -> jax.Array:
     )
 
 
-def _matrix(x: jax.Array, leaf: Any, inputs: int, out_dtype: Any) -> jax.Array:
+def _matrix(x: Array, leaf: Any, inputs: int, out_dtype: Any) -> Array:
     """x [*batch, *inputs] times a leaf -> [*batch, *outputs], as a product of two matrices.
 
     (XLA transposes a weight for a contraction over two dims; folded into one dim it does not.)
@@ -129,16 +130,29 @@ def _adapter(equation: str, x: Array, leaf: AdaptedWeight, ids: Any) -> Array:
     return leaf.scale * update
 
 
-def take(leaf: Any, ids: Int[AnyArray, "*dims"], *, dtype: Any) -> Float[Array, "*dims D"]:
+def take(
+    leaf: Any,
+    ids: Int[AnyArray, "*dims"],
+    *,
+    dtype: Any,
+    adapter_ids: Int[AnyArray, "B"] | None = None,
+) -> Float[Array, "*dims D"]:
     """Rows of an embedding table [V, D] by ids, in the compute dtype.
+
+    `adapter_ids` as in `einsum`, for ids [B, T].
 
     Raises:
       ShapeError: a quantized table that is grouped along V.
     """
     if isinstance(leaf, AdaptedWeight):
         rows = take(leaf.base, ids, dtype=dtype)
-        low = jnp.take(leaf.a[0], ids, axis=0).astype(dtype)
-        return rows + leaf.scale * jnp.tensordot(low, leaf.b[0].astype(dtype), 1)
+        if adapter_ids is None:
+            low, b = jnp.take(leaf.a[0], ids, axis=0).astype(dtype), leaf.b[0].astype(dtype)
+            return rows + leaf.scale * _product("...R,RD->...D", low, b, dtype)
+        index = jnp.maximum(adapter_ids - 1, 0)
+        low = leaf.a[index[:, None], ids].astype(dtype)
+        low = jnp.where((adapter_ids > 0)[:, None, None], low, jnp.zeros_like(low))
+        return rows + leaf.scale * _product("BTR,BRD->BTD", low, leaf.b[index].astype(dtype), dtype)
     if isinstance(leaf, QArray):
         if leaf.axis != -1:
             raise ShapeError(f"an embedding table is grouped along its last dim, not {leaf.axis}")
@@ -149,16 +163,26 @@ def take(leaf: Any, ids: Int[AnyArray, "*dims"], *, dtype: Any) -> Float[Array, 
     return jnp.take(leaf, ids, axis=0).astype(dtype)
 
 
+def _transposed(table: Any, dtype: Any) -> Any:
+    """An embedding table [V, D] of any kind as a head [D, V]."""
+    if isinstance(table, AdaptedWeight):
+        a, b = (jnp.swapaxes(x, -1, -2) for x in (table.b, table.a))
+        return AdaptedWeight(_transposed(table.base, dtype), a, b, scale=table.scale)
+    return OutputsFirst(dense(table, dtype) if isinstance(table, QArray) else table, inputs=1)
+
+
 def unembed(
-    x: Float[Array, "B T D"], leaf: Any, *, tied: bool, dtype: Any, out_dtype: Any
+    x: Float[Array, "B T D"],
+    leaf: Any,
+    *,
+    tied: bool,
+    dtype: Any,
+    out_dtype: Any,
+    adapter_ids: Int[AnyArray, "B"] | None = None,
 ) -> Float[Array, "B T V"]:
     """Logits from hidden states; a tied head is the embedding table [V, D], else leaf is [D, V]."""
-    if tied and not isinstance(leaf, (QArray, AdaptedWeight)):
-        leaf = OutputsFirst(leaf, inputs=1)
-    elif tied:
-        whole = merge_adapter(leaf) if isinstance(leaf, AdaptedWeight) else dense(leaf, dtype)
-        leaf = OutputsFirst(whole, inputs=1)
-    return einsum("BTD,DV->BTV", x, leaf, dtype=dtype, out_dtype=out_dtype)
+    leaf = _transposed(leaf, dtype) if tied else leaf
+    return einsum("BTD,DV->BTV", x, leaf, dtype=dtype, out_dtype=out_dtype, adapter_ids=adapter_ids)
 
 
 def grouped(
@@ -169,7 +193,9 @@ def grouped(
     `group_sizes` are the rows of each group; rows past their sum give zeros.
     """
     if isinstance(leaf, AdaptedWeight):
-        leaf = leaf.base + leaf.scale * jnp.einsum("EDR,ERF->EDF", leaf.a[0], leaf.b[0])
+        a, b = (adapters[0].astype(jnp.float32) for adapters in (leaf.a, leaf.b))
+        update = _product("EDR,ERF->EDF", a, b, jnp.float32)
+        leaf = dense(leaf.base, jnp.float32) + leaf.scale * update
     return jax.lax.ragged_dot(
         x.astype(dtype), dense(leaf, dtype), group_sizes, precision=_precision(dtype)
     )

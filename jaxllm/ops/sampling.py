@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int, Int32, UInt32
 
-from jaxllm.typing import Slot
+from jaxllm.typing import AnyArray, Slot
 
 __all__ = ["History", "SamplingRows", "penalize", "remember", "sample"]
 
@@ -53,7 +53,7 @@ class History:
     answer: Slot
 
 
-def remember(history: History, tokens: Int[Array, "B"]) -> History:
+def remember(history: History, tokens: Int[AnyArray, "B"]) -> History:
     """Count new answer tokens."""
     rows = jnp.arange(tokens.shape[0])
     return History(history.prompt, history.answer.at[rows, tokens].add(1))
@@ -82,7 +82,7 @@ def _ordered(x: Float32[Array, "*dims"]) -> UInt32[Array, "*dims"]:
 
 
 def _threshold(
-    keys: UInt32[Array, "B V"], mass: Float32[Array, "B V"], least: Float32[Array, "B 1"]
+    keys: UInt32[Array, "B V"], mass: Float32[Array, "B V"], least: Float32[AnyArray, "B 1"]
 ) -> UInt32[Array, "B 1"]:
     """The largest t with sum(mass where keys >= t) >= least."""
 
@@ -114,7 +114,7 @@ def _cut(scaled: Float32[Array, "B V"], rows: SamplingRows) -> Float32[Array, "B
 
 
 def sample(
-    logits: Float32[Array, "B V"], rows: SamplingRows, positions: Int[Array, "B"]
+    logits: Float32[Array, "B V"], rows: SamplingRows, positions: Int[AnyArray, "B"]
 ) -> Int32[Array, "B"]:
     """One token a row.
 
@@ -127,10 +127,11 @@ def sample(
     """
     best = jnp.argmax(logits, axis=-1)
     warm = rows.temperature > 0
-    scaled = logits / jnp.where(warm, rows.temperature, 1.0)[:, None]
-    scaled = _cut(scaled, rows)
+    # From the peak down: no temperature, however small, makes infinities meet.
+    above = logits - jnp.max(logits, axis=-1, keepdims=True)
+    scaled = _cut(above / jnp.where(warm, rows.temperature, 1.0)[:, None], rows)
 
-    def noise(seed: Array, position: Array) -> Array:
+    def noise(seed: AnyArray, position: AnyArray) -> Array:
         key = jax.random.fold_in(jax.random.key(seed), position)
         return jax.random.gumbel(key, logits.shape[-1:], jnp.float32)
 

@@ -149,7 +149,8 @@ class ModelSpec:
           ConfigError: no JSON, an unknown or missing key, a contradiction.
         """
         try:
-            data = json.loads(text)
+            return from_dict(ModelSpec, json.loads(text), "spec")
         except json.JSONDecodeError as error:
             raise ConfigError(f"spec: no JSON: {error}") from None
-        return from_dict(ModelSpec, data, "spec")
+        except RecursionError:
+            raise ConfigError("spec: its JSON is nested too deeply") from None

@@ -15,6 +15,7 @@ __all__ = ["Pattern", "parse"]
 
 _TOKEN = re.compile(r"\s*(?:([A-Za-z_][A-Za-z0-9_]*)|\*\s*(\d+)|([()]))")
 _MAX_LAYERS = 10_000
+_MAX_DEPTH = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +26,10 @@ class Pattern:
     segments: tuple[Segment, ...]
 
 
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= 80 else text[:80] + "…")
+
+
 def _tokens(text: str) -> list[tuple[str, str]]:
     out, position = [], 0
     stripped = text.rstrip()
@@ -32,7 +37,7 @@ def _tokens(text: str) -> list[tuple[str, str]]:
         match = _TOKEN.match(stripped, position)
         if match is None:
             raise ConfigError(
-                f"layers {text!r}: unexpected {stripped[position:].strip()[0]!r}; "
+                f"layers {_shown(text)}: unexpected {stripped[position:].strip()[0]!r}; "
                 "write block names, *n and parentheses, for example '(L*5 G)*5 L*4'"
             )
         kind = ("name", "times", "paren")[match.lastindex - 1 if match.lastindex else 0]
@@ -47,26 +52,29 @@ def _items(tokens: list[tuple[str, str]], text: str, depth: int) -> list[tuple[l
         kind, value = tokens.pop(0)
         if value == ")" and kind == "paren":
             if depth == 0:
-                raise ConfigError(f"layers {text!r}: ')' without '('")
+                raise ConfigError(f"layers {_shown(text)}: ')' without '('")
             return items
         if kind == "times":
-            raise ConfigError(f"layers {text!r}: '*{value}' follows no block")
+            raise ConfigError(f"layers {_shown(text)}: '*{value[:9]}' follows no block")
+        if kind == "paren" and depth == _MAX_DEPTH:
+            raise ConfigError(f"layers {_shown(text)}: more than {_MAX_DEPTH} nested groups")
         inner = [value] if kind == "name" else _expand(_items(tokens, text, depth + 1), text)
         times = 1
         if tokens and tokens[0][0] == "times":
-            times = int(tokens.pop(0)[1])
+            digits = tokens.pop(0)[1]
+            times = int(digits) if len(digits) < 9 else _MAX_LAYERS + 1
         if not inner or not 1 <= times <= _MAX_LAYERS or len(inner) * times > _MAX_LAYERS:
-            raise ConfigError(f"layers {text!r}: a repeat gives 1 to {_MAX_LAYERS} layers")
+            raise ConfigError(f"layers {_shown(text)}: a repeat gives 1 to {_MAX_LAYERS} layers")
         items.append((inner, times))
     if depth:
-        raise ConfigError(f"layers {text!r}: '(' without ')'")
+        raise ConfigError(f"layers {_shown(text)}: '(' without ')'")
     return items
 
 
 def _expand(items: list[tuple[list[str], int]], text: str) -> list[str]:
     names = [name for inner, times in items for _ in range(times) for name in inner]
     if len(names) > _MAX_LAYERS:
-        raise ConfigError(f"layers {text!r}: more than {_MAX_LAYERS} layers")
+        raise ConfigError(f"layers {_shown(text)}: more than {_MAX_LAYERS} layers")
     return names
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from jaxllm.core.config import to_dict
+from jaxllm.errors import ConfigError
 from jaxllm.spec.mask import And, Causal, Mask, Window
 from jaxllm.spec.model import Block, Head, ModelSpec, sub
 from jaxllm.spec.ops import MLP, Activation, Attention, Norm
@@ -76,33 +76,38 @@ def _spec(
     )
 
 
-def _scaling(config: ConfigReader, data: Mapping[str, Any]) -> RopeScaling | None:
-    reader = ConfigReader(data, "rope_scaling")
-    kind = reader.take("rope_type", str, reader.take("type", str, "default"))
-    reader.ignore("rope_theta")
-    out: RopeScaling | None = None
+def _scaling(reader: ConfigReader, kind: str) -> RopeScaling | None:
     if kind == "linear":
-        out = LinearScaling(factor=reader.take("factor", float))
-    elif kind == "llama3":
-        out = Llama3Scaling(
-            factor=reader.take("factor", float),
-            low_freq_factor=reader.take("low_freq_factor", float),
-            high_freq_factor=reader.take("high_freq_factor", float),
-            original_context=reader.take("original_max_position_embeddings", int),
-        )
-    elif kind != "default":
-        config.problem(f"rope_type {kind!r} is not supported here; default, linear and llama3 are")
-        return None
-    reader.finish()
-    return out
+        factor = reader.take("factor", float)
+        return reader.finish(lambda: LinearScaling(factor=factor))
+    if kind == "llama3":
+        parts = {
+            "factor": reader.take("factor", float),
+            "low_freq_factor": reader.take("low_freq_factor", float),
+            "high_freq_factor": reader.take("high_freq_factor", float),
+            "original_context": reader.take("original_max_position_embeddings", int),
+        }
+        return reader.finish(lambda: Llama3Scaling(**parts))
+    if kind != "default":
+        raise ConfigError(f"rope_type {kind!r} is not supported here; default, linear, llama3 are")
+    return reader.finish()
 
 
 def _rope(config: ConfigReader) -> Rope:
     """Both dialects: `rope_parameters`, or `rope_theta` with `rope_scaling`."""
-    parameters = config.take("rope_parameters", dict, {})
     scaling = config.take("rope_scaling", dict, {})
-    theta = config.take("rope_theta", float, parameters.get("rope_theta", 10_000.0))
-    return Rope(theta=float(theta), scaling=_scaling(config, parameters or scaling))
+    parameters = config.take("rope_parameters", dict, {})
+    if scaling and parameters and scaling != parameters:
+        config.problem("rope_scaling and rope_parameters differ; give one of them")
+    where = "rope_parameters" if parameters else "rope_scaling"
+    reader = ConfigReader(parameters or scaling, where)
+    theta = reader.take("rope_theta", float, config.take("rope_theta", float, 10_000.0))
+    kind = reader.take("rope_type", str, reader.take("type", str, "default"))
+    try:
+        return Rope(theta=theta, scaling=_scaling(reader, kind))
+    except ConfigError as error:
+        config.problem(str(error))
+        return Rope()
 
 
 def _window(config: ConfigReader, model_type: str) -> Mask:
@@ -152,12 +157,13 @@ def _read(config: ConfigReader) -> ModelSpec:
         "width": config.take("intermediate_size", int),
         "bias": config.take("mlp_bias", bool, False),
     }
-    config.finish()
-    return _spec(
-        width=width,
-        attn=Attention(**parts),
-        mlp=MLP(activation=_ACTIVATIONS[activation], **mlp),
-        **values,
+    return config.finish(
+        lambda: _spec(
+            width=width,
+            attn=Attention(**parts),
+            mlp=MLP(activation=_ACTIVATIONS[activation], **mlp),
+            **values,
+        )
     )
 
 
@@ -311,16 +317,20 @@ def _read_gguf(config: ConfigReader, tensors: Mapping[str, Any]) -> ModelSpec:
         "head_dim": head_dim,
         "qkv_bias": "blk.0.attn_q.bias" in tensors,
         "out_bias": "blk.0.attn_output.bias" in tensors,
-        "rope": Rope(
-            theta=_short(config.take("rope.freq_base", float, 10_000.0)),
-            scaling=_gguf_scaling(config, tensors),
-        ),
     }
-    mlp = MLP(
-        width=max(config.take("feed_forward_length", int), 1), bias="blk.0.ffn_down.bias" in tensors
-    )
-    config.finish()
-    return _spec(width=width, attn=Attention(**parts), mlp=mlp, **values)
+    theta = _short(config.take("rope.freq_base", float, 10_000.0))
+    factor = _gguf_linear_factor(config, tensors)
+    mlp = {
+        "width": config.take("feed_forward_length", int),
+        "bias": "blk.0.ffn_down.bias" in tensors,
+    }
+
+    def make() -> ModelSpec:
+        scaling = None if factor == 1 else LinearScaling(factor=factor)
+        attn = Attention(rope=Rope(theta=theta, scaling=scaling), **parts)
+        return _spec(width=width, attn=attn, mlp=MLP(**mlp), **values)
+
+    return config.finish(make)
 
 
 def _short(value: float) -> float:
@@ -328,8 +338,9 @@ def _short(value: float) -> float:
     return float(str(np.float32(value)))
 
 
-def _gguf_scaling(config: ConfigReader, tensors: Mapping[str, Any]) -> RopeScaling | None:
-    kind = config.take("rope.scaling.type", str, "none")
+def _gguf_linear_factor(config: ConfigReader, tensors: Mapping[str, Any]) -> float:
+    """By how much positions are interpolated, 1 for not; a factor without a type is linear."""
+    kind = config.take("rope.scaling.type", str, "linear")
     factor = config.take("rope.scaling.factor", float, config.take("rope.scale_linear", float, 1.0))
     config.ignore("rope.scaling.original_context_length")
     if "rope_freqs.weight" in tensors:
@@ -338,7 +349,7 @@ def _gguf_scaling(config: ConfigReader, tensors: Mapping[str, Any]) -> RopeScali
         )
     if kind not in ("none", "linear"):
         config.problem(f"rope.scaling.type {kind!r} is not supported here; none and linear are")
-    return LinearScaling(factor=factor) if factor > 1 and math.isfinite(factor) else None
+    return 1.0 if kind == "none" or factor == 0 else factor
 
 
 FAMILY = Family(

@@ -27,6 +27,8 @@ from jaxllm.zoo.table import ConfigReader, Entry, Family
 
 __all__ = ["Checkpoint", "open_checkpoint", "read_arrays", "save_checkpoint", "source_hash"]
 
+_NO_FLOATS = ("I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL", "C64")
+
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
@@ -112,7 +114,7 @@ def _check_tensors(checkpoint: Checkpoint) -> None:
             problems.append(f"{entry.disk} is missing")
         elif tensors[entry.disk].shape != wanted:
             problems.append(f"{entry.disk} has shape {tensors[entry.disk].shape}, not {wanted}")
-        elif tensors[entry.disk].dtype in ("I64", "I32", "I16", "I8", "U8", "BOOL"):
+        elif tensors[entry.disk].dtype in _NO_FLOATS:
             problems.append(f"{entry.disk} has dtype {tensors[entry.disk].dtype}, not a float")
     used = {entry.disk for entry in checkpoint.entries}
     ignored = [*checkpoint.family.ignored]

@@ -60,11 +60,11 @@ class ConfigReader:
         """Remember a problem; `finish` raises all of them."""
         self._problems.append(message)
 
-    def finish(self) -> None:
-        """Raise if there was a problem or a key that nobody asked for.
+    def finish(self, make: Callable[[], Any] = lambda: None) -> Any:
+        """Raise if there was a problem or a key that nobody asked for; else give what `make` makes.
 
         Raises:
-          ConfigError: names the file and every problem.
+          ConfigError: names the file and every problem, or the contradiction that `make` met.
         """
         unknown = [key for key in self._data if key not in self._seen]
         for key in unknown:
@@ -75,6 +75,10 @@ class ConfigReader:
             shown = "; ".join(self._problems[:8])
             more = f"; and {len(self._problems) - 8} more" if len(self._problems) > 8 else ""
             raise ConfigError(f"{self._where}: {shown}{more}")
+        try:
+            return make()
+        except ConfigError as error:
+            raise ConfigError(f"{self._where}: {error}") from None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -150,7 +150,8 @@ def forward(spec: ModelSpec, policy: Policy | None = None) -> Callable[..., Any]
         if step is None:
             step = training_step(*getattr(inputs, "ids", inputs).shape)
         hidden, _, aux = api.apply(spec, weights, inputs, step, policy=policy)
-        return api.unembed(spec, weights, hidden, policy=policy), aux
+        adapters = step.adapter_ids
+        return api.unembed(spec, weights, hidden, policy=policy, adapter_ids=adapters), aux
 
     return run
 

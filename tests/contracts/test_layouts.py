@@ -1,11 +1,14 @@
 """Scan = unrolled = fused = any mix of segments, and going between them loses no bit."""
 
-import numpy as np
+import functools
+
+import jax.numpy as jnp
 import pytest
 
 from jaxllm.core.policy import Policy
 from jaxllm.core.tree import Segment, restack, segments_of, unstack
 from jaxllm.errors import WeightsError
+from jaxllm.nn.api import hold
 from jaxllm.spec.table import FUSED, fused_dim, layer_paths
 from tests.contracts.specs import (
     NAMES,
@@ -38,7 +41,7 @@ def fuse(spec, weights):
                 names = [part + suffix for part in parts]
                 if all(name in out for name in names):
                     dim = fused_dim(paths[f"{where}.{names[0]}"])
-                    out[fused + suffix] = np.concatenate([out.pop(n) for n in names], dim)
+                    out[fused + suffix] = jnp.concatenate([out.pop(n) for n in names], dim)
         return out
 
     layers = {
@@ -55,6 +58,9 @@ def test_layouts_agree(name):
     alone = single(params(name), spec.num_layers)
     fused = fuse(spec, alone)
     variants = {"unrolled": alone, "fused": fused, "fused scan": restack(fused, spec.segments)}
+    held = functools.partial(hold, spec, policy=Policy(outputs_first=True))
+    variants["outputs first"] = held(fused)
+    variants["outputs first scan"] = held(params(name))
     if name in MIXED:
         variants["mixed"] = restack(alone, MIXED[name])
     for weights in variants.values():
@@ -81,7 +87,3 @@ def test_layers_of_different_blocks_are_not_run_as_one_stack():
     weights = restack(params("gqa"), wrong)
     with pytest.raises(WeightsError, match="1:6"):
         forward(spec)(weights, tokens("gqa"))
-
-
-def test_dropout_free_policies_share_a_hash():
-    assert hash(Policy()) == hash(Policy(taps=frozenset()))

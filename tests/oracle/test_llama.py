@@ -16,9 +16,33 @@ from jaxllm.core.tree import flatten
 from tests.oracle.golden import NAMES, TOLERANCE, golden, relative, tensors
 
 POLICIES = {"default": None, "scan": Policy(layout="scan", fused=False)}
-PAIRS = [(name, layout) for name in NAMES for layout in POLICIES]
 SAFETENSORS = [name for name in NAMES if golden(name).source.is_dir()]
-SOME = ("gguf_f32", "llama_bias", "llama_mqa", "mistral_window", "smollm2")
+# Every program costs a second to compile: the plain run holds one of each kind, --slow all pairs.
+LOGITS = {
+    "default": NAMES,
+    "scan": (
+        "gguf_f32",
+        "llama_bias",
+        "llama_gqa_scaled",
+        "llama_linear",
+        "llama_mqa",
+        "llama_odd",
+        "mistral_window",
+        "qwen2",
+        "smollm2",
+    ),
+}
+GREEDY = {
+    "default": ("llama_gqa_scaled", "llama_bias", "mistral_window", "qwen2", "gguf_f32"),
+    "scan": ("llama_mqa", "llama_odd", "mistral_window"),
+}
+
+
+def pairs(quick):
+    """(name, layout) of every golden in both layouts, those that are not quick marked slow."""
+    every = [(name, layout) for layout in POLICIES for name in NAMES]
+    slow = pytest.mark.slow
+    return [pytest.param(n, k, marks=() if n in quick[k] else slow) for n, k in every]
 
 
 def load(source, layout="default", store=False):
@@ -43,15 +67,18 @@ def test_there_is_something_to_check():
     assert sum(golden(name).provenance["float32_noise"] > TOLERANCE / 5 for name in NAMES) == 0
 
 
-@pytest.mark.parametrize(("name", "layout"), PAIRS)
-def test_logits_and_greedy_answers(name, layout):
+@pytest.mark.parametrize(("name", "layout"), pairs(LOGITS))
+def test_logits(name, layout):
     want = golden(name)
-    model = load(want.source, layout)
-    error = relative(model.logits(want.ids), want.logits)
+    error = relative(load(want.source, layout).logits(want.ids), want.logits)
     print(f"{name} {layout}: {error:.2e}")
     assert error < TOLERANCE
-    if layout == "scan" and name not in SOME:
-        return  # the cache is the same in both layouts; a few of each kind are enough
+
+
+@pytest.mark.parametrize(("name", "layout"), pairs(GREEDY))
+def test_greedy_answers_of_two_unequal_prompts_in_one_batch(name, layout):
+    want = golden(name)
+    model = load(want.source, layout)
     answers = model.generate_batch(want.prompts, max_tokens=len(want.greedy[0]), raw=True)
     assert [a.token_ids for a in answers] == want.greedy
     assert [a.finish_reason for a in answers] == ["length", "length"]

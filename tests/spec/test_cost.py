@@ -1,0 +1,90 @@
+"""Counts of a spec against the arrays themselves, and attention pair by pair."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+
+from jaxllm.core.tree import flatten
+from jaxllm.nn import api
+from jaxllm.spec.cost import attended_pairs, flops, kv_bytes_per_token, num_params, weight_bytes
+from jaxllm.spec.mask import And, Causal, Full, Or, Window, allowed
+from jaxllm.state.dense import dense_state
+from jaxllm.zoo.families import PRESETS
+from tests.contracts.specs import SPECS, params
+from tests.spec.test_model import masks
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_num_params_is_what_init_makes(name):
+    spec = SPECS[name]
+    made = jax.eval_shape(lambda: api.init(spec, jax.random.key(0)))
+    count = sum(x.size for x in jax.tree.leaves(made))
+    assert num_params(spec) == count == sum(x.size for _, x in flatten(params(name)))
+    assert weight_bytes(spec, 2) == 2 * count
+
+
+def test_num_params_of_a_published_model():
+    """Llama 3.2 1B has 1,235,814,400 parameters (its model card: 1.23B)."""
+    assert num_params(PRESETS["llama-3.2-1b"]) == 1_235_814_400
+
+
+def pairs(mask, tokens, past):
+    total = past + tokens
+    query, key = np.arange(past, total)[:, None], np.arange(total)[None]
+    return int(np.sum(allowed(mask, query, key)))
+
+
+@settings(max_examples=80, deadline=None)
+@given(masks)
+def test_pairs_are_counted_one_by_one(mask):
+    for tokens, past in ((1, 0), (5, 0), (1, 7), (6, 3)):
+        assert attended_pairs(mask, tokens, past) == pairs(mask, tokens, past)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        Causal(),
+        Full(),
+        Window(left=3, right=2),
+        And(first=Causal(), second=Window(left=4)),
+        And(first=Window(left=4, right=3), second=Causal()),
+        Or(first=Causal(), second=Window(left=0, right=1)),
+    ],
+)
+def test_flops(mask):
+    """Two for each multiply-add: every matrix, every admitted pair of every head, the head."""
+    base = SPECS["mha"]
+    attn = dataclasses.replace(base.blocks[0].subs[0].ops[0].op, mask=mask)
+    first = dataclasses.replace(
+        base.blocks[0].subs[0], ops=(dataclasses.replace(base.blocks[0].subs[0].ops[0], op=attn),)
+    )
+    block = dataclasses.replace(base.blocks[0], subs=(first, base.blocks[0].subs[1]))
+    spec = dataclasses.replace(base, blocks=(block,))
+    found = flops(spec, 5, past=2)
+    matrices = 32 * 8 * (4 + 4 + 4 + 4) + 3 * 32 * 48
+    assert found["matmul"] == 3 * 2 * matrices * 5
+    assert found["attention"] == 3 * 2 * 2 * 4 * 8 * pairs(mask, 5, 2)
+    assert found["head"] == 2 * 32 * 64 * 5
+    assert found["total"] == found["matmul"] + found["attention"] + found["head"]
+    assert flops(spec, 5, past=2, logits=1)["head"] == 2 * 32 * 64
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_flops_of_matrices_count_each_weight_once_a_token(name):
+    spec = SPECS[name]
+    matrices = sum(
+        d.size for path, d in flatten(api.model_table(spec)) if path.startswith("layers") and d.std
+    )
+    assert flops(spec, 3)["matmul"] == 2 * 3 * matrices
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_kv_bytes_are_those_of_the_state(name):
+    spec = SPECS[name]
+    state = dense_state(spec, 2, 5, dtype=np.float32)
+    held = sum(x.nbytes for x in jax.tree.leaves(state))
+    assert kv_bytes_per_token(spec, 4) == held / (2 * 5)

@@ -1,0 +1,156 @@
+"""Specs: JSON both ways, unknown keys, contradictions."""
+
+import dataclasses
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxllm.core.config import from_dict, nearest, to_dict
+from jaxllm.errors import ConfigError
+from jaxllm.spec.mask import And, Causal, Full, Mask, Or, Window
+from jaxllm.spec.model import Block, Head, ModelSpec, sub
+from jaxllm.spec.ops import MLP, Attention, Norm
+from jaxllm.spec.rope import Llama3Scaling, Rope
+from jaxllm.zoo.families import PRESETS
+from tests.contracts.specs import SPECS
+
+ALL = {**SPECS, **PRESETS}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_json_round_trip(name):
+    spec = ALL[name]
+    again = ModelSpec.from_json(spec.to_json())
+    assert again == spec
+    assert hash(again) == hash(spec)
+    assert again.to_json() == spec.to_json()
+    assert json.loads(spec.to_json())["layers"] == spec.layers
+
+
+def test_no_two_toys_are_equal():
+    texts = {spec.to_json() for spec in ALL.values()}
+    assert len(texts) == len(ALL) == len(set(ALL.values()))
+
+
+ends = st.integers(0, 9)
+leaves = st.one_of(
+    st.just(Causal()), st.just(Full()), st.builds(Window, left=ends, right=ends)
+)
+masks = st.recursive(
+    leaves,
+    lambda m: st.one_of(
+        st.builds(And, first=m, second=m), st.builds(Or, first=m, second=m)
+    ),
+    max_leaves=5,
+)
+
+
+@settings(max_examples=50, deadline=None)
+@given(masks)
+def test_any_mask_goes_through_json(mask):
+    data = json.loads(json.dumps(to_dict(mask)))
+    assert from_dict(Mask, data) == mask
+
+
+def broken(change):
+    """The JSON of a toy with one change at a dotted path."""
+    data = json.loads(SPECS["mha"].to_json())
+    node = data
+    *path, last = change[0].split(".")
+    for key in path:
+        node = node[int(key) if key.isdecimal() else key]
+    if change[1] is ...:
+        del node[last]
+    else:
+        node[last] = change[1]
+    return json.dumps(data)
+
+
+OP = "blocks.0.subs.0.ops.0.op"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (("vocabs", 3), "did you mean 'vocab'"),
+        ((f"{OP}.head", 3), "did you mean 'heads'"),
+        ((f"{OP}.rope.thet", 3), "did you mean 'theta'"),
+        ((f"{OP}.rope.scaling.kind", "yarn"), "unknown kind 'yarn'"),
+        ((f"{OP}.kind", "atention"), "did you mean 'attention'"),
+        ((f"{OP}.heads", ...), "missing key 'heads'"),
+        (("vocab", "64"), "expected int"),
+        (("vocab", True), "expected int"),
+        (("vocab", 64.0), "expected int"),
+        (("layers", 3), "expected str"),
+        (("blocks", {}), "expected a list"),
+        (("head", []), "expected an object"),
+        ((f"{OP}.rope.layout", "halves"), "not one of half, interleaved"),
+        (("blocks.0.subs.0.norm_in", "rms"), "expected an object"),
+        (("blocks.0.subs", []), "at least one sub"),
+        (("blocks.0.subs.0.ops", []), "at least one op"),
+        (("blocks.0.subs.0.ops.0.name", "a b"), "no identifier"),
+        (("blocks.0.subs.1.ops.0.name", "attn"), "names used twice"),
+        (("layers", "H*3"), "unknown block 'H'"),
+        (("layers", "G*3)"), "without '('"),
+        (("vocab", 0), "positive"),
+        (("context", 0), "positive"),
+        ((f"{OP}.kv_heads", 3), "no multiple"),
+        ((f"{OP}.head_dim", 7), "even"),
+        ((f"{OP}.heads", 0), "positive"),
+        ((f"{OP}.mask", {"kind": "window", "left": -1}), "left and right"),
+    ],
+)
+def test_wrong_json_says_what_and_where(change, said):
+    with pytest.raises(ConfigError) as caught:
+        ModelSpec.from_json(broken(change))
+    assert said in str(caught.value)
+
+
+NESTED = '{"kind": "or", "first": ' * 50_000
+
+
+@pytest.mark.parametrize("text", ["", "{", "3", "[]", "null", '"x"', "{}", "[" * 100_000, NESTED])
+def test_no_spec_at_all(text):
+    with pytest.raises(ConfigError, match="spec"):
+        ModelSpec.from_json(text)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: MLP(width=0),
+        lambda: Norm(eps=0.0),
+        lambda: Head(softcap=-1.0),
+        lambda: Window(left=1, right=-1),
+        lambda: Llama3Scaling(
+            factor=2.0, low_freq_factor=4.0, high_freq_factor=4.0, original_context=8
+        ),
+        lambda: Llama3Scaling(
+            factor=2.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=0
+        ),
+        lambda: Rope(fraction=2.0),
+        lambda: dataclasses.replace(SPECS["mha"], blocks=SPECS["mha"].blocks * 2),
+        lambda: Block(name="G", subs=()),
+    ],
+)
+def test_contradictions_are_errors(make):
+    with pytest.raises(ConfigError):
+        make()
+
+
+def test_specs_are_data():
+    block = Block(name="G", subs=(sub("mlp", MLP(width=4), norm_in=Norm()),))
+    spec = ModelSpec(vocab=8, width=4, blocks=(block,), layers="G*2", context=16)
+    assert (spec.num_layers, spec.block(1), spec.segments) == (2, block, spec.pattern.segments)
+    assert block.subs[0].norms == {"mlp_norm": Norm()}
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        spec.vocab = 9
+    assert Attention(heads=1, kv_heads=1, head_dim=16).query_scale == 0.25
+    assert Attention(heads=1, kv_heads=1, head_dim=16, scale=3.0).query_scale == 3.0
+
+
+def test_nearest():
+    assert nearest("hart", ["heart", "lung"]) == "did you mean 'heart'? allowed: heart, lung"
+    assert nearest("zzz", ["heart", "lung"]) == "allowed: heart, lung"
