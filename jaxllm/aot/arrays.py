@@ -74,6 +74,8 @@ def save_arrays(
 
 def load_arrays(folder: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
     """(nested tree of memory-mapped arrays, extra), or None if the folder is not soundly there."""
+    if not folder.is_dir():
+        return None
     try:
         head = json.loads((folder / "index.json").read_text())
         if head["format"] != _FORMAT or os.path.getsize(folder / "data.bin") != head["size"]:
@@ -83,10 +85,11 @@ def load_arrays(folder: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
         for path, (name, shape, offset) in head["arrays"].items():
             dtype = _dtype(name)
             count = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-            flat[path] = data[offset : offset + count].view(dtype).reshape(shape)
+            chunk = data[offset : offset + count]
+            if chunk.size != count:
+                raise ValueError(f"{path} is not all there")
+            flat[path] = chunk.view(dtype).reshape(shape)
         return unflatten(flat), head["extra"]
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         log.warning("stored weights %s are ignored and made again: %s", folder, error)
         return None

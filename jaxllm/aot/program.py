@@ -41,15 +41,16 @@ class Executable:
     fingerprint: str
 
     def __call__(self, *args: Any) -> Any:
-        """Run on arguments of exactly the declared structure, shapes and dtypes.
+        """Run on arguments of exactly the declared structure, shapes, dtypes and shardings.
 
         Raises:
           ShapeError: other arguments.
         """
         try:
             return self.compiled(*args)
-        except TypeError as error:
-            raise ShapeError(f"program {self.name}: {str(error).splitlines()[0]}") from error
+        except (TypeError, ValueError) as error:  # jax: types and structure, shardings
+            shown = "\n".join(str(error).splitlines()[:4])
+            raise ShapeError(f"program {self.name}: {shown}") from error
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,6 +96,7 @@ class Program:
                 "donate": self.donate,
                 "out": str(self.out_shardings),
                 "mesh": str(self.mesh),
+                "devices": [device.id for device in self.devices()],
                 "options": self.options,
                 "environment": fingerprint.environment(self.devices()[0]),
             }

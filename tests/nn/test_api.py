@@ -88,7 +88,7 @@ def variants(name):
     yield "adapted held", adapted(api.hold(SPECS[name], alone, Policy(outputs_first=True)))
 
 
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("name", ["gqa", "post_layernorm"])
 def test_logical_axes_match_the_arrays(name):
     """One tuple of names for each array, with as many names as it has dims."""
     for kind, weights in variants(name):
