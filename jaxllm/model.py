@@ -236,7 +236,7 @@ class Model:
         Raises:
           ConfigError: an option out of its range; CapacityError: the prompt exceeds the context.
         """
-        options = _sampling(sampling)
+        options = _sampling(sampling, "max_tokens", "stop", "raw")
         stops = [stop] if isinstance(stop, str) else list(stop)
         ids = self.prompt_ids(prompt, raw=raw)
         timings = Timings()
@@ -282,7 +282,7 @@ class Model:
         **sampling: Any,
     ) -> list[Generation]:
         """Answers to several prompts in one batch; all rows run until the last one ends."""
-        options = _sampling(sampling)
+        options = _sampling(sampling, "max_tokens", "raw")
         rows = [self.prompt_ids(p, raw=raw) for p in prompts]
         answers = [Answer(self.tokenizer, self.eos_ids, []) for _ in rows]
         timings = Timings()
@@ -353,8 +353,10 @@ def _unfuse(spec: ModelSpec, path: str, leaves: Any, definition: Any) -> np.ndar
     raise ConfigError(f"{path} is no part of {fused}")
 
 
-def _sampling(options: dict[str, Any]) -> Sampling:
+def _sampling(options: dict[str, Any], *others: str) -> Sampling:
+    """Sampling options, checked; `others` are the names that the caller takes besides."""
     known = {f.name for f in dataclasses.fields(Sampling)}
     for name in options:
-        require(name in known, f"unknown option {name!r}; {nearest(name, known)}")
+        hint = nearest(name, known | set(others))
+        require(name in known, f"unknown option {name!r}; {hint}")
     return Sampling(**options)

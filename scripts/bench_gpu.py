@@ -132,7 +132,7 @@ def check() -> dict[str, Any]:
     plain = jaxllm.load(
         PRESET,
         policy=dataclasses.replace(
-            fast.policy, attention="reference", outputs_first=False, fused=True
+            fast.policy, attention="reference", matrices="in_out", fused=True
         ),
         store=False,
     )
@@ -154,10 +154,10 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "as loaded": {},
     "without concurrent command buffers": {"options": ()},
     "with the reference attention": {"attention": "reference"},
-    "with [in, out] weights": {"outputs_first": False},
+    "with [in, out] weights": {"matrices": "in_out"},
     "with separate projections": {"fused": False},
-    "separate and [in, out]": {"fused": False, "outputs_first": False},
-    "scan over stacked layers": {"fused": False, "outputs_first": False, "layout": "scan"},
+    "separate and [in, out]": {"fused": False, "matrices": "canonical"},
+    "scan over stacked layers": {"fused": False, "matrices": "canonical", "layout": "scan"},
     "1 token a call": {"tokens_per_call": 1},
 }
 

@@ -9,9 +9,10 @@ from jaxllm.core.config import require
 from jaxllm.core.precision import DtypeName, dtype_of
 from jaxllm.core.sharding import DEFAULT_RULES, Rules
 
-__all__ = ["Layout", "Policy", "Remat"]
+__all__ = ["Layout", "Matrices", "Policy", "Remat"]
 
 Layout = Literal["scan", "unrolled", "runs"]
+Matrices = Literal["canonical", "in_out", "out_in"]
 Remat = Literal["none", "full"]
 AttentionKind = Literal["auto", "reference", "cudnn"]
 
@@ -29,7 +30,9 @@ class Policy:
       layout: `scan` keeps the canonical stacks, `unrolled` one array a layer, `runs` stacks
         neighbours with equal leaf types.
       fused: query/key/value and gate/up as one matrix each.
-      outputs_first: hold matrices as [out, in], which decode of one sequence reads best.
+      matrices: how matrices are held. `canonical` as the spec says; `in_out` also a tied
+        embedding, as [D, V]; `out_in` as [out, in]. A product of one row reads the one or the
+        other up to twice as fast, by device.
       dropout: rate on embeddings and residual updates, active when the step carries a key.
       taps: paths (`layers.3.mlp.down`, or `gram:layers.3.mlp.down`) whose inputs, or running Gram
         matrices of inputs, come back in `aux.taps`.
@@ -43,7 +46,7 @@ class Policy:
     remat: Remat = "none"
     layout: Layout = "scan"
     fused: bool = False
-    outputs_first: bool = False
+    matrices: Matrices = "canonical"
     dropout: float = 0.0
     taps: frozenset[str] = frozenset()
     rules: Rules = DEFAULT_RULES

@@ -31,8 +31,11 @@ def perplexity(
       `nll`, `perplexity` (its exponential) and `num_tokens` (predictions made).
 
     Raises:
-      ConfigError: the text is shorter than a window; CapacityError: a window exceeds the context.
+      ConfigError: an option out of its range, or a text shorter than a window.
+      CapacityError: a window exceeds the context.
     """
+    require(window >= 2, f"window is at least 2 tokens, found {window}")
+    require(num_windows >= 1, f"num_windows is at least 1, found {num_windows}")
     context = generator.setup.spec.context
     if window > context:
         raise CapacityError(f"window {window} exceeds the model's context of {context} tokens")

@@ -105,7 +105,11 @@ class Generator:
 
     def _check(self, lengths: list[int], max_tokens: int) -> None:
         context = self.setup.spec.context
-        require(max_tokens >= 1, f"max_tokens is at least 1, found {max_tokens}")
+        whole = isinstance(max_tokens, (int, np.integer)) and not isinstance(max_tokens, bool)
+        require(
+            whole and max_tokens >= 1,
+            f"max_tokens is an integer of at least 1, found {max_tokens!r}",
+        )
         require(bool(lengths) and min(lengths) > 0, "the prompt is empty; give at least one token")
         if max(lengths) >= context:
             raise CapacityError(

@@ -77,7 +77,7 @@ def run_policy(dtype: str | None = None, *, mesh: Any = None, **changes: Any) ->
         "compute_dtype": kind,
         "layout": "unrolled" if single else "scan",
         "fused": single,
-        "outputs_first": single and platform == "gpu",
+        "matrices": {"gpu": "out_in", "cpu": "in_out"}.get(platform if single else "", "canonical"),
     }
     return Policy(**(base | changes))  # pyright: ignore[reportArgumentType]
 
@@ -139,7 +139,7 @@ def _layout(policy: Policy, segments: tuple[Segment, ...]) -> dict[str, Any]:
         "dtype": dtype_of(policy.param_dtype),
         "segments": segments,
         "fused": policy.fused,
-        "outputs_first": policy.outputs_first,
+        "matrices": policy.matrices,
     }
 
 
@@ -168,9 +168,7 @@ def _weights_folder(checkpoint: zoo.Checkpoint, policy: Policy) -> Path:
     """Named by source, dtype and layout, then by the code that writes it: older ones give way."""
     code = fingerprint.package_hash("spec", "zoo", "text", "aot/arrays.py")
     layout = "+".join(
-        [policy.param_dtype, policy.layout]
-        + ["fused"] * policy.fused
-        + ["outputs_first"] * policy.outputs_first
+        [policy.param_dtype, policy.layout, policy.matrices] + ["fused"] * policy.fused
     )
     source = zoo.source_hash(checkpoint)[:24]
     return runtime.weights_dir() / f"{source}-{layout}-{code[:_CODE_LETTERS]}"
@@ -180,7 +178,7 @@ def _sharding(definition: ParamDef, policy: Policy, mesh: Any) -> Any:
     """Where a leaf's held array goes."""
     if mesh is None:
         return None
-    held = definition.hold(policy.outputs_first)
+    held = definition.hold(policy.matrices)
     return named_sharding(mesh, held.axes, policy.rules, held.shape)
 
 
@@ -193,9 +191,8 @@ def _place(
     def leaf(path: str, array: np.ndarray) -> Any:
         definition = table[path]
         placed = jax.device_put(array, _sharding(definition, policy, mesh))
-        if policy.outputs_first and definition.inputs:
-            return OutputsFirst(placed, inputs=definition.inputs)
-        return placed
+        inputs = definition.held_inputs(policy.matrices)
+        return OutputsFirst(placed, inputs=inputs) if inputs else placed
 
     return unflatten({path: leaf(path, array) for path, array in arrays})
 

@@ -59,7 +59,13 @@ def prefill_step(setup: Setup, *, capacity: int, mode: Mode, fresh: bool) -> Cal
         logits = api.unembed(setup.spec, params, last, policy=setup.policy)[:, 0]
         history = None if tail.history is None else _seen(tail.history, ids, lengths)
         new = _next(logits, history, rows, start + lengths, mode)
-        tokens = jnp.where(lengths > 0, new.tokens, tail.tokens)  # a row that had ended before
+        # A row that had ended before this chunk keeps the token drawn at its end, and its history.
+        going = lengths > 0
+        tokens = jnp.where(going, new.tokens, tail.tokens)
+        if tail.history is not None and new.history is not None:
+            answer = jnp.where(going[:, None], new.history.answer, tail.history.answer)
+            history = History(new.history.prompt, answer)
+            return state, dataclasses.replace(new, tokens=tokens, history=history)
         return state, dataclasses.replace(new, tokens=tokens)
 
     def run_fresh(params: Any, ids: Any, lengths: Any, rows: Any) -> Any:

@@ -113,17 +113,16 @@ def init(
 
 def hold(spec: ModelSpec, params: Any, policy: Policy) -> Any:
     """Plain parameters with every matrix held as the policy says."""
-    if not policy.outputs_first:
-        return params
     table = model_table(spec, segments_of(params["layers"]), _fused(params["layers"]))
     definitions = dict(flatten(table))
 
     def leaf(path: str, array: Array) -> Any:
         definition = definitions[path]
-        if not definition.inputs:
+        inputs = definition.held_inputs(policy.matrices)
+        if not inputs:
             return array
-        held = array.transpose(definition.hold_order(True))
-        return OutputsFirst(held, inputs=definition.inputs)
+        held = array.transpose(definition.hold_order(policy.matrices))
+        return OutputsFirst(held, inputs=inputs)
 
     return map_leaves(leaf, params)
 

@@ -160,6 +160,8 @@ def take(
         values, scale = (jnp.take(a, ids, axis=0) for a in (leaf.values, leaf.scale))
         rows = QArray(values, scale, zero, format=leaf.format, axis=-1, group=leaf.group)
         return dequantize(rows, dtype)
+    if isinstance(leaf, OutputsFirst):
+        return jnp.moveaxis(jnp.take(leaf.values, ids, axis=-1), 0, -1).astype(dtype)
     return jnp.take(leaf, ids, axis=0).astype(dtype)
 
 
@@ -168,6 +170,8 @@ def _transposed(table: Any, dtype: Any) -> Any:
     if isinstance(table, AdaptedWeight):
         a, b = (jnp.swapaxes(x, -1, -2) for x in (table.b, table.a))
         return AdaptedWeight(_transposed(table.base, dtype), a, b, scale=table.scale)
+    if isinstance(table, OutputsFirst):
+        return table.values
     return OutputsFirst(dense(table, dtype) if isinstance(table, QArray) else table, inputs=1)
 
 

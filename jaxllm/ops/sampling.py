@@ -76,6 +76,7 @@ def penalize(
 
 def _ordered(x: Float32[Array, "*dims"]) -> UInt32[Array, "*dims"]:
     """Integers in the order of the float32 values."""
+    x = jnp.where(x == 0, 0.0, x)  # -0 is no less than 0
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     negative = bits >> 31 == 1
     return jnp.where(negative, ~bits, bits | jnp.uint32(1 << 31))

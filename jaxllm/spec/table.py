@@ -36,7 +36,7 @@ class ParamDef:
 
     `std` is the standard deviation of a normal draw; 0 with `fill` gives a constant. `inputs`
     counts the contracted dims of a matrix (before the outputs, after a layers axis); it is 0 for
-    vectors and tables.
+    vectors and tables. `tied` marks an embedding table that is the head as well.
     """
 
     shape: tuple[int, ...]
@@ -44,6 +44,7 @@ class ParamDef:
     std: float = 0.0
     fill: float = 0.0
     inputs: int = 0
+    tied: bool = False
 
     @property
     def size(self) -> int:
@@ -54,23 +55,31 @@ class ParamDef:
         """The same leaf stacked on a leading axis of layers."""
         return dataclasses.replace(self, shape=(repeats, *self.shape), axes=("layers", *self.axes))
 
-    def hold(self, outputs_first: bool) -> ParamDef:
-        """The leaf as its array is held: outputs before inputs when asked, if it is a matrix."""
-        order = self.hold_order(outputs_first)
+    def hold(self, matrices: str) -> ParamDef:
+        """The leaf as its array is held under `Policy.matrices`."""
+        order = self.hold_order(matrices)
         return dataclasses.replace(
             self,
             shape=tuple(self.shape[i] for i in order),
             axes=tuple(self.axes[i] for i in order),
         )
 
-    def hold_order(self, outputs_first: bool) -> tuple[int, ...]:
+    def hold_order(self, matrices: str) -> tuple[int, ...]:
         """Which of the leaf's dims stands where in the held array."""
         dims = tuple(range(len(self.shape)))
-        if not (outputs_first and self.inputs):
+        if not self.held_inputs(matrices):
             return dims
+        if self.tied:
+            return dims[::-1]
         lead = int(self.axes[0] == "layers")
         stop = lead + self.inputs
         return (*dims[:lead], *dims[stop:], *dims[lead:stop])
+
+    def held_inputs(self, matrices: str) -> int:
+        """Number of leading dims that the held array has at its end; 0 where it is as it is."""
+        if self.tied:
+            return int(matrices == "in_out")
+        return self.inputs if matrices == "out_in" else 0
 
     def unstack(self) -> ParamDef:
         """The leaf of one layer of a stacked one."""
@@ -171,7 +180,12 @@ def model_table(
         )
     table: dict[str, Any] = {
         "embed": {
-            "table": ParamDef((spec.vocab, spec.width), ("vocab", "width"), spec.width**-0.5)
+            "table": ParamDef(
+                (spec.vocab, spec.width),
+                ("vocab", "width"),
+                spec.width**-0.5,
+                tied=spec.head.tied,
+            )
         },
         "layers": layers,
     }

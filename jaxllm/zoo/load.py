@@ -134,7 +134,7 @@ def read_arrays(
     dtype: Any,
     segments: tuple[Segment, ...],
     fused: bool,
-    outputs_first: bool,
+    matrices: str,
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yield (dotted path, host array) of every leaf in the run's layout, one at a time.
 
@@ -145,14 +145,14 @@ def read_arrays(
       dtype: numpy dtype of the leaves.
       segments: how layers are stacked.
       fused: query/key/value and gate/up as one matrix each.
-      outputs_first: matrices as [*outputs, *inputs].
+      matrices: how they are held, as `Policy.matrices` says.
     """
     sources = {entry.path: entry for entry in checkpoint.entries}
     for path, definition in flatten(model_table(checkpoint.spec, segments, fused)):
         layers = unstacked_paths(path)
         stacked = len(layers) > 1 or definition.axes[0] == "layers"
-        out = np.empty(definition.hold(outputs_first).shape, dtype)
-        ours = out.transpose(np.argsort(definition.hold_order(outputs_first)))
+        out = np.empty(definition.hold(matrices).shape, dtype)
+        ours = out.transpose(np.argsort(definition.hold_order(matrices)))
         for i, layer in enumerate(layers):
             _fill(checkpoint, sources, layer, ours[i] if stacked else ours)
         yield path, out

@@ -92,9 +92,7 @@ def test_a_program_on_a_mesh(tmp_path, counts):
     place = jax.NamedSharding(mesh, jax.P("data", "tensor"))
     x = jax.device_put(np.arange(16, dtype=np.float32).reshape(4, 4), place)
     shape = jax.ShapeDtypeStruct((4, 4), np.float32, sharding=place)
-    made = program(
-        build=lambda: lambda x: x @ x, args=(shape,), mesh=mesh, out_shardings=place
-    )
+    made = program(build=lambda: lambda x: x @ x, args=(shape,), mesh=mesh, out_shardings=place)
     results = [made.load(Store(tmp_path))]
     counts.look()
     results.append(dataclasses.replace(made, build=must_not_build).load(Store(tmp_path)))

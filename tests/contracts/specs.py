@@ -1,4 +1,4 @@
-"""Toy models that together use every feature of a spec, their parameters, and how tests run them."""
+"""Toy models that together use every feature of a spec, and how tests run them."""
 
 import functools
 from collections.abc import Callable
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.core.policy import Policy
-from jaxllm.core.tree import map_leaves, restack
+from jaxllm.core.tree import Segment, map_leaves, restack
 from jaxllm.nn import api
 from jaxllm.spec.mask import And, Causal, Window
 from jaxllm.spec.model import Block, Embedding, Head, ModelSpec, NamedOp, Sub, sub
@@ -40,6 +40,7 @@ def heads(count: int, kv: int, **changes: Any) -> Attention:
 
 
 MLP48 = MLP(width=48)
+PLAIN48 = MLP(width=48, gated=False, bias=True, activation="gelu")
 INTERLEAVED = Rope(theta=100.0, layout="interleaved", scaling=LinearScaling(factor=2.0))
 LLAMA3 = Rope(
     theta=100.0,
@@ -79,7 +80,7 @@ SPECS: dict[str, ModelSpec] = {
             name="G",
             subs=(
                 sub("attn", heads(4, 4), norm_after=LAYER),
-                sub("mlp", MLP(width=48, gated=False, bias=True, activation="gelu"), norm_after=LAYER),
+                sub("mlp", PLAIN48, norm_after=LAYER),
             ),
         ),
         layers="G*2",
@@ -111,6 +112,11 @@ SPECS: dict[str, ModelSpec] = {
     ),
 }  # fmt: skip
 NAMES = tuple(SPECS)
+# No attention: quick to compile where the layers' work does not matter. Prefix and a unit of two.
+SMALL = model(
+    *(Block(name=n, subs=(sub("mlp", PLAIN48, norm_in=RMS, norm_out=OFFSET),)) for n in "AB"),
+    layers="A (A B)*2",
+)
 BATCH, LENGTH = 4, 12
 
 
@@ -127,8 +133,8 @@ def redraw(spec: ModelSpec, seed: int = 0) -> dict[str, Any]:
 
 @functools.cache
 def params(name: str) -> Any:
-    """Canonical parameters of a toy, on the first device."""
-    return jax.device_put(redraw(SPECS[name]))
+    """Canonical parameters of a toy, on the host: taking them apart compiles nothing."""
+    return redraw(SPECS[name])
 
 
 def tokens(name: str, batch: int = BATCH, length: int = LENGTH) -> np.ndarray:
@@ -169,9 +175,15 @@ def loss(spec: ModelSpec, policy: Policy | None = None) -> Callable[..., Any]:
 
 
 @functools.cache
+def runner(name: str) -> Callable[..., Any]:
+    """`forward` of a toy, compiled once a layout for all tests of a process."""
+    return quick(forward(SPECS[name]))
+
+
+@functools.cache
 def full(name: str) -> np.ndarray:
     """Logits [B, T, V] of the toy's tokens: one canonical forward pass."""
-    logits, _ = quick(forward(SPECS[name]))(params(name), tokens(name))
+    logits, _ = runner(name)(params(name), tokens(name))
     return np.asarray(logits)
 
 
@@ -183,10 +195,14 @@ def gradient(name: str) -> tuple[float, np.ndarray, Any]:
     return float(value), np.asarray(logits), jax.tree.map(np.asarray, grads)
 
 
+def held(spec: ModelSpec, weights: Any) -> Any:
+    """Parameters with their matrices outputs first, on the host again."""
+    policy = Policy(matrices="out_in")
+    return jax.tree.map(np.asarray, quick(lambda w: api.hold(spec, w, policy))(weights))
+
+
 def single(weights: Any, layers: int) -> Any:
     """The same parameters, one entry a layer."""
-    from jaxllm.core.tree import Segment
-
     return restack(weights, tuple(Segment(i, i + 1, 1, stacked=False) for i in range(layers)))
 
 

@@ -1,4 +1,4 @@
-"""Leaves other than plain arrays through the whole model: quantized, adapted, mixed, in any layout."""
+"""Leaves other than plain arrays through the whole model: quantized, adapted, mixed."""
 
 import functools
 
@@ -7,21 +7,29 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxllm.core.policy import Policy
 from jaxllm.core.tree import flatten, map_leaves, restack, runs, segments_of, unstack
-from jaxllm.core.weights import AdaptedWeight, QArray, is_leaf, merge_adapter
+from jaxllm.core.weights import AdaptedWeight, QArray, is_leaf
 from jaxllm.errors import WeightsError
-from jaxllm.nn.api import hold
 from jaxllm.state.step import training_step
-from tests.contracts.leaves import INPUTS, adapted, dequantized, matrix, quantized
+from tests.contracts.leaves import (
+    INPUTS,
+    adapted,
+    dequantized,
+    fresh_adapters,
+    matrix,
+    merged,
+    quantized,
+)
 from tests.contracts.specs import (
     SPECS,
     assert_close,
     assert_equal,
     forward,
     full,
+    held,
     params,
     quick,
+    runner,
     single,
     tokens,
 )
@@ -29,17 +37,16 @@ from tests.contracts.specs import (
 NAME = "gqa"
 SPEC = SPECS[NAME]
 ALONE = functools.cache(lambda: single(params(NAME), SPEC.num_layers))
-RUN = quick(forward(SPEC))
+RUN = runner(NAME)
 
 
 def logits(weights, ids=None, step=None):
     return np.asarray(RUN(weights, tokens(NAME) if ids is None else ids, step)[0])
 
 
-def test_quantized_is_the_dequantized_in_any_layout():
+def test_quantized_is_the_dequantized():
     weights = quantized(ALONE())
     wanted = logits(restack(dequantized(weights), SPEC.segments))
-    assert_close(logits(weights), wanted)
     assert_close(logits(restack(weights, SPEC.segments)), wanted)
     assert np.abs(wanted - full(NAME)).max() > 0.05  # the rounding is felt
 
@@ -90,20 +97,19 @@ def stacked_adapters(**options):
 
 
 def test_a_fresh_adapter_changes_no_bit():
-    assert_equal(logits(stacked_adapters(fresh=True)), full(NAME))
+    weights = restack(fresh_adapters(ALONE()), SPEC.segments)
+    assert sum(isinstance(w, AdaptedWeight) for _, w in flatten(weights)) > 20
+    assert_equal(logits(weights), full(NAME))
 
 
 @pytest.mark.parametrize("base", ["plain", "quantized", "outputs first"])
 def test_merged_is_attached(base):
     weights = quantized(ALONE()) if base == "quantized" else ALONE()
-    if base == "outputs first":
-        weights = hold(SPEC, weights, Policy(outputs_first=True))
-    weights = adapted(weights)
-    merge = lambda w: merge_adapter(w) if isinstance(w, AdaptedWeight) else w  # noqa: E731
-    merged = jax.tree.map(merge, weights, is_leaf=is_leaf)
-    assert not any(is_leaf(merged) for path, merged in flatten(merged["layers"]))
+    weights = adapted(held(SPEC, weights) if base == "outputs first" else weights)
+    plain = merged(weights)
+    assert not any(is_leaf(leaf) for _, leaf in flatten(plain["layers"]))
     found = logits(restack(weights, SPEC.segments))
-    assert_close(found, logits(restack(merged, SPEC.segments)))
+    assert_close(found, logits(restack(plain, SPEC.segments)))
     assert np.abs(found - full(NAME)).max() > 0.05
 
 
@@ -139,22 +145,21 @@ def test_every_array_of_a_stacked_adapter_carries_the_layers():
 
 @pytest.mark.parametrize("name", ["gqa", "mha"])
 def test_adapted_embedding_and_head(name):
-    """The ends take adapters too, tied (gqa) or not: rows choose theirs or none, merged = attached."""
+    """The ends take adapters too, tied (gqa) or not: rows choose theirs, merged = attached."""
     spec, weights, ids = SPECS[name], params(name), tokens(name)
-    run, draw = quick(forward(spec)), np.random.default_rng(5).standard_normal
+    run, draw = runner(name), np.random.default_rng(5).standard_normal
 
     def attached(leaf):
         (rows, columns), scale = leaf.shape, np.float32(0.25)
         a, b = draw((2, rows, 3), np.float32), draw((2, 3, columns), np.float32)
-        return AdaptedWeight(leaf, jnp.asarray(a * scale), jnp.asarray(b * scale), scale=0.5)
+        return AdaptedWeight(leaf, a * scale, b * scale, scale=0.5)
 
     ends = {"embed": {"table": attached(weights["embed"]["table"])}}
     if not spec.head.tied:
         ends["head"] = {"kernel": attached(weights["head"]["kernel"])}
     wanted = [full(name)]
     for number in (0, 1):
-        merged = map_leaves(lambda _, w, n=number: merge_adapter(w, n), ends)
-        wanted.append(run({**weights, **merged}, ids)[0])
+        wanted.append(run({**weights, **merged(ends, number)}, ids)[0])
     assert_close(run({**weights, **ends}, ids)[0], wanted[1])
     chosen = (0, 2, 1, 0)
     step = training_step(*ids.shape, adapter_ids=jnp.array(chosen, jnp.int32))

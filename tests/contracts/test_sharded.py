@@ -1,4 +1,4 @@
-"""Eight virtual devices = one: values and gradients, plain, quantized and adapted parameters, state."""
+"""Eight virtual devices = one: values and gradients, plain and other leaves, state."""
 
 import jax
 import jax.numpy as jnp
@@ -24,17 +24,16 @@ from tests.contracts.specs import (
     loss,
     params,
     quick,
+    runner,
     single,
     tokens,
 )
 
 MESHES = {"data": {"data": 2, "tensor": 4}, "fsdp": {"fsdp": 4, "tensor": 2}}
-# Every toy on one mesh for its gradient, two of them on both.
-PAIRS = [
-    *zip(NAMES, ["data", "fsdp"] * 3, strict=True),
-    ("mha", "fsdp"),
-    ("gqa", "data"),
-]
+QUICK = [("gqa", "data"), ("parallel", "fsdp")]
+SLOW = [(n, a) for n in NAMES for a in MESHES if (n, a) not in QUICK]
+PAIRS = [*QUICK, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in SLOW)]
+EACH = ["data", pytest.param("fsdp", marks=pytest.mark.slow)]
 
 
 def placed(spec, weights, mesh):
@@ -81,12 +80,12 @@ def test_activations_are_constrained_under_a_mesh():
     assert "sharding_constraint" not in str(jax.make_jaxpr(run)(params("mha"), tokens("mha")))
 
 
-@pytest.mark.parametrize("axes", MESHES)
+@pytest.mark.parametrize("axes", EACH)
 def test_quantized_and_adapted_parameters_shard(axes):
-    name = "gqa"
+    name = "mha"
     spec, mesh = SPECS[name], make_mesh(MESHES[axes])
-    weights = restack(adapted(quantized(single(params(name), 6))), spec.segments)
-    wanted, _ = quick(forward(spec))(weights, tokens(name))
+    weights = restack(adapted(quantized(single(params(name), 3))), spec.segments)
+    wanted, _ = runner(name)(weights, tokens(name))
     with jax.set_mesh(mesh):
         found, _ = quick(forward(spec))(placed(spec, weights, mesh), batched(mesh, tokens(name)))
     assert_close(found, wanted)
@@ -106,9 +105,9 @@ def test_scales_are_sharded_like_their_values():
     assert (leaf.base, leaf.a[0], leaf.b[0]) == (("layers", "ffn", "width"), "layers", "layers")
 
 
-@pytest.mark.parametrize("axes", MESHES)
+@pytest.mark.parametrize("axes", EACH)
 def test_a_sharded_state_decodes_the_same(axes):
-    name = "gqa"
+    name = "mha"
     spec, mesh, ids = SPECS[name], make_mesh(MESHES[axes]), tokens(name)
     shapes = dense_state(spec, len(ids), 16, dtype=np.float32)
     place = lambda x, axes: named_sharding(mesh, axes, Policy().rules, x.shape)  # noqa: E731
@@ -116,13 +115,14 @@ def test_a_sharded_state_decodes_the_same(axes):
     weights, wanted = placed(spec, params(name), mesh), full(name)
 
     def run(weights, state, ids, start):
-        step = dense_step(start, ids.shape[1])
-        hidden, state, _ = api.apply(spec, weights, ids, step, state, policy=Policy())
+        places = dense_step(start, ids.shape[1])
+        hidden, state, _ = api.apply(spec, weights, ids, places, state, policy=Policy())
         return api.unembed(spec, weights, hidden, policy=Policy()), state
 
+    step = quick(run)
     with jax.set_mesh(mesh):
         for first, size in ((0, 6), (6, 1), (7, 1)):
             start = jnp.full((len(ids),), first, jnp.int32)
-            logits, state = quick(run)(weights, state, ids[:, first : first + size], start)
+            logits, state = step(weights, state, ids[:, first : first + size], start)
             assert_close(logits, wanted[:, first : first + size])
-    assert state["0"]["attn"].k.sharding.spec[2] == "tensor"
+    assert state["0:3"]["attn"].k.sharding.spec[3] == "tensor"

@@ -2,6 +2,7 @@
 
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -57,7 +58,7 @@ def test_layouts_bring_the_same_taps():
 
 def test_the_first_taps_by_hand():
     weights, ids = params(NAME), tokens(NAME)
-    x = weights["embed"]["table"][ids]
+    x = jnp.asarray(weights["embed"]["table"][ids])
     x = rms_norm(x, weights["layers"]["0"]["attn_norm"]["scale"], eps=1e-5)
     assert_close(tapped("scan")[1]["layers.0.attn.q"], x)
 
@@ -104,7 +105,7 @@ def test_taps_come_from_decoding_too():
 def test_a_tap_of_nothing_is_an_error(tap):
     run = forward(SPEC, Policy(taps=frozenset({tap})))
     with pytest.raises(ConfigError, match=tap):
-        run(params(NAME), tokens(NAME))
+        jax.eval_shape(run, params(NAME), tokens(NAME))
 
 
 def test_taps_of_fused_projections_are_refused():

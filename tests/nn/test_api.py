@@ -12,17 +12,14 @@ from jaxllm.core.tree import Segment, flatten, restack, unstack
 from jaxllm.core.weights import AdaptedWeight, OutputsFirst, QArray, is_leaf, logical_shape
 from jaxllm.errors import ConfigError
 from jaxllm.nn import api
-from jaxllm.spec.model import Block, sub
-from jaxllm.spec.ops import MLP
 from jaxllm.spec.table import layer_paths, model_table
 from jaxllm.state.step import training_step
 from tests.contracts.leaves import adapted, quantized
 from tests.contracts.specs import (
-    OFFSET,
-    RMS,
+    SMALL,
     SPECS,
     assert_equal,
-    model,
+    held,
     params,
     quick,
     single,
@@ -30,11 +27,6 @@ from tests.contracts.specs import (
 )
 
 ALONE = tuple(Segment(i, i + 1, 1, stacked=False) for i in range(5))
-PLAIN = MLP(width=48, gated=False, bias=True)
-SMALL = model(
-    *(Block(name=n, subs=(sub("mlp", PLAIN, norm_in=RMS, norm_out=OFFSET),)) for n in "AB"),
-    layers="A (A B)*2",
-)
 
 
 @functools.cache
@@ -84,8 +76,8 @@ def variants(name):
     yield "unrolled", alone
     yield "quantized", restack(quantized(alone), SPECS[name].segments)
     yield "adapted", restack(adapted(quantized(alone)), SPECS[name].segments)
-    yield "held", api.hold(SPECS[name], params(name), Policy(outputs_first=True))
-    yield "adapted held", adapted(api.hold(SPECS[name], alone, Policy(outputs_first=True)))
+    yield "held", held(SPECS[name], params(name))
+    yield "adapted held", adapted(held(SPECS[name], alone))
 
 
 @pytest.mark.parametrize("name", ["gqa", "post_layernorm"])
@@ -127,19 +119,19 @@ def test_axes_of_leaves_follow_their_values():
     assert isinstance(a, AdaptedWeight)
     assert a.base.values == plain
     assert (a.a, a.b) == (("layers", *[None] * 4), ("layers", *[None] * 3))
-    held = where(api.logical_axes(spec, weights["held"]))
-    assert isinstance(held, OutputsFirst)
-    assert held.values == ("layers", "width", "heads", "head_dim")
+    turned = where(api.logical_axes(spec, weights["held"]))
+    assert isinstance(turned, OutputsFirst)
+    assert turned.values == ("layers", "width", "heads", "head_dim")
 
 
 def test_held_parameters_are_transposed_once():
     weights = single(params("gqa"), 6)
-    held = api.hold(SPECS["gqa"], weights, Policy(outputs_first=True))
-    leaf, plain = held["layers"]["1"]["attn"]["o"], weights["layers"]["1"]["attn"]["o"]
+    turned = held(SPECS["gqa"], weights)
+    leaf, plain = turned["layers"]["1"]["attn"]["o"], weights["layers"]["1"]["attn"]["o"]
     assert np.array_equal(leaf.values, plain.transpose(2, 0, 1))
     assert logical_shape(leaf) == plain.shape
-    assert not is_leaf(held["embed"]["table"])
-    assert not is_leaf(held["final_norm"]["scale"])
+    assert not is_leaf(turned["embed"]["table"])
+    assert not is_leaf(turned["final_norm"]["scale"])
     assert api.hold(SPECS["gqa"], weights, Policy()) is weights
 
 

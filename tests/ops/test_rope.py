@@ -89,7 +89,7 @@ def test_rotation(name):
 
 @pytest.mark.parametrize("name", ["plain", "llama3"])
 def test_the_far_end_of_a_long_context(name):
-    """Angle = position x frequency in float32: two roundings, of 2^-24 each, of at most 131071 rad."""
+    """Angle = position x frequency in float32: two roundings, of 2^-24 each, of up to 131071."""
     x = np.zeros((1, 1, 1, H), np.float32)
     x[..., : H // 2] = 1
     last = np.array([[131071]], np.int32)

@@ -60,6 +60,7 @@ def oracle(logits, temperature, top_k, top_p, min_p, slack=0.0):
 @functools.cache
 def survivors():
     """What is left after the cuts: seen where a token's noise is without bound."""
+
     def run(logits, options):
         warm = jnp.where(options.temperature > 0, options.temperature, 1.0)[:, None]
         return jnp.isfinite(sampling._cut(logits / warm, options))
@@ -70,7 +71,7 @@ def survivors():
 LOGITS = st.lists(
     st.one_of(
         st.floats(-30, 30, width=32),
-        st.sampled_from([0.0, 1.0, 1.0, 2.0, -2.0, float("-inf")]),
+        st.sampled_from([0.0, -0.0, 1.0, 1.0, 2.0, -2.0, float("-inf")]),
     ),
     min_size=V, max_size=V,
 ).filter(lambda x: max(x) > float("-inf"))  # fmt: skip

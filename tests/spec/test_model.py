@@ -35,14 +35,10 @@ def test_no_two_toys_are_equal():
 
 
 ends = st.integers(0, 9)
-leaves = st.one_of(
-    st.just(Causal()), st.just(Full()), st.builds(Window, left=ends, right=ends)
-)
+leaves = st.one_of(st.just(Causal()), st.just(Full()), st.builds(Window, left=ends, right=ends))
 masks = st.recursive(
     leaves,
-    lambda m: st.one_of(
-        st.builds(And, first=m, second=m), st.builds(Or, first=m, second=m)
-    ),
+    lambda m: st.one_of(st.builds(And, first=m, second=m), st.builds(Or, first=m, second=m)),
     max_leaves=5,
 )
 
