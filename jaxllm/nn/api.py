@@ -113,10 +113,12 @@ def init(
 
 def hold(spec: ModelSpec, params: Any, policy: Policy) -> Any:
     """Plain parameters with every matrix held as the policy says."""
+    if policy.matrices == "canonical":
+        return params
     table = model_table(spec, segments_of(params["layers"]), _fused(params["layers"]))
     definitions = dict(flatten(table))
 
-    def leaf(path: str, array: Array) -> Any:
+    def leaf(path: str, array: AnyArray) -> Any:
         definition = definitions[path]
         inputs = definition.held_inputs(policy.matrices)
         if not inputs:

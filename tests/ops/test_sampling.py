@@ -42,12 +42,13 @@ def oracle(logits, temperature, top_k, top_p, min_p, slack=0.0):
     `slack` widens (> 0) or narrows (< 0) the cuts of mass by as much as float32 sums may err.
     """
     x = (np.asarray(logits, np.float32) / np.float32(temperature)).astype(np.float64)
+    x[np.abs(x) < np.finfo(np.float32).tiny] = 0  # XLA's CPU flushes subnormal numbers
     keep = np.ones(len(x), bool)
     if 0 < top_k < len(x):
         keep = x >= np.sort(x)[::-1][top_k - 1]
     if top_p < 1:
         p = softmax(np.where(keep, x, -np.inf))
-        order = np.argsort(-p, kind="stable")
+        order = np.argsort(-x, kind="stable")
         mass = np.cumsum(p[order])
         count = np.flatnonzero(mass >= min(top_p + slack, mass[-1]))[0]
         keep &= x >= x[order[count]]

@@ -1,11 +1,9 @@
 """GGUF: the reader against the `gguf` package's writer, dequantising against the formats."""
 
-import math
 import re
 import struct
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
