@@ -6,7 +6,7 @@ import contextlib
 import importlib
 import io
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxllm.errors import user_errors
@@ -17,7 +17,7 @@ _BOX = str.maketrans("", "", "╭╮╰╯│─├┤")
 _MAX_LINES = 5
 
 
-def parse(arguments: Sequence[str]) -> Any:
+def parse(arguments: list[str]) -> Any:
     """Options of the subcommand that the arguments name.
 
     Raises:
@@ -27,16 +27,28 @@ def parse(arguments: Sequence[str]) -> Any:
 
     from jaxllm.cli.options import COMMANDS
 
+    if arguments[:1] == ["train"] and len(arguments) > 1 and not arguments[1].startswith("-"):
+        from jaxllm.cli.train import parse_run
+
+        return _quietly(arguments, lambda: parse_run(arguments[1], arguments[2:]))
+    return _quietly(
+        arguments,
+        lambda: tyro.extras.subcommand_cli_from_dict(
+            COMMANDS,
+            prog="jaxllm",
+            description="Import, train and measure language models compiled ahead of time.",
+            args=list(arguments),
+            config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagCreatePairsOff),
+        ),
+    )
+
+
+def _quietly(arguments: Sequence[str], parser: Callable[[], Any]) -> Any:
+    """What a parser gives; its complaints in a few plain lines."""
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.extras.subcommand_cli_from_dict(
-                COMMANDS,
-                prog="jaxllm",
-                description="Import, run and measure language models compiled ahead of time.",
-                args=list(arguments),
-                config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagCreatePairsOff),
-            )
+            return parser()
     except SystemExit as end:
         lines = [line.translate(_BOX).strip() for line in said.getvalue().splitlines()]
         lines = [line for line in lines if line]
@@ -51,9 +63,10 @@ def _complain(what: str, message: str) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit code."""
-    options = parse(sys.argv[1:] if arguments is None else arguments)
-    name = type(options).__name__.lower()
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    name = given[0] if given else ""
     try:
+        options = parse(given)
         return importlib.import_module(f"jaxllm.cli.{name}").run(options) or 0
     except user_errors as error:
         _complain(name, "\n".join(str(error).splitlines()[:_MAX_LINES]))

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-__all__ = ["COMMANDS", "Chat", "Doctor", "Generate", "Perplexity", "Pull"]
+__all__ = ["COMMANDS", "Chat", "Doctor", "Generate", "Perplexity", "Pull", "Train"]
 
 Source = tyro.conf.Positional[str]
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -90,6 +90,14 @@ class Perplexity:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Train:
+    """Train as a config file says; its fields are options too."""
+
+    config: Source
+    """Python file with a function config() that returns a RunConfig."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Pull:
     """Fetch a model into the cache."""
 
@@ -109,6 +117,7 @@ COMMANDS = {
     "generate": Generate,
     "chat": Chat,
     "perplexity": Perplexity,
+    "train": Train,
     "pull": Pull,
     "doctor": Doctor,
 }

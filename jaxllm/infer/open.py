@@ -99,7 +99,7 @@ def open_source(
     """
     if source.startswith("random:"):
         return _random(source.removeprefix("random:"), policy, mesh, store)
-    checkpoint = zoo.open_checkpoint(resolve(source))
+    checkpoint = zoo.open_checkpoint(_model_path(resolve(source)))
     segments = run_segments(checkpoint.spec, policy)
     stored, known = False, None
     if store is None:
@@ -112,6 +112,15 @@ def open_source(
     return Opened(
         spec=checkpoint.spec, params=params, tokenizer=tokenizer, eos_ids=eos, stored=stored
     )
+
+
+def _model_path(path: Path) -> Path:
+    """The model of a run directory, else the path itself."""
+    if (path / "metrics.jsonl").is_file():
+        if not (path / "model" / "config.json").is_file():
+            raise WeightsError(f"{path}: this training run has not finished; run it to its end")
+        return path / "model"
+    return path
 
 
 def _kept_arrays(

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxllm.core.policy import Policy
+from jaxllm.core.policy import Matrices, Policy
 from jaxllm.core.tree import Segment, map_leaves, restack
 from jaxllm.nn import api
 from jaxllm.spec.mask import And, Causal, Window
@@ -195,9 +195,9 @@ def gradient(name: str) -> tuple[float, np.ndarray, Any]:
     return float(value), np.asarray(logits), jax.tree.map(np.asarray, grads)
 
 
-def held(spec: ModelSpec, weights: Any) -> Any:
-    """Parameters with their matrices outputs first, on the host again."""
-    policy = Policy(matrices="out_in")
+def held(spec: ModelSpec, weights: Any, matrices: Matrices = "out_in") -> Any:
+    """Parameters with their matrices held as a run may want them, on the host again."""
+    policy = Policy(matrices=matrices)
     return jax.tree.map(np.asarray, quick(lambda w: api.hold(spec, w, policy))(weights))
 
 

@@ -57,6 +57,8 @@ def test_layouts_agree(name):
     variants = {"fused scan": restack(fused, spec.segments), "outputs first": held(spec, fused)}
     if name == "mha":
         variants |= {"fused": fused, "outputs first scan": held(spec, params(name))}
+    if spec.head.tied:
+        variants["tied as a head"] = held(spec, restack(fused, spec.segments), "in_out")
     if name in MIXED:
         variants["unrolled"] = alone
         variants["mixed"] = restack(alone, MIXED[name])

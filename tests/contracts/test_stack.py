@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -9,12 +10,16 @@ import numpy as np
 import pytest
 
 from jaxllm.core.policy import Policy
+from jaxllm.core.tree import map_leaves
 from jaxllm.errors import ConfigError, ShapeError, WeightsError
 from jaxllm.nn import api
 from jaxllm.nn.api import Inputs
 from jaxllm.nn.block import dropout
 from jaxllm.nn.stack import Carry, run
 from jaxllm.ops.norm import rms_norm
+from jaxllm.spec.model import Block, sub
+from jaxllm.spec.ops import MLP, Norm
+from jaxllm.spec.table import model_table
 from jaxllm.state.dense import dense_state
 from jaxllm.state.step import dense_step, training_step
 from tests.contracts.specs import (
@@ -24,6 +29,7 @@ from tests.contracts.specs import (
     assert_equal,
     forward,
     full,
+    model,
     params,
     quick,
     redraw,
@@ -169,22 +175,25 @@ def test_dropout_keeps_the_mean_and_the_rate():
     assert dropout(x, 0.25, None) is x
 
 
-def test_layers_and_embedding_draw_different_masks():
-    """With the layers' updates muted only the embedding's mask is left, and it is another."""
-    step, policy = training_step(*IDS.shape, key=jax.random.key(0)), Policy(dropout=0.5)
-    quiet = {**SMALL_WEIGHTS, "layers": jax.tree.map(np.zeros_like, SMALL_WEIGHTS["layers"])}
-    for layer in jax.tree.leaves(quiet["layers"]):
-        assert not layer.any()
-    for key, layer in quiet["layers"].items():
-        for name in ("mlp_out_norm",):
-            for unit in (layer,) if ":" not in key else layer.values():
-                unit[name]["scale"] = unit[name]["scale"] - 1  # offset 1: the update is times 0
-    run = quick(lambda w, i, s: api.apply(SMALL, w, i, s, policy=policy)[0])
-    zero = np.asarray(run(quiet, IDS, step)) == 0
-    assert 0.45 < zero.mean() < 0.55
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), 0), 0)
-    layer = ~np.asarray(jax.random.bernoulli(key, 0.5, zero.shape))
-    assert 0.4 < (zero == layer).mean() < 0.6
+def test_every_dropout_draws_its_own_mask():
+    """Embedding and updates all ones: hidden / 2 counts masks, and is binomial if they are free."""
+    one = Norm(type="layer", bias=True)
+    subs = tuple(sub(name, MLP(width=4, gated=False), norm_out=one) for name in ("a", "b"))
+    spec = model(Block(name="G", subs=subs), layers="G*2", final_norm=None)
+
+    def leaf(path, d):
+        return np.full(d.shape, path.endswith(("table", "bias")), np.float32)
+
+    weights, policy = map_leaves(leaf, model_table(spec)), Policy(dropout=0.5)
+    step = training_step(*IDS.shape, key=jax.random.key(0))
+    run = quick(lambda w, i, s: api.apply(spec, w, i, s, policy=policy)[0])
+    counts = np.asarray(run(weights, IDS, step)) / 2
+    total = counts.size
+    assert np.array_equal(counts, counts.astype(int))
+    for k in range(6):  # one mask of the embedding, two of each layer
+        p = math.comb(5, k) / 32
+        found = (counts == k).sum()
+        assert abs(found - p * total) < 5 * math.sqrt(p * (1 - p) * total), k
 
 
 @pytest.mark.parametrize(

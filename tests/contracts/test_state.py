@@ -10,8 +10,17 @@ import pytest
 from jaxllm.core.policy import Policy
 from jaxllm.nn import api
 from jaxllm.state.dense import dense_state
-from jaxllm.state.step import dense_step
-from tests.contracts.specs import NAMES, SPECS, assert_close, full, params, quick, tokens
+from jaxllm.state.step import dense_step, training_step
+from tests.contracts.specs import (
+    NAMES,
+    SPECS,
+    assert_close,
+    full,
+    params,
+    quick,
+    runner,
+    tokens,
+)
 
 LENGTHS = np.array([8, 5, 4, 1], np.int32)
 CAPACITY = 13  # slot 12 stays unused in the longest row
@@ -99,3 +108,16 @@ def test_poisoned_slots_never_leak():
     free = jnp.arange(CAPACITY)[None] >= LENGTHS[:, None]
     poison = lambda x: jnp.where(free[..., None, None], jnp.nan, x)  # noqa: E731
     decode_rest(name, jax.tree.map(poison, state), LENGTHS)
+
+
+def test_packed_documents_see_their_own_only():
+    """Two documents in one row, by segments and positions, are the two alone."""
+    name = "gqa"
+    ids, wanted = tokens(name), full(name)
+    packed = np.concatenate([ids[0, :5], ids[1, :7]])[None]
+    places = np.concatenate([np.arange(5), np.arange(7)])[None].astype(np.int32)
+    segments = np.array([[1] * 5 + [2] * 7], np.int32)
+    step = training_step(1, 12, segment_ids=segments, positions=places)
+    logits, _ = runner(name)(params(name), packed, step)
+    assert_close(logits[0, :5], wanted[0, :5])
+    assert_close(logits[0, 5:], wanted[1, :7])

@@ -62,6 +62,7 @@ def test_only_what_differs_from_the_default_is_written():
         ({"pets": [{}]}, "unknown kind"),
         ({"pets": {"kind": "cat"}}, "expected a list"),
         ({"pets": [{"kind": "cat", "lives": 1.5}]}, "config.pets[0].lives: expected int"),
+        ({"pets": [{"kind": "cat", "lives": True}]}, "config.pets[0].lives: expected int"),
         ({"pets": [{"kind": "cat", "sound": "woof"}]}, "not one of meow, purr"),
         ({"guard": {"kind": "cat", "weight_kg": 1}}, "expected kind 'dog', found 'cat'"),
         ({"guard": {"weight_kg": True}}, "expected float"),

@@ -78,6 +78,7 @@ def variants(name):
     yield "adapted", restack(adapted(quantized(alone)), SPECS[name].segments)
     yield "held", held(SPECS[name], params(name))
     yield "adapted held", adapted(held(SPECS[name], alone))
+    yield "tied as a head", held(SPECS[name], alone, "in_out")
 
 
 @pytest.mark.parametrize("name", ["gqa", "post_layernorm"])
@@ -122,6 +123,9 @@ def test_axes_of_leaves_follow_their_values():
     turned = where(api.logical_axes(spec, weights["held"]))
     assert isinstance(turned, OutputsFirst)
     assert turned.values == ("layers", "width", "heads", "head_dim")
+    assert api.logical_axes(spec, weights["held"])["embed"]["table"] == ("vocab", "width")
+    tied = api.logical_axes(spec, weights["tied as a head"])
+    assert tied["embed"]["table"].values == ("width", "vocab")
 
 
 def test_held_parameters_are_transposed_once():

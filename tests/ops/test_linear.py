@@ -13,6 +13,7 @@ from jaxllm.core.weights import (
     merge_adapter,
     quantize,
 )
+from jaxllm.core.weights import plain as plain_of
 from jaxllm.errors import ShapeError
 from jaxllm.ops import linear
 
@@ -105,14 +106,19 @@ def table(kind, rows=10, width=8):
     w = draw(rows, width)
     if kind == "plain":
         return w, w
-    if kind == "adapted":
-        base = AdaptedWeight(w, draw(2, rows, 3), draw(2, 3, width), scale=0.5)
-        return base, merge_adapter(base)
+    if kind == "turned":
+        return OutputsFirst(w.T, inputs=1), w
+    if kind.startswith("adapted"):
+        base, _ = table(kind.removeprefix("adapted").strip() or "plain")
+        leaf = AdaptedWeight(base, draw(2, rows, 3), draw(2, 3, width), scale=0.5)
+        return leaf, merge_adapter(leaf)
     q = quantize(w, kind, axis=-1, group=4, symmetric=kind == "int8")
     return q, dequantize(q, jnp.float32)
 
 
-@pytest.mark.parametrize("kind", ["plain", "int8", "int4", "adapted"])
+@pytest.mark.parametrize(
+    "kind", ["plain", "turned", "int8", "int4", "adapted", "adapted turned", "adapted int8"]
+)
 def test_take_and_unembed(kind):
     leaf, plain = table(kind)
     ids = jnp.array([[0, 9, 3], [3, 3, 1]], jnp.int32)
@@ -128,10 +134,12 @@ def test_take_and_unembed(kind):
     assert low.dtype == jnp.float32
 
 
-def test_take_and_unembed_choose_adapters_by_row():
-    leaf, _ = table("adapted")
+@pytest.mark.parametrize("kind", ["adapted", "adapted turned"])
+def test_take_and_unembed_choose_adapters_by_row(kind):
+    leaf, _ = table(kind)
     ids, chosen = jnp.array([[0, 9]] * 3, jnp.int32), jnp.array([0, 2, 1], jnp.int32)
-    plain = [leaf.base, merge_adapter(leaf, 0), merge_adapter(leaf, 1)]
+    base = plain_of(leaf.base)
+    plain = [base, merge_adapter(leaf, 0), merge_adapter(leaf, 1)]
     rows = linear.take(leaf, ids, dtype="float32", adapter_ids=chosen)
     x = draw(3, 2, 8)
     options = {"tied": True, "dtype": "float32", "out_dtype": "float32"}

@@ -24,9 +24,9 @@ ROPES = {
 H = 32
 
 
-def wanted_frequencies(rope):
+def wanted_frequencies(rope, width=H):
     """One by one, as the papers and Meta's own code write them."""
-    dims, out = int(H * rope.fraction), []
+    dims, out = int(width * rope.fraction), []
     for i in range(dims // 2):
         f = 1.0 / rope.theta ** (2 * i / dims)
         match rope.scaling:
@@ -48,7 +48,7 @@ def wanted_frequencies(rope):
 def rotated(x, positions, rope):
     """Pair by pair as complex numbers, in float64."""
     out = np.array(x, np.float64)
-    freqs = wanted_frequencies(rope)
+    freqs = wanted_frequencies(rope, x.shape[-1])
     half = len(freqs)
     for i, f in enumerate(freqs):
         a, b = (i, i + half) if rope.layout == "half" else (2 * i, 2 * i + 1)

@@ -12,7 +12,6 @@ import pytest
 
 import jaxllm
 from jaxllm.core.policy import Policy
-from jaxllm.core.tree import flatten
 from tests.oracle.golden import NAMES, TOLERANCE, golden, relative, tensors
 
 POLICIES = {"default": None, "scan": Policy(layout="scan", fused=False)}
@@ -54,11 +53,10 @@ def load(source, layout="default", store=False):
 
 def same_bits(first, second):
     """Whether two parameter trees hold the same paths, dtypes and bits."""
-    a, b = dict(flatten(first)), dict(flatten(second))
-    assert a.keys() == b.keys()
+    assert jax.tree.structure(first) == jax.tree.structure(second)
+    pairs = zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True)
     return all(
-        a[k].dtype == b[k].dtype and np.asarray(a[k]).tobytes() == np.asarray(b[k]).tobytes()
-        for k in a
+        a.dtype == b.dtype and np.asarray(a).tobytes() == np.asarray(b).tobytes() for a, b in pairs
     )
 
 

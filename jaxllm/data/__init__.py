@@ -1,0 +1,1 @@
+"""Data: text to rows of tokens."""

@@ -1,0 +1,114 @@
+"""Plain text as tokens: read once, split into training and validation parts, cut into rows.
+
+The rows of a step are a function of (seed, step) alone: not of the number of hosts or devices, and
+not of what came before. A run resumes anywhere without the state of a loader.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+
+from jaxllm.core.config import require
+from jaxllm.data.batch import Batch
+from jaxllm.errors import ConfigError
+from jaxllm.text.tokenizer import Tokenizer
+
+__all__ = ["TextData", "character_tokenizer", "open_text", "read_text"]
+
+
+def read_text(path: Path) -> str:
+    """The text of a file, or of all `.py` and `.txt` files of a folder in order.
+
+    Raises:
+      ConfigError: nothing is there, or it is no UTF-8 text.
+    """
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.suffix in (".py", ".txt") and p.is_file())
+    else:
+        files = [path]
+    try:
+        text = "\n".join(p.read_text(encoding="utf-8") for p in files)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--data {path}: cannot be read as UTF-8 text: {error}") from None
+    require(bool(text), f"--data {path}: holds no text")
+    return text
+
+
+def character_tokenizer(text: str) -> Tokenizer:
+    """A tokenizer whose tokens are the characters of a text, in the order of their code points."""
+    from tokenizers import Regex, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as Backend
+
+    characters = sorted(set(text))
+    backend = Backend(models.WordLevel({c: i for i, c in enumerate(characters)}, unk_token=" "))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    backend.decoder = decoders.Fuse()
+    return Tokenizer(
+        backend=backend,
+        vocab_size=len(characters),
+        bos_id=None,
+        eos_ids=(),
+        adds_bos=False,
+    )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TextData:
+    """A tokenised text in two parts.
+
+    Attributes:
+      tokenizer: what made the tokens.
+      train: int32 tokens.
+      validation: int32 tokens, the end of the text.
+      length: T of a row.
+    """
+
+    tokenizer: Tokenizer
+    train: np.ndarray
+    validation: np.ndarray
+    length: int
+
+    def batch(self, step: int, *, rows: int, seed: int) -> Batch:
+        """Training rows of a step: windows at random places, drawn from (seed, step)."""
+        random = np.random.Generator(np.random.Philox(key=[seed, step]))
+        places = random.integers(0, len(self.train) - self.length, rows)
+        return self._cut(self.train, places)
+
+    def validation_batches(self, *, rows: int, count: int) -> list[Batch]:
+        """At most `count` batches of consecutive windows of the validation part."""
+        places = np.arange(0, len(self.validation) - self.length, self.length)
+        whole = min(count, len(places) // rows)
+        require(whole > 0, f"the validation part is too short for {rows} rows of {self.length}")
+        return [self._cut(self.validation, places[i * rows : (i + 1) * rows]) for i in range(whole)]
+
+    def _cut(self, tokens: np.ndarray, places: np.ndarray) -> Batch:
+        rows = tokens[places[:, None] + np.arange(self.length + 1)]
+        return Batch(
+            np.ascontiguousarray(rows[:, :-1]),
+            np.ascontiguousarray(rows[:, 1:]),
+            np.ones((len(places), self.length), np.float32),
+        )
+
+
+def open_text(
+    path: Path, *, length: int, validation_fraction: float, tokenizer: Tokenizer | None = None
+) -> TextData:
+    """Tokenise a text; by characters when no tokenizer is given.
+
+    Raises:
+      ConfigError: no text, or too little for one row in either part.
+    """
+    text = read_text(path)
+    tokenizer = tokenizer or character_tokenizer(text)
+    tokens = np.asarray(tokenizer.encode(text, add_special=False), np.int32)
+    split = len(tokens) - int(len(tokens) * validation_fraction)
+    train, validation = tokens[:split], tokens[split:]
+    for name, part in (("training", train), ("validation", validation)):
+        require(
+            len(part) > length,
+            f"--data {path}: the {name} part has {len(part)} tokens; a row takes {length + 1}",
+        )
+    return TextData(tokenizer, train, validation, length)

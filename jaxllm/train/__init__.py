@@ -1,0 +1,1 @@
+"""Training: one compiled step, data by (seed, step), checkpoints, a run directory."""

@@ -1,0 +1,116 @@
+"""RunConfig: everything that a training run depends on, as one frozen value."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from jaxllm.core.config import require
+from jaxllm.ops.loss import LossOptions
+from jaxllm.spec.model import ModelSpec
+
+__all__ = ["Optimizer", "RunConfig"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """AdamW (or a kin) with warm-up and a schedule.
+
+    Attributes:
+      kind: `adamw`, `lion` or `adafactor`, from optax.
+      learning_rate: at the peak.
+      schedule: after warm-up: `cosine` to `final`, `linear` to `final`, `wsd` (constant, then
+        linear to `final` over the last `decay_fraction`), or `constant`.
+      warmup_steps: linear from 0.
+      final: last learning rate, as a share of the peak.
+      decay_fraction: of all steps, for `wsd`.
+      weight_decay: on matrices and tables, not on vectors.
+      b1: decay of the first moment.
+      b2: decay of the second moment.
+      clip: largest global norm of the gradient; 0 is no bound.
+    """
+
+    kind: Literal["adamw", "lion", "adafactor"] = "adamw"
+    learning_rate: float = 1e-3
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    warmup_steps: int = 100
+    final: float = 0.1
+    decay_fraction: float = 0.2
+    weight_decay: float = 0.1
+    b1: float = 0.9
+    b2: float = 0.99
+    clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        require(self.learning_rate > 0, f"learning_rate is positive, found {self.learning_rate}")
+        require(self.warmup_steps >= 0, f"warmup_steps is ≥ 0, found {self.warmup_steps}")
+        require(0 <= self.final <= 1, f"final is in [0, 1], found {self.final}")
+        require(0 <= self.b1 < 1 and 0 <= self.b2 < 1, "b1 and b2 are in [0, 1)")
+        require(self.clip >= 0, f"clip is ≥ 0, found {self.clip}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A training run.
+
+    Attributes:
+      spec: the model.
+      data: text file or folder; `--data` overrides it.
+      out: run directory.
+      steps: optimizer steps.
+      batch: rows of a step.
+      accumulate: parts that a step's rows are taken in, one after the other.
+      length: tokens of a row.
+      optimizer: how parameters move.
+      loss: smoothing, z-loss, chunk size.
+      dtype: of activations and matmul inputs; parameters and their update are float32.
+      dropout: rate on embeddings and residual updates.
+      remat: what the backward pass recomputes.
+      seed: of parameters, rows and dropout.
+      validation_fraction: share of the text at its end that is never trained on.
+      eval_every: steps between validations; also after the last step.
+      eval_batches: batches of a validation.
+      checkpoint_every: steps between checkpoints; also after the last step.
+      keep: checkpoints that stay.
+      patience: consecutive non-finite steps after which the run stops.
+    """
+
+    spec: ModelSpec
+    data: str | None = None
+    out: str = "runs/run"
+    steps: int = 1000
+    batch: int = 12
+    accumulate: int = 1
+    length: int = 64
+    optimizer: Optimizer = Optimizer()
+    loss: LossOptions = LossOptions()
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    dropout: float = 0.0
+    remat: Literal["none", "full"] = "none"
+    seed: int = 0
+    validation_fraction: float = 0.1
+    eval_every: int = 250
+    eval_batches: int = 50
+    checkpoint_every: int = 250
+    keep: int = 2
+    patience: int = 20
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "accumulate", "length", "eval_every", "eval_batches"):
+            value = getattr(self, name)
+            require(value >= 1, f"{name} is at least 1, found {value}")
+        require(self.checkpoint_every >= 1, "checkpoint_every is at least 1")
+        require(self.keep >= 1, f"keep is at least 1, found {self.keep}")
+        require(0 <= self.seed < 2**32, f"seed is in [0, 2^32), found {self.seed}")
+        require(
+            self.batch % self.accumulate == 0,
+            f"batch {self.batch} is no multiple of accumulate {self.accumulate}",
+        )
+        require(
+            self.length <= self.spec.context,
+            f"length {self.length} exceeds the model's context of {self.spec.context}",
+        )
+        require(
+            0 < self.validation_fraction < 1,
+            f"validation_fraction is in (0, 1), found {self.validation_fraction}",
+        )

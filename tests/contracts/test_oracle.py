@@ -1,0 +1,128 @@
+"""The toys against a decoder written again in numpy and float64, straight from the spec's words."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+
+from jaxllm.spec.mask import allowed
+from jaxllm.spec.ops import MLP, Attention
+from tests.contracts.specs import NAMES, SPECS, assert_close, full, params, single, tokens
+from tests.ops.test_attention import oracle as attend
+from tests.ops.test_norm import FORMULAS
+from tests.ops.test_rope import rotated
+
+
+def norm(spec, leaves, x):
+    if spec is None:
+        return x
+    if spec.type == "layer":
+        x = x - x.mean(-1, keepdims=True)
+    y = x / np.sqrt((x**2).mean(-1, keepdims=True) + spec.eps) * (spec.offset + leaves["scale"])
+    return y + leaves["bias"] if spec.bias else y
+
+
+def attention(op, w, x):
+    def project(name):
+        y = np.einsum("btd,dnh->btnh", x, w[name])
+        return y + w[f"{name}_bias"] if op.qkv_bias else y
+
+    q, k, v = project("q"), project("k"), project("v")
+    places = np.broadcast_to(np.arange(x.shape[1]), x.shape[:2])
+    if op.rope is not None:
+        q, k = (rotated(y, places, op.rope) for y in (q, k))
+    seen = allowed(op.mask, places[:, :, None], places[:, None, :])
+    scale = 1 / math.sqrt(op.head_dim) if op.scale is None else op.scale
+    y = np.einsum("btnh,nhd->btd", attend(q, k, v, seen, scale), w["o"])
+    return y + w["o_bias"] if op.out_bias else y
+
+
+def mlp(op, w, x):
+    def project(name, x):
+        y = x @ w[name]
+        return y + w[f"{name}_bias"] if op.bias else y
+
+    act = np.vectorize(FORMULAS[op.activation])
+    if op.gated:
+        return project("down", act(project("gate", x)) * project("up", x))
+    return project("down", act(project("up", x)))
+
+
+OPS = {Attention: attention, MLP: mlp}
+
+
+def decode(spec, weights, ids):
+    """Logits [B, T, V] in float64."""
+    table = weights["embed"]["table"]
+    x = table[ids] * spec.embedding.scale
+    for layer in range(spec.num_layers):
+        w = weights["layers"][str(layer)]
+        for sub in spec.block(layer).subs:
+            name = sub.ops[0].name
+            inner = norm(sub.norm_in, w.get(f"{name}_norm"), x)
+            update = sum(OPS[type(o.op)](o.op, w[o.name], inner) for o in sub.ops)
+            x = x + sub.scale * norm(sub.norm_out, w.get(f"{name}_out_norm"), update)
+            x = norm(sub.norm_after, w.get(f"{name}_after_norm"), x)
+    x = norm(spec.final_norm, weights.get("final_norm"), x)
+    logits = x @ (table.T if spec.head.tied else weights["head"]["kernel"]) * spec.head.scale
+    cap = spec.head.softcap
+    return logits if cap is None else cap * np.tanh(logits / cap)
+
+
+def wide(tree):
+    return {k: wide(v) if isinstance(v, dict) else v.astype(np.float64) for k, v in tree.items()}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_model_is_what_its_spec_says(name):
+    spec = SPECS[name]
+    weights = wide(single(params(name), spec.num_layers))
+    assert_close(full(name), decode(spec, weights, tokens(name)))
+
+
+def changed(spec, *path, value):
+    """The spec with one field changed, at a path of names and places."""
+    if not path:
+        return value
+    first, *rest = path
+    if isinstance(spec, tuple):
+        inner = changed(spec[first], *rest, value=value)
+        return (*spec[:first], inner, *spec[first + 1 :])
+    return dataclasses.replace(spec, **{first: changed(getattr(spec, first), *rest, value=value)})
+
+
+def op(block, sub=0, place=0):
+    return ("blocks", block, "subs", sub, "ops", place, "op")
+
+
+FLAGS = [
+    ("mha", (*op(0), "rope", "layout"), "half"),
+    ("mha", (*op(0), "rope", "scaling"), None),
+    ("mha", (*op(0), "rope", "theta"), 110.0),
+    ("gqa", (*op(0), "rope"), SPECS["mha"].blocks[0].subs[0].ops[0].op.rope),
+    ("gqa", (*op(1), "rope", "scaling"), None),
+    ("gqa", (*op(1), "rope", "scaling", "high_freq_factor"), 5.0),
+    ("gqa", (*op(2), "mask"), SPECS["mha"].blocks[0].subs[0].ops[0].op.mask),
+    ("gqa", ("layers",), "A (L G)*2 G"),
+    ("mqa_sandwich", (*op(0), "scale"), None),
+    ("mqa_sandwich", ("embedding", "scale"), 1.0),
+    ("mqa_sandwich", ("head", "softcap"), None),
+    ("mqa_sandwich", (*op(0, 1), "activation"), "silu"),
+    ("mqa_sandwich", ("blocks", 0, "subs", 0, "norm_in", "offset"), 0.0),
+    ("mqa_sandwich", ("blocks", 0, "subs", 1, "norm_out", "eps"), 1e-2),
+    ("post_layernorm", ("blocks", 0, "subs", 0, "norm_after", "eps"), 1e-2),
+    ("parallel", ("blocks", 0, "subs", 1, "scale"), 1.0),
+    ("parallel", (*op(0, 1), "activation"), "relu"),
+    ("parallel", ("head", "scale"), 1.0),
+    ("output_norm", ("final_norm", "type"), "rms"),
+]
+
+
+@pytest.mark.parametrize(("name", "path", "value"), FLAGS)
+def test_every_feature_bites(name, path, value):
+    """A feature flipped moves the logits by over 100 times the tolerance: the toys can tell."""
+    spec = SPECS[name]
+    weights = wide(single(params(name), spec.num_layers))
+    other = decode(changed(spec, *path, value=value), weights, tokens(name))
+    assert np.abs(other - full(name)).max() > 100 * 1e-5 * max(1.0, np.abs(full(name)).max())

@@ -1,0 +1,167 @@
+"""A training run: its directory, its resumption, its bad inputs."""
+
+import dataclasses
+import json
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import jaxllm
+from jaxllm.errors import CapacityError, ConfigError, WeightsError
+from jaxllm.spec.model import Head
+from jaxllm.train import loop
+from jaxllm.train.config import Optimizer
+from jaxllm.train.loop import train
+from tests.train.runs import TEXT, small
+
+
+def rows(folder: str | Path) -> list[dict]:
+    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(folder: str | Path) -> dict[int, float]:
+    return {r["step"]: r["loss"] for r in rows(folder) if "loss" in r}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """(config, result) of an uninterrupted run."""
+    config = small(tmp_path_factory.mktemp("whole"))
+    return config, train(config, quiet=True)
+
+
+def test_the_run_directory(whole):
+    config, result = whole
+    folder = Path(config.out)
+    assert {p.name for p in folder.iterdir()} == {
+        "config.json",
+        "metrics.jsonl",
+        "checkpoints",
+        "model",
+    }
+    found = rows(folder)
+    assert [r["step"] for r in found] == list(range(1, 13))
+    assert [r["step"] for r in found if "val_loss" in r] == [6, 12]
+    wanted = {"step", "loss", "grad_norm", "lr", "tokens_per_s", "step_ms", "skipped"}
+    assert all(wanted <= set(r) for r in found)
+    assert found[-1]["loss"] < found[0]["loss"] - 0.3
+    assert result.step == 12 and result.val_loss == found[-1]["val_loss"]
+    assert [r["lr"] for r in found[:3]] == pytest.approx([1e-2 / 3, 1e-2 / 3 * 2, 1e-2], rel=1e-6)
+
+
+def test_a_finished_run_is_a_source(whole):
+    config, result = whole
+    model = jaxllm.load(config.out, store=False)
+    answer = model.generate("the quick", max_tokens=5, temperature=0.0)
+    assert len(answer.token_ids) == 5 and len(answer.text) == 5
+    ids = np.asarray(model.tokenizer.encode(TEXT[-17:]))[None]
+    logits = model.logits(ids[:, :-1])
+    top = logits - logits.max(-1, keepdims=True)
+    nll = np.log(np.exp(top).sum(-1)) - np.take_along_axis(top, ids[:, 1:, None], -1)[..., 0]
+    assert nll.mean() == pytest.approx(result.val_loss, abs=0.7)
+
+
+def test_an_interrupted_run_goes_on_bit_for_bit(whole, tmp_path, monkeypatch):
+    """Killed after step 7: resumed from 4, all losses equal, each step once."""
+    config = small(tmp_path)
+    real = loop._Run._write
+
+    def die(self, step, metrics, params=None):
+        if step == 7:
+            raise KeyboardInterrupt
+        real(self, step, metrics, params)
+
+    monkeypatch.setattr(loop._Run, "_write", die)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, quiet=True)
+    monkeypatch.undo()
+    train(config, quiet=True)
+    found = rows(config.out)
+    assert [r["resumed_from"] for r in found if "resumed_from" in r] == [4]
+    assert [r["step"] for r in found if "loss" in r] == list(range(1, 13))
+    assert losses(config.out) == losses(whole[0].out)
+
+
+def test_sigterm_saves_and_returns(whole, tmp_path, monkeypatch):
+    config = small(tmp_path)
+    real = loop._Run._write
+
+    def tell(self, step, metrics, params=None):
+        real(self, step, metrics, params)
+        if step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(loop._Run, "_write", tell)
+    result = train(config, quiet=True)
+    assert 5 < result.step < 12
+    assert not (Path(config.out) / "model").exists()
+    with pytest.raises(WeightsError, match="not finished"):
+        jaxllm.load(config.out)
+    monkeypatch.undo()
+    train(config, quiet=True)
+    assert [r["resumed_from"] for r in rows(config.out) if "resumed_from" in r] == [result.step]
+    assert losses(config.out) == losses(whole[0].out)
+
+
+def test_accumulation_gives_the_same_losses(whole, tmp_path):
+    config = small(tmp_path, accumulate=2)
+    train(config, quiet=True)
+    found, wanted = losses(config.out), losses(whole[0].out)
+    assert max(abs(found[s] - wanted[s]) for s in wanted) < 2e-5
+
+
+def test_dropout_and_bfloat16_learn_too(tmp_path):
+    config = small(tmp_path, dropout=0.1, dtype="bfloat16")
+    train(config, quiet=True)
+    found = losses(config.out)
+    assert found[12] < found[1] - 0.2
+
+
+def test_a_loss_that_is_never_finite_stops_the_run(tmp_path):
+    optimizer = Optimizer(learning_rate=1e30, warmup_steps=0, clip=0.0, weight_decay=0.0)
+    config = small(tmp_path, optimizer=optimizer, patience=3, steps=30)
+    with pytest.raises(CapacityError, match="3 steps in a row"):
+        train(config, quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"data": None}, "--data"),
+        ({"data": "/nowhere/at/all.txt"}, "/nowhere/at/all.txt"),
+        ({"length": 33}, "context of 32"),
+        ({"batch": 5, "accumulate": 2}, "accumulate"),
+        ({"steps": 0}, "steps"),
+        ({"validation_fraction": 0.001}, "validation part"),
+    ],
+)
+def test_contradictions(tmp_path, changes, named):
+    with pytest.raises(ConfigError, match=named):
+        train(small(tmp_path, **changes), quiet=True)
+
+
+def test_a_vocabulary_that_is_too_small(tmp_path):
+    config = small(tmp_path)
+    spec = dataclasses.replace(config.spec, vocab=10)
+    with pytest.raises(ConfigError, match="vocabulary"):
+        train(dataclasses.replace(config, spec=spec), quiet=True)
+
+
+def test_a_directory_of_another_model(whole, tmp_path):
+    config, _ = whole
+    spec = dataclasses.replace(config.spec, head=Head(tied=False))
+    with pytest.raises(ConfigError, match="another model"):
+        train(dataclasses.replace(config, spec=spec), quiet=True)
+
+
+def test_a_damaged_checkpoint_is_an_error(tmp_path):
+    config = small(tmp_path, steps=4)
+    train(config, quiet=True)
+    saved = Path(config.out) / "checkpoints" / "4"
+    for file in [p for p in saved.rglob("*") if p.is_file()]:
+        file.write_bytes(b"")
+    with pytest.raises(WeightsError, match="checkpoint 4"):
+        train(dataclasses.replace(config, steps=8), quiet=True)
