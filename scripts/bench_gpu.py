@@ -178,6 +178,7 @@ def main() -> None:
     for flag in ("--peer", "--ablate", "--cold"):
         parser.add_argument(flag, action="store_true")
     parser.add_argument("--commit", default="")
+    parser.add_argument("--only", nargs="*", help="of --ablate, the variants to measure")
     options = parser.parse_args()
     stamp = {"commit": options.commit, "date": datetime.date.today().isoformat()}
 
@@ -194,7 +195,9 @@ def main() -> None:
         label = "transformers, static cache, torch.compile: tokens/s by batch"
         say({"bench": label} | run_python(PEER))
     say(check())
-    for label, changes in (ABLATIONS if options.ablate else {"as loaded": {}}).items():
+    chosen = options.only or (ABLATIONS if options.ablate else ["as loaded"])
+    for label in chosen:
+        changes = ABLATIONS[label]
         for batch in (1, 32):
             try:
                 say(measure(label, batch, **changes))

@@ -256,3 +256,20 @@ def test_penalties_change_the_answer(toy):
     assert len(set(once.token_ids)) == 30
     assert not set(once.token_ids) & set(ids)
     assert len(set(plain)) < 30
+
+
+def test_padding_is_no_part_of_the_history(toy):
+    """Prompts without token 0 in a bucket that is padded with it."""
+    prompts = [[5, 9, 5], [7]]
+    ids = np.zeros((2, 16), np.int32)
+    for row, tokens in enumerate(prompts):
+        ids[row, : len(tokens)] = tokens
+    shape = {"batch": 2, "length": 16, "capacity": 16, "mode": "penalize", "fresh": True}
+    run = toy.generator.executable(programs.prefill(toy.generator.setup, **shape))
+    rows = jaxllm.Sampling(repetition_penalty=1.5).rows(2)
+    _, tail = run(toy.params, ids, np.array([3, 1], np.int32), rows)
+    for row, tokens in enumerate(prompts):
+        assert set(np.flatnonzero(tail.history.prompt[row])) == set(tokens)
+        answer = np.zeros(SPEC.vocab)
+        answer[tail.tokens[row]] = 1
+        assert np.array_equal(tail.history.answer[row], answer)
