@@ -281,15 +281,20 @@ class Model:
         raw: bool = False,
         **sampling: Any,
     ) -> list[Generation]:
-        """Answers to several prompts in one batch; all rows run until the last one ends."""
+        """Answers to several prompts in one batch, each as if it were alone.
+
+        Takes what `stream` takes, without `stop`; row i draws with seed + i.
+        """
         options = _sampling(sampling, "max_tokens", "raw")
         rows = [self.prompt_ids(p, raw=raw) for p in prompts]
         answers = [Answer(self.tokenizer, self.eos_ids, []) for _ in rows]
         timings = Timings()
+        left = [min(max_tokens, self.spec.context - len(ids)) for ids in rows]
         for chunk in self.generator.stream(rows, options, max_tokens, timings):
-            for answer, tokens in zip(answers, chunk, strict=True):
-                answer.push(tokens.tolist())
-            if all(a.finished for a in answers):
+            for i, tokens in enumerate(chunk):
+                answers[i].push(tokens[: left[i]].tolist())
+                left[i] = 0 if answers[i].finished else max(left[i] - len(tokens), 0)
+            if not any(left):
                 break
         for answer in answers:
             answer.flush()

@@ -88,6 +88,9 @@ class Generator:
     ) -> Iterator[np.ndarray]:
         """Yield arrays [B, n] of new tokens; the caller stops when it has seen enough.
 
+        All rows run until the shortest prompt's fills the context: what a longer row brings past
+        the end of its own is to be dropped.
+
         Args:
           prompts: token ids of each row, none empty.
           sampling: options, the same for all rows (seeds count up).
@@ -100,7 +103,7 @@ class Generator:
         timings = timings or Timings()
         lengths = [len(p) for p in prompts]
         self._check(lengths, max_tokens)
-        limit = min(max_tokens, self.setup.spec.context - max(lengths))
+        limit = min(max_tokens, self.setup.spec.context - min(lengths))
         return _Run(self, prompts, lengths, sampling, limit, timings).stream()
 
     def _check(self, lengths: list[int], max_tokens: int) -> None:

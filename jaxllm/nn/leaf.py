@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -37,16 +38,9 @@ class Taps:
         if name in self.wanted:
             self.found[name] = x
         if f"gram:{name}" in self.wanted:
-            flat = x.reshape(-1, _size(x.shape[-inputs:])).astype(jnp.float32)
+            flat = x.reshape(-1, math.prod(x.shape[-inputs:])).astype(jnp.float32)
             exact = jax.lax.Precision.HIGHEST
             self.found[f"gram:{name}"] = jnp.matmul(flat.T, flat, precision=exact)
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    out = 1
-    for dim in shape:
-        out *= dim
-    return out
 
 
 def checked(leaf: Any, shape: tuple[int, ...], where: str) -> Any:

@@ -273,3 +273,13 @@ def test_padding_is_no_part_of_the_history(toy):
         answer = np.zeros(SPEC.vocab)
         answer[tail.tokens[row]] = 1
         assert np.array_equal(tail.history.answer[row], answer)
+
+
+def test_each_row_of_a_batch_has_the_context_to_itself(toy):
+    """A short prompt beside one that almost fills the context goes on to its own end."""
+    long, short = prompt(CONTEXT - 3), prompt(CONTEXT - 20)
+    together = toy.generate_batch([long, short], max_tokens=50)
+    alone = [toy.generate(p, max_tokens=50) for p in (long, short)]
+    assert [len(a.token_ids) for a in alone] == [3, 20]
+    assert [a.token_ids for a in together] == [a.token_ids for a in alone]
+    assert [a.finish_reason for a in together] == ["length", "length"]
