@@ -6,6 +6,7 @@ import dataclasses
 from typing import Literal
 
 from jaxllm.core.config import require
+from jaxllm.core.mesh import parse_mesh
 from jaxllm.ops.loss import LossOptions
 from jaxllm.spec.model import ModelSpec
 
@@ -72,6 +73,8 @@ class RunConfig:
       eval_batches: batches of a validation.
       checkpoint_every: steps between checkpoints; also after the last step.
       keep: checkpoints that stay.
+      mesh: devices by axis, for example `data=2,fsdp=4`; empty for one device. `data` copies the
+        state, `fsdp` shards it (ZeRO-3), `tensor` splits heads, ffn and vocabulary.
       patience: consecutive non-finite steps after which the run stops.
     """
 
@@ -93,6 +96,7 @@ class RunConfig:
     eval_batches: int = 50
     checkpoint_every: int = 250
     keep: int = 2
+    mesh: str = ""
     patience: int = 20
 
     def __post_init__(self) -> None:
@@ -109,6 +113,17 @@ class RunConfig:
         require(
             self.length <= self.spec.context,
             f"length {self.length} exceeds the model's context of {self.spec.context}",
+        )
+        sizes = parse_mesh(self.mesh)
+        shards = sizes.get("data", 1) * sizes.get("fsdp", 1)
+        rows = self.batch // self.accumulate
+        require(
+            rows % shards == 0,
+            f"{rows} rows at a time are no multiple of data x fsdp = {shards} in {self.mesh!r}",
+        )
+        known = {"data", "fsdp", "tensor"}
+        require(
+            set(sizes) <= known, f"mesh {self.mesh!r}: training takes {', '.join(sorted(known))}"
         )
         require(
             0 < self.validation_fraction < 1,

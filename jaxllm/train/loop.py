@@ -11,12 +11,15 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxllm.aot.program import Executable, Program
 from jaxllm.aot.store import Store
 from jaxllm.core.config import require, to_dict
 from jaxllm.core.logging import log
+from jaxllm.core.mesh import make_mesh, parse_mesh
 from jaxllm.core.policy import Policy
+from jaxllm.core.sharding import named_sharding
 from jaxllm.core.tree import Segment, restack
 from jaxllm.data.batch import Batch
 from jaxllm.data.text import TextData, open_text
@@ -58,16 +61,19 @@ class _Programs:
     evaluate: Executable
 
 
-def _abstract_batch(config: RunConfig) -> Batch:
+def _abstract_batch(config: RunConfig, mesh: Any, policy: Policy) -> Batch:
     shape = (config.batch, config.length)
-    ids = jax.ShapeDtypeStruct(shape, np.int32)
-    return Batch(ids, ids, jax.ShapeDtypeStruct(shape, np.float32))
+    sharding = None
+    if mesh is not None:
+        sharding = named_sharding(mesh, ("batch", None), policy.rules, shape)
+    ids = jax.ShapeDtypeStruct(shape, np.int32, sharding=sharding)
+    return Batch(ids, ids, jax.ShapeDtypeStruct(shape, np.float32, sharding=sharding))
 
 
-def _programs(config: RunConfig, store: Store) -> _Programs:
+def _programs(config: RunConfig, store: Store, mesh: Any) -> _Programs:
     """Compile (or load) initialisation, step and validation; nothing compiles after this."""
     from jaxllm.train.optimizer import make_optimizer, make_schedule
-    from jaxllm.train.step import batch_loss, init_state, train_step
+    from jaxllm.train.step import batch_loss, init_state, shard_state, train_step
 
     spec = config.spec
     optimizer = make_optimizer(config.optimizer, config.steps)
@@ -81,9 +87,15 @@ def _programs(config: RunConfig, store: Store) -> _Programs:
         "accumulate": config.accumulate,
     }
 
-    def program(name: str, function: Callable[..., Any], args: Any, donate: Any = ()) -> Any:
+    def program(name: str, function: Callable[..., Any], args: Any, out: Any, *donate: int) -> Any:
         return Program(
-            name=f"train-{name}", build=lambda: function, args=args, depends=depends, donate=donate
+            name=f"train-{name}",
+            build=lambda: function,
+            args=args,
+            depends=depends,
+            donate=donate,
+            out_shardings=None if mesh is None else out,
+            mesh=mesh,
         )
 
     def initial(seed: Any) -> Any:
@@ -96,7 +108,12 @@ def _programs(config: RunConfig, store: Store) -> _Programs:
 
     seed = jax.ShapeDtypeStruct((), np.uint32)
     state = jax.eval_shape(initial, seed)
-    batch = _abstract_batch(config)
+    out, everywhere = None, None
+    if mesh is not None:
+        state = shard_state(spec, optimizer, state, mesh=mesh, policy=policy)
+        out = jax.tree.map(lambda x: x.sharding, state)
+        everywhere = NamedSharding(mesh, PartitionSpec())
+    batch = _abstract_batch(config, mesh, policy)
     step = train_step(
         spec,
         optimizer,
@@ -106,9 +123,9 @@ def _programs(config: RunConfig, store: Store) -> _Programs:
         parts=config.accumulate,
     )
     return _Programs(
-        program("init", initial, (seed,)).load(store),
-        program("step", step, (state, batch), (0,)).load(store),
-        program("evaluate", evaluate, (state.params, batch)).load(store),
+        program("init", initial, (seed,), out).load(store),
+        program("step", step, (state, batch), (out, everywhere), 0).load(store),
+        program("evaluate", evaluate, (state.params, batch), everywhere).load(store),
     )
 
 
@@ -170,7 +187,9 @@ class _Run:
     def run(self) -> Result:
         """All remaining steps, a validation and a checkpoint at the end, the model as files."""
         config = self.config
-        self.programs = _programs(config, Store.default())
+        sizes = parse_mesh(config.mesh)
+        mesh = make_mesh(sizes) if sizes else None
+        self.programs = _programs(config, Store.default(), mesh)
         report = self.programs.step.report
         log.info("model: %s parameters; step: %s", f"{num_params(config.spec):,}", report)
         state = self.programs.init(np.uint32(config.seed))

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxllm.core.policy import Policy
 from jaxllm.data.batch import Batch
@@ -18,7 +19,7 @@ from jaxllm.spec.model import ModelSpec
 from jaxllm.state.step import training_step
 from jaxllm.typing import Slot
 
-__all__ = ["Metrics", "TrainState", "batch_loss", "init_state", "train_step"]
+__all__ = ["Metrics", "TrainState", "batch_loss", "init_state", "shard_state", "train_step"]
 
 
 @jax.tree_util.register_dataclass
@@ -76,6 +77,32 @@ def init_state(spec: ModelSpec, optimizer: optax.GradientTransformation, seed: A
     zero = jnp.zeros((), jnp.int32)
     run_key = jax.random.key_data(jax.random.fold_in(key, 1))
     return TrainState(params, {}, opt_state, zero, run_key, zero, zero)
+
+
+def shard_state(
+    spec: ModelSpec,
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    *,
+    mesh: Any,
+    policy: Policy,
+) -> TrainState:
+    """An abstract state with shardings: moments lie as their parameters do, scalars everywhere."""
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    params = api.param_shardings(spec, state.params, mesh, policy)
+    moments = optax.tree.map_params(
+        optimizer,
+        lambda _, sharding: sharding,
+        state.opt_state,
+        params,
+        transform_non_params=lambda _: everywhere,
+    )
+    shardings = dataclasses.replace(
+        jax.tree.map(lambda _: everywhere, state), params=params, opt_state=moments
+    )
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings
+    )
 
 
 def batch_loss(
