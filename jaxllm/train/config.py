@@ -7,10 +7,11 @@ from typing import Literal
 
 from jaxllm.core.config import require
 from jaxllm.core.mesh import parse_mesh
+from jaxllm.core.precision import DtypeName
 from jaxllm.ops.loss import LossOptions
 from jaxllm.spec.model import ModelSpec
 
-__all__ = ["Optimizer", "RunConfig"]
+__all__ = ["LossScale", "Optimizer", "RunConfig"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,6 +52,28 @@ class Optimizer:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class LossScale:
+    """Dynamic loss scaling, for float16 alone: gradients below 2^-24 would be lost.
+
+    Attributes:
+      initial: the first scale.
+      growth_interval: finite steps in a row after which the scale doubles.
+      backoff: factor after a non-finite step.
+      least: the scale never falls below.
+    """
+
+    initial: float = 2.0**15
+    growth_interval: int = 1000
+    backoff: float = 0.5
+    least: float = 1.0
+
+    def __post_init__(self) -> None:
+        require(self.initial >= self.least > 0, "loss scale: initial ≥ least > 0")
+        require(self.growth_interval >= 1, "loss scale: growth_interval is at least 1")
+        require(0 < self.backoff < 1, f"loss scale: backoff is in (0, 1), found {self.backoff}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """A training run.
 
@@ -64,6 +87,7 @@ class RunConfig:
       length: tokens of a row.
       optimizer: how parameters move.
       loss: smoothing, z-loss, chunk size.
+      loss_scale: how the loss is scaled when `dtype` is float16.
       dtype: of activations and matmul inputs; parameters and their update are float32.
       dropout: rate on embeddings and residual updates.
       remat: what the backward pass recomputes.
@@ -87,7 +111,8 @@ class RunConfig:
     length: int = 64
     optimizer: Optimizer = Optimizer()
     loss: LossOptions = LossOptions()
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    loss_scale: LossScale = LossScale()
+    dtype: DtypeName = "float32"
     dropout: float = 0.0
     remat: Literal["none", "full"] = "none"
     seed: int = 0

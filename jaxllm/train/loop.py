@@ -78,6 +78,7 @@ def _programs(config: RunConfig, store: Store, mesh: Any) -> _Programs:
     spec = config.spec
     optimizer = make_optimizer(config.optimizer, config.steps)
     policy = Policy(compute_dtype=config.dtype, dropout=config.dropout, remat=config.remat)
+    scaling = config.loss_scale if config.dtype == "float16" else None
     depends = {
         "spec": to_dict(spec),
         "policy": to_dict(policy),
@@ -85,6 +86,7 @@ def _programs(config: RunConfig, store: Store, mesh: Any) -> _Programs:
         "loss": to_dict(config.loss),
         "steps": config.steps,
         "accumulate": config.accumulate,
+        "loss_scale": None if scaling is None else to_dict(scaling),
     }
 
     def program(name: str, function: Callable[..., Any], args: Any, out: Any, *donate: int) -> Any:
@@ -99,7 +101,7 @@ def _programs(config: RunConfig, store: Store, mesh: Any) -> _Programs:
         )
 
     def initial(seed: Any) -> Any:
-        return init_state(spec, optimizer, seed)
+        return init_state(spec, optimizer, seed, 1.0 if scaling is None else scaling.initial)
 
     def evaluate(params: Any, batch: Batch) -> Any:
         quiet = dataclasses.replace(policy, dropout=0.0)
@@ -121,6 +123,7 @@ def _programs(config: RunConfig, store: Store, mesh: Any) -> _Programs:
         options=config.loss,
         schedule=make_schedule(config.optimizer, config.steps),
         parts=config.accumulate,
+        loss_scale=scaling,
     )
     return _Programs(
         program("init", initial, (seed,), out).load(store),
@@ -252,6 +255,8 @@ class _Run:
             "step_ms": 1e3 * seconds,
             "skipped": int(metrics.skipped),
         }
+        if self.config.dtype == "float16":
+            row["loss_scale"] = float(metrics.loss_scale)
         if params is not None:
             losses = [float(self.programs.evaluate(params, b)) for b in self.validation]
             row["val_loss"] = self.val_loss = float(np.mean(losses))

@@ -17,6 +17,7 @@ from jaxllm.nn import api
 from jaxllm.ops.loss import LossOptions, LossSums, cross_entropy
 from jaxllm.spec.model import ModelSpec
 from jaxllm.state.step import training_step
+from jaxllm.train.config import LossScale
 from jaxllm.typing import Slot
 
 __all__ = ["Metrics", "TrainState", "batch_loss", "init_state", "shard_state", "train_step"]
@@ -35,6 +36,8 @@ class TrainState:
       key: random key of the run; a step folds in its number.
       bad_steps: int32, non-finite steps in a row.
       skipped: int32, non-finite steps in all.
+      loss_scale: float32; 1 unless the compute dtype is float16.
+      good_steps: int32, finite steps since the scale last changed.
     """
 
     params: Slot
@@ -44,6 +47,8 @@ class TrainState:
     key: Slot
     bad_steps: Slot
     skipped: Slot
+    loss_scale: Slot
+    good_steps: Slot
 
 
 @jax.tree_util.register_dataclass
@@ -58,25 +63,30 @@ class Metrics:
       bad_steps: non-finite steps in a row, this one included.
       skipped: non-finite steps in all.
       learning_rate: of this step.
+      loss_scale: that this step was taken with.
     """
 
     loss: Slot
     nll: Slot
     grad_norm: Slot
     learning_rate: Slot
+    loss_scale: Slot
     bad_steps: Slot
     skipped: Slot
 
 
-def init_state(spec: ModelSpec, optimizer: optax.GradientTransformation, seed: Any) -> TrainState:
-    """Fresh parameters and optimizer state from a seed."""
+def init_state(
+    spec: ModelSpec, optimizer: optax.GradientTransformation, seed: Any, scale: float = 1.0
+) -> TrainState:
+    """Fresh parameters and optimizer state from a seed; `scale` is the first loss scale."""
     key = jax.random.key(seed)
     params = api.init(spec, jax.random.fold_in(key, 0))
     with jax.numpy_dtype_promotion("standard"):
         opt_state = optimizer.init(params)
     zero = jnp.zeros((), jnp.int32)
     run_key = jax.random.key_data(jax.random.fold_in(key, 1))
-    return TrainState(params, {}, opt_state, zero, run_key, zero, zero)
+    first = jnp.asarray(scale, jnp.float32)
+    return TrainState(params, {}, opt_state, zero, run_key, zero, zero, first, zero)
 
 
 def shard_state(
@@ -122,29 +132,46 @@ def batch_loss(
 
 
 def _gradients(
-    params: Any, batch: Batch, key: Any, *, parts: int, of: Callable[..., LossSums]
+    state: TrainState, batch: Batch, key: Any, *, parts: int, of: Callable[..., LossSums]
 ) -> tuple[Any, Any, Any]:
-    """(gradient of the mean loss, mean loss, mean nll), the rows taken in `parts` parts."""
-    total = jnp.sum(batch.weights)
+    """(gradient of the mean loss, mean loss, mean nll), the rows taken in `parts` parts.
+
+    The gradient is that of the scaled loss, divided by the scale at the end.
+    """
+    params, total, scale = state.params, jnp.sum(batch.weights), state.loss_scale
 
     def mean(params: Any, part: Batch, key: Any) -> Any:
         sums = of(params, part, key)
-        return sums.loss / total, sums.nll / total
+        return scale * sums.loss / total, (sums.loss / total, sums.nll / total)
 
     take = jax.value_and_grad(mean, has_aux=True)
+    down = lambda grads: jax.tree.map(lambda g: g / scale, grads)  # noqa: E731
     if parts == 1:
-        (loss, nll), grads = take(params, batch, key)
-        return grads, loss, nll
+        (_, (loss, nll)), grads = take(params, batch, key)
+        return down(grads), loss, nll
     split = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
 
     def body(carry: Any, part: Any) -> Any:
         rows, index = part
-        (loss, nll), grads = take(params, rows, jax.random.fold_in(key, index))
+        (_, (loss, nll)), grads = take(params, rows, jax.random.fold_in(key, index))
         return jax.tree.map(jnp.add, carry, (grads, loss, nll)), None
 
     zero = jnp.zeros((), jnp.float32)
     start = (jax.tree.map(jnp.zeros_like, params), zero, zero)
-    return jax.lax.scan(body, start, (split, jnp.arange(parts, dtype=jnp.uint32)))[0]
+    indices = jnp.arange(parts, dtype=jnp.uint32)
+    (grads, loss, nll), _ = jax.lax.scan(body, start, (split, indices))
+    return down(grads), loss, nll
+
+
+def _rescale(state: TrainState, fine: Any, rule: LossScale | None) -> tuple[Any, Any]:
+    """(loss scale, finite steps since it changed) after a step."""
+    if rule is None:
+        return state.loss_scale, state.good_steps
+    good = jnp.where(fine, state.good_steps + 1, 0).astype(jnp.int32)
+    grows = good >= rule.growth_interval
+    lower = jnp.maximum(state.loss_scale * rule.backoff, rule.least)
+    scale = jnp.where(fine, jnp.where(grows, 2.0 * state.loss_scale, state.loss_scale), lower)
+    return scale, jnp.where(grows, 0, good).astype(jnp.int32)
 
 
 def train_step(
@@ -155,6 +182,7 @@ def train_step(
     options: LossOptions,
     schedule: optax.Schedule,
     parts: int = 1,
+    loss_scale: LossScale | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The function of one step: (state, batch) -> (state, metrics).
 
@@ -165,6 +193,7 @@ def train_step(
       options: of the loss.
       schedule: learning rate by step, for the metrics; the optimizer has its own.
       parts: gradient accumulation; the loss is the mean over all parts' tokens together.
+      loss_scale: dynamic loss scaling, for float16; None keeps the state's scale.
     """
 
     def of(params: Any, batch: Batch, key: Any) -> LossSums:
@@ -173,7 +202,7 @@ def train_step(
 
     def run(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-        grads, loss, nll = _gradients(state.params, batch, key, parts=parts, of=of)
+        grads, loss, nll = _gradients(state, batch, key, parts=parts, of=of)
         with jax.numpy_dtype_promotion("standard"):
             norm = optax.tree.norm(grads)
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -183,6 +212,8 @@ def train_step(
         keep = lambda new, old: jnp.where(fine, new, old)  # noqa: E731
         bad = jnp.where(fine, 0, state.bad_steps + 1).astype(jnp.int32)
         skipped = state.skipped + (~fine).astype(jnp.int32)
+        scale, good = _rescale(state, fine, loss_scale)
+        used = state.loss_scale
         state = TrainState(
             jax.tree.map(keep, params, state.params),
             state.buffers,
@@ -191,7 +222,9 @@ def train_step(
             state.key,
             bad,
             skipped,
+            scale,
+            good,
         )
-        return state, Metrics(loss, nll, norm, rate, bad, skipped)
+        return state, Metrics(loss, nll, norm, rate, used, bad, skipped)
 
     return run

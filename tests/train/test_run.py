@@ -1,6 +1,7 @@
 """A training run: its directory, its resumption, its bad inputs."""
 
 import dataclasses
+import itertools
 import json
 import os
 import signal
@@ -13,7 +14,7 @@ import jaxllm
 from jaxllm.errors import CapacityError, ConfigError, WeightsError
 from jaxllm.spec.model import Head
 from jaxllm.train import loop
-from jaxllm.train.config import Optimizer
+from jaxllm.train.config import LossScale, Optimizer
 from jaxllm.train.loop import train
 from tests.train.runs import TEXT, small
 
@@ -118,6 +119,28 @@ def test_dropout_and_bfloat16_learn_too(tmp_path):
     train(config, quiet=True)
     found = losses(config.out)
     assert found[12] < found[1] - 0.2
+
+
+def test_float16_scales_its_loss(tmp_path):
+    """Far too large a scale falls until the gradient is finite, then grows again."""
+    scaling = LossScale(initial=2.0**40, growth_interval=4)
+    config = small(tmp_path, dtype="float16", loss_scale=scaling, steps=60, patience=40)
+    train(config, quiet=True)
+    found = [r for r in rows(config.out) if "loss" in r]
+    scales = [r["loss_scale"] for r in found]
+    skipped = found[-1]["skipped"]
+    assert skipped >= 10 and scales[:3] == [2.0**40, 2.0**39, 2.0**38]
+    assert any(b == 2 * a for a, b in itertools.pairwise(scales))
+    assert all(b in (a, 2 * a, a / 2) for a, b in itertools.pairwise(scales))
+    assert found[-1]["loss"] < found[0]["loss"] - 0.3
+
+
+def test_float16_with_a_fitting_scale_skips_nothing(whole, tmp_path):
+    config = small(tmp_path, dtype="float16", loss_scale=LossScale(initial=256.0))
+    train(config, quiet=True)
+    found, wanted = losses(config.out), losses(whole[0].out)
+    assert rows(config.out)[-1]["skipped"] == 0
+    assert max(abs(found[s] - wanted[s]) for s in wanted) < 0.02
 
 
 def test_a_loss_that_is_never_finite_stops_the_run(tmp_path):
