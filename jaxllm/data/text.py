@@ -6,7 +6,9 @@ not of what came before. A run resumes anywhere without the state of a loader.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,25 +18,34 @@ from jaxllm.data.batch import Batch
 from jaxllm.errors import ConfigError
 from jaxllm.text.tokenizer import Tokenizer
 
-__all__ = ["TextData", "character_tokenizer", "open_text", "read_text"]
+__all__ = ["TextData", "byte_tokenizer", "character_tokenizer", "open_text", "read_text"]
 
 
 def read_text(path: Path) -> str:
-    """The text of a file, or of all `.py` and `.txt` files of a folder in order.
+    """The text of a file, or of all `.py` and `.txt` files of a folder in the order of their paths.
+
+    In a folder, files that are no UTF-8 text and installed packages (`site-packages`) are left out.
 
     Raises:
-      ConfigError: nothing is there, or it is no UTF-8 text.
+      ConfigError: nothing is there, or the file is no UTF-8 text.
     """
-    if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix in (".py", ".txt") and p.is_file())
+    if not path.is_dir():
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"--data {path}: cannot be read as UTF-8 text: {error}") from None
     else:
-        files = [path]
-    try:
-        text = "\n".join(p.read_text(encoding="utf-8") for p in files)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--data {path}: cannot be read as UTF-8 text: {error}") from None
+        text = "\n".join(_texts(path))
     require(bool(text), f"--data {path}: holds no text")
     return text
+
+
+def _texts(folder: Path) -> Iterator[str]:
+    for path in sorted(folder.rglob("*")):
+        installed = "site-packages" in path.relative_to(folder).parts
+        if path.suffix in (".py", ".txt") and path.is_file() and not installed:
+            with contextlib.suppress(OSError, UnicodeDecodeError):
+                yield path.read_text(encoding="utf-8")
 
 
 def character_tokenizer(text: str) -> Tokenizer:
@@ -53,6 +64,22 @@ def character_tokenizer(text: str) -> Tokenizer:
         eos_ids=(),
         adds_bos=False,
     )
+
+
+def byte_tokenizer() -> Tokenizer:
+    """A tokenizer whose 256 tokens are the bytes of UTF-8, each numbered by its value."""
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, pre_tokenizers
+
+    # The printable stand-ins of byte-level vocabularies: printable bytes are themselves, the others
+    # take the code points from 256 on in order.
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in plain]
+    letters = {b: chr(b) for b in plain} | {b: chr(256 + i) for i, b in enumerate(others)}
+    backend = Backend(models.BPE({letters[b]: b for b in range(256)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    return Tokenizer(backend=backend, vocab_size=256, bos_id=None, eos_ids=(), adds_bos=False)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -94,18 +121,28 @@ class TextData:
 
 
 def open_text(
-    path: Path, *, length: int, validation_fraction: float, tokenizer: Tokenizer | None = None
+    path: Path, *, length: int, validation_fraction: float, tokens: str = "characters"
 ) -> TextData:
-    """Tokenise a text; by characters when no tokenizer is given.
+    """Tokenise a text.
+
+    Args:
+      path: text file, or folder of `.py` and `.txt` files.
+      length: T of a row.
+      validation_fraction: share of the text at its end.
+      tokens: `characters` (those that the text has) or `bytes` (256 of them, any text).
 
     Raises:
       ConfigError: no text, or too little for one row in either part.
     """
     text = read_text(path)
-    tokenizer = tokenizer or character_tokenizer(text)
-    tokens = np.asarray(tokenizer.encode(text, add_special=False), np.int32)
-    split = len(tokens) - int(len(tokens) * validation_fraction)
-    train, validation = tokens[:split], tokens[split:]
+    if tokens == "bytes":
+        tokenizer = byte_tokenizer()
+        ids = np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+    else:
+        tokenizer = character_tokenizer(text)
+        ids = np.asarray(tokenizer.encode(text, add_special=False), np.int32)
+    split = len(ids) - int(len(ids) * validation_fraction)
+    train, validation = ids[:split], ids[split:]
     for name, part in (("training", train), ("validation", validation)):
         require(
             len(part) > length,

@@ -80,6 +80,7 @@ class RunConfig:
     Attributes:
       spec: the model.
       data: text file or folder; `--data` overrides it.
+      tokens: `characters` of the text, or `bytes`.
       out: run directory.
       steps: optimizer steps.
       batch: rows of a step.
@@ -104,6 +105,7 @@ class RunConfig:
 
     spec: ModelSpec
     data: str | None = None
+    tokens: Literal["characters", "bytes"] = "characters"
     out: str = "runs/run"
     steps: int = 1000
     batch: int = 12

@@ -153,7 +153,10 @@ def train(config: RunConfig, *, quiet: bool = False) -> Result:
     if config.data is None:
         raise ConfigError("there is no data: give --data PATH (a text file or a folder of text)")
     data = open_text(
-        Path(config.data), length=config.length, validation_fraction=config.validation_fraction
+        Path(config.data),
+        length=config.length,
+        validation_fraction=config.validation_fraction,
+        tokens=config.tokens,
     )
     _check_vocabulary(config, data)
     record = Record(Path(config.out), config)
