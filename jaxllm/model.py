@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from jaxllm.aot import counter
+from jaxllm.aot.program import abstract_like
 from jaxllm.aot.store import Store
 from jaxllm.core.config import nearest, require
 from jaxllm.core.policy import Policy
@@ -95,7 +96,7 @@ def load(
     setup = Setup(
         spec=opened.spec,
         policy=policy,
-        params=jax.tree.map(_abstract if mesh is None else _abstract_sharded, opened.params),
+        params=jax.tree.map(_abstract if mesh is None else abstract_like, opened.params),
         segments=segments_of(opened.params["layers"]),
         mesh=mesh,
         options=COMPILER_OPTIONS.get(jax.default_backend(), ()),
@@ -121,10 +122,6 @@ def load(
 
 def _abstract(x: jax.Array) -> Any:
     return jax.ShapeDtypeStruct(x.shape, x.dtype)
-
-
-def _abstract_sharded(x: jax.Array) -> Any:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

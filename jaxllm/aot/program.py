@@ -17,7 +17,14 @@ from jaxllm.aot.store import Store
 from jaxllm.core.logging import log
 from jaxllm.errors import ShapeError
 
-__all__ = ["Executable", "Program"]
+__all__ = ["Executable", "Program", "abstract_like"]
+
+
+def abstract_like(x: Any) -> Any:
+    """The abstract argument of an array: its shape, dtype and sharding."""
+    import jax
+
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

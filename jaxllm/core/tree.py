@@ -30,7 +30,9 @@ __all__ = [
     "runs",
     "segments_of",
     "select",
+    "single_segments",
     "stack_equal",
+    "take_repeat",
     "unflatten",
     "unstack",
     "unstacked_paths",
@@ -135,7 +137,13 @@ def layer_tree(segment: Segment, tree: Any, layer: int, take: Callable[[Any, int
     return map_leaves(lambda _, leaf: take(leaf, repeat), node)
 
 
-def _take(leaf: Any, index: int) -> Any:
+def single_segments(num_layers: int) -> tuple[Segment, ...]:
+    """The segmentation with one entry a layer."""
+    return tuple(Segment(i, i + 1, 1, stacked=False) for i in range(num_layers))
+
+
+def take_repeat(leaf: Any, index: int) -> Any:
+    """One repeat of a stacked leaf."""
     import jax
 
     return jax.tree.map(lambda array: array[index], leaf)
@@ -158,7 +166,7 @@ def unstack(params: Mapping[str, Any]) -> dict[str, Any]:
     for segment in segments_of(params["layers"]):
         tree = params["layers"][segment.key]
         for layer in range(segment.start, segment.stop):
-            layers[str(layer)] = layer_tree(segment, tree, layer, _take)
+            layers[str(layer)] = layer_tree(segment, tree, layer, take_repeat)
     return {**params, "layers": layers}
 
 

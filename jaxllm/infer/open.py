@@ -26,7 +26,7 @@ from jaxllm.core.logging import log
 from jaxllm.core.policy import Policy
 from jaxllm.core.precision import default_dtype, dtype_of
 from jaxllm.core.sharding import named_sharding
-from jaxllm.core.tree import Segment, flatten, map_leaves, stack_equal, unflatten
+from jaxllm.core.tree import Segment, flatten, map_leaves, single_segments, stack_equal, unflatten
 from jaxllm.core.weights import OutputsFirst
 from jaxllm.errors import ConfigError, WeightsError
 from jaxllm.spec.model import ModelSpec
@@ -85,7 +85,7 @@ def run_policy(dtype: str | None = None, *, mesh: Any = None, **changes: Any) ->
 def run_segments(spec: ModelSpec, policy: Policy) -> tuple[Segment, ...]:
     """How the layers of a spec are stacked under a policy."""
     if policy.layout == "unrolled":
-        return tuple(Segment(i, i + 1, 1, stacked=False) for i in range(spec.num_layers))
+        return single_segments(spec.num_layers)
     return stack_equal(spec.pattern.names) if policy.layout == "runs" else spec.segments
 
 

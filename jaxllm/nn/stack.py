@@ -11,7 +11,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from jaxllm.core.policy import Policy
-from jaxllm.core.tree import Segment, layer_tree
+from jaxllm.core.tree import Segment, layer_tree, take_repeat
 from jaxllm.errors import ConfigError, WeightsError
 from jaxllm.nn.block import Block
 from jaxllm.spec.model import ModelSpec
@@ -153,8 +153,7 @@ def _cut(tree: Any, start: int, stop: int) -> Any:
             out[segment.key] = tree[segment.key]
             continue
         for layer in range(first, last):
-            take = lambda leaf, i: jax.tree.map(lambda a: a[i], leaf)  # noqa: E731
-            out[str(layer)] = layer_tree(segment, tree[segment.key], layer, take)
+            out[str(layer)] = layer_tree(segment, tree[segment.key], layer, take_repeat)
     if held != list(range(start, stop)):
         raise WeightsError(f"layers {start}:{stop} are not all there once: {', '.join(tree)}")
     return out

@@ -11,7 +11,7 @@ import functools
 import math
 from typing import Any
 
-from jaxllm.core.tree import Segment, flatten
+from jaxllm.core.tree import Segment, flatten, single_segments
 from jaxllm.spec.model import Block, ModelSpec
 from jaxllm.spec.ops import MLP, Attention, Norm, Op
 
@@ -214,5 +214,4 @@ def _stack_table(table: dict[str, dict[str, ParamDef]], repeats: int) -> dict[st
 
 def layer_paths(spec: ModelSpec) -> dict[str, ParamDef]:
     """Unstacked path -> definition of every leaf of the model, unfused."""
-    single = tuple(Segment(i, i + 1, 1, stacked=False) for i in range(spec.num_layers))
-    return dict(flatten(model_table(spec, single)))
+    return dict(flatten(model_table(spec, single_segments(spec.num_layers))))

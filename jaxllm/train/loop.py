@@ -13,14 +13,14 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxllm.aot.program import Executable, Program
+from jaxllm.aot.program import Executable, Program, abstract_like
 from jaxllm.aot.store import Store
 from jaxllm.core.config import require, to_dict
 from jaxllm.core.logging import log
 from jaxllm.core.mesh import make_mesh, parse_mesh
 from jaxllm.core.policy import Policy
 from jaxllm.core.sharding import named_sharding
-from jaxllm.core.tree import Segment, restack
+from jaxllm.core.tree import unstack
 from jaxllm.data.batch import Batch
 from jaxllm.data.text import TextData, open_text
 from jaxllm.errors import CapacityError, ConfigError
@@ -201,7 +201,7 @@ class _Run:
         state = self.programs.init(np.uint32(config.seed))
         start = self.checkpoints.latest() or 0
         if start:
-            state = self.checkpoints.restore(start, jax.tree.map(_like, state))
+            state = self.checkpoints.restore(start, jax.tree.map(abstract_like, state))
             log.info("resumed from step %d", start)
         self.record.begin(start)
         self.validation = self.data.validation_batches(rows=config.batch, count=config.eval_batches)
@@ -279,8 +279,7 @@ class _Run:
     def _export(self, state: Any) -> None:
         """The trained model in the Hugging Face layout, below `model`."""
         spec = self.config.spec
-        single = tuple(Segment(i, i + 1, 1, stacked=False) for i in range(spec.num_layers))
-        host = restack(jax.tree.map(np.asarray, state.params), single)
+        host = unstack(jax.tree.map(np.asarray, state.params))
 
         def read(path: str) -> np.ndarray:
             node = host
@@ -291,7 +290,3 @@ class _Run:
         folder = self.record.folder / "model"
         save_checkpoint(folder, spec, read, dtype="float32")
         self.data.tokenizer.save(folder)
-
-
-def _like(x: Any) -> Any:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
