@@ -5,28 +5,24 @@ from __future__ import annotations
 import dataclasses
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxllm.aot.program import Executable, Program, abstract_like
+from jaxllm.aot.program import abstract_like
 from jaxllm.aot.store import Store
-from jaxllm.core.config import require, to_dict
+from jaxllm.core.config import require
 from jaxllm.core.logging import log
 from jaxllm.core.mesh import make_mesh, parse_mesh
-from jaxllm.core.policy import Policy
-from jaxllm.core.sharding import named_sharding
 from jaxllm.core.tree import unstack
-from jaxllm.data.batch import Batch
 from jaxllm.data.text import TextData, open_text
 from jaxllm.errors import CapacityError, ConfigError
 from jaxllm.spec.cost import num_params
 from jaxllm.train.checkpoint import Checkpoints
 from jaxllm.train.config import RunConfig
+from jaxllm.train.programs import make_programs
 from jaxllm.train.record import Record
 from jaxllm.zoo.load import save_checkpoint
 
@@ -50,86 +46,6 @@ class Result:
     loss: float | None
     val_loss: float | None
     seconds: float
-
-
-@dataclasses.dataclass(frozen=True)
-class _Programs:
-    """The compiled programs of a run."""
-
-    init: Executable
-    step: Executable
-    evaluate: Executable
-
-
-def _abstract_batch(config: RunConfig, mesh: Any, policy: Policy) -> Batch:
-    shape = (config.batch, config.length)
-    sharding = None
-    if mesh is not None:
-        sharding = named_sharding(mesh, ("batch", None), policy.rules, shape)
-    ids = jax.ShapeDtypeStruct(shape, np.int32, sharding=sharding)
-    return Batch(ids, ids, jax.ShapeDtypeStruct(shape, np.float32, sharding=sharding))
-
-
-def _programs(config: RunConfig, store: Store, mesh: Any) -> _Programs:
-    """Compile (or load) initialisation, step and validation; nothing compiles after this."""
-    from jaxllm.train.optimizer import make_optimizer, make_schedule
-    from jaxllm.train.step import batch_loss, init_state, shard_state, train_step
-
-    spec = config.spec
-    optimizer = make_optimizer(config.optimizer, config.steps)
-    policy = Policy(compute_dtype=config.dtype, dropout=config.dropout, remat=config.remat)
-    scaling = config.loss_scale if config.dtype == "float16" else None
-    depends = {
-        "spec": to_dict(spec),
-        "policy": to_dict(policy),
-        "optimizer": to_dict(config.optimizer),
-        "loss": to_dict(config.loss),
-        "steps": config.steps,
-        "accumulate": config.accumulate,
-        "loss_scale": None if scaling is None else to_dict(scaling),
-    }
-
-    def program(name: str, function: Callable[..., Any], args: Any, out: Any, *donate: int) -> Any:
-        return Program(
-            name=f"train-{name}",
-            build=lambda: function,
-            args=args,
-            depends=depends,
-            donate=donate,
-            out_shardings=None if mesh is None else out,
-            mesh=mesh,
-        )
-
-    def initial(seed: Any) -> Any:
-        return init_state(spec, optimizer, seed, 1.0 if scaling is None else scaling.initial)
-
-    def evaluate(params: Any, batch: Batch) -> Any:
-        quiet = dataclasses.replace(policy, dropout=0.0)
-        sums = batch_loss(spec, params, batch, policy=quiet, options=config.loss, key=None)
-        return sums.nll / sums.weight
-
-    seed = jax.ShapeDtypeStruct((), np.uint32)
-    state = jax.eval_shape(initial, seed)
-    out, everywhere = None, None
-    if mesh is not None:
-        state = shard_state(spec, optimizer, state, mesh=mesh, policy=policy)
-        out = jax.tree.map(lambda x: x.sharding, state)
-        everywhere = NamedSharding(mesh, PartitionSpec())
-    batch = _abstract_batch(config, mesh, policy)
-    step = train_step(
-        spec,
-        optimizer,
-        policy=policy,
-        options=config.loss,
-        schedule=make_schedule(config.optimizer, config.steps),
-        parts=config.accumulate,
-        loss_scale=scaling,
-    )
-    return _Programs(
-        program("init", initial, (seed,), out).load(store),
-        program("step", step, (state, batch), (out, everywhere), 0).load(store),
-        program("evaluate", evaluate, (state.params, batch), everywhere).load(store),
-    )
 
 
 def _check_vocabulary(config: RunConfig, data: TextData) -> None:
@@ -195,7 +111,7 @@ class _Run:
         config = self.config
         sizes = parse_mesh(config.mesh)
         mesh = make_mesh(sizes) if sizes else None
-        self.programs = _programs(config, Store.default(), mesh)
+        self.programs = make_programs(config, Store.default(), mesh)
         report = self.programs.step.report
         log.info("model: %s parameters; step: %s", f"{num_params(config.spec):,}", report)
         state = self.programs.init(np.uint32(config.seed))
