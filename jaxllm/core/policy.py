@@ -13,7 +13,7 @@ __all__ = ["Layout", "Matrices", "Policy", "Remat"]
 
 Layout = Literal["scan", "unrolled", "runs"]
 Matrices = Literal["canonical", "in_out", "out_in"]
-Remat = Literal["none", "full"]
+Remat = Literal["none", "save_dots", "save_attention", "offload", "full"]
 AttentionKind = Literal["auto", "reference", "cudnn"]
 
 
@@ -26,7 +26,10 @@ class Policy:
       compute_dtype: dtype of activations and matmul inputs.
       logit_dtype: dtype of logits.
       attention: implementation of softmax attention; `auto` chooses and says what it took.
-      remat: what a backward pass recomputes: `none`, or everything inside a layer (`full`).
+      remat: what a backward pass recomputes inside a layer: nothing (`none`), all but the results
+        of matrix products and of attention (`save_dots`), all but those of attention
+        (`save_attention`), as `save_dots` with what is kept held in the host's memory (`offload`),
+        everything (`full`).
       layout: `scan` keeps the canonical stacks, `unrolled` one array a layer, `runs` stacks
         neighbours with equal leaf types.
       fused: query/key/value and gate/up as one matrix each.

@@ -9,7 +9,7 @@ import numpy as np
 from jaxllm.core.config import nearest
 from jaxllm.errors import ConfigError
 
-__all__ = ["DTYPES", "DtypeName", "default_dtype", "dtype_of"]
+__all__ = ["DTYPES", "DtypeName", "at_least_float32", "default_dtype", "dtype_of"]
 
 DtypeName = Literal["float32", "bfloat16", "float16"]
 DTYPES: tuple[DtypeName, ...] = ("float32", "bfloat16", "float16")
@@ -28,6 +28,11 @@ def dtype_of(name: str) -> Any:
 
         return np.dtype(ml_dtypes.bfloat16)
     return np.dtype(name)
+
+
+def at_least_float32(dtype: Any) -> Any:
+    """float32 for a narrower float, else the dtype itself: what sums are kept in."""
+    return np.dtype(np.float32) if np.dtype(dtype).itemsize < 4 else np.dtype(dtype)
 
 
 def default_dtype(platform: str) -> DtypeName:

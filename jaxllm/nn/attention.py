@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 from jaxllm.core.policy import Policy
 from jaxllm.core.sharding import constrain
 from jaxllm.nn.leaf import Leaves, Taps
+from jaxllm.nn.remat import keep
 from jaxllm.ops.rope import apply_rope
 from jaxllm.spec import ops as spec_ops
 from jaxllm.spec.table import op_table
@@ -38,10 +39,11 @@ class Attention(nn.Module):
             taps=taps,
             adapter_ids=step.adapter_ids,
         )
-        q, k, v = leaves.project("qkv", x, "BTD,DNH->BTNH")
+        q, k, v = (keep(y) for y in leaves.project("qkv", x, "BTD,DNH->BTNH"))
         if op.rope is not None:
             q = apply_rope(q, step.positions, op.rope)
             k = apply_rope(k, step.positions, op.rope)
         q = constrain(q, ("batch", "length", "heads", "head_dim"), policy.rules)
         out, state = attend(state, (q, k, v), step=step, op=op, implementation=policy.attention)
-        return leaves.product("o", out, "BTNH,NHD->BTD"), state
+        out = keep(out, "attention")
+        return keep(leaves.product("o", out, "BTNH,NHD->BTD")), state

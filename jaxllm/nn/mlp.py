@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 from jaxllm.core.policy import Policy
 from jaxllm.core.sharding import constrain
 from jaxllm.nn.leaf import Leaves, Taps
+from jaxllm.nn.remat import keep
 from jaxllm.ops.activation import activation
 from jaxllm.spec import ops as spec_ops
 from jaxllm.spec.table import op_table
@@ -38,9 +39,9 @@ class MLP(nn.Module):
             adapter_ids=step.adapter_ids,
         )
         if op.gated:
-            gate, up = leaves.project("gate_up", x, "BTD,DF->BTF")
+            gate, up = (keep(y) for y in leaves.project("gate_up", x, "BTD,DF->BTF"))
             hidden = activation(op.activation, gate) * up
         else:
-            hidden = activation(op.activation, leaves.product("up", x, "BTD,DF->BTF"))
+            hidden = activation(op.activation, keep(leaves.product("up", x, "BTD,DF->BTF")))
         hidden = constrain(hidden, ("batch", "length", "ffn"), self.policy.rules)
-        return leaves.product("down", hidden, "BTF,FD->BTD"), state
+        return keep(leaves.product("down", hidden, "BTF,FD->BTD")), state

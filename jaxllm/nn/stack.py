@@ -14,6 +14,7 @@ from jaxllm.core.policy import Policy
 from jaxllm.core.tree import Segment, layer_tree, take_repeat
 from jaxllm.errors import ConfigError, WeightsError
 from jaxllm.nn.block import Block
+from jaxllm.nn.remat import remat
 from jaxllm.spec.model import ModelSpec
 from jaxllm.state.step import Step
 from jaxllm.typing import Slot
@@ -58,10 +59,7 @@ class _Unit(nn.Module):
         self, x: Float[Array, "B T D"], inputs: Any, step: Step
     ) -> tuple[Float[Array, "B T D"], Any]:
         repeat, state = inputs
-        block = Block
-        if self.policy.remat == "full":
-            # A scan hides the first computation; elsewhere XLA would find it and undo the remat.
-            block = nn.remat(Block, prevent_cse=not self.segment.stacked)
+        block = remat(Block, self.policy.remat, scanned=self.segment.stacked)
         states, taps = {}, {}
         for place in range(self.segment.unit):
             layer = self.segment.start + place

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxllm.core.precision import at_least_float32
 from jaxllm.core.weights import (
     AdaptedWeight,
     OutputsFirst,
@@ -41,9 +43,43 @@ def _precision(dtype: Any) -> jax.lax.Precision:
 
 
 def _product(equation: str, x: Array, w: Array, out_dtype: Any) -> Array:
+    if jnp.dtype(out_dtype) != x.dtype:
+        return _widened(equation, out_dtype, x, w)
+    return _contract(equation, x, w, out_dtype)
+
+
+def _contract(equation: str, x: Array, w: Array, out_dtype: Any) -> Array:
     return jnp.einsum(
         equation, x, w, precision=_precision(x.dtype), preferred_element_type=out_dtype
     )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _widened(equation: str, out_dtype: Any, x: Array, w: Array) -> Array:
+    """A product with a result wider than its operands (logits), differentiated in their dtype.
+
+    jax would multiply the wide cotangent by a narrow operand: a matmul in float32, many times
+    slower. The gradient of w is summed in float32 at least.
+    """
+    return _contract(equation, x, w, out_dtype)
+
+
+def _widened_forward(equation: str, out_dtype: Any, x: Array, w: Array) -> Any:
+    return _contract(equation, x, w, out_dtype), (x, w)
+
+
+def _widened_backward(equation: str, out_dtype: Any, kept: Any, cotangent: Array) -> Any:
+    del out_dtype
+    x, w = kept
+    operands, result = equation.split("->")
+    left, right = operands.split(",")
+    cotangent = cotangent.astype(x.dtype)
+    d_x = _contract(f"{result},{right}->{left}", cotangent, w, x.dtype)
+    d_w = _contract(f"{left},{result}->{right}", x, cotangent, at_least_float32(w.dtype))
+    return d_x, d_w.astype(w.dtype)
+
+
+_widened.defvjp(_widened_forward, _widened_backward)
 
 
 def _rows_times(
@@ -57,13 +93,7 @@ def _rows_times(
     if x.shape[0] == 1:
         wide = x.astype(jnp.float32) * w.astype(jnp.float32)
         return jnp.sum(wide, axis=1)[None].astype(out_dtype)
-    return jax.lax.dot_general(
-        x,
-        w,
-        (((1,), (1,)), ((), ())),
-        precision=_precision(x.dtype),
-        preferred_element_type=out_dtype,
-    )
+    return _product("RI,OI->RO", x, w, out_dtype)
 
 
 def _matrix(x: Array, leaf: Any, inputs: int, out_dtype: Any) -> Array:

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxllm.core.precision import at_least_float32
 from jaxllm.typing import Slot
 
 __all__ = ["LossOptions", "LossSums", "cross_entropy"]
@@ -55,32 +56,68 @@ class LossSums:
 Unembed = Callable[[Any, Any], Any]
 
 
-def _chunk(
-    unembed: Unembed, options: LossOptions, head: Any, rows: tuple[Any, ...]
-) -> tuple[Any, Any]:
-    """(loss sum, nll sum) of one chunk: hidden [C, D], targets [C], weights [C]."""
-    hidden, targets, weights = rows
-    logits = unembed(head, hidden[None])[0].astype(jnp.float32)
-    total = jax.nn.logsumexp(logits, axis=-1)
-    picked = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+def _log_sum(logits: Any) -> Any:
+    """log sum exp over the last dim.
+
+    On a GPU as one reduction of (peak, sum) pairs, which reads the logits once; the two passes of
+    `logsumexp` (peak, then sum) are what other backends do well.
+    """
+    if jax.default_backend() != "gpu":
+        return jax.nn.logsumexp(logits, axis=-1)
+
+    return _log_sum_in_one_pass(logits)
+
+
+def _log_sum_in_one_pass(logits: Any) -> Any:
+    def join(one: Any, other: Any) -> Any:
+        peak = jnp.maximum(one[0], other[0])
+        return peak, one[1] * jnp.exp(one[0] - peak) + other[1] * jnp.exp(other[0] - peak)
+
+    least = jnp.float32(jnp.finfo(jnp.float32).min)
+    pairs = (logits, jnp.ones_like(logits))
+    peak, total = jax.lax.reduce(pairs, (least, jnp.float32(0)), join, (logits.ndim - 1,))
+    return peak + jnp.log(total)
+
+
+def _statistics(options: LossOptions, logits: Any, targets: Any) -> tuple[Any, Any, Any]:
+    """(loss, nll, log Z) of every token: logits [B, C, V], targets [B, C]."""
+    total = _log_sum(logits)
+    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     e = options.label_smoothing
     loss = total - (1 - e) * picked
     if e:
         loss = loss - e * jnp.mean(logits, axis=-1)
     if options.z_loss:
         loss = loss + options.z_loss * jnp.square(total)
-    return jnp.sum(loss * weights), jnp.sum((total - picked) * weights)
+    return loss, total - picked, total
+
+
+def _slope(options: LossOptions, logits: Any, targets: Any, total: Any) -> Any:
+    """d loss / d logits: softmax (1 + 2 z log Z) - (1 - e) onehot - e / V.
+
+    Written out, as the derivative of picking the target would scatter into an array of zeros.
+    """
+    vocab, e = logits.shape[-1], options.label_smoothing
+    shares = jnp.exp(logits - total[..., None])
+    if options.z_loss:
+        shares = shares * (1 + 2 * options.z_loss * total)[..., None]
+    numbers = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1)
+    goal = jnp.where(numbers == targets[..., None], jnp.float32(1 - e), jnp.float32(0))
+    return shares - goal - (e / vocab if e else 0.0)
 
 
 def _chunked(options: LossOptions, rows: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Rows [M, ...] as [chunks, C, ...]; padding has weight 0."""
-    count = rows[0].shape[0]
-    size = min(options.chunk_tokens, count)
-    pad = -count % size
+    """Rows [B, T, ...] as [chunks, B, C, ...]; padding has weight 0.
+
+    Cut along T: a batch that is sharded over devices stays so, each chunks its own rows.
+    """
+    batch, length = rows[0].shape[:2]
+    size = min(max(options.chunk_tokens // batch, 1), length)
+    pad = -length % size
 
     def split(x: Any) -> Any:
-        x = jnp.pad(x, [(0, pad)] + [(0, 0)] * (x.ndim - 1))
-        return x.reshape(-1, size, *x.shape[1:])
+        x = jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(batch, -1, size, *x.shape[2:]), 1, 0)
 
     return tuple(split(x) for x in rows)
 
@@ -88,8 +125,10 @@ def _chunked(options: LossOptions, rows: tuple[Any, ...]) -> tuple[Any, ...]:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _sums(unembed: Unembed, options: LossOptions, head: Any, rows: tuple[Any, ...]) -> Any:
     def body(carry: Any, part: Any) -> Any:
-        loss, nll = _chunk(unembed, options, head, part)
-        return (carry[0] + loss, carry[1] + nll), None
+        hidden, targets, weights = part
+        logits = unembed(head, hidden).astype(jnp.float32)
+        loss, nll, _ = _statistics(options, logits, targets)
+        return (carry[0] + jnp.sum(loss * weights), carry[1] + jnp.sum(nll * weights)), None
 
     zero = jnp.zeros((), jnp.float32)
     return jax.lax.scan(body, (zero, zero), _chunked(options, rows))[0]
@@ -99,21 +138,23 @@ def _forward(unembed: Unembed, options: LossOptions, head: Any, rows: tuple[Any,
     def body(carry: Any, part: Any) -> Any:
         (loss, nll), grads = carry
         hidden, targets, weights = part
-
-        def of(head: Any, hidden: Any) -> Any:
-            return _chunk(unembed, options, head, (hidden, targets, weights))
-
-        (new, plain), (d_head, d_hidden) = jax.value_and_grad(of, argnums=(0, 1), has_aux=True)(
-            head, hidden
-        )
-        grads = jax.tree.map(jnp.add, grads, d_head)
-        return ((loss + new, nll + plain), grads), d_hidden
+        raw, pull = jax.vjp(unembed, head, hidden)
+        logits = raw.astype(jnp.float32)
+        new, plain, total = _statistics(options, logits, targets)
+        slope = _slope(options, logits, targets, total) * weights[..., None]
+        d_head, d_hidden = pull(slope.astype(raw.dtype))
+        grads = jax.tree.map(lambda g, d: g + d.astype(g.dtype), grads, d_head)
+        return ((loss + jnp.sum(new * weights), nll + jnp.sum(plain * weights)), grads), d_hidden
 
     zero = jnp.zeros((), jnp.float32)
-    start = ((zero, zero), jax.tree.map(jnp.zeros_like, head))
-    (sums, d_head), d_hidden = jax.lax.scan(body, start, _chunked(options, rows))
-    count = rows[0].shape[0]
-    d_hidden = d_hidden.reshape(-1, d_hidden.shape[-1])[:count]
+    # Summed over chunks in float32 at least, also where the head is narrower.
+    wide = lambda x: jnp.zeros(x.shape, at_least_float32(x.dtype))  # noqa: E731
+    (sums, d_head), d_hidden = jax.lax.scan(
+        body, ((zero, zero), jax.tree.map(wide, head)), _chunked(options, rows)
+    )
+    d_head = jax.tree.map(lambda d, x: d.astype(x.dtype), d_head, head)
+    batch, length, width = rows[0].shape
+    d_hidden = jnp.moveaxis(d_hidden, 0, 1).reshape(batch, -1, width)[:, :length]
     return sums, (d_head, d_hidden, rows[1], rows[2])
 
 
@@ -153,10 +194,6 @@ def cross_entropy(
       weights: of each token; 0 leaves it out.
       options: smoothing, z-loss and chunk size.
     """
-    rows = (
-        hidden.reshape(-1, hidden.shape[-1]),
-        targets.reshape(-1),
-        weights.reshape(-1).astype(jnp.float32),
-    )
+    rows = (hidden, targets, weights.astype(jnp.float32))
     loss, nll = cast(tuple[Array, Array], _sums(unembed, options, head, rows))
     return LossSums(loss, nll, jnp.sum(weights.astype(jnp.float32)))

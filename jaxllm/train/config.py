@@ -7,6 +7,7 @@ from typing import Literal
 
 from jaxllm.core.config import require
 from jaxllm.core.mesh import parse_mesh
+from jaxllm.core.policy import Remat
 from jaxllm.core.precision import DtypeName
 from jaxllm.ops.loss import LossOptions
 from jaxllm.spec.model import ModelSpec
@@ -89,7 +90,14 @@ class RunConfig:
       optimizer: how parameters move.
       loss: smoothing, z-loss, chunk size.
       loss_scale: how the loss is scaled when `dtype` is float16.
-      dtype: of activations and matmul inputs; parameters and their update are float32.
+      dtype: of activations and matmul inputs.
+      param_dtype: of parameters, gradients and moments; updates are computed in float32. In
+        bfloat16 a small update is rounded away: for memory, or to compare speed.
+      layout: of the layers: `scan` compiles in a time that does not grow with depth, `unrolled`
+        runs faster.
+      fused: train query/key/value and gate/up as one matrix each: fewer and larger products. The
+        exported model has them apart.
+      logit_dtype: of logits in the loss; its statistics are float32 anyhow.
       dropout: rate on embeddings and residual updates.
       remat: what the backward pass recomputes.
       seed: of parameters, rows and dropout.
@@ -115,8 +123,12 @@ class RunConfig:
     loss: LossOptions = LossOptions()
     loss_scale: LossScale = LossScale()
     dtype: DtypeName = "float32"
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    logit_dtype: Literal["float32", "bfloat16"] = "float32"
+    layout: Literal["scan", "unrolled"] = "scan"
+    fused: bool = False
     dropout: float = 0.0
-    remat: Literal["none", "full"] = "none"
+    remat: Remat = "none"
     seed: int = 0
     validation_fraction: float = 0.1
     eval_every: int = 250
@@ -131,6 +143,10 @@ class RunConfig:
             value = getattr(self, name)
             require(value >= 1, f"{name} is at least 1, found {value}")
         require(self.checkpoint_every >= 1, "checkpoint_every is at least 1")
+        require(
+            not (self.fused and parse_mesh(self.mesh).get("tensor", 1) > 1),
+            "fused projections cannot be split over a tensor axis; set fused=False",
+        )
         require(self.keep >= 1, f"keep is at least 1, found {self.keep}")
         require(0 <= self.seed < 2**32, f"seed is in [0, 2^32), found {self.seed}")
         require(

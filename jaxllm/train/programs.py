@@ -17,10 +17,11 @@ from jaxllm.core.policy import Policy
 from jaxllm.core.sharding import named_sharding
 from jaxllm.data.batch import Batch
 from jaxllm.train.config import RunConfig
+from jaxllm.train.narrow import in_float32
 from jaxllm.train.optimizer import make_optimizer, make_schedule
 from jaxllm.train.step import batch_loss, init_state, shard_state, train_step
 
-__all__ = ["Programs", "make_programs"]
+__all__ = ["Planned", "Programs", "make_programs", "plan_programs", "run_policy"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +33,15 @@ class Programs:
     evaluate: Executable
 
 
+@dataclasses.dataclass(frozen=True)
+class Planned:
+    """The programs of a run, not compiled yet."""
+
+    init: Program
+    step: Program
+    evaluate: Program
+
+
 def _abstract_batch(config: RunConfig, mesh: Any, policy: Policy) -> Batch:
     shape = (config.batch, config.length)
     sharding = None
@@ -41,11 +51,24 @@ def _abstract_batch(config: RunConfig, mesh: Any, policy: Policy) -> Batch:
     return Batch(ids, ids, jax.ShapeDtypeStruct(shape, np.float32, sharding=sharding))
 
 
-def make_programs(config: RunConfig, store: Store, mesh: Any) -> Programs:
-    """Compile (or load) initialisation, step and validation; nothing compiles after this."""
+def run_policy(config: RunConfig) -> Policy:
+    """How the model of a run runs."""
+    return Policy(
+        param_dtype=config.param_dtype,
+        compute_dtype=config.dtype,
+        dropout=config.dropout,
+        remat=config.remat,
+        logit_dtype=config.logit_dtype,
+        layout=config.layout,
+        fused=config.fused,
+    )
+
+
+def plan_programs(config: RunConfig, mesh: Any) -> Planned:
+    """Describe initialisation, step and validation of a run; nothing is lowered yet."""
     spec = config.spec
-    optimizer = make_optimizer(config.optimizer, config.steps)
-    policy = Policy(compute_dtype=config.dtype, dropout=config.dropout, remat=config.remat)
+    optimizer = in_float32(make_optimizer(config.optimizer, config.steps))
+    policy = run_policy(config)
     scaling = config.loss_scale if config.dtype == "float16" else None
     depends = {
         "spec": to_dict(spec),
@@ -69,7 +92,8 @@ def make_programs(config: RunConfig, store: Store, mesh: Any) -> Programs:
         )
 
     def initial(seed: Any) -> Any:
-        return init_state(spec, optimizer, seed, 1.0 if scaling is None else scaling.initial)
+        scale = 1.0 if scaling is None else scaling.initial
+        return init_state(spec, optimizer, seed, policy=policy, scale=scale)
 
     def evaluate(params: Any, batch: Batch) -> Any:
         quiet = dataclasses.replace(policy, dropout=0.0)
@@ -93,8 +117,18 @@ def make_programs(config: RunConfig, store: Store, mesh: Any) -> Programs:
         parts=config.accumulate,
         loss_scale=scaling,
     )
+    return Planned(
+        init=program("init", initial, (seed,), out),
+        step=program("step", step, (state, batch), (out, everywhere), 0),
+        evaluate=program("evaluate", evaluate, (state.params, batch), everywhere),
+    )
+
+
+def make_programs(config: RunConfig, store: Store, mesh: Any) -> Programs:
+    """Compile (or load) initialisation, step and validation; nothing compiles after this."""
+    planned = plan_programs(config, mesh)
     return Programs(
-        program("init", initial, (seed,), out).load(store),
-        program("step", step, (state, batch), (out, everywhere), 0).load(store),
-        program("evaluate", evaluate, (state.params, batch), everywhere).load(store),
+        init=planned.init.load(store),
+        step=planned.step.load(store),
+        evaluate=planned.evaluate.load(store),
     )

@@ -12,6 +12,8 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxllm.core.policy import Policy
+from jaxllm.core.precision import dtype_of
+from jaxllm.core.tree import single_segments
 from jaxllm.data.batch import Batch
 from jaxllm.nn import api
 from jaxllm.ops.loss import LossOptions, LossSums, cross_entropy
@@ -29,7 +31,7 @@ class TrainState:
     """All that a run carries from step to step.
 
     Attributes:
-      params: float32 parameters, canonical.
+      params: in the dtype and layout of the run.
       buffers: what is carried without a gradient; empty for the ops there are.
       opt_state: of the optimizer.
       step: int32, steps taken, skipped ones included.
@@ -76,11 +78,31 @@ class Metrics:
 
 
 def init_state(
-    spec: ModelSpec, optimizer: optax.GradientTransformation, seed: Any, scale: float = 1.0
+    spec: ModelSpec,
+    optimizer: optax.GradientTransformation,
+    seed: Any,
+    *,
+    policy: Policy,
+    scale: float = 1.0,
 ) -> TrainState:
-    """Fresh parameters and optimizer state from a seed; `scale` is the first loss scale."""
+    """Fresh parameters and optimizer state from a seed.
+
+    Args:
+      spec: the model.
+      optimizer: from `make_optimizer`.
+      seed: uint32.
+      policy: dtype and layout of the parameters, and whether projections are fused.
+      scale: the first loss scale.
+    """
     key = jax.random.key(seed)
-    params = api.init(spec, jax.random.fold_in(key, 0))
+    segments = None if policy.layout == "scan" else single_segments(spec.num_layers)
+    params = api.init(
+        spec,
+        jax.random.fold_in(key, 0),
+        dtype=dtype_of(policy.param_dtype),
+        segments=segments,
+        fused=policy.fused,
+    )
     with jax.numpy_dtype_promotion("standard"):
         opt_state = optimizer.init(params)
     zero = jnp.zeros((), jnp.int32)
@@ -124,6 +146,7 @@ def batch_loss(
     )
     hidden, _, _ = api.apply(spec, params, batch.tokens, step, policy=policy)
     head = {"embed": params["embed"]} if spec.head.tied else {"head": params["head"]}
+    head = jax.tree.map(lambda x: x.astype(policy.compute_dtype), head)  # once, not once a chunk
 
     def unembed(head: Any, rows: Any) -> Any:
         return api.unembed(spec, head, rows, policy=policy)
@@ -145,7 +168,7 @@ def _gradients(
         return scale * sums.loss / total, (sums.loss / total, sums.nll / total)
 
     take = jax.value_and_grad(mean, has_aux=True)
-    down = lambda grads: jax.tree.map(lambda g: g / scale, grads)  # noqa: E731
+    down = lambda grads: jax.tree.map(lambda g: g / scale.astype(g.dtype), grads)  # noqa: E731
     if parts == 1:
         (_, (loss, nll)), grads = take(params, batch, key)
         return down(grads), loss, nll
@@ -154,10 +177,10 @@ def _gradients(
     def body(carry: Any, part: Any) -> Any:
         rows, index = part
         (_, (loss, nll)), grads = take(params, rows, jax.random.fold_in(key, index))
-        return jax.tree.map(jnp.add, carry, (grads, loss, nll)), None
+        return jax.tree.map(lambda c, x: c + x.astype(c.dtype), carry, (grads, loss, nll)), None
 
     zero = jnp.zeros((), jnp.float32)
-    start = (jax.tree.map(jnp.zeros_like, params), zero, zero)
+    start = (jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params), zero, zero)
     indices = jnp.arange(parts, dtype=jnp.uint32)
     (grads, loss, nll), _ = jax.lax.scan(body, start, (split, indices))
     return down(grads), loss, nll

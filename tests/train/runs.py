@@ -3,6 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from jaxllm.data.batch import Batch
 from jaxllm.spec.model import Block, Head, ModelSpec, sub
 from jaxllm.spec.ops import MLP, Attention, Norm
 from jaxllm.train.config import Optimizer, RunConfig
@@ -10,10 +13,8 @@ from jaxllm.train.config import Optimizer, RunConfig
 TEXT = "the quick brown fox jumps over the lazy dog, and the dog does not mind.\n" * 60
 
 
-def small(folder: Path, **changes: Any) -> RunConfig:
-    """One layer of width 16 on a text of one sentence."""
-    data = folder / "text.txt"
-    data.write_text(TEXT)
+def config_of(**changes: Any) -> RunConfig:
+    """Two layers of width 16, without data."""
     norm = Norm()
     block = Block(
         name="G",
@@ -33,8 +34,6 @@ def small(folder: Path, **changes: Any) -> RunConfig:
     )
     options: dict[str, Any] = {
         "spec": spec,
-        "data": str(data),
-        "out": str(folder / "run"),
         "steps": 12,
         "batch": 4,
         "length": 16,
@@ -44,3 +43,17 @@ def small(folder: Path, **changes: Any) -> RunConfig:
         "checkpoint_every": 4,
     }
     return RunConfig(**(options | changes))
+
+
+def small(folder: Path, **changes: Any) -> RunConfig:
+    """The same on a text of one sentence."""
+    data = folder / "text.txt"
+    data.write_text(TEXT)
+    return config_of(**({"data": str(data), "out": str(folder / "run")} | changes))
+
+
+def random_batch(config, index):
+    """A batch of random tokens for a config."""
+    random = np.random.default_rng(index)
+    ids = random.integers(0, config.spec.vocab, (config.batch, config.length + 1), np.int32)
+    return Batch(ids[:, :-1].copy(), ids[:, 1:].copy(), np.ones(ids[:, 1:].shape, np.float32))
