@@ -42,7 +42,7 @@ def _precision(dtype: Any) -> jax.lax.Precision:
     return jax.lax.Precision.HIGHEST if wide else jax.lax.Precision.DEFAULT
 
 
-def _product(equation: str, x: Array, w: Array, out_dtype: Any) -> Array:
+def _product(equation: str, x: Array, w: Any, out_dtype: Any) -> Array:
     if jnp.dtype(out_dtype) != x.dtype:
         return _widened(equation, out_dtype, x, w)
     return _contract(equation, x, w, out_dtype)

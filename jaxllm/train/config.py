@@ -99,7 +99,9 @@ class RunConfig:
         exported model has them apart.
       logit_dtype: of logits in the loss; its statistics are float32 anyhow.
       dropout: rate on embeddings and residual updates.
-      remat: what the backward pass recomputes.
+      remat: what the backward pass recomputes; `auto` compiles policies from the fastest on and
+        takes the first that fits into a device's memory.
+      memory_gib: that `auto` may fill on a device; 0 for what the device has.
       seed: of parameters, rows and dropout.
       validation_fraction: share of the text at its end that is never trained on.
       eval_every: steps between validations; also after the last step.
@@ -128,7 +130,8 @@ class RunConfig:
     layout: Literal["scan", "unrolled"] = "scan"
     fused: bool = False
     dropout: float = 0.0
-    remat: Remat = "none"
+    remat: Remat | Literal["auto"] = "none"
+    memory_gib: float = 0.0
     seed: int = 0
     validation_fraction: float = 0.1
     eval_every: int = 250
@@ -147,6 +150,7 @@ class RunConfig:
             not (self.fused and parse_mesh(self.mesh).get("tensor", 1) > 1),
             "fused projections cannot be split over a tensor axis; set fused=False",
         )
+        require(self.memory_gib >= 0, f"memory_gib is ≥ 0, found {self.memory_gib}")
         require(self.keep >= 1, f"keep is at least 1, found {self.keep}")
         require(0 <= self.seed < 2**32, f"seed is in [0, 2^32), found {self.seed}")
         require(

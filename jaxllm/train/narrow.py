@@ -27,8 +27,8 @@ def in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformat
     The casts cost nothing: XLA makes one elementwise loop of them and the update.
     """
 
-    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        updates, new = inner.update(_wide(grads), _wide(state), _wide(params))
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        updates, new = inner.update(_wide(updates), _wide(state), _wide(params))
         return updates, jax.tree.map(lambda x, old: x.astype(old.dtype), new, state)
 
     return optax.GradientTransformation(inner.init, update)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -12,11 +12,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxllm.aot.program import Executable, Program
 from jaxllm.aot.store import Store
-from jaxllm.core.config import to_dict
-from jaxllm.core.policy import Policy
+from jaxllm.core.config import require, to_dict
+from jaxllm.core.policy import Policy, Remat
 from jaxllm.core.sharding import named_sharding
 from jaxllm.data.batch import Batch
 from jaxllm.train.config import RunConfig
+from jaxllm.train.memory import fit_remat
 from jaxllm.train.narrow import in_float32
 from jaxllm.train.optimizer import make_optimizer, make_schedule
 from jaxllm.train.step import batch_loss, init_state, shard_state, train_step
@@ -52,12 +53,13 @@ def _abstract_batch(config: RunConfig, mesh: Any, policy: Policy) -> Batch:
 
 
 def run_policy(config: RunConfig) -> Policy:
-    """How the model of a run runs."""
+    """How the model of a run runs; `auto` is to be resolved first (`make_programs` does)."""
+    require(config.remat != "auto", "remat 'auto' has to be resolved before a program is made")
     return Policy(
         param_dtype=config.param_dtype,
         compute_dtype=config.dtype,
         dropout=config.dropout,
-        remat=config.remat,
+        remat=cast(Remat, config.remat),
         logit_dtype=config.logit_dtype,
         layout=config.layout,
         fused=config.fused,
@@ -125,10 +127,18 @@ def plan_programs(config: RunConfig, mesh: Any) -> Planned:
 
 
 def make_programs(config: RunConfig, store: Store, mesh: Any) -> Programs:
-    """Compile (or load) initialisation, step and validation; nothing compiles after this."""
+    """Compile (or load) initialisation, step and validation; nothing compiles after this.
+
+    Raises:
+      CapacityError: remat is `auto` and no policy fits.
+    """
+    step = None
+    if config.remat == "auto":
+        device = jax.local_devices()[0] if mesh is None else mesh.local_devices[0]
+        config, step = fit_remat(config, lambda c: plan_programs(c, mesh).step.load(store), device)
     planned = plan_programs(config, mesh)
     return Programs(
         init=planned.init.load(store),
-        step=planned.step.load(store),
+        step=step or planned.step.load(store),
         evaluate=planned.evaluate.load(store),
     )
