@@ -73,6 +73,6 @@ def copy_arrays(source: Source, folder: Path, *, largest: int, end: int | None) 
             begins = np.append(0, cuts) if ended or file != last else cuts
             last, ended = file, bool(len(cuts)) and int(cuts[-1]) == len(ids)
             # The place after a chunk's last token begins a document only if more tokens follow.
-            writer.begin_documents(begins[begins < len(ids)])
+            writer.begin_documents(begins[begins < len(ids)].tolist())
             writer.append(np.asarray(ids))
     return writer.facts()
