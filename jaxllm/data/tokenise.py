@@ -175,7 +175,9 @@ def _plan(source: Source, name: str, loaded: Tokenizer | None, fraction: float) 
     number = int(np.searchsorted(begins, place, side="right")) - 1
     split = (number, place - int(begins[number]))
     before = (p.text for p in _before_split(_cut(documents(source), split)))
-    return _Plan(name=name, tokenizer=train_bpe(before, bpe_size(name) or 0), split=split)
+    trained = train_bpe(before, bpe_size(name) or 0)
+    log.info("data: trained a vocabulary of %d tokens (asked: %s)", trained.vocab_size, name)
+    return _Plan(name=name, tokenizer=trained, split=split)
 
 
 def _require_text(source: Source, count: int) -> None:

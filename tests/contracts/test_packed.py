@@ -15,7 +15,6 @@ SPECS = {
         pre("L", heads(4, 1, mask=And(first=Causal(), second=Window(left=4))), MLP48),
         layers="L*2",
     ),
-    "no rope": model(pre("N", heads(4, 4, rope=None), MLP48), layers="N*2"),
 }
 ON_CPU = served("cpu", "float32", 8)
 
