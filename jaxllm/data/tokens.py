@@ -47,14 +47,18 @@ def bpe_size(name: str) -> int | None:
     return int(size)
 
 
-def check_tokenizer(name: str) -> None:
-    """Refuse what can be no tokenizer at all.
+def check_tokenizer(name: str, vocabulary: int) -> None:
+    """Refuse what can be no tokenizer of a model with this vocabulary, by its name alone.
 
     Raises:
-      ConfigError: an empty name or a bpe without a size.
+      ConfigError: an empty name, a bpe without a size or with too large a one.
     """
     require(bool(name.strip()), "tokenizer is empty; give characters, bytes, bpe:VOCAB or a path")
-    bpe_size(name)
+    require(
+        (bpe_size(name) or 0) <= vocabulary,
+        f"tokenizer {name!r} may have more tokens than the model's vocabulary, {vocabulary}; give "
+        "the spec at least as many",
+    )
 
 
 def character_tokenizer(characters: Iterable[str]) -> Tokenizer:

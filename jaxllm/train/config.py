@@ -140,7 +140,7 @@ class RunConfig:
             value = getattr(self, name)
             require(value >= 1, f"{name} is at least 1, found {value}")
         require(self.checkpoint_every >= 1, "checkpoint_every is at least 1")
-        check_tokenizer(self.tokenizer)
+        check_tokenizer(self.tokenizer, self.spec.vocab)
         require(
             self.end_token is None or 0 <= self.end_token < self.spec.vocab,
             f"end_token is in [0, {self.spec.vocab}), found {self.end_token}",

@@ -158,4 +158,10 @@ def test_a_models_own_tokenizer(tmp_path):
 @pytest.mark.parametrize("name", ["", " ", "bpe:", "bpe:256", "bpe:many", "bpe:-5", "bpe:²"])
 def test_names_that_can_be_no_tokenizer(name):
     with pytest.raises(ConfigError, match="tokenizer"):
-        check_tokenizer(name)
+        check_tokenizer(name, 1000)
+
+
+def test_a_vocabulary_that_is_too_large_for_the_model():
+    check_tokenizer("bpe:1000", 1000)
+    with pytest.raises(ConfigError, match="vocabulary, 1000"):
+        check_tokenizer("bpe:1_001", 1000)

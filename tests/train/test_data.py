@@ -75,5 +75,7 @@ def test_options_that_cannot_be(tmp_path):
         small(tmp_path, end_token=40)
     with pytest.raises(ConfigError, match="bpe:VOCAB"):
         small(tmp_path, tokenizer="bpe:12")
+    with pytest.raises(ConfigError, match="vocabulary, 40"):
+        small(tmp_path, tokenizer="bpe:300")
     with pytest.raises(ConfigError, match="jaxllm pull data:tinyshakespeare"):
         train(small(tmp_path, data="data:tinyshakespeare"), quiet=True)
