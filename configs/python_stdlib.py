@@ -34,7 +34,7 @@ def config() -> RunConfig:
     return RunConfig(
         spec=spec,
         data=sysconfig.get_path("stdlib"),
-        tokens="bytes",
+        tokenizer="bytes",
         out="runs/python_stdlib",
         steps=1000,
         batch=16,

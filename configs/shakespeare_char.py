@@ -1,6 +1,7 @@
 """A character model of tinyshakespeare, small enough for a laptop.
 
-  jaxllm train configs/shakespeare_char.py --data PATH/tinyshakespeare.txt --out runs/shakespeare
+  jaxllm pull data:tinyshakespeare
+  jaxllm train configs/shakespeare_char.py --data data:tinyshakespeare --out runs/shakespeare
 
 4 layers, 4 heads, width 128, rows of 64 characters, batch 12, 2,000 steps. Expected validation loss
 at most 1.88 nats a character.

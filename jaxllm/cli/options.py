@@ -99,10 +99,10 @@ class Train:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pull:
-    """Fetch a model into the cache."""
+    """Fetch a model or data into the cache."""
 
     name: Source
-    """Catalogue name, or org/name on the Hugging Face hub (safetensors only)."""
+    """Catalogue name, org/name on the Hugging Face hub (safetensors only), or data:NAME."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

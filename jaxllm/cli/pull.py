@@ -1,4 +1,4 @@
-"""`jaxllm pull`: fetch a model into the cache."""
+"""`jaxllm pull`: fetch a model or data into the cache."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ __all__ = ["run"]
 
 
 def run(options: Pull) -> int:
-    """Run the subcommand; prints where the model lies."""
+    """Run the subcommand; prints where it lies."""
     show_notes()
-    from jaxllm.zoo.pull import pull
+    if options.name.startswith("data:"):
+        from jaxllm.data.download import pull_data as fetch
+    else:
+        from jaxllm.zoo.pull import pull as fetch
 
-    print(pull(options.name, progress=lambda line: print(line, file=sys.stderr)))
+    print(fetch(options.name, progress=lambda line: print(line, file=sys.stderr)))
     return 0

@@ -12,6 +12,7 @@ from jaxllm.errors import CapacityError
 
 __all__ = [
     "cache_dir",
+    "data_dir",
     "hf_endpoint",
     "hf_offline",
     "models_dir",
@@ -43,6 +44,11 @@ def models_dir() -> Path:
 def weights_dir() -> Path:
     """Where weights in run layout are kept, keyed by the SHA-256 of their source."""
     return _writable(cache_dir() / "weights")
+
+
+def data_dir() -> Path:
+    """Where pulled data and tokenised shards are kept."""
+    return _writable(cache_dir() / "data")
 
 
 def programs_dir() -> Path:

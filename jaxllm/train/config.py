@@ -9,6 +9,7 @@ from jaxllm.core.config import require
 from jaxllm.core.mesh import parse_mesh
 from jaxllm.core.policy import Remat
 from jaxllm.core.precision import DtypeName
+from jaxllm.data.tokens import check_tokenizer
 from jaxllm.ops.loss import LossOptions
 from jaxllm.spec.model import ModelSpec
 
@@ -80,8 +81,13 @@ class RunConfig:
 
     Attributes:
       spec: the model.
-      data: text file or folder; `--data` overrides it.
-      tokens: `characters` of the text, or `bytes`.
+      data: text file, JSON lines, Parquet, token array, a folder of such files, or `data:NAME`
+        that was pulled; `--data` overrides it.
+      tokenizer: `characters` of the data, `bytes`, `bpe:VOCAB` (trained on the training part), a
+        model's path or name, or `none` for token arrays.
+      text_field: of JSON lines and Parquet, that holds the text.
+      end_token: id that ends the documents of token arrays.
+      rows: `windows` at random places of the token stream, or whole documents `packed`.
       out: run directory.
       steps: optimizer steps.
       batch: rows of a step.
@@ -115,7 +121,10 @@ class RunConfig:
 
     spec: ModelSpec
     data: str | None = None
-    tokens: Literal["characters", "bytes"] = "characters"
+    tokenizer: str = "characters"
+    text_field: str = "text"
+    end_token: int | None = None
+    rows: Literal["windows", "packed"] = "windows"
     out: str = "runs/run"
     steps: int = 1000
     batch: int = 12
@@ -151,6 +160,11 @@ class RunConfig:
             "fused projections cannot be split over a tensor axis; set fused=False",
         )
         require(self.memory_gib >= 0, f"memory_gib is ≥ 0, found {self.memory_gib}")
+        check_tokenizer(self.tokenizer, self.spec.vocab)
+        require(
+            self.end_token is None or 0 <= self.end_token < self.spec.vocab,
+            f"end_token is in [0, {self.spec.vocab}), found {self.end_token}",
+        )
         require(self.keep >= 1, f"keep is at least 1, found {self.keep}")
         require(0 <= self.seed < 2**32, f"seed is in [0, 2^32), found {self.seed}")
         require(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import signal
 import time
@@ -13,11 +14,10 @@ import numpy as np
 
 from jaxllm.aot.program import abstract_like
 from jaxllm.aot.store import Store
-from jaxllm.core.config import require
 from jaxllm.core.logging import log
 from jaxllm.core.mesh import make_mesh, parse_mesh
 from jaxllm.core.tree import unstack
-from jaxllm.data.text import TextData, open_text
+from jaxllm.data.loader import Data, DataOptions, open_data
 from jaxllm.errors import CapacityError, ConfigError
 from jaxllm.spec.cost import num_params
 from jaxllm.train.checkpoint import Checkpoints
@@ -48,11 +48,24 @@ class Result:
     seconds: float
 
 
-def _check_vocabulary(config: RunConfig, data: TextData) -> None:
-    require(
-        data.tokenizer.vocab_size <= config.spec.vocab,
-        f"the data's tokenizer has {data.tokenizer.vocab_size} tokens, the model's vocabulary "
-        f"{config.spec.vocab}; give the spec at least as many",
+def _open(config: RunConfig) -> Data:
+    """The run's data."""
+    if config.data is None:
+        raise ConfigError(
+            "there is no data: give --data PATH (text, JSON lines, Parquet, token arrays or a "
+            "folder of them)"
+        )
+    return open_data(
+        DataOptions(
+            path=config.data,
+            tokenizer=config.tokenizer,
+            text_field=config.text_field,
+            end_token=config.end_token,
+            rows=config.rows,
+            length=config.length,
+            validation_fraction=config.validation_fraction,
+            vocabulary=config.spec.vocab,
+        )
     )
 
 
@@ -66,15 +79,7 @@ def train(config: RunConfig, *, quiet: bool = False) -> Result:
     Raises:
       ConfigError: contradictions, missing data; CapacityError: the loss stays non-finite.
     """
-    if config.data is None:
-        raise ConfigError("there is no data: give --data PATH (a text file or a folder of text)")
-    data = open_text(
-        Path(config.data),
-        length=config.length,
-        validation_fraction=config.validation_fraction,
-        tokens=config.tokens,
-    )
-    _check_vocabulary(config, data)
+    data = _open(config)
     record = Record(Path(config.out), config)
     checkpoints = Checkpoints(record.folder / "checkpoints", config.keep)
     try:
@@ -90,7 +95,7 @@ class _Run:
     def __init__(
         self,
         config: RunConfig,
-        data: TextData,
+        data: Data,
         record: Record,
         checkpoints: Checkpoints,
         quiet: bool,
@@ -122,8 +127,10 @@ class _Run:
         self.record.begin(start)
         self.validation = self.data.validation_batches(rows=config.batch, count=config.eval_batches)
         before = signal.signal(signal.SIGTERM, self._stop)
+        batches = self.data.stream(start, rows=config.batch, seed=config.seed)
         try:
-            state, step = self._steps(state, start)
+            with contextlib.closing(batches) as self.batches:
+                state, step = self._steps(state, start)
         finally:
             signal.signal(signal.SIGTERM, before)
         if not self.stopping:
@@ -143,7 +150,7 @@ class _Run:
         """Steps start+1..steps; metrics are read one step late, so the device never waits."""
         config, pending, step = self.config, None, start
         for step in range(start + 1, config.steps + 1):
-            batch = self.data.batch(step - 1, rows=config.batch, seed=config.seed)
+            batch = next(self.batches)
             state, metrics = self.programs.step(state, batch)
             if pending is not None:
                 self._write(*pending)
@@ -205,4 +212,5 @@ class _Run:
 
         folder = self.record.folder / "model"
         save_checkpoint(folder, spec, read, dtype="float32")
-        self.data.tokenizer.save(folder)
+        if self.data.tokenizer is not None:
+            self.data.tokenizer.save(folder)

@@ -49,7 +49,9 @@ def _abstract_batch(config: RunConfig, mesh: Any, policy: Policy) -> Batch:
     if mesh is not None:
         sharding = named_sharding(mesh, ("batch", None), policy.rules, shape)
     ids = jax.ShapeDtypeStruct(shape, np.int32, sharding=sharding)
-    return Batch(ids, ids, jax.ShapeDtypeStruct(shape, np.float32, sharding=sharding))
+    weights = jax.ShapeDtypeStruct(shape, np.float32, sharding=sharding)
+    more = (ids, ids) if config.rows == "packed" else (None, None)
+    return Batch(ids, ids, weights, *more)
 
 
 def run_policy(config: RunConfig) -> Policy:

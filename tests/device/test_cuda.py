@@ -1,13 +1,18 @@
 """What only a CUDA device can show: JAX_PLATFORMS=cuda python -m pytest -m gpu tests/device."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxllm.core.policy import Policy
 from jaxllm.ops.attention import attention, choose, reference
 from jaxllm.ops.mask import Visibility
 from jaxllm.spec.mask import And, Causal, Window
+from tests.contracts.packed import check_no_gradient_crosses, documents, losses, served
+from tests.contracts.specs import MLP48, heads, model, pre
 
 pytestmark = [
     pytest.mark.gpu,
@@ -56,6 +61,15 @@ def test_auto_is_fused_and_as_exact_as_the_reference(name: str, dtype: str) -> N
     low = np.asarray(reference(q, k, v, see, scale=width**-0.5), np.float32)
     got = np.asarray(attention(q, k, v, see, scale=width**-0.5), np.float32)
     assert np.abs(got - want).max() <= 2 * np.abs(low - want).max() + 1e-5
+
+
+@pytest.mark.parametrize("implementation", served("gpu", "bfloat16", 64))
+def test_no_gradient_crosses_a_document_boundary(implementation: str, tmp_path: Path) -> None:
+    spec = model(pre("G", heads(4, 2, head_dim=64), MLP48), layers="G*2")
+    policy = Policy(attention=implementation, compute_dtype="bfloat16")
+    check_no_gradient_crosses(spec, documents(tmp_path), policy)
+    found = np.array(losses(spec, documents(tmp_path), policy))
+    assert len(found) == 9 and np.abs(found[:, 0] / found[:, 1] - 1).max() < 0.02
 
 
 def test_greedy_decoding_repeats_bit_for_bit() -> None:
