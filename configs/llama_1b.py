@@ -5,7 +5,8 @@
 
 PATH is a text file, JSON lines, Parquet or a folder of these; a tokenizer of 32,768 tokens is
 trained on it. bfloat16 matmuls, float32 parameters and moments, rows of 2,048 tokens
-(`--rows packed` keeps documents apart). One H100 needs 42 GiB and makes about 64,000 tokens a second (docs/benchmarks.md).
+(`--rows packed` keeps documents apart). One H100 needs 42 GiB and makes about 64,000 tokens a
+second (docs/benchmarks.md).
 """
 
 from jaxllm.ops.loss import LossOptions
