@@ -98,11 +98,11 @@ class TextData:
     validation: np.ndarray
     length: int
 
-    def batch(self, step: int, *, rows: int, seed: int) -> Batch:
-        """Training rows of a step: windows at random places, drawn from (seed, step)."""
+    def batch(self, step: int, *, rows: int, seed: int, part: slice = slice(None)) -> Batch:
+        """Training rows of a step (or a part of them): windows drawn from (seed, step)."""
         random = np.random.Generator(np.random.Philox(key=[seed, step]))
         places = random.integers(0, len(self.train) - self.length, rows)
-        return self._cut(self.train, places)
+        return self._cut(self.train, places[part])
 
     def validation_batches(self, *, rows: int, count: int) -> list[Batch]:
         """At most `count` batches of consecutive windows of the validation part."""
