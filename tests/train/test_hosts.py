@@ -15,7 +15,7 @@ from tests.train.runs import small
 from tests.train.test_run import losses, rows
 
 STEPS = {"steps": 10, "eval_every": 10, "checkpoint_every": 4, "keep": 4}
-LIMIT_S = 240
+LIMIT_S = 400
 
 
 @pytest.fixture(scope="module")
