@@ -260,7 +260,8 @@ def place(make: Callable[[slice], Batch], rows: int, *, program: Any) -> Batch:
     if not several():
         return make(slice(0, rows))
     sharding = jax.tree.leaves(program.compiled.input_shardings[0][-1])[0]
-    parts = sharding.addressable_devices_indices_map((rows, 1)).values()
+    # Any length that the devices divide: only the rows matter here.
+    parts = sharding.addressable_devices_indices_map((rows, sharding.num_devices)).values()
     ends = [index[0].indices(rows)[:2] for index in parts]
     first, last = min(a for a, _ in ends), max(b for _, b in ends)
 
