@@ -1,6 +1,7 @@
 """A run on two processes is the run on one: losses, resumption, stopping, errors."""
 
 import dataclasses
+import os
 import shutil
 import signal
 import time
@@ -163,10 +164,26 @@ sys.exit(main(["train", sys.argv[1]]))
 """
 
 
+def slurm_members():
+    """What srun sets for two tasks of one node; jax takes the port from the job's number."""
+    each = {
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_NTASKS": "2",
+        "SLURM_STEP_NUM_NODES": "1",
+        "SLURM_JOB_ID": str(os.getpid() % 2**12),
+        "JAXLLM_CONNECT_SECONDS": "120",
+    }
+    return [each | {"SLURM_PROCID": i, "SLURM_LOCALID": i} for i in "01"]
+
+
 @pytest.mark.slow
-def test_a_mesh_that_leaves_devices_out(tmp_path):
+@pytest.mark.parametrize("cluster", [lambda: members(2), slurm_members], ids=["own", "slurm"])
+def test_a_mesh_that_leaves_devices_out(tmp_path, cluster):
     config = small(tmp_path, mesh="data=2", **STEPS)
-    for code, text in run_pair(tmp_path, config):
+    command = train_command(config_file(tmp_path, config))
+    with started([command] * 2, cluster()) as children:
+        answers = ended(children, LIMIT_S)
+    for code, text in answers:
         assert code == 2, text
         assert "takes 2 devices of 4 on 2 processes" in text and "fsdp=4" in text
 
