@@ -98,7 +98,8 @@ def _connect(cluster: runtime.Cluster) -> None:
     watch = threading.Timer(cluster.wait_s, _give_up, (cluster,))
     watch.daemon = True
     watch.start()
-    method = {"slurm": "slurm", "kubernetes": "k8s", "environment": "deactivate"}
+    # None: jax tries what it knows; its Kubernetes and TPU kinds cannot be asked for by one name.
+    method = {"slurm": "slurm", "environment": "deactivate"}
     try:
         jax.distributed.initialize(
             cluster.coordinator,

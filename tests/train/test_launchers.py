@@ -5,14 +5,17 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
+import jax
 import pytest
 import yaml
 
 from jaxllm.core import runtime
 from jaxllm.errors import ConfigError
+from jaxllm.train import hosts
 from tests.house.tree import ROOT
 
 SLURM = ROOT / "scripts/launch_slurm.sh"
@@ -176,6 +179,20 @@ def test_our_own_variables_win(bare):
     found = runtime.cluster()
     assert (found.kind, found.coordinator) == ("environment", "a:1")
     assert (found.num_processes, found.process_id) == (2, 1)
+
+
+def test_a_pod_that_cannot_ask_its_cluster(bare):
+    put(bare, KUBERNETES_SERVICE_HOST="10.0.0.1", JOB_COMPLETION_INDEX="3")
+    bare.setitem(sys.modules, "kubernetes", None)
+    with pytest.raises(ConfigError, match=r"JAXLLM_COORDINATOR.*JAXLLM_CLUSTER=off"):
+        hosts.start()
+
+
+def test_jax_was_used_before(bare):
+    jax.devices()
+    put(bare, **OWN)
+    with pytest.raises(ConfigError, match="cannot meet: .*must be called before"):
+        hosts.start()
 
 
 def jobset():
