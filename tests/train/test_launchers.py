@@ -191,7 +191,7 @@ def test_a_pod_that_cannot_ask_its_cluster(bare):
 def test_jax_was_used_before(bare):
     jax.devices()
     put(bare, **OWN)
-    with pytest.raises(ConfigError, match="cannot meet: .*must be called before"):
+    with pytest.raises(ConfigError, match=r"cannot meet: .*must be called before"):
         hosts.start()
 
 
