@@ -14,7 +14,7 @@ from typing import Any
 from jaxllm.aot import fingerprint
 from jaxllm.aot.report import Report, report_of
 from jaxllm.aot.store import Store
-from jaxllm.core.logging import log
+from jaxllm.core.logging import log, note_once
 from jaxllm.errors import ShapeError
 
 __all__ = ["Executable", "Program", "abstract_like"]
@@ -93,6 +93,16 @@ class Program:
             return list(self.mesh.devices.flat)
         return jax.devices()[:1]
 
+    def _crosses_processes(self) -> bool:
+        """Whether other processes run parts of it.
+
+        All of them must then run one and the same executable, and XLA lets them compile together:
+        a process that found its part in a store of its own would leave the others waiting.
+        """
+        import jax
+
+        return any(device.process_index != jax.process_index() for device in self.devices())
+
     def fingerprint(self) -> str:
         """Hash of everything the executable depends on, found without tracing."""
         return fingerprint.digest(
@@ -137,6 +147,9 @@ class Program:
 
     def load(self, store: Store | None = None) -> Executable:
         """From the store if it is there, else compiled and stored; `store=None` never stores."""
+        if store is not None and self._crosses_processes():
+            note_once("programs of several processes are compiled at each start, not stored")
+            store = None
         if store is None:
             return self.compile()
         start = time.perf_counter()

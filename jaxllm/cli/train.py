@@ -61,9 +61,13 @@ def parse_run(path: str, arguments: list[str]) -> RunConfig:
 def run(options: RunConfig) -> int:
     """Run the subcommand."""
     show_notes()
+    from jaxllm.train import hosts
     from jaxllm.train.loop import train
 
-    result = train(options)
+    with hosts.leaving():
+        result = train(options)
+    if not hosts.is_main():
+        return 0
     shown = "none" if result.val_loss is None else f"{result.val_loss:.4f}"
     print(
         f"step {result.step}: validation loss {shown} after {result.seconds:.0f} s; {result.folder}"

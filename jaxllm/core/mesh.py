@@ -31,8 +31,11 @@ def parse_mesh(text: str) -> dict[str, int]:
 def make_mesh(sizes: Mapping[str, int], devices: Any = None) -> Any:
     """A mesh with all axes of `AXES`, those not named of size 1.
 
+    With several processes a mesh takes the devices of all: one without a part in the program would
+    wait for ever.
+
     Raises:
-      ConfigError: an unknown axis.
+      ConfigError: an unknown axis, or devices of several processes left out.
       CapacityError: more devices asked for than there are.
     """
     import jax
@@ -45,6 +48,12 @@ def make_mesh(sizes: Mapping[str, int], devices: Any = None) -> Any:
         raise CapacityError(
             f"mesh {dict(sizes)} needs {wanted} devices; {len(available)} are there"
         )
+    processes = len({device.process_index for device in available})
+    require(
+        wanted == len(available) or processes == 1,
+        f"mesh {dict(sizes)} takes {wanted} devices of {len(available)} on {processes} processes; "
+        f"name all, for example --mesh fsdp={len(available)}",
+    )
     auto = jax.sharding.AxisType.Auto
     return jax.make_mesh(
         tuple(sizes.get(name, 1) for name in AXES),

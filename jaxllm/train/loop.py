@@ -16,15 +16,15 @@ from jaxllm.aot.program import abstract_like
 from jaxllm.aot.store import Store
 from jaxllm.core.logging import log
 from jaxllm.core.mesh import make_mesh, parse_mesh
-from jaxllm.core.tree import unstack
-from jaxllm.data.loader import Data, DataOptions, open_data
+from jaxllm.data.text import TextData, open_text
 from jaxllm.errors import CapacityError, ConfigError
 from jaxllm.spec.cost import num_params
+from jaxllm.train import hosts
 from jaxllm.train.checkpoint import Checkpoints
 from jaxllm.train.config import RunConfig
 from jaxllm.train.programs import make_programs
 from jaxllm.train.record import Record
-from jaxllm.zoo.load import save_checkpoint
+from jaxllm.zoo.load import save_checkpoint, saved_paths
 
 __all__ = ["Result", "train"]
 
@@ -69,6 +69,19 @@ def _open(config: RunConfig) -> Data:
     )
 
 
+def _open_data(config: RunConfig) -> TextData:
+    if config.data is None:
+        raise ConfigError("there is no data: give --data PATH (a text file or a folder of text)")
+    data = open_text(
+        Path(config.data),
+        length=config.length,
+        validation_fraction=config.validation_fraction,
+        tokens=config.tokens,
+    )
+    _check_vocabulary(config, data)
+    return data
+
+
 def train(config: RunConfig, *, quiet: bool = False) -> Result:
     """Train, from the last checkpoint of the run directory if it has one.
 
@@ -79,8 +92,13 @@ def train(config: RunConfig, *, quiet: bool = False) -> Result:
     Raises:
       ConfigError: contradictions, missing data; CapacityError: the loss stays non-finite.
     """
-    data = _open(config)
-    record = Record(Path(config.out), config)
+    hosts.start()
+    hosts.check_same(config)
+    quiet = quiet or not hosts.is_main()
+    with hosts.together("opening the data or the run directory"):
+        data = _open_data(config)
+        record = Record(Path(config.out), config)
+    hosts.check_shared(record.folder)
     checkpoints = Checkpoints(record.folder / "checkpoints", config.keep)
     try:
         return _Run(config, data, record, checkpoints, quiet).run()
@@ -115,7 +133,7 @@ class _Run:
         """All remaining steps, a validation and a checkpoint at the end, the model as files."""
         config = self.config
         sizes = parse_mesh(config.mesh)
-        mesh = make_mesh(sizes) if sizes else None
+        mesh = make_mesh(sizes) if sizes or hosts.several() else None
         self.programs = make_programs(config, Store.default(), mesh)
         report = self.programs.step.report
         log.info("model: %s parameters; step: %s", f"{num_params(config.spec):,}", report)
@@ -125,7 +143,14 @@ class _Run:
             state = self.checkpoints.restore(start, jax.tree.map(abstract_like, state))
             log.info("resumed from step %d", start)
         self.record.begin(start)
-        self.validation = self.data.validation_batches(rows=config.batch, count=config.eval_batches)
+        rows, evaluate = config.batch, self.programs.evaluate
+        self.validation = [
+            hosts.place(
+                lambda part, b=b: jax.tree.map(lambda x: x[part], b), rows, program=evaluate
+            )
+            for b in self.data.validation_batches(rows=rows, count=config.eval_batches)
+        ]
+        self.agree = hosts.Agreement()
         before = signal.signal(signal.SIGTERM, self._stop)
         batches = self.data.stream(start, rows=config.batch, seed=config.seed)
         try:
@@ -133,7 +158,7 @@ class _Run:
                 state, step = self._steps(state, start)
         finally:
             signal.signal(signal.SIGTERM, before)
-        if not self.stopping:
+        if step >= config.steps:
             self._export(state)
         return Result(
             folder=self.record.folder,
@@ -150,21 +175,29 @@ class _Run:
         """Steps start+1..steps; metrics are read one step late, so the device never waits."""
         config, pending, step = self.config, None, start
         for step in range(start + 1, config.steps + 1):
-            batch = next(self.batches)
+            batch = self._batch(step)
             state, metrics = self.programs.step(state, batch)
             if pending is not None:
                 self._write(*pending)
             pending = (step, metrics)
-            end = step == config.steps or self.stopping
+            end = self.agree(self.stopping) or step == config.steps
             evaluates = step % config.eval_every == 0 or step == config.steps
             if evaluates or end or step % config.checkpoint_every == 0:
                 self._write(*pending, params=state.params if evaluates else None)
                 pending = None
             if end or step % config.checkpoint_every == 0:
                 self.checkpoints.save(step, state)
-            if self.stopping:
+            if end:
                 break
         return state, step
+
+    def _batch(self, step: int) -> Any:
+        rows, seed = self.config.batch, self.config.seed
+
+        def make(part: slice) -> Any:
+            return self.data.batch(step - 1, rows=rows, seed=seed, part=part)
+
+        return hosts.place(make, rows, program=self.programs.step)
 
     def _write(self, step: int, metrics: Any, params: Any = None) -> None:
         """The row of a step, with a validation when parameters are given."""
@@ -201,16 +234,12 @@ class _Run:
 
     def _export(self, state: Any) -> None:
         """The trained model in the Hugging Face layout, below `model`."""
-        spec = self.config.spec
-        host = unstack(jax.tree.map(np.asarray, state.params))
-
-        def read(path: str) -> np.ndarray:
-            node = host
-            for name in path.split("."):
-                node = node[name]
-            return np.asarray(node)
-
-        folder = self.record.folder / "model"
+        spec, folder = self.config.spec, self.record.folder / "model"
+        read = hosts.leaf_reader(state.params)
+        if not hosts.is_main():
+            for path in saved_paths(spec):
+                read(path)
+            return
         save_checkpoint(folder, spec, read, dtype="float32")
         if self.data.tokenizer is not None:
             self.data.tokenizer.save(folder)

@@ -10,15 +10,20 @@ from typing import Any
 from jaxllm.core.config import to_dict
 from jaxllm.errors import ConfigError
 from jaxllm.train.config import RunConfig
+from jaxllm.train.hosts import is_main
 
 __all__ = ["Record"]
 
 
 class Record:
-    """`config.json` and `metrics.jsonl` of a run; each step stands in the latter once."""
+    """`config.json` and `metrics.jsonl` of a run; each step stands in the latter once.
+
+    Process 0 writes; the others only check.
+    """
 
     def __init__(self, folder: Path, config: RunConfig):
         self.folder = folder
+        self._writes = is_main()
         self._path = folder / "metrics.jsonl"
         folder.mkdir(parents=True, exist_ok=True)
         self._check(config)
@@ -39,10 +44,13 @@ class Record:
                 raise ConfigError(f"{path}: is damaged; give another --out") from None
             if found.get("spec") != json.loads(text)["spec"]:
                 raise ConfigError(f"{path}: holds a run of another model; give another --out")
-        replace_text(path, text)
+        if self._writes:
+            replace_text(path, text)
 
     def begin(self, step: int) -> None:
         """Open for steps after `step`: rows past it are dropped, a resume is noted."""
+        if not self._writes:
+            return
         rows = self._rows()
         kept = [r for r in rows if r.get("step", 0) <= step and r.get("resumed_from", 0) <= step]
         if step:
@@ -64,8 +72,9 @@ class Record:
 
     def add(self, row: dict[str, Any]) -> None:
         """Append one row, whole or not at all."""
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        if self._file is not None:
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
         """No more rows."""

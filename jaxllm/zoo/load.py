@@ -25,7 +25,14 @@ from jaxllm.zoo.safetensors import open_safetensors
 from jaxllm.zoo.safetensors_writer import write_safetensors
 from jaxllm.zoo.table import ConfigReader, Entry, Family
 
-__all__ = ["Checkpoint", "open_checkpoint", "read_arrays", "save_checkpoint", "source_hash"]
+__all__ = [
+    "Checkpoint",
+    "open_checkpoint",
+    "read_arrays",
+    "save_checkpoint",
+    "saved_paths",
+    "source_hash",
+]
 
 _NO_FLOATS = ("I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL", "C64")
 
@@ -202,12 +209,7 @@ def save_checkpoint(
     Raises:
       UnsupportedError: no family can say this spec.
     """
-    for family in FAMILIES.values():
-        config = family.write(spec)
-        if config is not None and _same_spec(family, config, spec):
-            break
-    else:
-        raise UnsupportedError("no public family's config.json can say this spec")
+    family, config = _writer(spec)
     paths = layer_paths(spec)
     tag = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}[dtype]
     width = 4 if tag == "F32" else 2
@@ -223,6 +225,20 @@ def save_checkpoint(
     if eos_ids:
         config["eos_token_id"] = eos_ids[0] if len(eos_ids) == 1 else list(eos_ids)
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def saved_paths(spec: ModelSpec) -> list[str]:
+    """The unstacked paths that `save_checkpoint` reads, in its order."""
+    return [entry.path for entry in _writer(spec)[0].names(spec)]
+
+
+def _writer(spec: ModelSpec) -> tuple[Family, dict[str, Any]]:
+    """The family that can say a spec, and the config.json in which it does."""
+    for family in FAMILIES.values():
+        config = family.write(spec)
+        if config is not None and _same_spec(family, config, spec):
+            return family, config
+    raise UnsupportedError("no public family's config.json can say this spec")
 
 
 def _same_spec(family: Family, config: dict[str, Any], spec: ModelSpec) -> bool:
