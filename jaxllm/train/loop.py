@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxllm.aot import counter
 from jaxllm.aot.program import abstract_like
 from jaxllm.aot.store import Store
 from jaxllm.core.config import require
@@ -22,8 +22,17 @@ from jaxllm.errors import CapacityError, ConfigError
 from jaxllm.spec.cost import num_params
 from jaxllm.train.checkpoint import Checkpoints
 from jaxllm.train.config import RunConfig
+from jaxllm.train.devices import peak_flops, step_flops
+from jaxllm.train.meter import Meter
+from jaxllm.train.plot import draw_losses
+from jaxllm.train.profile import Profile
 from jaxllm.train.programs import make_programs
 from jaxllm.train.record import Record
+from jaxllm.train.samples import Sampler
+from jaxllm.train.show import Show
+from jaxllm.train.stop import Stop
+from jaxllm.train.summary import summarise
+from jaxllm.train.trackers import Trackers, import_wandb
 from jaxllm.zoo.load import save_checkpoint
 
 __all__ = ["Result", "train"]
@@ -39,6 +48,7 @@ class Result:
       loss: of the last step.
       val_loss: of the last validation, or None.
       seconds: wall clock of this process's part.
+      summary: what stands in `summary.json`.
     """
 
     folder: Path
@@ -46,6 +56,7 @@ class Result:
     loss: float | None
     val_loss: float | None
     seconds: float
+    summary: dict[str, Any]
 
 
 def _check_vocabulary(config: RunConfig, data: TextData) -> None:
@@ -56,16 +67,25 @@ def _check_vocabulary(config: RunConfig, data: TextData) -> None:
     )
 
 
-def train(config: RunConfig, *, quiet: bool = False) -> Result:
+def train(config: RunConfig, *, quiet: bool = False, begun: float | None = None) -> Result:
     """Train, from the last checkpoint of the run directory if it has one.
 
     Args:
       config: the run.
       quiet: no lines on the terminal.
+      begun: `time.perf_counter()` from which start-up counts; now by default.
 
     Raises:
-      ConfigError: contradictions, missing data; CapacityError: the loss stays non-finite.
+      ConfigError: contradictions, missing data; CapacityError: the loss stays non-finite;
+      UnsupportedError: a tracker is not installed; KeyboardInterrupt: after Ctrl-C, all being
+      saved.
     """
+    counter.start()
+    meter = Meter(time.perf_counter() if begun is None else begun)
+    if begun is not None:
+        meter.started("imports")
+    if config.wandb:
+        import_wandb()
     if config.data is None:
         raise ConfigError("there is no data: give --data PATH (a text file or a folder of text)")
     data = open_text(
@@ -75,10 +95,12 @@ def train(config: RunConfig, *, quiet: bool = False) -> Result:
         tokens=config.tokens,
     )
     _check_vocabulary(config, data)
+    meter.started("data")
     record = Record(Path(config.out), config)
     checkpoints = Checkpoints(record.folder / "checkpoints", config.keep)
     try:
-        return _Run(config, data, record, checkpoints, quiet).run()
+        run = _Run(config, data, record, checkpoints, meter)
+        return run.run(Show(config.steps, log_every=config.log_every, quiet=quiet))
     finally:
         checkpoints.close()
         record.close()
@@ -93,25 +115,57 @@ class _Run:
         data: TextData,
         record: Record,
         checkpoints: Checkpoints,
-        quiet: bool,
+        meter: Meter,
     ):
         self.config = config
         self.data = data
         self.record = record
         self.checkpoints = checkpoints
-        self.quiet = quiet
-        self.begun = time.perf_counter()
-        self.last = self.begun
-        self.stopping = False
+        self.meter = meter
+        self.profile = Profile(config.profile, record.folder / "profile")
+        self.sampler: Sampler | None = None
         self.loss: float | None = None
         self.val_loss: float | None = None
+        self.skipped = 0
+        self.needed: dict[int, float] = {}
+        """FLOPs of the steps that are under way."""
 
-    def run(self) -> Result:
+    def run(self, show: Show) -> Result:
         """All remaining steps, a validation and a checkpoint at the end, the model as files."""
-        config = self.config
+        self.show = show
+        state, start = self._prepare()
+        self.trackers = Trackers(self.config, self.record.folder, start)
+        self.meter.started("trackers")
+        try:
+            with show, Stop() as self.stop:
+                state, step = self._steps(state, start)
+            if step >= self.config.steps:
+                self._export(state)
+            summary = self._finish(step)
+        finally:
+            self.profile.stop()
+            self.trackers.close()
+        if self.stop.interrupted:
+            raise KeyboardInterrupt
+        return Result(
+            folder=self.record.folder,
+            step=step,
+            loss=self.loss,
+            val_loss=self.val_loss,
+            seconds=summary["seconds"],
+            summary=summary,
+        )
+
+    def _prepare(self) -> tuple[Any, int]:
+        """Everything before the first step; the state and the step that it is of."""
+        config, meter = self.config, self.meter
         sizes = parse_mesh(config.mesh)
         mesh = make_mesh(sizes) if sizes else None
+        self.devices = list(mesh.devices.flat) if mesh is not None else jax.devices()[:1]
+        peak = peak_flops(self.devices[0].device_kind, config.dtype)
+        meter.peak = None if peak is None else peak * len(self.devices)
         self.programs = make_programs(config, Store.default(), mesh)
+        meter.started("programs")
         report = self.programs.step.report
         log.info("model: %s parameters; step: %s", f"{num_params(config.spec):,}", report)
         state = self.programs.init(np.uint32(config.seed))
@@ -120,77 +174,108 @@ class _Run:
             state = self.checkpoints.restore(start, jax.tree.map(abstract_like, state))
             log.info("resumed from step %d", start)
         self.record.begin(start)
+        meter.started("state")
+        if config.sample_every:
+            self.sampler = Sampler(
+                config, self.data.tokenizer, store=Store.default(), mesh=mesh, params=state.params
+            )
+            meter.started("samples")
         self.validation = self.data.validation_batches(rows=config.batch, count=config.eval_batches)
-        before = signal.signal(signal.SIGTERM, self._stop)
-        try:
-            state, step = self._steps(state, start)
-        finally:
-            signal.signal(signal.SIGTERM, before)
-        if not self.stopping:
-            self._export(state)
-        return Result(
-            folder=self.record.folder,
-            step=step,
-            loss=self.loss,
-            val_loss=self.val_loss,
-            seconds=time.perf_counter() - self.begun,
-        )
-
-    def _stop(self, *_: Any) -> None:
-        self.stopping = True
+        meter.started("data")
+        return state, start
 
     def _steps(self, state: Any, start: int) -> tuple[Any, int]:
         """Steps start+1..steps; metrics are read one step late, so the device never waits."""
         config, pending, step = self.config, None, start
         for step in range(start + 1, config.steps + 1):
+            if step == self.profile.first:
+                if pending is not None:
+                    self._write(*pending)
+                    pending = None
+                with self.meter.apart("profile"):
+                    self.profile.start()
             batch = self.data.batch(step - 1, rows=config.batch, seed=config.seed)
+            self.needed[step] = step_flops(config.spec, batch, rows=config.batch)
             state, metrics = self.programs.step(state, batch)
             if pending is not None:
                 self._write(*pending)
             pending = (step, metrics)
-            end = step == config.steps or self.stopping
+            end = step == config.steps or self.stop.asked
             evaluates = step % config.eval_every == 0 or step == config.steps
-            if evaluates or end or step % config.checkpoint_every == 0:
+            saves = end or step % config.checkpoint_every == 0
+            samples = self.sampler is not None and step % config.sample_every == 0
+            if evaluates or saves or samples or step == self.profile.last:
                 self._write(*pending, params=state.params if evaluates else None)
                 pending = None
-            if end or step % config.checkpoint_every == 0:
-                self.checkpoints.save(step, state)
-            if self.stopping:
+            if step == self.profile.last:
+                with self.meter.apart("profile"):
+                    self.profile.stop()
+            if samples:
+                self._sample(step, state.params)
+            if saves:
+                with self.meter.apart("checkpoints"):
+                    self.checkpoints.save(step, state)
+            if end:
                 break
         return state, step
 
     def _write(self, step: int, metrics: Any, params: Any = None) -> None:
         """The row of a step, with a validation when parameters are given."""
-        loss, norm = float(metrics.loss), float(metrics.grad_norm)
-        now = time.perf_counter()
-        seconds, self.last = now - self.last, now
-        tokens = self.config.batch * self.config.length
+        config, metrics = self.config, jax.device_get(metrics)
         row: dict[str, Any] = {
             "step": step,
-            "loss": loss,
-            "grad_norm": norm,
+            "loss": float(metrics.loss),
+            "grad_norm": float(metrics.grad_norm),
             "lr": float(metrics.learning_rate),
-            "tokens_per_s": tokens / seconds,
-            "step_ms": 1e3 * seconds,
-            "skipped": int(metrics.skipped),
         }
-        if self.config.dtype == "float16":
+        tokens = config.batch * config.length
+        flops = self.needed.pop(step)
+        row |= self.meter.step(tokens, flops, skipped=int(metrics.bad_steps) > 0)
+        row["skipped"] = self.skipped = int(metrics.skipped)
+        if config.dtype == "float16":
             row["loss_scale"] = float(metrics.loss_scale)
         if params is not None:
-            losses = [float(self.programs.evaluate(params, b)) for b in self.validation]
+            with self.meter.apart("validation"):
+                losses = [float(self.programs.evaluate(params, b)) for b in self.validation]
             row["val_loss"] = self.val_loss = float(np.mean(losses))
-            self.last = time.perf_counter()
-        self.loss = loss
+        self.loss = row["loss"]
         self.record.add(row)
-        if not self.quiet and ("val_loss" in row or step % 50 == 0):
-            shown = f"step {step}  loss {loss:.4f}  grad norm {norm:.3f}  {seconds * 1e3:.1f} ms"
-            print(shown + (f"  val {self.val_loss:.4f}" if "val_loss" in row else ""), flush=True)
-        if int(metrics.bad_steps) >= self.config.patience:
+        self.trackers.add(row)
+        self.show.step(row)
+        if int(metrics.bad_steps) >= config.patience:
             raise CapacityError(
-                f"the loss or gradient was not finite for {self.config.patience} steps in a row "
+                f"the loss or gradient was not finite for {config.patience} steps in a row "
                 f"(up to step {step}); lower the learning rate or check the data. Checkpoints "
                 f"below {self.record.folder} are intact"
             )
+
+    def _sample(self, step: int, params: Any) -> None:
+        """A text by the parameters of a step."""
+        assert self.sampler is not None
+        with self.meter.apart("samples"):
+            sample = self.sampler.draw(params)
+            self.record.samples.add({"step": step, **sample})
+            self.show.note(f"sample at step {step}: {sample['prompt']}{sample['text']}")
+
+    def _finish(self, step: int) -> dict[str, Any]:
+        """`summary.json`, `loss.png` and the table."""
+        with self.meter.apart("checkpoints"):
+            self.checkpoints.close()
+        rows, folder = self.record.metrics.rows(), self.record.folder
+        summary = summarise(
+            self.config,
+            rows,
+            self.meter.summary(),
+            folder=folder,
+            step=step,
+            skipped=self.skipped,
+            devices=self.devices,
+            predicted_bytes=self.programs.step.report.peak_bytes,
+        )
+        self.record.finish(summary)
+        draw_losses(rows, folder / "loss.png")
+        self.show.table(summary)
+        return summary
 
     def _export(self, state: Any) -> None:
         """The trained model in the Hugging Face layout, below `model`."""
