@@ -28,11 +28,12 @@ class Meter:
         self.begun = begun
         self.peak: float | None = None
         self.startup: dict[str, float] = {}
-        self.aside: collections.Counter[str] = collections.Counter()
+        self.aside: collections.defaultdict[str, float] = collections.defaultdict(float)
         self._last = begun
         self._startup_seconds: float | None = None
         self._compilations = 0
-        self._productive = [0, 0.0, 0, 0.0]
+        self._productive = (0.0, 0, 0.0)
+        """Seconds, tokens and FLOPs of the productive steps."""
 
     def started(self, part: str) -> None:
         """A part of the start-up ends now."""
@@ -60,8 +61,8 @@ class Meter:
         elif skipped:
             self.aside["skipped"] += seconds
         else:
-            steps, total, count, work = self._productive
-            self._productive = [steps + 1, total + seconds, count + tokens, work + (flops or 0.0)]
+            total, count, work = self._productive
+            self._productive = (total + seconds, count + tokens, work + (flops or 0.0))
         self._last = now
         return {
             "tokens_per_s": tokens / seconds,
@@ -95,7 +96,7 @@ class Meter:
           `tokens_per_s` and `mfu` over these; `late_compilations` after the first step.
         """
         seconds = time.perf_counter() - self.begun
-        _, productive, tokens, work = self._productive
+        productive, tokens, work = self._productive
         started = self._startup_seconds is not None
         return {
             "seconds": seconds,

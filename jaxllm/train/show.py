@@ -1,4 +1,4 @@
-"""What a run says: a live line with a bar on a terminal, plain lines elsewhere, a table at its end."""
+"""What a run says: a live line and a bar on a terminal, else plain lines; a table at its end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Asking a run to stop: SIGTERM, or Ctrl-C once. It ends its step, saves, and says how far it came."""
+"""Asking a run to stop, by SIGTERM or by Ctrl-C: it ends its step, saves and sums up."""
 
 from __future__ import annotations
 

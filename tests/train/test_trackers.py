@@ -87,15 +87,15 @@ class Board:
 def test_weights_and_biases(tmp_path, monkeypatch):
     board = Board()
     monkeypatch.setitem(sys.modules, "wandb", board.module())
-    config = small(tmp_path, wandb="toys", tensorboard=False, steps=4, eval_every=4)
+    config = small(tmp_path, wandb="toys", tensorboard=False)
     train(config, quiet=True)
     begun = board.begun[0]
     assert (begun["project"], begun["name"], begun["id"]) == ("toys", "run", None)
-    assert begun["resume"] == "allow" and begun["config"]["steps"] == 4
-    assert [step for step, _ in board.logged] == [1, 2, 3, 4]
+    assert begun["resume"] == "allow" and begun["config"]["steps"] == 12
+    assert [step for step, _ in board.logged] == list(range(1, 13))
     assert "validation/loss" in board.logged[-1][1] and board.finished == 1
     assert not (Path(config.out) / "tensorboard").exists()
-    Trackers(config, Path(config.out), 4).close()
+    Trackers(config, Path(config.out), 12).close()
     assert board.begun[1]["id"] == "abc123"
 
 
