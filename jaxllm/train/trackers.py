@@ -47,6 +47,36 @@ def scalars(row: dict[str, Any]) -> dict[str, float]:
     }
 
 
+class _Board:
+    """TensorBoard's event file of one process; a step is one event (one a number is slow)."""
+
+    def __init__(self, folder: Path, start: int):
+        from tensorboardX import FileWriter
+        from tensorboardX.proto import event_pb2, summary_pb2
+
+        events: Any = event_pb2  # its names are made at import
+        self._summaries: Any = summary_pb2
+
+        # A file's name has whole seconds only: two processes within one must not share it.
+        suffix = f".{start}.{time.time_ns() % 10**9}"
+        self._writer = FileWriter(
+            str(folder), max_queue=1000, flush_secs=10, filename_suffix=suffix
+        )
+        # TensorBoard hides what earlier files have from this step on.
+        begins = events.SessionLog(status=events.SessionLog.START)
+        self._writer.add_event(events.Event(step=start + 1, session_log=begins))
+
+    def add(self, values: dict[str, float], step: int) -> None:
+        """Numbers of a step."""
+        kind = self._summaries.Summary
+        found = [kind.Value(tag=name, simple_value=value) for name, value in values.items()]
+        self._writer.add_summary(kind(value=found), step)
+
+    def close(self) -> None:
+        """Write all that is left."""
+        self._writer.close()
+
+
 class Trackers:
     """The trackers that a run asks for; steps after `start` are sent to each.
 
@@ -61,15 +91,7 @@ class Trackers:
         self._board: Any = None
         self._wandb: Any = None
         if config.tensorboard:
-            from tensorboardX import SummaryWriter
-
-            # A file's name has whole seconds only: two processes within one must not share it.
-            self._board = SummaryWriter(
-                str(folder / "tensorboard"),
-                purge_step=start + 1,
-                flush_secs=10,
-                filename_suffix=f".{start}.{time.time_ns() % 10**9}",
-            )
+            self._board = _Board(folder / "tensorboard", start)
         if config.wandb:
             self._wandb = _begin_wandb(config, folder)
 
@@ -79,8 +101,7 @@ class Trackers:
             return
         step, values = row["step"], scalars(row)
         if self._board is not None:
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
+            self._board.add(values, step)
         if self._wandb is not None:
             # Steps that an earlier process sent are refused there: they are the same numbers.
             self._wandb.log(values, step=step)
