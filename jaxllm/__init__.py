@@ -6,13 +6,14 @@
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Generation", "Model", "ModelSpec", "Policy", "Sampling", "load", "pull"]
+__all__ = ["Generation", "Model", "ModelSpec", "Policy", "Sampling", "load", "pull", "train"]
 
 if TYPE_CHECKING:
     from jaxllm.core.policy import Policy
     from jaxllm.infer.sampling import Sampling
     from jaxllm.model import Generation, Model, load
     from jaxllm.spec.model import ModelSpec
+    from jaxllm.train.loop import train
     from jaxllm.zoo.pull import pull
 
 _HOMES = {
@@ -29,6 +30,8 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     import importlib
 
+    if name == "train":  # the package itself, which can be called
+        return importlib.import_module("jaxllm.train")
     if name not in _HOMES:
         raise AttributeError(f"module 'jaxllm' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)

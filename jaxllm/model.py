@@ -25,7 +25,7 @@ from jaxllm.infer.open import open_source, run_policy
 from jaxllm.infer.programs import Setup, bucket
 from jaxllm.infer.sampling import Sampling
 from jaxllm.spec.model import ModelSpec
-from jaxllm.spec.table import FUSED, fused_dim, layer_paths
+from jaxllm.spec.table import fused_part
 from jaxllm.text.answer import Answer
 from jaxllm.text.tokenizer import Tokenizer
 from jaxllm.zoo.load import save_checkpoint
@@ -308,7 +308,6 @@ class Model:
 
     def leaf(self, path: str) -> np.ndarray:
         """One parameter by its unstacked path (`layers.3.mlp.down`), canonical and on the host."""
-        definition = layer_paths(self.spec)[path]
         *parents, name = path.split(".")
         if parents[0] != "layers":
             return np.ascontiguousarray(plain(host(self.params[parents[0]][name])))
@@ -319,7 +318,8 @@ class Model:
         leaves = tree[parents[2]]
         if name in leaves:
             return np.ascontiguousarray(plain(host(leaves[name])))
-        return np.ascontiguousarray(_unfuse(self.spec, path, leaves, definition))
+        fused, cut = fused_part(self.spec, path)
+        return np.ascontiguousarray(plain(host(leaves[fused.rpartition(".")[2]]))[cut])
 
     def save(self, directory: str | Path) -> None:
         """Write the Hugging Face layout: config.json, safetensors, tokenizer. Loads back bit-equal.
@@ -338,21 +338,6 @@ class Model:
 def host(leaf: Any) -> Any:
     """A leaf with its arrays on the host."""
     return jax.tree.map(np.asarray, leaf)
-
-
-def _unfuse(spec: ModelSpec, path: str, leaves: Any, definition: Any) -> np.ndarray:
-    """The part of a fused leaf that a path names."""
-    parent, _, name = path.rpartition(".")
-    stem, bias = (name.removesuffix("_bias"), "_bias") if name.endswith("_bias") else (name, "")
-    fused = next(f for f, parts in FUSED.items() if stem in parts)
-    dim, start = fused_dim(definition), 0
-    for part in FUSED[fused]:
-        size = layer_paths(spec)[f"{parent}.{part}{bias}"].shape[dim]
-        if part == stem:
-            whole = plain(host(leaves[fused + bias]))
-            return np.take(whole, range(start, start + size), axis=dim)
-        start += size
-    raise ConfigError(f"{path} is no part of {fused}")
 
 
 def _sampling(options: dict[str, Any], *others: str) -> Sampling:

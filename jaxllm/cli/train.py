@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import runpy
+import time
 import typing
 from pathlib import Path
 from typing import Any
@@ -60,16 +61,11 @@ def parse_run(path: str, arguments: list[str]) -> RunConfig:
 
 def run(options: RunConfig) -> int:
     """Run the subcommand."""
+    begun = time.perf_counter()
     show_notes()
     from jaxllm.train import hosts
     from jaxllm.train.loop import train
 
     with hosts.leaving():
-        result = train(options)
-    if not hosts.is_main():
-        return 0
-    shown = "none" if result.val_loss is None else f"{result.val_loss:.4f}"
-    print(
-        f"step {result.step}: validation loss {shown} after {result.seconds:.0f} s; {result.folder}"
-    )
+        train(options, begun=begun)
     return 0

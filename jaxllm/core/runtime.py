@@ -16,8 +16,8 @@ from jaxllm.errors import CapacityError, ConfigError
 __all__ = [
     "Cluster",
     "cache_dir",
-    "data_dir",
     "cluster",
+    "data_dir",
     "hf_endpoint",
     "hf_offline",
     "models_dir",

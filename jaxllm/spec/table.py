@@ -11,6 +11,7 @@ import functools
 import math
 from typing import Any
 
+from jaxllm.core.config import require
 from jaxllm.core.tree import Segment, flatten, single_segments
 from jaxllm.spec.model import Block, ModelSpec
 from jaxllm.spec.ops import MLP, Attention, Norm, Op
@@ -20,6 +21,7 @@ __all__ = [
     "ParamDef",
     "block_table",
     "fuse_table",
+    "fused_part",
     "layer_paths",
     "model_table",
     "norm_table",
@@ -157,6 +159,27 @@ def fuse_table(table: dict[str, ParamDef]) -> dict[str, ParamDef]:
 def fused_dim(part: ParamDef) -> int:
     """The dim (from the end) on which parts of a fused projection are concatenated."""
     return -2 if part.axes[-1] == "head_dim" else -1
+
+
+def fused_part(spec: ModelSpec, path: str) -> tuple[str, tuple[Any, ...]]:
+    """(unstacked path of the fused leaf that holds a leaf, the index that cuts it out).
+
+    Raises:
+      ConfigError: the leaf is part of none.
+    """
+    parent, _, name = path.rpartition(".")
+    stem, bias = (name.removesuffix("_bias"), "_bias") if name.endswith("_bias") else (name, "")
+    fused = next((f for f, parts in FUSED.items() if stem in parts), None)
+    require(fused is not None, f"{path} is part of no fused projection")
+    start = 0
+    for part in FUSED[str(fused)]:
+        definition = layer_paths(spec)[f"{parent}.{part}{bias}"]
+        dim = fused_dim(definition)
+        if part == stem:
+            break
+        start += definition.shape[dim]
+    after = (slice(None),) * (-1 - dim)
+    return f"{parent}.{fused}{bias}", (..., slice(start, start + definition.shape[dim]), *after)
 
 
 @functools.lru_cache(maxsize=64)

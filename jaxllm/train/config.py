@@ -12,6 +12,7 @@ from jaxllm.core.precision import DtypeName
 from jaxllm.data.tokens import check_tokenizer
 from jaxllm.ops.loss import LossOptions
 from jaxllm.spec.model import ModelSpec
+from jaxllm.train.profile import parse_profile
 
 __all__ = ["LossScale", "Optimizer", "RunConfig"]
 
@@ -117,6 +118,15 @@ class RunConfig:
       mesh: devices by axis, for example `data=2,fsdp=4`; empty for one device. `data` copies the
         state, `fsdp` shards it (ZeRO-3), `tensor` splits heads, ffn and vocabulary.
       patience: consecutive non-finite steps after which the run stops.
+      log_every: steps between lines on the terminal; 0: each step that takes over a second, else
+        about one line a second. The first and the last step, and validations, always.
+      tensorboard: write scalars into `tensorboard/` of the run directory.
+      wandb: project of Weights & Biases to report to (the package is installed apart); empty: none.
+      sample_every: steps between samples of text; 0 is never.
+      sample_prompt: what a sample begins with.
+      sample_tokens: at most this many new tokens a sample.
+      profile: steps of which `jax.profiler` takes a trace into `profile/`, as `FIRST:LAST`, both
+        included; empty: none.
     """
 
     spec: ModelSpec
@@ -149,6 +159,13 @@ class RunConfig:
     keep: int = 2
     mesh: str = ""
     patience: int = 20
+    log_every: int = 0
+    tensorboard: bool = True
+    wandb: str = ""
+    sample_every: int = 0
+    sample_prompt: str = "\n"
+    sample_tokens: int = 100
+    profile: str = ""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "accumulate", "length", "eval_every", "eval_batches"):
@@ -186,7 +203,21 @@ class RunConfig:
         require(
             set(sizes) <= known, f"mesh {self.mesh!r}: training takes {', '.join(sorted(known))}"
         )
+        self._check_seeing()
         require(
             0 < self.validation_fraction < 1,
             f"validation_fraction is in (0, 1), found {self.validation_fraction}",
+        )
+
+    def _check_seeing(self) -> None:
+        require(self.log_every >= 0, f"log_every is ≥ 0, found {self.log_every}")
+        require(self.sample_every >= 0, f"sample_every is ≥ 0, found {self.sample_every}")
+        require(self.sample_tokens >= 1, f"sample_tokens is at least 1, found {self.sample_tokens}")
+        require(
+            not self.sample_every or bool(self.sample_prompt),
+            "sample_prompt is empty; give at least one character",
+        )
+        first = parse_profile(self.profile)[0]
+        require(
+            first <= self.steps, f"profile {self.profile!r}: the run has only {self.steps} steps"
         )

@@ -29,6 +29,8 @@ from jaxllm.core.logging import log
 from jaxllm.core.tree import flatten, unstacked_paths
 from jaxllm.data.batch import Batch
 from jaxllm.errors import ConfigError, user_errors
+from jaxllm.spec.model import ModelSpec
+from jaxllm.spec.table import fused_part
 from jaxllm.train.config import RunConfig
 
 __all__ = [
@@ -38,6 +40,7 @@ __all__ = [
     "is_main",
     "leaf_reader",
     "leaving",
+    "own_rows",
     "place",
     "place_whole",
     "several",
@@ -250,21 +253,38 @@ def check_shared(folder: Path) -> None:
     )
 
 
-def place(make: Callable[[slice], Batch], rows: int, *, program: Any) -> Batch:
-    """A batch as a program takes it; each process makes only its own rows.
+def _rows_sharding(program: Any) -> Any:
+    """How a program takes its last argument, a batch."""
+    return jax.tree.leaves(program.compiled.input_shardings[0][-1])[0]
+
+
+def own_rows(rows: int, *, program: Any) -> slice:
+    """Which rows of a batch this process has to make for a program.
 
     Args:
-      make: gives the rows of a slice of the whole batch.
       rows: of the whole batch.
       program: the executable; the batch is its last argument.
     """
     if not several():
-        return make(slice(0, rows))
-    sharding = jax.tree.leaves(program.compiled.input_shardings[0][-1])[0]
+        return slice(0, rows)
+    sharding = _rows_sharding(program)
     # Any length that the devices divide: only the rows matter here.
     parts = sharding.addressable_devices_indices_map((rows, sharding.num_devices)).values()
     ends = [index[0].indices(rows)[:2] for index in parts]
-    first, last = min(a for a, _ in ends), max(b for _, b in ends)
+    return slice(min(a for a, _ in ends), max(b for _, b in ends))
+
+
+def place(own: Batch, rows: int, *, program: Any) -> Batch:
+    """A batch as a program takes it, from this process's own rows of it.
+
+    Args:
+      own: the rows that `own_rows` says.
+      rows: of the whole batch.
+      program: the executable.
+    """
+    if not several():
+        return own
+    sharding, first = _rows_sharding(program), own_rows(rows, program=program).start
 
     def whole(own: Any) -> jax.Array:
         own = np.asarray(own)
@@ -275,13 +295,14 @@ def place(make: Callable[[slice], Batch], rows: int, *, program: Any) -> Batch:
 
         return jax.make_array_from_callback((rows, *own.shape[1:]), sharding, take)
 
-    return jax.tree.map(whole, make(slice(first, last)))
+    return jax.tree.map(whole, own)
 
 
 def place_whole(batch: Batch, *, program: Any) -> Batch:
     """A batch, all of which every process has, as a program takes it."""
     rows = batch.tokens.shape[0]
-    return place(lambda part: jax.tree.map(lambda x: x[part], batch), rows, program=program)
+    part = own_rows(rows, program=program)
+    return place(jax.tree.map(lambda x: x[part], batch), rows, program=program)
 
 
 def _everywhere(mesh: Any = None) -> NamedSharding:
@@ -321,11 +342,11 @@ class Agreement:
         return before is not None and bool(before)
 
 
-def leaf_reader(params: Any) -> Callable[[str], np.ndarray]:
+def leaf_reader(spec: ModelSpec, params: Any) -> Callable[[str], np.ndarray]:
     """A function from an unstacked path (`layers.3.mlp.down`) to the whole array on the host.
 
     One layer's array at a time is copied from where its shards lie; the reader is called by all
-    processes with the same paths.
+    processes with the same paths. A part of a fused projection is cut out of it.
     """
     places: dict[str, tuple[Any, int | None]] = {}
     for stacked, leaf in flatten(params):
@@ -339,6 +360,9 @@ def leaf_reader(params: Any) -> Callable[[str], np.ndarray]:
     in_place = out is None and jax.devices()[0].platform == "cpu"
 
     def read(path: str) -> np.ndarray:
+        if path not in places:
+            fused, cut = fused_part(spec, path)
+            return np.ascontiguousarray(read(fused)[cut])
         leaf, repeat = places[path]
         if in_place:
             return np.asarray(leaf) if repeat is None else np.asarray(leaf)[repeat]

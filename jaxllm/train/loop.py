@@ -4,26 +4,37 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import signal
 import time
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from jaxllm.aot import counter
 from jaxllm.aot.program import abstract_like
 from jaxllm.aot.store import Store
 from jaxllm.core.logging import log
 from jaxllm.core.mesh import make_mesh, parse_mesh
-from jaxllm.data.text import TextData, open_text
+from jaxllm.data.batch import Batch
+from jaxllm.data.loader import Data, DataOptions, open_data
 from jaxllm.errors import CapacityError, ConfigError
 from jaxllm.spec.cost import num_params
 from jaxllm.train import hosts
 from jaxllm.train.checkpoint import Checkpoints
 from jaxllm.train.config import RunConfig
+from jaxllm.train.devices import peak_flops, step_flops
+from jaxllm.train.meter import Meter
+from jaxllm.train.plot import draw_losses
+from jaxllm.train.profile import Profile
 from jaxllm.train.programs import make_programs
 from jaxllm.train.record import Record
+from jaxllm.train.samples import Sampler
+from jaxllm.train.show import Show
+from jaxllm.train.stop import Stop
+from jaxllm.train.summary import summarise
+from jaxllm.train.trackers import Trackers, import_wandb
 from jaxllm.zoo.load import save_checkpoint, saved_paths
 
 __all__ = ["Result", "train"]
@@ -39,6 +50,7 @@ class Result:
       loss: of the last step.
       val_loss: of the last validation, or None.
       seconds: wall clock of this process's part.
+      summary: what stands in `summary.json`.
     """
 
     folder: Path
@@ -46,15 +58,13 @@ class Result:
     loss: float | None
     val_loss: float | None
     seconds: float
+    summary: dict[str, Any]
 
 
 def _open(config: RunConfig) -> Data:
-    """The run's data."""
+    """The run's data, tokenised once."""
     if config.data is None:
-        raise ConfigError(
-            "there is no data: give --data PATH (text, JSON lines, Parquet, token arrays or a "
-            "folder of them)"
-        )
+        raise ConfigError("there is no data: give --data PATH (text, JSON lines, Parquet, tokens)")
     return open_data(
         DataOptions(
             path=config.data,
@@ -69,39 +79,37 @@ def _open(config: RunConfig) -> Data:
     )
 
 
-def _open_data(config: RunConfig) -> TextData:
-    if config.data is None:
-        raise ConfigError("there is no data: give --data PATH (a text file or a folder of text)")
-    data = open_text(
-        Path(config.data),
-        length=config.length,
-        validation_fraction=config.validation_fraction,
-        tokens=config.tokens,
-    )
-    _check_vocabulary(config, data)
-    return data
-
-
-def train(config: RunConfig, *, quiet: bool = False) -> Result:
+def train(config: RunConfig, *, quiet: bool = False, begun: float | None = None) -> Result:
     """Train, from the last checkpoint of the run directory if it has one.
 
     Args:
       config: the run.
       quiet: no lines on the terminal.
+      begun: `time.perf_counter()` from which start-up counts; now by default.
 
     Raises:
-      ConfigError: contradictions, missing data; CapacityError: the loss stays non-finite.
+      ConfigError: contradictions, missing data; CapacityError: the loss stays non-finite;
+      UnsupportedError: a tracker is not installed; KeyboardInterrupt: after Ctrl-C, all being
+      saved.
     """
+    counter.start()
+    meter = Meter(time.perf_counter() if begun is None else begun)
+    if begun is not None:
+        meter.started("imports")
+    if config.wandb:
+        import_wandb()
     hosts.start()
     hosts.check_same(config)
     quiet = quiet or not hosts.is_main()
     with hosts.together("opening the data or the run directory"):
-        data = _open_data(config)
+        data = _open(config)
+        meter.started("data")
         record = Record(Path(config.out), config)
     hosts.check_shared(record.folder)
     checkpoints = Checkpoints(record.folder / "checkpoints", config.keep)
     try:
-        return _Run(config, data, record, checkpoints, quiet).run()
+        run = _Run(config, data, record, checkpoints, meter)
+        return run.run(Show(config.steps, log_every=config.log_every, quiet=quiet))
     finally:
         checkpoints.close()
         record.close()
@@ -116,25 +124,57 @@ class _Run:
         data: Data,
         record: Record,
         checkpoints: Checkpoints,
-        quiet: bool,
+        meter: Meter,
     ):
         self.config = config
         self.data = data
         self.record = record
         self.checkpoints = checkpoints
-        self.quiet = quiet
-        self.begun = time.perf_counter()
-        self.last = self.begun
-        self.stopping = False
+        self.meter = meter
+        self.profile = Profile(config.profile, record.folder / "profile")
+        self.sampler: Sampler | None = None
         self.loss: float | None = None
         self.val_loss: float | None = None
+        self.skipped = 0
+        self.needed: dict[int, float] = {}
+        """FLOPs of the steps that are under way."""
 
-    def run(self) -> Result:
+    def run(self, show: Show) -> Result:
         """All remaining steps, a validation and a checkpoint at the end, the model as files."""
-        config = self.config
+        self.show = show
+        state, start = self._prepare()
+        self.trackers = Trackers(self.config, self.record.folder, start)
+        self.meter.started("trackers")
+        try:
+            with show, Stop() as self.stop, contextlib.closing(self._batches(start)) as batches:
+                state, step = self._steps(state, start, batches)
+            if step >= self.config.steps:
+                self._export(state)
+            summary = self._finish(step)
+        finally:
+            self.profile.stop()
+            self.trackers.close()
+        if self.stop.interrupted:
+            raise KeyboardInterrupt
+        return Result(
+            folder=self.record.folder,
+            step=step,
+            loss=self.loss,
+            val_loss=self.val_loss,
+            seconds=summary["seconds"],
+            summary=summary,
+        )
+
+    def _prepare(self) -> tuple[Any, int]:
+        """Everything before the first step; the state and the step that it is of."""
+        config, meter = self.config, self.meter
         sizes = parse_mesh(config.mesh)
-        mesh = make_mesh(sizes) if sizes or hosts.several() else None
+        mesh = make_mesh(sizes) if sizes else None
+        self.devices = list(mesh.devices.flat) if mesh is not None else jax.devices()[:1]
+        peak = peak_flops(self.devices[0].device_kind, config.dtype)
+        meter.peak = None if peak is None else peak * len(self.devices)
         self.programs = make_programs(config, Store.default(), mesh)
+        meter.started("programs")
         report = self.programs.step.report
         log.info("model: %s parameters; step: %s", f"{num_params(config.spec):,}", report)
         state = self.programs.init(np.uint32(config.seed))
@@ -143,99 +183,128 @@ class _Run:
             state = self.checkpoints.restore(start, jax.tree.map(abstract_like, state))
             log.info("resumed from step %d", start)
         self.record.begin(start)
-        rows, evaluate = config.batch, self.programs.evaluate
-        self.validation = [
-            hosts.place(
-                lambda part, b=b: jax.tree.map(lambda x: x[part], b), rows, program=evaluate
+        meter.started("state")
+        if config.sample_every:
+            self.sampler = Sampler(
+                config, self.data.tokenizer, store=Store.default(), mesh=mesh, params=state.params
             )
-            for b in self.data.validation_batches(rows=rows, count=config.eval_batches)
+            meter.started("samples")
+        self.validation = [
+            hosts.place_whole(batch, program=self.programs.evaluate)
+            for batch in self.data.validation_batches(rows=config.batch, count=config.eval_batches)
         ]
         self.agree = hosts.Agreement()
-        before = signal.signal(signal.SIGTERM, self._stop)
-        batches = self.data.stream(start, rows=config.batch, seed=config.seed)
-        try:
-            with contextlib.closing(batches) as self.batches:
-                state, step = self._steps(state, start)
-        finally:
-            signal.signal(signal.SIGTERM, before)
-        if step >= config.steps:
-            self._export(state)
-        return Result(
-            folder=self.record.folder,
-            step=step,
-            loss=self.loss,
-            val_loss=self.val_loss,
-            seconds=time.perf_counter() - self.begun,
-        )
+        meter.started("data")
+        return state, start
 
-    def _stop(self, *_: Any) -> None:
-        self.stopping = True
+    def _batches(self, start: int) -> Generator[Batch, None, None]:
+        """This process's rows of the steps after `start`, made ahead."""
+        rows = self.config.batch
+        part = hosts.own_rows(rows, program=self.programs.step)
+        return self.data.stream(start, rows=rows, seed=self.config.seed, part=part)
 
-    def _steps(self, state: Any, start: int) -> tuple[Any, int]:
+    def _steps(
+        self, state: Any, start: int, batches: Generator[Batch, None, None]
+    ) -> tuple[Any, int]:
         """Steps start+1..steps; metrics are read one step late, so the device never waits."""
         config, pending, step = self.config, None, start
         for step in range(start + 1, config.steps + 1):
-            batch = self._batch(step)
+            if step == self.profile.first:
+                if pending is not None:
+                    self._write(*pending)
+                    pending = None
+                with self.meter.apart("profile"):
+                    self.profile.start()
+            own = next(batches)
+            self.needed[step] = step_flops(config.spec, own, rows=config.batch)
+            batch = hosts.place(own, config.batch, program=self.programs.step)
             state, metrics = self.programs.step(state, batch)
             if pending is not None:
                 self._write(*pending)
             pending = (step, metrics)
-            end = self.agree(self.stopping) or step == config.steps
+            end = self.agree(self.stop.asked) or step == config.steps
             evaluates = step % config.eval_every == 0 or step == config.steps
-            if evaluates or end or step % config.checkpoint_every == 0:
+            saves = end or step % config.checkpoint_every == 0
+            samples = self.sampler is not None and step % config.sample_every == 0
+            if evaluates or saves or samples or step == self.profile.last:
                 self._write(*pending, params=state.params if evaluates else None)
                 pending = None
-            if end or step % config.checkpoint_every == 0:
-                self.checkpoints.save(step, state)
+            if step == self.profile.last:
+                with self.meter.apart("profile"):
+                    self.profile.stop()
+            if samples:
+                self._sample(step, state.params)
+            if saves:
+                with self.meter.apart("checkpoints"):
+                    self.checkpoints.save(step, state)
             if end:
                 break
         return state, step
 
-    def _batch(self, step: int) -> Any:
-        rows, seed = self.config.batch, self.config.seed
-
-        def make(part: slice) -> Any:
-            return self.data.batch(step - 1, rows=rows, seed=seed, part=part)
-
-        return hosts.place(make, rows, program=self.programs.step)
-
     def _write(self, step: int, metrics: Any, params: Any = None) -> None:
         """The row of a step, with a validation when parameters are given."""
-        loss, norm = float(metrics.loss), float(metrics.grad_norm)
-        now = time.perf_counter()
-        seconds, self.last = now - self.last, now
-        tokens = self.config.batch * self.config.length
+        config, metrics = self.config, jax.device_get(metrics)
         row: dict[str, Any] = {
             "step": step,
-            "loss": loss,
-            "grad_norm": norm,
+            "loss": float(metrics.loss),
+            "grad_norm": float(metrics.grad_norm),
             "lr": float(metrics.learning_rate),
-            "tokens_per_s": tokens / seconds,
-            "step_ms": 1e3 * seconds,
-            "skipped": int(metrics.skipped),
         }
-        if self.config.dtype == "float16":
+        tokens = config.batch * config.length
+        flops = self.needed.pop(step)
+        row |= self.meter.step(tokens, flops, skipped=int(metrics.bad_steps) > 0)
+        row["skipped"] = self.skipped = int(metrics.skipped)
+        if config.dtype == "float16":
             row["loss_scale"] = float(metrics.loss_scale)
         if params is not None:
-            losses = [float(self.programs.evaluate(params, b)) for b in self.validation]
+            with self.meter.apart("validation"):
+                losses = [float(self.programs.evaluate(params, b)) for b in self.validation]
             row["val_loss"] = self.val_loss = float(np.mean(losses))
-            self.last = time.perf_counter()
-        self.loss = loss
+        self.loss = row["loss"]
         self.record.add(row)
-        if not self.quiet and ("val_loss" in row or step % 50 == 0):
-            shown = f"step {step}  loss {loss:.4f}  grad norm {norm:.3f}  {seconds * 1e3:.1f} ms"
-            print(shown + (f"  val {self.val_loss:.4f}" if "val_loss" in row else ""), flush=True)
-        if int(metrics.bad_steps) >= self.config.patience:
+        self.trackers.add(row)
+        self.show.step(row)
+        if int(metrics.bad_steps) >= config.patience:
             raise CapacityError(
-                f"the loss or gradient was not finite for {self.config.patience} steps in a row "
+                f"the loss or gradient was not finite for {config.patience} steps in a row "
                 f"(up to step {step}); lower the learning rate or check the data. Checkpoints "
                 f"below {self.record.folder} are intact"
             )
 
+    def _sample(self, step: int, params: Any) -> None:
+        """A text by the parameters of a step."""
+        assert self.sampler is not None
+        with self.meter.apart("samples"):
+            sample = self.sampler.draw(params)
+            self.record.samples.add({"step": step, **sample})
+            self.show.note(f"sample at step {step}: {sample['prompt']}{sample['text']}")
+
+    def _finish(self, step: int) -> dict[str, Any]:
+        """`summary.json`, `loss.png` and the table."""
+        with self.meter.apart("checkpoints"):
+            self.checkpoints.close()
+        rows, folder = self.record.metrics.rows(), self.record.folder
+        if not hosts.is_main():
+            return self.meter.summary()
+        summary = summarise(
+            self.config,
+            rows,
+            self.meter.summary(),
+            folder=folder,
+            step=step,
+            skipped=self.skipped,
+            devices=self.devices,
+            predicted_bytes=self.programs.step.report.peak_bytes,
+        )
+        self.record.finish(summary)
+        draw_losses(rows, folder / "loss.png")
+        self.show.table(summary)
+        return summary
+
     def _export(self, state: Any) -> None:
         """The trained model in the Hugging Face layout, below `model`."""
         spec, folder = self.config.spec, self.record.folder / "model"
-        read = hosts.leaf_reader(state.params)
+        read = hosts.leaf_reader(spec, state.params)
         if not hosts.is_main():
             for path in saved_paths(spec):
                 read(path)

@@ -216,11 +216,11 @@ import os, sys
 from jaxllm.errors import CapacityError
 from jaxllm.train import hosts
 real = hosts.place
-def place(make, rows, *, program, calls=[]):
+def place(own, rows, *, program, calls=[]):
     calls.append(0)
     if os.environ["JAXLLM_PROCESS_ID"] == "1" and len(calls) == 7:
         raise CapacityError("no more")
-    return real(make, rows, program=program)
+    return real(own, rows, program=program)
 hosts.place = place
 from jaxllm.cli.main import main
 sys.exit(main(["train", sys.argv[1]]))

@@ -1,11 +1,11 @@
 """Remat `auto`: the first policy that fits is taken, and what none fits is said."""
 
 import dataclasses
-import types
 
 import jax
 import pytest
 
+from jaxllm.aot.program import Executable
 from jaxllm.aot.report import Report
 from jaxllm.errors import CapacityError, ConfigError
 from jaxllm.train.memory import fit_remat, memory_limit, remat_order
@@ -21,7 +21,9 @@ def loader(tried, needs):
     def load(config):
         tried.append(config.remat)
         report = Report(temporary_bytes=needs[config.remat] * GIB)
-        return types.SimpleNamespace(report=report)
+        return Executable(
+            name="step", compiled=None, report=report, stored=False, seconds=0.0, fingerprint=""
+        )
 
     return load
 

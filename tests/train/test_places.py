@@ -11,6 +11,7 @@ from jaxllm.core.mesh import make_mesh
 from jaxllm.core.tree import flatten, unflatten, unstack
 from jaxllm.data.batch import Batch
 from jaxllm.train import hosts
+from tests.train.runs import config_of
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def test_rows_lie_where_the_program_wants_them(as_if_several, spec):
 
 def test_one_process_makes_all_rows_itself():
     batch = Batch(*[np.arange(12)] * 3)
-    made = hosts.place(lambda part: jax.tree.map(lambda x: x[part], batch), 12, program=None)
+    made = hosts.place(batch, 12, program=None)
     np.testing.assert_array_equal(made.tokens, batch.tokens)
 
 
@@ -72,7 +73,7 @@ def test_every_leaf_is_read_by_its_layer(sharded):
         params = jax.device_put(tree, placed)
     else:
         params = jax.device_put(tree)
-    read = hosts.leaf_reader(params)
+    read = hosts.leaf_reader(config_of().spec, params)
     wanted = dict(flatten(unstack(tree)))
     assert {"layers.0", "layers.6.q", "layers.8.mlp.up"} <= set(wanted)
     for path, array in wanted.items():

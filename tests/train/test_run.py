@@ -41,12 +41,15 @@ def test_the_run_directory(whole):
         "config.json",
         "metrics.jsonl",
         "checkpoints",
+        "loss.png",
         "model",
+        "summary.json",
+        "tensorboard",
     }
     found = rows(folder)
     assert [r["step"] for r in found] == list(range(1, 13))
     assert [r["step"] for r in found if "val_loss" in r] == [6, 12]
-    wanted = {"step", "loss", "grad_norm", "lr", "tokens_per_s", "step_ms", "skipped"}
+    wanted = {"step", "loss", "grad_norm", "lr", "tokens_per_s", "mfu", "step_ms", "skipped"}
     assert all(wanted <= set(r) for r in found)
     assert found[-1]["loss"] < found[0]["loss"] - 0.3
     assert result.step == 12 and result.val_loss == found[-1]["val_loss"]
@@ -99,12 +102,18 @@ def test_sigterm_saves_and_returns(whole, tmp_path, monkeypatch):
     result = train(config, quiet=True)
     assert 5 < result.step < 12
     assert not (Path(config.out) / "model").exists()
+    summary = json.loads((Path(config.out) / "summary.json").read_text())
+    assert (summary["step"], summary["finished"]) == (result.step, False)
+    assert (Path(config.out) / "loss.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(WeightsError, match="not finished"):
         jaxllm.load(config.out)
     monkeypatch.undo()
-    train(config, quiet=True)
+    resumed = train(config, quiet=True)
     assert [r["resumed_from"] for r in rows(config.out) if "resumed_from" in r] == [result.step]
     assert losses(config.out) == losses(whole[0].out)
+    known = {name: whole[1].summary[name] for name in ("step", "tokens", "val_loss", "val_step")}
+    assert known.items() <= resumed.summary.items() and resumed.summary["finished"]
+    assert resumed.summary["best_val_loss"] == whole[1].summary["best_val_loss"]
 
 
 def test_accumulation_gives_the_same_losses(whole, tmp_path):
@@ -148,6 +157,8 @@ def test_a_loss_that_is_never_finite_stops_the_run(tmp_path):
     config = small(tmp_path, optimizer=optimizer, patience=3, steps=30)
     with pytest.raises(CapacityError, match="3 steps in a row"):
         train(config, quiet=True)
+    # What is not finite is null: JSON has no NaN, which Python would write and others not read.
+    assert rows(config.out)[-1]["grad_norm"] is None
 
 
 @pytest.mark.parametrize(
@@ -159,6 +170,15 @@ def test_a_loss_that_is_never_finite_stops_the_run(tmp_path):
         ({"batch": 5, "accumulate": 2}, "accumulate"),
         ({"steps": 0}, "steps"),
         ({"validation_fraction": 0.001}, "validation part"),
+        ({"log_every": -1}, "log_every is ≥ 0"),
+        ({"sample_every": -1}, "sample_every is ≥ 0"),
+        ({"sample_tokens": 0}, "sample_tokens is at least 1"),
+        ({"sample_every": 1, "sample_prompt": ""}, "sample_prompt is empty"),
+        ({"profile": "10"}, "FIRST:LAST"),
+        ({"profile": "a:b"}, "FIRST:LAST"),
+        ({"profile": "0:3"}, "FIRST:LAST"),
+        ({"profile": "5:4"}, "FIRST:LAST"),
+        ({"profile": "13:14"}, "only 12 steps"),
     ],
 )
 def test_contradictions(tmp_path, changes, named):
