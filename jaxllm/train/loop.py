@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import signal
 import time
@@ -76,12 +77,9 @@ def train(config: RunConfig, *, quiet: bool = False) -> Result:
     )
     _check_vocabulary(config, data)
     record = Record(Path(config.out), config)
-    checkpoints = Checkpoints(record.folder / "checkpoints", config.keep)
-    try:
+    checkpoints = Checkpoints(record.folder / "checkpoints", config)
+    with contextlib.closing(record), contextlib.closing(checkpoints):
         return _Run(config, data, record, checkpoints, quiet).run()
-    finally:
-        checkpoints.close()
-        record.close()
 
 
 class _Run:
@@ -117,17 +115,19 @@ class _Run:
         state = self.programs.init(np.uint32(config.seed))
         start = self.checkpoints.latest() or 0
         if start:
-            state = self.checkpoints.restore(start, jax.tree.map(abstract_like, state))
+            state = self._restore(start, state)
             log.info("resumed from step %d", start)
         self.record.begin(start)
         self.validation = self.data.validation_batches(rows=config.batch, count=config.eval_batches)
         before = signal.signal(signal.SIGTERM, self._stop)
         try:
             state, step = self._steps(state, start)
+            self.checkpoints.wait()
         finally:
             signal.signal(signal.SIGTERM, before)
         if not self.stopping:
-            self._export(state)
+            best = self.checkpoints.best() if config.export == "best" else None
+            self._export(state if best is None else self._restore(best, state))
         return Result(
             folder=self.record.folder,
             step=step,
@@ -135,6 +135,16 @@ class _Run:
             val_loss=self.val_loss,
             seconds=time.perf_counter() - self.begun,
         )
+
+    def _restore(self, step: int, state: Any) -> Any:
+        """The state of a checkpoint; that of the argument makes room for it."""
+        like = jax.tree.map(abstract_like, state)
+        jax.tree.map(lambda x: x.delete(), state)
+        return self.checkpoints.restore(step, like, self.programs.checksum)
+
+    def _save(self, step: int, state: Any, val_loss: float | None) -> None:
+        total = int(self.programs.checksum(state))
+        self.checkpoints.save(step, state, checksum=total, val_loss=val_loss)
 
     def _stop(self, *_: Any) -> None:
         self.stopping = True
@@ -150,11 +160,13 @@ class _Run:
             pending = (step, metrics)
             end = step == config.steps or self.stopping
             evaluates = step % config.eval_every == 0 or step == config.steps
-            if evaluates or end or step % config.checkpoint_every == 0:
+            self.checkpoints.check()
+            if evaluates or end or self.checkpoints.due(step):
                 self._write(*pending, params=state.params if evaluates else None)
                 pending = None
-            if end or step % config.checkpoint_every == 0:
-                self.checkpoints.save(step, state)
+            val_loss = self.val_loss if evaluates else None
+            if end or self.checkpoints.due(step, val_loss):
+                self._save(step, state, val_loss)
             if self.stopping:
                 break
         return state, step
@@ -176,6 +188,8 @@ class _Run:
         }
         if self.config.dtype == "float16":
             row["loss_scale"] = float(metrics.loss_scale)
+        if self.config.spike is not None:
+            row["spikes"] = int(metrics.spikes)
         if params is not None:
             losses = [float(self.programs.evaluate(params, b)) for b in self.validation]
             row["val_loss"] = self.val_loss = float(np.mean(losses))

@@ -17,7 +17,8 @@ from jaxllm.core.policy import Policy
 from jaxllm.core.sharding import named_sharding
 from jaxllm.data.batch import Batch
 from jaxllm.train.config import RunConfig
-from jaxllm.train.optimizer import make_optimizer, make_schedule
+from jaxllm.train.optimizer import make_optimizer, make_schedule, optimizer_text
+from jaxllm.train.resume import checksum
 from jaxllm.train.step import batch_loss, init_state, shard_state, train_step
 
 __all__ = ["Programs", "make_programs"]
@@ -25,11 +26,12 @@ __all__ = ["Programs", "make_programs"]
 
 @dataclasses.dataclass(frozen=True)
 class Programs:
-    """The compiled programs of a run."""
+    """The compiled programs of a run; `checksum` is for checkpoints."""
 
     init: Executable
     step: Executable
     evaluate: Executable
+    checksum: Executable
 
 
 def _abstract_batch(config: RunConfig, mesh: Any, policy: Policy) -> Batch:
@@ -44,7 +46,7 @@ def _abstract_batch(config: RunConfig, mesh: Any, policy: Policy) -> Batch:
 def make_programs(config: RunConfig, store: Store, mesh: Any) -> Programs:
     """Compile (or load) initialisation, step and validation; nothing compiles after this."""
     spec = config.spec
-    optimizer = make_optimizer(config.optimizer, config.steps)
+    optimizer = make_optimizer(config.optimizer, config.steps, spec)
     policy = Policy(compute_dtype=config.dtype, dropout=config.dropout, remat=config.remat)
     scaling = config.loss_scale if config.dtype == "float16" else None
     depends = {
@@ -55,6 +57,7 @@ def make_programs(config: RunConfig, store: Store, mesh: Any) -> Programs:
         "steps": config.steps,
         "accumulate": config.accumulate,
         "loss_scale": None if scaling is None else to_dict(scaling),
+        "spike": None if config.spike is None else to_dict(config.spike),
     }
 
     def program(name: str, function: Callable[..., Any], args: Any, out: Any, *donate: int) -> Any:
@@ -78,6 +81,8 @@ def make_programs(config: RunConfig, store: Store, mesh: Any) -> Programs:
 
     seed = jax.ShapeDtypeStruct((), np.uint32)
     state = jax.eval_shape(initial, seed)
+    if config.optimizer.build is not None:
+        depends["optimizer_text"] = optimizer_text(optimizer, state.params)
     out, everywhere = None, None
     if mesh is not None:
         state = shard_state(spec, optimizer, state, mesh=mesh, policy=policy)
@@ -92,9 +97,11 @@ def make_programs(config: RunConfig, store: Store, mesh: Any) -> Programs:
         schedule=make_schedule(config.optimizer, config.steps),
         parts=config.accumulate,
         loss_scale=scaling,
+        spike=config.spike,
     )
     return Programs(
         program("init", initial, (seed,), out).load(store),
         program("step", step, (state, batch), (out, everywhere), 0).load(store),
         program("evaluate", evaluate, (state.params, batch), everywhere).load(store),
+        program("checksum", checksum, (state,), everywhere).load(store),
     )
