@@ -11,7 +11,9 @@ import contextlib
 import dataclasses
 import errno
 import json
+import logging
 import math
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -90,8 +92,10 @@ def _policy(config: RunConfig) -> Any:
     return managers.AnyPreservationPolicy(policies)
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+def _short(error: BaseException) -> str:
+    """The first line of an error; paths in its middle are cut, the reason stands at its end."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return line if len(line) <= 240 else f"{line[:100]} … {line[-130:]}"
 
 
 def _is_full(error: BaseException) -> bool:
@@ -100,7 +104,7 @@ def _is_full(error: BaseException) -> bool:
     while seen is not None:
         if isinstance(seen, OSError) and seen.errno in _FULL:
             return True
-        if any(f"[OS error {code}" in str(seen) for code in _FULL) or "No space" in str(seen):
+        if any(os.strerror(code) in str(seen) for code in _FULL):
             return True
         seen = seen.__cause__ or seen.__context__
     return False
@@ -118,6 +122,11 @@ class Checkpoints:
         losses = validation_losses(self._folder)
         self._lowest = min(losses.values(), default=math.inf)
         self._pending: int | None = None
+        self._broken: int | None = None
+        # Orbax logs the traceback of every error that it raises as well.
+        self._absl = logging.getLogger("absl")
+        self._level = self._absl.level
+        self._absl.setLevel(logging.CRITICAL)
         self._manager = ocp.CheckpointManager(
             self._folder,
             options=ocp.CheckpointManagerOptions(
@@ -200,16 +209,15 @@ class Checkpoints:
         log.info("checkpoint %d is complete", step)
 
     def _failed(self, step: int, error: Exception) -> Exception:
-        """The error of a write; what it left is removed, since it takes up space."""
-        for rest in self._folder.glob(f"{step}.orbax-checkpoint-tmp*"):
-            shutil.rmtree(rest, ignore_errors=True)
+        """The error of a write, which says what is left."""
+        self._broken = step
         whole = [s for s in _steps(self._folder) if s != step]
         intact = (
             f"checkpoint {whole[-1]} is intact, and the same command goes on from it"
             if whole
             else "there is no checkpoint before it"
         )
-        reason = f"checkpoint {step} below {self._folder} was not written: {_first_line(error)}"
+        reason = f"checkpoint {step} below {self._folder} was not written: {_short(error)}"
         if _is_full(error):
             return CapacityError(f"no space is left. {reason}. Free some space; {intact}")
         return WeightsError(f"{reason}. {intact[0].upper()}{intact[1:]}")
@@ -268,17 +276,19 @@ class Checkpoints:
         try:
             return self._manager.restore(step, args=self._ocp.args.Composite(**{name: item}))[name]
         except Exception as error:  # Orbax raises whatever its parsers do
-            raise _Damaged(f"its {name} cannot be read: {_first_line(error)}") from error
+            raise _Damaged(f"its {name} cannot be read: {_short(error)}") from error
 
     def close(self) -> None:
         """Wait until all is written; the errors are those of `wait`."""
         try:
             self.wait()
-        except BaseException:
-            with contextlib.suppress(Exception):  # the same error once more
+        finally:
+            with contextlib.suppress(Exception):  # `wait` has raised it
                 self._manager.close()
-            raise
-        self._manager.close()
+            self._absl.setLevel(self._level)
+            if self._broken is not None:  # it takes up the space that there is not
+                for rest in self._folder.glob(f"{self._broken}.orbax-checkpoint-tmp*"):
+                    shutil.rmtree(rest, ignore_errors=True)
 
 
 class _Damaged(Exception):

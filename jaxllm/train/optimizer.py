@@ -51,7 +51,7 @@ def make_schedule(config: Optimizer, steps: int) -> optax.Schedule:
 def _decays(params: Any) -> Any:
     """True for matrices and tables: leaves of two dims and more besides a layers axis."""
 
-    def decays(path: Any, x: jax.Array) -> bool:
+    def decays(path: Any, x: Any) -> bool:
         names = [str(getattr(p, "key", p)) for p in path]
         stacked = names[0] == "layers" and ":" in names[1]
         vector = names[-1] == "scale" or names[-1].endswith("bias")
