@@ -15,7 +15,7 @@ from jaxllm.spec.model import ModelSpec
 from jaxllm.spec.table import ParamDef, model_table
 from jaxllm.train.config import Optimizer
 
-__all__ = ["make_optimizer", "make_schedule", "optimizer_text"]
+__all__ = ["make_optimizer", "make_schedule", "map_moments", "optimizer_text"]
 
 _RMS = 0.2
 """Root mean square of a Muon update before the learning rate, that of AdamW in practice: one
@@ -189,3 +189,35 @@ def optimizer_text(optimizer: optax.GradientTransformation, params: Any) -> str:
 
     text = jax.jit(both).lower(params, params).as_text()
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def map_moments(
+    function: Callable[..., Any],
+    opt_state: Any,
+    params: Any,
+    *rest: Any,
+    others: Callable[..., Any],
+) -> Any:
+    """The optimizer's state with `function(moment, param, *rest)` where a leaf belongs to a param.
+
+    It belongs to the parameter whose path its own ends with; `optax.tree.map_params` takes no
+    optimizer that looks at the parameters' paths.
+
+    Args:
+      function: of a moment, its parameter, and the leaves of `rest` at that parameter.
+      opt_state: of any optimizer.
+      params: parameters, or their shapes.
+      rest: trees like `params`.
+      others: of every other leaf, for example a count.
+    """
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    columns = [jax.tree.leaves(tree) for tree in (params, *rest)]
+    known = {path: row for path, *row in zip(paths, *columns, strict=True)}
+
+    def leaf(path: tuple[Any, ...], x: Any) -> Any:
+        for start in range(len(path)):
+            if path[start:] in known:
+                return function(x, *known[path[start:]])
+        return others(x)
+
+    return jax.tree_util.tree_map_with_path(leaf, opt_state)

@@ -85,7 +85,7 @@ def make_programs(config: RunConfig, store: Store, mesh: Any) -> Programs:
         depends["optimizer_text"] = optimizer_text(optimizer, state.params)
     out, everywhere = None, None
     if mesh is not None:
-        state = shard_state(spec, optimizer, state, mesh=mesh, policy=policy)
+        state = shard_state(spec, state, mesh=mesh, policy=policy)
         out = jax.tree.map(lambda x: x.sharding, state)
         everywhere = NamedSharding(mesh, PartitionSpec())
     batch = _abstract_batch(config, mesh, policy)

@@ -18,6 +18,7 @@ from jaxllm.ops.loss import LossOptions, LossSums, cross_entropy
 from jaxllm.spec.model import ModelSpec
 from jaxllm.state.step import training_step
 from jaxllm.train.config import LossScale, SpikeRule
+from jaxllm.train.optimizer import map_moments
 from jaxllm.train.spike import judge, no_spikes
 from jaxllm.typing import Slot
 
@@ -94,23 +95,19 @@ def init_state(
     return TrainState(params, {}, opt_state, zero, run_key, zero, zero, first, zero, no_spikes())
 
 
-def shard_state(
-    spec: ModelSpec,
-    optimizer: optax.GradientTransformation,
-    state: TrainState,
-    *,
-    mesh: Any,
-    policy: Policy,
-) -> TrainState:
-    """An abstract state with shardings: moments lie as their parameters do, scalars everywhere."""
+def shard_state(spec: ModelSpec, state: TrainState, *, mesh: Any, policy: Policy) -> TrainState:
+    """An abstract state with shardings: moments lie as their parameters do, scalars everywhere.
+
+    So do moments of another shape than their parameter's, such as adafactor's factors.
+    """
     everywhere = NamedSharding(mesh, PartitionSpec())
     params = api.param_shardings(spec, state.params, mesh, policy)
-    moments = optax.tree.map_params(
-        optimizer,
-        lambda _, sharding: sharding,
+    moments = map_moments(
+        lambda x, param, sharding: sharding if x.shape == param.shape else everywhere,
         state.opt_state,
+        state.params,
         params,
-        transform_non_params=lambda _: everywhere,
+        others=lambda _: everywhere,
     )
     shardings = dataclasses.replace(
         jax.tree.map(lambda _: everywhere, state), params=params, opt_state=moments

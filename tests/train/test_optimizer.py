@@ -16,7 +16,13 @@ from jaxllm.core.tree import flatten, map_leaves, unstack
 from jaxllm.errors import ConfigError
 from jaxllm.nn import api
 from jaxllm.train.config import Optimizer, RunConfig
-from jaxllm.train.optimizer import _decays, make_optimizer, make_schedule, optimizer_text
+from jaxllm.train.optimizer import (
+    _decays,
+    make_optimizer,
+    make_schedule,
+    map_moments,
+    optimizer_text,
+)
 from tests.train.runs import small
 
 KINDS = ("adamw", "lion", "adafactor", "muon")
@@ -261,3 +267,27 @@ def test_a_run_as_json(tmp_path):
     assert data["optimizer"]["build"].endswith(":sgd.<locals>.<lambda>")
     with pytest.raises(ConfigError, match=r"optimizer.build: .* is Python code"):
         from_dict(RunConfig, data)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_moment_finds_its_parameter(spec, kind):
+    """As many moments as optax makes, each with the parameter of its own path."""
+    params = jax.eval_shape(lambda: api.init(spec, jax.random.key(0)))
+    with jax.numpy_dtype_promotion("standard"):
+        state = jax.eval_shape(make_optimizer(Optimizer(kind=kind), 10, spec).init, params)
+    names = map_leaves(lambda path, _: path, params)
+    tied = []
+    map_moments(
+        lambda x, p, name: tied.append((name, x.shape == p.shape)),
+        state,
+        params,
+        names,
+        others=lambda _: None,
+    )
+    moments = {"adamw": 2, "lion": 1, "adafactor": 3}
+    count = {name: sum(n == name for n, _ in tied) for name in jax.tree.leaves(names)}
+    if kind == "muon":
+        assert count["embed.table"] == 2 and count["layers.0:2.attn.q"] == 1
+    else:
+        assert set(count.values()) == {moments[kind]}
+    assert kind == "adafactor" or all(same for _, same in tied)
