@@ -129,6 +129,9 @@ def test_the_checksum_finds_every_flipped_bit():
             raw[rng.integers(len(raw))] ^= 1 << rng.integers(8)
             other = np.frombuffer(bytes(raw), leaf.dtype).reshape(leaf.shape)
             sums.add(int(total(jax.tree.unflatten(tree, [*leaves[:i], other, *leaves[i + 1 :]]))))
+    top = {int(total(state | {"step": state["step"] ^ np.int32(1 << bit)})) for bit in range(31)}
+    sign = int(total(state | {"step": state["step"] + np.int32(-(2**31))}))
+    assert len(top | {sign, int(total(state))}) == 33
     swapped = jax.tree.map(lambda x: x[::-1] if x.ndim else x, state)
     assert len(sums) > 8 * len(leaves) - 6 and int(total(swapped)) not in sums
     mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -174,6 +177,15 @@ def test_damage_to_any_file_is_told_or_harmless(tmp_path, damage):
     shutil.rmtree(folder / "8")
     assert same(read(config), make_state(4))
     gc.collect()
+
+
+def test_a_description_that_was_changed(tmp_path):
+    config = small(tmp_path)
+    folder = write(config, [4, 8])
+    file = folder / "8" / "meta" / "metadata"
+    file.write_text(file.read_text().replace('"batch": 4', '"batch": 5').replace("[30]", "[31]"))
+    with pytest.raises(WeightsError, match="meta item is not what was written; checkpoint 4 is"):
+        read(config)
 
 
 def test_no_whole_checkpoint_at_all(tmp_path):

@@ -11,10 +11,12 @@ import numpy as np
 import optax
 import pytest
 
+from jaxllm.cli.train import parse_run
 from jaxllm.core.config import from_dict, to_dict
 from jaxllm.core.tree import flatten, map_leaves, unstack
 from jaxllm.errors import ConfigError
 from jaxllm.nn import api
+from jaxllm.spec.model import Head
 from jaxllm.train.config import Optimizer, RunConfig
 from jaxllm.train.optimizer import (
     _decays,
@@ -31,7 +33,8 @@ VECTORS = ("scale", "bias")
 
 @pytest.fixture(scope="module")
 def spec(tmp_path_factory):
-    return small(tmp_path_factory.mktemp("spec")).spec
+    spec = small(tmp_path_factory.mktemp("spec")).spec
+    return dataclasses.replace(spec, head=Head(tied=False))
 
 
 def draws(params, seed):
@@ -194,7 +197,8 @@ def test_muon_leaves_tables_and_vectors_to_adamw(spec):
         for kind in ("muon", "adamw")
     )
     same = {p for p in muon if np.allclose(muon[p], adamw[p], rtol=1e-5, atol=1e-8)}
-    assert same == {p for p in muon if p.endswith(VECTORS) or p == "embed.table"}
+    assert same == {p for p in muon if p.endswith((*VECTORS, "table", "kernel"))}
+    assert "head.kernel" in same and "embed.table" in same
 
 
 def test_eps_and_clip_are_heard(spec):
@@ -291,3 +295,34 @@ def test_every_moment_finds_its_parameter(spec, kind):
     else:
         assert set(count.values()) == {moments[kind]}
     assert kind == "adafactor" or all(same for _, same in tied)
+
+
+CONFIG = """
+import dataclasses
+import optax
+from pathlib import Path
+from jaxllm.train.config import Optimizer
+from tests.train.runs import small
+
+def build(config, schedule):
+    return optax.chain(optax.scale_by_belief(), optax.scale_by_learning_rate(schedule))
+
+def config():
+    return small(Path({folder!r}), optimizer=Optimizer({options}))
+"""
+
+
+def parse(tmp_path, options, *arguments):
+    file = tmp_path / "config.py"
+    file.write_text(CONFIG.format(folder=str(tmp_path), options=options))
+    return parse_run(str(file), list(arguments)).optimizer
+
+
+def test_options_of_the_command_line(tmp_path):
+    found = parse(tmp_path, "kind='custom', build=build", "--optimizer.learning-rate", "0.5")
+    assert found.learning_rate == 0.5 and found.build is not None and found.kind == "custom"
+    assert found.build.__name__ == "build"
+    found = parse(tmp_path, "", "--optimizer.kind", "muon", "--optimizer.momentum", "0.9")
+    assert (found.kind, found.momentum, found.build) == ("muon", 0.9, None)
+    with pytest.raises((ConfigError, SystemExit)):
+        parse(tmp_path, "", "--optimizer.kind", "custom")

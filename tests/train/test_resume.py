@@ -1,6 +1,7 @@
 """A run that stops and goes on is the run that never stopped, with every optimizer and option."""
 
 import dataclasses
+import math
 from pathlib import Path
 
 import jax
@@ -9,6 +10,7 @@ import optax
 import pytest
 
 import jaxllm
+from jaxllm.data.text import TextData
 from jaxllm.errors import CapacityError, WeightsError
 from jaxllm.train import loop
 from jaxllm.train.config import LossScale, Optimizer, SpikeRule
@@ -107,21 +109,37 @@ def test_the_best_is_kept_and_exported(tmp_path, monkeypatch):
     assert not np.array_equal(kept[6], kept[12])
 
 
-def test_a_run_that_is_never_finite_leaves_its_checkpoints_good(tmp_path):
-    """Nothing of the state moves, every metric stands in the file, and the checkpoint restores."""
-    good = small(tmp_path, steps=4, optimizer=Optimizer(**RATE, clip=0.0))
+def test_a_run_that_is_never_finite_leaves_its_checkpoints_good(tmp_path, monkeypatch):
+    """From step 5 on every loss is NaN: nothing of the state moves, all metrics stand in the file,
+    what is saved meanwhile is the state of step 4, and sound data goes on from there."""
+    good = small(tmp_path, steps=4)
     train(good, quiet=True)
-    optimizer = dataclasses.replace(good.optimizer, learning_rate=1e38)
-    bad = dataclasses.replace(good, steps=30, optimizer=optimizer, patience=6, checkpoint_every=2)
+    saved = {}
+    real, draw = loop._Run._save, TextData.batch
+
+    def save(self, step, state, val_loss):
+        saved[step] = jax.device_get((state.params, state.opt_state))
+        real(self, step, state, val_loss)
+
+    def poisoned(self, step, **options):
+        batch = draw(self, step, **options)
+        return dataclasses.replace(batch, weights=batch.weights * np.float32(np.nan))
+
+    monkeypatch.setattr(loop._Run, "_save", save)
+    monkeypatch.setattr(TextData, "batch", poisoned)
+    bad = dataclasses.replace(good, steps=30, patience=6, checkpoint_every=2, eval_every=30)
     with pytest.raises(CapacityError, match="6 steps in a row"):
         train(bad, quiet=True)
     found = rows_of_steps(bad.out)
-    last = found[-1]["step"]
-    assert [r["step"] for r in found] == list(range(1, last + 1))
-    assert found[-1]["skipped"] >= 6
-    whole = dataclasses.replace(good, steps=8)
-    result = train(dataclasses.replace(whole, steps=last + 2), quiet=True)
-    assert result.step == last + 2
+    assert [r["step"] for r in found] == list(range(1, 11))
+    assert [r["skipped"] for r in found] == [0, 0, 0, 0, 1, 2, 3, 4, 5, 6]
+    assert list(saved) == [6, 8]
+    assert jax.tree.all(jax.tree.map(np.array_equal, saved[6], saved[8]))
+    monkeypatch.undo()
+    result = train(dataclasses.replace(bad, steps=20), quiet=True)
+    assert result.step == 20
+    after = losses(bad.out)
+    assert all(math.isfinite(after[s]) for s in range(9, 21)) and after[20] < after[4]
 
 
 def test_a_damaged_last_checkpoint_stops_the_run_and_says_what_to_do(tmp_path):
