@@ -10,11 +10,12 @@ import pytest
 
 from jaxllm.data.text import TextData
 from jaxllm.errors import ConfigError
+from jaxllm.train import loop
 from jaxllm.train.config import SpikeRule
 from jaxllm.train.loop import train
 from jaxllm.train.spike import judge, no_spikes
 from tests.train.runs import small
-from tests.train.test_run import losses, rows
+from tests.train.test_run import rows
 
 RULE = SpikeRule(threshold=4.0, decay=0.9, warmup=10, patience=3, floor=0.01)
 NOISE = np.random.default_rng(0).normal(size=200)
@@ -110,25 +111,31 @@ def test_bad_rules():
 
 
 def test_a_poisoned_batch_is_left_out(tmp_path, monkeypatch):
-    """One batch of noise: its step changes nothing, and the next ones are as if it had not been."""
+    """One batch of noise: its step leaves parameters and optimizer as they are."""
     rule = SpikeRule(threshold=4.0, decay=0.9, warmup=8, patience=3)
-    real = TextData.batch
+    saved = {}
+    draw, real = TextData.batch, loop._Run._save
 
     def poisoned(self, step, **options):
-        batch = real(self, step, **options)
+        batch = draw(self, step, **options)
         if step != 30:
             return batch
         noise = np.random.default_rng(0).integers(30, 40, batch.targets.shape).astype(np.int32)
         return dataclasses.replace(batch, targets=noise)
 
+    def save(self, step, state, val_loss):
+        saved[step] = jax.device_get((state.params, state.opt_state))
+        real(self, step, state, val_loss)
+
     monkeypatch.setattr(TextData, "batch", poisoned)
-    config = small(tmp_path, steps=36, spike=rule, checkpoint_every=36, eval_every=36)
+    monkeypatch.setattr(loop._Run, "_save", save)
+    options = {"checkpoint_every": 31, "keep_every": 30, "eval_every": 33}
+    config = small(tmp_path, steps=33, spike=rule, **options)
     train(config, quiet=True)
     found = [r for r in rows(config.out) if "loss" in r]
-    assert [r["spikes"] for r in found] == [0] * 30 + [1] * 6
+    assert [r["spikes"] for r in found] == [0] * 30 + [1] * 3
+    assert [r["skipped"] for r in found] == [0] * 33
     assert found[30]["loss"] > found[29]["loss"] + 1.0
-    deaf = dataclasses.replace(rule, threshold=1e9)
-    plain = dataclasses.replace(config, spike=deaf, out=str(tmp_path / "plain"))
-    train(plain, quiet=True)
-    guarded, exposed = losses(config.out), losses(plain.out)
-    assert [s for s in guarded if guarded[s] != exposed[s]] == list(range(32, 37))
+    assert list(saved) == [30, 31, 33]
+    assert jax.tree.all(jax.tree.map(np.array_equal, saved[30], saved[31]))
+    assert not jax.tree.all(jax.tree.map(np.array_equal, saved[31], saved[33]))
