@@ -12,7 +12,7 @@ import optax
 from jaxllm.core.tree import flatten, map_leaves, segments_of
 from jaxllm.errors import ConfigError
 from jaxllm.spec.model import ModelSpec
-from jaxllm.spec.table import ParamDef, model_table
+from jaxllm.spec.table import FUSED, ParamDef, model_table
 from jaxllm.train.config import Optimizer
 
 __all__ = ["make_optimizer", "make_schedule", "map_moments", "optimizer_text"]
@@ -79,11 +79,13 @@ def _matrix(path: str, definition: ParamDef) -> Any:
 def _muon(
     config: Optimizer, schedule: optax.Schedule, spec: ModelSpec
 ) -> optax.GradientTransformation:
-    """Muon on the matrices of the layers, AdamW on everything else."""
+    """Muon on the matrices of the layers, AdamW on everything else; a fused leaf is one matrix."""
     from optax.contrib import muon
 
     def matrices(params: Any) -> Any:
-        table = dict(flatten(model_table(spec, segments_of(params["layers"]))))
+        names = {path.split(".")[-1] for path, _ in flatten(params)}
+        table = model_table(spec, segments_of(params["layers"]), not names.isdisjoint(FUSED))
+        table = dict(flatten(table))
         return map_leaves(lambda path, _: _matrix(path, table[path]), params)
 
     def labels(params: Any) -> Any:

@@ -57,7 +57,7 @@ def judge(
       fine: whether both are finite; a step that is not is none of this rule's business.
       rule: limits.
     """
-    values = jnp.stack([loss, norm])
+    values = jnp.stack([loss, norm.astype(jnp.float32)])
     deviation = jnp.maximum(jnp.sqrt(stats.variance), rule.floor * jnp.abs(stats.mean))
     over = jnp.any(values > stats.mean + rule.threshold * deviation)
     spike = fine & over & (stats.count >= rule.warmup)

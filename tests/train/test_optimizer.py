@@ -189,6 +189,17 @@ def test_muon_orthogonalises_each_layers_matrix(spec):
     assert seen == set(inputs)
 
 
+def test_muon_takes_fused_leaves_as_one_matrix(spec):
+    params = jax.jit(lambda: api.init(spec, jax.random.key(0), fused=True))()
+    config = Optimizer(kind="muon", learning_rate=0.01, schedule="constant", warmup_steps=0)
+    config = dataclasses.replace(config, weight_decay=0.0)
+    found = run_updates(make_optimizer(config, 10, spec), params)
+    for name, size in (("attn.qkv", 32), ("mlp.gate_up", 48)):
+        matrix = found[f"layers.0.{name}"].reshape(16, size)
+        root = np.sqrt(np.mean(matrix**2)) / (0.01 * 0.2)
+        assert 0.7 < root < 1.2
+
+
 def test_muon_leaves_tables_and_vectors_to_adamw(spec):
     params = both_layouts(spec)[0]
     options = {"learning_rate": 0.01, "warmup_steps": 0, "clip": 0.0}
