@@ -7,7 +7,7 @@ import difflib
 import functools
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from jaxllm.errors import ConfigError
@@ -43,6 +43,8 @@ def to_dict(value: Any) -> Any:
         return [to_dict(v) for v in value]
     if isinstance(value, dict):
         return {k: to_dict(v) for k, v in value.items()}
+    if callable(value):
+        return f"{value.__module__}:{getattr(value, '__qualname__', type(value).__name__)}"
     return value
 
 
@@ -71,6 +73,8 @@ def from_dict(cls: Any, data: Any, where: str = "config") -> Any:
     if origin is typing.Literal:
         require(data in args, f"{where}: {data!r} is not one of {', '.join(map(str, args))}")
         return data
+    if origin is Callable:
+        raise ConfigError(f"{where}: {data!r} is Python code, which JSON does not hold")
     if dataclasses.is_dataclass(cls):
         return _from_object(cls, data, where)
     return _from_plain(cls, data, where)
@@ -109,11 +113,11 @@ def _hints(cls: type) -> dict[str, Any]:
 def _from_object(cls: Any, data: Any, where: str) -> Any:
     require(isinstance(data, dict), f"{where}: expected an object, found {data!r}")
     given = dict(data)
-    tag = getattr(cls, "kind", None)
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
+    tag = None if "kind" in fields else getattr(cls, "kind", None)
     if tag is not None:
         kind = given.pop("kind", tag)
         require(kind == tag, f"{where}: expected kind {tag!r}, found {kind!r}")
-    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
     for key in given:
         require(key in fields, f"{where}: unknown key {key!r}; {nearest(key, fields)}")
     for name, field in fields.items():

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +26,16 @@ from jaxllm.aot.fingerprint import digest, package_hash
 from jaxllm.core import runtime
 from jaxllm.core.config import require, to_dict
 from jaxllm.core.logging import log
-from jaxllm.core.tree import flatten, unstacked_paths
 from jaxllm.data.batch import Batch
 from jaxllm.errors import ConfigError, user_errors
-from jaxllm.spec.model import ModelSpec
-from jaxllm.spec.table import fused_part
 from jaxllm.train.config import RunConfig
 
 __all__ = [
     "Agreement",
     "check_same",
     "check_shared",
+    "everywhere",
     "is_main",
-    "leaf_reader",
     "leaving",
     "own_rows",
     "place",
@@ -305,7 +302,7 @@ def place_whole(batch: Batch, *, program: Any) -> Batch:
     return place(jax.tree.map(lambda x: x[part], batch), rows, program=program)
 
 
-def _everywhere(mesh: Any = None) -> NamedSharding:
+def everywhere(mesh: Any = None) -> NamedSharding:
     """Copied on all devices."""
     if mesh is None:
         auto = (jax.sharding.AxisType.Auto,)
@@ -324,7 +321,7 @@ class Agreement:
         self._last: Any = None
         if not several():
             return
-        copied = _everywhere()
+        copied = everywhere()
         split = NamedSharding(copied.mesh, PartitionSpec("all"))
         count = (jax.device_count(),)
         self._wishes = [
@@ -340,32 +337,3 @@ class Agreement:
             return wish
         before, self._last = self._last, self._largest(self._wishes[wish])
         return before is not None and bool(before)
-
-
-def leaf_reader(spec: ModelSpec, params: Any) -> Callable[[str], np.ndarray]:
-    """A function from an unstacked path (`layers.3.mlp.down`) to the whole array on the host.
-
-    One layer's array at a time is copied from where its shards lie; the reader is called by all
-    processes with the same paths. A part of a fused projection is cut out of it.
-    """
-    places: dict[str, tuple[Any, int | None]] = {}
-    for stacked, leaf in flatten(params):
-        paths = unstacked_paths(stacked)
-        alone = paths == [stacked]
-        places |= {path: (leaf, None if alone else i) for i, path in enumerate(paths)}
-    sharding = next(iter(places.values()))[0].sharding
-    out = _everywhere(sharding.mesh) if isinstance(sharding, NamedSharding) else None
-    whole = jax.jit(lambda x: x, out_shardings=out)
-    layer = jax.jit(lambda x, i: jax.lax.dynamic_index_in_dim(x, i, 0, False), out_shardings=out)
-    in_place = out is None and jax.devices()[0].platform == "cpu"
-
-    def read(path: str) -> np.ndarray:
-        if path not in places:
-            fused, cut = fused_part(spec, path)
-            return np.ascontiguousarray(read(fused)[cut])
-        leaf, repeat = places[path]
-        if in_place:
-            return np.asarray(leaf) if repeat is None else np.asarray(leaf)[repeat]
-        return np.asarray(whole(leaf) if repeat is None else layer(leaf, np.int32(repeat)))
-
-    return read

@@ -25,6 +25,7 @@ from jaxllm.train import hosts
 from jaxllm.train.checkpoint import Checkpoints
 from jaxllm.train.config import RunConfig
 from jaxllm.train.devices import peak_flops, step_flops
+from jaxllm.train.export import export_model
 from jaxllm.train.meter import Meter
 from jaxllm.train.plot import draw_losses
 from jaxllm.train.profile import Profile
@@ -35,7 +36,6 @@ from jaxllm.train.show import Show
 from jaxllm.train.stop import Stop
 from jaxllm.train.summary import summarise
 from jaxllm.train.trackers import Trackers, import_wandb
-from jaxllm.zoo.load import save_checkpoint, saved_paths
 
 __all__ = ["Result", "train"]
 
@@ -106,13 +106,10 @@ def train(config: RunConfig, *, quiet: bool = False, begun: float | None = None)
         meter.started("data")
         record = Record(Path(config.out), config)
     hosts.check_shared(record.folder)
-    checkpoints = Checkpoints(record.folder / "checkpoints", config.keep)
-    try:
+    checkpoints = Checkpoints(record.folder / "checkpoints", config)
+    with contextlib.closing(record), contextlib.closing(checkpoints):
         run = _Run(config, data, record, checkpoints, meter)
         return run.run(Show(config.steps, log_every=config.log_every, quiet=quiet))
-    finally:
-        checkpoints.close()
-        record.close()
 
 
 class _Run:
@@ -148,8 +145,14 @@ class _Run:
         try:
             with show, Stop() as self.stop, contextlib.closing(self._batches(start)) as batches:
                 state, step = self._steps(state, start, batches)
+            with self.meter.apart("checkpoints"):
+                self.checkpoints.wait()
             if step >= self.config.steps:
-                self._export(state)
+                best = self.checkpoints.best() if self.config.export == "best" else None
+                state = state if best is None else self._restore(best, state)
+                export_model(self.config, state.params, self.record.folder / "model")
+                if self.data.tokenizer is not None and hosts.is_main():
+                    self.data.tokenizer.save(self.record.folder / "model")
             summary = self._finish(step)
         finally:
             self.profile.stop()
@@ -180,7 +183,7 @@ class _Run:
         state = self.programs.init(np.uint32(config.seed))
         start = self.checkpoints.latest() or 0
         if start:
-            state = self.checkpoints.restore(start, jax.tree.map(abstract_like, state))
+            state = self._restore(start, state)
             log.info("resumed from step %d", start)
         self.record.begin(start)
         meter.started("state")
@@ -203,6 +206,16 @@ class _Run:
         part = hosts.own_rows(rows, program=self.programs.step)
         return self.data.stream(start, rows=rows, seed=self.config.seed, part=part)
 
+    def _restore(self, step: int, state: Any) -> Any:
+        """The state of a checkpoint; that of the argument makes room for it."""
+        like = jax.tree.map(abstract_like, state)
+        jax.tree.map(lambda x: x.delete(), state)
+        return self.checkpoints.restore(step, like, self.programs.checksum)
+
+    def _save(self, step: int, state: Any, val_loss: float | None) -> None:
+        total = int(self.programs.checksum(state))
+        self.checkpoints.save(step, state, checksum=total, val_loss=val_loss)
+
     def _steps(
         self, state: Any, start: int, batches: Generator[Batch, None, None]
     ) -> tuple[Any, int]:
@@ -224,8 +237,9 @@ class _Run:
             pending = (step, metrics)
             end = self.agree(self.stop.asked) or step == config.steps
             evaluates = step % config.eval_every == 0 or step == config.steps
-            saves = end or step % config.checkpoint_every == 0
+            self.checkpoints.check()
             samples = self.sampler is not None and step % config.sample_every == 0
+            saves = end or self.checkpoints.due(step)
             if evaluates or saves or samples or step == self.profile.last:
                 self._write(*pending, params=state.params if evaluates else None)
                 pending = None
@@ -234,9 +248,10 @@ class _Run:
                     self.profile.stop()
             if samples:
                 self._sample(step, state.params)
-            if saves:
+            val_loss = self.val_loss if evaluates else None
+            if saves or self.checkpoints.due(step, val_loss):
                 with self.meter.apart("checkpoints"):
-                    self.checkpoints.save(step, state)
+                    self._save(step, state, val_loss)
             if end:
                 break
         return state, step
@@ -256,6 +271,8 @@ class _Run:
         row["skipped"] = self.skipped = int(metrics.skipped)
         if config.dtype == "float16":
             row["loss_scale"] = float(metrics.loss_scale)
+        if self.config.spike is not None:
+            row["spikes"] = int(metrics.spikes)
         if params is not None:
             with self.meter.apart("validation"):
                 losses = [float(self.programs.evaluate(params, b)) for b in self.validation]
@@ -300,15 +317,3 @@ class _Run:
         draw_losses(rows, folder / "loss.png")
         self.show.table(summary)
         return summary
-
-    def _export(self, state: Any) -> None:
-        """The trained model in the Hugging Face layout, below `model`."""
-        spec, folder = self.config.spec, self.record.folder / "model"
-        read = hosts.leaf_reader(spec, state.params)
-        if not hosts.is_main():
-            for path in saved_paths(spec):
-                read(path)
-            return
-        save_checkpoint(folder, spec, read, dtype="float32")
-        if self.data.tokenizer is not None:
-            self.data.tokenizer.save(folder)

@@ -19,7 +19,8 @@ from jaxllm.data.batch import Batch
 from jaxllm.train.config import RunConfig
 from jaxllm.train.memory import fit_remat
 from jaxllm.train.narrow import in_float32
-from jaxllm.train.optimizer import make_optimizer, make_schedule
+from jaxllm.train.optimizer import make_optimizer, make_schedule, optimizer_text
+from jaxllm.train.resume import checksum
 from jaxllm.train.step import batch_loss, init_state, shard_state, train_step
 
 __all__ = ["Planned", "Programs", "make_programs", "plan_programs", "run_policy"]
@@ -27,11 +28,12 @@ __all__ = ["Planned", "Programs", "make_programs", "plan_programs", "run_policy"
 
 @dataclasses.dataclass(frozen=True)
 class Programs:
-    """The compiled programs of a run."""
+    """The compiled programs of a run; `checksum` is for checkpoints."""
 
     init: Executable
     step: Executable
     evaluate: Executable
+    checksum: Executable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +43,7 @@ class Planned:
     init: Program
     step: Program
     evaluate: Program
+    checksum: Program
 
 
 def _abstract_batch(config: RunConfig, mesh: Any, policy: Policy) -> Batch:
@@ -71,7 +74,7 @@ def run_policy(config: RunConfig) -> Policy:
 def plan_programs(config: RunConfig, mesh: Any) -> Planned:
     """Describe initialisation, step and validation of a run; nothing is lowered yet."""
     spec = config.spec
-    optimizer = in_float32(make_optimizer(config.optimizer, config.steps))
+    optimizer = in_float32(make_optimizer(config.optimizer, config.steps, spec))
     policy = run_policy(config)
     scaling = config.loss_scale if config.dtype == "float16" else None
     depends = {
@@ -82,6 +85,7 @@ def plan_programs(config: RunConfig, mesh: Any) -> Planned:
         "steps": config.steps,
         "accumulate": config.accumulate,
         "loss_scale": None if scaling is None else to_dict(scaling),
+        "spike": None if config.spike is None else to_dict(config.spike),
     }
 
     def program(name: str, function: Callable[..., Any], args: Any, out: Any, *donate: int) -> Any:
@@ -106,9 +110,11 @@ def plan_programs(config: RunConfig, mesh: Any) -> Planned:
 
     seed = jax.ShapeDtypeStruct((), np.uint32)
     state = jax.eval_shape(initial, seed)
+    if config.optimizer.build is not None:
+        depends["optimizer_text"] = optimizer_text(optimizer, state.params)
     out, everywhere = None, None
     if mesh is not None:
-        state = shard_state(spec, optimizer, state, mesh=mesh, policy=policy)
+        state = shard_state(spec, state, mesh=mesh, policy=policy)
         out = jax.tree.map(lambda x: x.sharding, state)
         everywhere = NamedSharding(mesh, PartitionSpec())
     batch = _abstract_batch(config, mesh, policy)
@@ -120,11 +126,13 @@ def plan_programs(config: RunConfig, mesh: Any) -> Planned:
         schedule=make_schedule(config.optimizer, config.steps),
         parts=config.accumulate,
         loss_scale=scaling,
+        spike=config.spike,
     )
     return Planned(
         init=program("init", initial, (seed,), out),
         step=program("step", step, (state, batch), (out, everywhere), 0),
         evaluate=program("evaluate", evaluate, (state.params, batch), everywhere),
+        checksum=program("checksum", checksum, (state,), everywhere),
     )
 
 
@@ -143,4 +151,5 @@ def make_programs(config: RunConfig, store: Store, mesh: Any) -> Programs:
         init=planned.init.load(store),
         step=step or planned.step.load(store),
         evaluate=planned.evaluate.load(store),
+        checksum=planned.checksum.load(store),
     )

@@ -19,7 +19,9 @@ from jaxllm.nn import api
 from jaxllm.ops.loss import LossOptions, LossSums, cross_entropy
 from jaxllm.spec.model import ModelSpec
 from jaxllm.state.step import training_step
-from jaxllm.train.config import LossScale
+from jaxllm.train.config import LossScale, SpikeRule
+from jaxllm.train.optimizer import map_moments
+from jaxllm.train.spike import judge, no_spikes
 from jaxllm.typing import Slot
 
 __all__ = ["Metrics", "TrainState", "batch_loss", "init_state", "shard_state", "train_step"]
@@ -40,6 +42,7 @@ class TrainState:
       skipped: int32, non-finite steps in all.
       loss_scale: float32; 1 unless the compute dtype is float16.
       good_steps: int32, finite steps since the scale last changed.
+      spikes: statistics that tell a leap of the loss; at rest without a rule.
     """
 
     params: Slot
@@ -51,6 +54,7 @@ class TrainState:
     skipped: Slot
     loss_scale: Slot
     good_steps: Slot
+    spikes: Any
 
 
 @jax.tree_util.register_dataclass
@@ -66,6 +70,7 @@ class Metrics:
       skipped: non-finite steps in all.
       learning_rate: of this step.
       loss_scale: that this step was taken with.
+      spikes: steps left out by the spike rule in all.
     """
 
     loss: Slot
@@ -75,6 +80,7 @@ class Metrics:
     loss_scale: Slot
     bad_steps: Slot
     skipped: Slot
+    spikes: Slot
 
 
 def init_state(
@@ -108,26 +114,22 @@ def init_state(
     zero = jnp.zeros((), jnp.int32)
     run_key = jax.random.key_data(jax.random.fold_in(key, 1))
     first = jnp.asarray(scale, jnp.float32)
-    return TrainState(params, {}, opt_state, zero, run_key, zero, zero, first, zero)
+    return TrainState(params, {}, opt_state, zero, run_key, zero, zero, first, zero, no_spikes())
 
 
-def shard_state(
-    spec: ModelSpec,
-    optimizer: optax.GradientTransformation,
-    state: TrainState,
-    *,
-    mesh: Any,
-    policy: Policy,
-) -> TrainState:
-    """An abstract state with shardings: moments lie as their parameters do, scalars everywhere."""
+def shard_state(spec: ModelSpec, state: TrainState, *, mesh: Any, policy: Policy) -> TrainState:
+    """An abstract state with shardings: moments lie as their parameters do, scalars everywhere.
+
+    So do moments of another shape than their parameter's, such as adafactor's factors.
+    """
     everywhere = NamedSharding(mesh, PartitionSpec())
     params = api.param_shardings(spec, state.params, mesh, policy)
-    moments = optax.tree.map_params(
-        optimizer,
-        lambda _, sharding: sharding,
+    moments = map_moments(
+        lambda x, param, sharding: sharding if x.shape == param.shape else everywhere,
         state.opt_state,
+        state.params,
         params,
-        transform_non_params=lambda _: everywhere,
+        others=lambda _: everywhere,
     )
     shardings = dataclasses.replace(
         jax.tree.map(lambda _: everywhere, state), params=params, opt_state=moments
@@ -206,6 +208,7 @@ def train_step(
     schedule: optax.Schedule,
     parts: int = 1,
     loss_scale: LossScale | None = None,
+    spike: SpikeRule | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The function of one step: (state, batch) -> (state, metrics).
 
@@ -217,6 +220,7 @@ def train_step(
       schedule: learning rate by step, for the metrics; the optimizer has its own.
       parts: gradient accumulation; the loss is the mean over all parts' tokens together.
       loss_scale: dynamic loss scaling, for float16; None keeps the state's scale.
+      spike: which finite steps are left out; None takes them all.
     """
 
     def of(params: Any, batch: Batch, key: Any) -> LossSums:
@@ -232,7 +236,11 @@ def train_step(
             params = optax.apply_updates(state.params, updates)
             rate = jnp.asarray(schedule(state.step), jnp.float32)
         fine = jnp.isfinite(norm) & jnp.isfinite(loss)
-        keep = lambda new, old: jnp.where(fine, new, old)  # noqa: E731
+        taken, spikes = fine, state.spikes
+        if spike is not None:
+            calm, spikes = judge(spikes, loss, norm, fine, spike)
+            taken = fine & calm
+        keep = lambda new, old: jnp.where(taken, new, old)  # noqa: E731
         bad = jnp.where(fine, 0, state.bad_steps + 1).astype(jnp.int32)
         skipped = state.skipped + (~fine).astype(jnp.int32)
         scale, good = _rescale(state, fine, loss_scale)
@@ -247,7 +255,8 @@ def train_step(
             skipped,
             scale,
             good,
+            spikes,
         )
-        return state, Metrics(loss, nll, norm, rate, used, bad, skipped)
+        return state, Metrics(loss, nll, norm, rate, used, bad, skipped, spikes.total)
 
     return run

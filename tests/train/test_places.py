@@ -11,6 +11,7 @@ from jaxllm.core.mesh import make_mesh
 from jaxllm.core.tree import flatten, unflatten, unstack
 from jaxllm.data.batch import Batch
 from jaxllm.train import hosts
+from jaxllm.train.export import leaf_reader
 from tests.train.runs import config_of
 
 
@@ -73,7 +74,7 @@ def test_every_leaf_is_read_by_its_layer(sharded):
         params = jax.device_put(tree, placed)
     else:
         params = jax.device_put(tree)
-    read = hosts.leaf_reader(config_of().spec, params)
+    read = leaf_reader(config_of().spec, params)
     wanted = dict(flatten(unstack(tree)))
     assert {"layers.0", "layers.6.q", "layers.8.mlp.up"} <= set(wanted)
     for path, array in wanted.items():
