@@ -99,7 +99,11 @@ class RunConfig:
       checkpoint_every: steps between checkpoints; also after the last step.
       keep: checkpoints that stay.
       mesh: devices by axis, for example `data=2,fsdp=4`; empty for one device. `data` copies the
-        state, `fsdp` shards it (ZeRO-3), `tensor` splits heads, ffn and vocabulary.
+        state, `fsdp` shards what `sharding` names, `tensor` splits heads, ffn and vocabulary.
+      sharding: what `fsdp` shards: nothing (`replicated`), optimizer state (`zero1`), gradients
+        too (`zero2`), parameters too (`zero3`); `hybrid` is `zero3` with gradients and optimizer
+        state sharded over `data` as well.
+      sequence_parallel: between the ops of a layer, split tokens over `tensor`.
       patience: consecutive non-finite steps after which the run stops.
     """
 
@@ -124,6 +128,8 @@ class RunConfig:
     checkpoint_every: int = 250
     keep: int = 2
     mesh: str = ""
+    sharding: Literal["replicated", "zero1", "zero2", "zero3", "hybrid"] = "zero3"
+    sequence_parallel: bool = True
     patience: int = 20
 
     def __post_init__(self) -> None:

@@ -17,6 +17,7 @@ from jaxllm.core.policy import Policy
 from jaxllm.core.sharding import named_sharding
 from jaxllm.data.batch import Batch
 from jaxllm.train.config import RunConfig
+from jaxllm.train.layout import lay_moments, make_row
 from jaxllm.train.optimizer import make_optimizer, make_schedule
 from jaxllm.train.step import batch_loss, init_state, shard_state, train_step
 
@@ -44,12 +45,20 @@ def _abstract_batch(config: RunConfig, mesh: Any, policy: Policy) -> Batch:
 def make_programs(config: RunConfig, store: Store, mesh: Any) -> Programs:
     """Compile (or load) initialisation, step and validation; nothing compiles after this."""
     spec = config.spec
-    optimizer = make_optimizer(config.optimizer, config.steps)
-    policy = Policy(compute_dtype=config.dtype, dropout=config.dropout, remat=config.remat)
+    row = make_row(config.sharding, sequence_parallel=config.sequence_parallel)
+    optimizer = lay_moments(spec, make_optimizer(config.optimizer, config.steps), row)
+    policy = Policy(
+        compute_dtype=config.dtype,
+        dropout=config.dropout,
+        remat=config.remat,
+        rules=row.params,
+        gradient_rules=row.gradients,
+    )
     scaling = config.loss_scale if config.dtype == "float16" else None
     depends = {
         "spec": to_dict(spec),
         "policy": to_dict(policy),
+        "moments": row.moments,
         "optimizer": to_dict(config.optimizer),
         "loss": to_dict(config.loss),
         "steps": config.steps,
@@ -80,7 +89,7 @@ def make_programs(config: RunConfig, store: Store, mesh: Any) -> Programs:
     state = jax.eval_shape(initial, seed)
     out, everywhere = None, None
     if mesh is not None:
-        state = shard_state(spec, optimizer, state, mesh=mesh, policy=policy)
+        state = shard_state(spec, optimizer, state, mesh=mesh, row=row)
         out = jax.tree.map(lambda x: x.sharding, state)
         everywhere = NamedSharding(mesh, PartitionSpec())
     batch = _abstract_batch(config, mesh, policy)

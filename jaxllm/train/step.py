@@ -12,12 +12,14 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxllm.core.policy import Policy
+from jaxllm.core.sharding import Row, Rules
 from jaxllm.data.batch import Batch
 from jaxllm.nn import api
 from jaxllm.ops.loss import LossOptions, LossSums, cross_entropy
 from jaxllm.spec.model import ModelSpec
 from jaxllm.state.step import training_step
 from jaxllm.train.config import LossScale
+from jaxllm.train.layout import lay_gradients
 from jaxllm.typing import Slot
 
 __all__ = ["Metrics", "TrainState", "batch_loss", "init_state", "shard_state", "train_step"]
@@ -95,16 +97,27 @@ def shard_state(
     state: TrainState,
     *,
     mesh: Any,
-    policy: Policy,
+    row: Row,
 ) -> TrainState:
-    """An abstract state with shardings: moments lie as their parameters do, scalars everywhere."""
+    """An abstract state with shardings: moments lie by the row's table, scalars everywhere.
+
+    So do moments of another shape than their parameter's, such as adafactor's factors.
+    """
     everywhere = NamedSharding(mesh, PartitionSpec())
-    params = api.param_shardings(spec, state.params, mesh, policy)
+
+    def lie(rules: Rules) -> Any:
+        return api.param_shardings(spec, state.params, mesh, Policy(rules=rules))
+
+    def moment(x: Any, param: Any, sharding: Any) -> Any:
+        return sharding if x.shape == param.shape else everywhere
+
+    params = lie(row.params)
     moments = optax.tree.map_params(
         optimizer,
-        lambda _, sharding: sharding,
+        moment,
         state.opt_state,
-        params,
+        state.params,
+        lie(row.moments),
         transform_non_params=lambda _: everywhere,
     )
     shardings = dataclasses.replace(
@@ -198,6 +211,7 @@ def train_step(
 
     def of(params: Any, batch: Batch, key: Any) -> LossSums:
         key = key if policy.dropout else None
+        params = lay_gradients(spec, params, policy)
         return batch_loss(spec, params, batch, policy=policy, options=options, key=key)
 
     def run(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
