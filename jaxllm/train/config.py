@@ -6,10 +6,10 @@ import dataclasses
 from typing import Literal
 
 from jaxllm.core.config import require
-from jaxllm.core.mesh import parse_mesh
 from jaxllm.core.precision import DtypeName
 from jaxllm.ops.loss import LossOptions
 from jaxllm.spec.model import ModelSpec
+from jaxllm.train.mesh import check_mesh
 
 __all__ = ["LossScale", "Optimizer", "RunConfig"]
 
@@ -147,17 +147,7 @@ class RunConfig:
             self.length <= self.spec.context,
             f"length {self.length} exceeds the model's context of {self.spec.context}",
         )
-        sizes = parse_mesh(self.mesh)
-        shards = sizes.get("data", 1) * sizes.get("fsdp", 1)
-        rows = self.batch // self.accumulate
-        require(
-            rows % shards == 0,
-            f"{rows} rows at a time are no multiple of data x fsdp = {shards} in {self.mesh!r}",
-        )
-        known = {"data", "fsdp", "tensor"}
-        require(
-            set(sizes) <= known, f"mesh {self.mesh!r}: training takes {', '.join(sorted(known))}"
-        )
+        check_mesh(self)
         require(
             0 < self.validation_fraction < 1,
             f"validation_fraction is in (0, 1), found {self.validation_fraction}",

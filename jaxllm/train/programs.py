@@ -18,6 +18,7 @@ from jaxllm.core.sharding import named_sharding
 from jaxllm.data.batch import Batch
 from jaxllm.train.config import RunConfig
 from jaxllm.train.layout import lay_moments, make_row
+from jaxllm.train.mesh import note_whole
 from jaxllm.train.optimizer import make_optimizer, make_schedule
 from jaxllm.train.step import batch_loss, init_state, shard_state, train_step
 
@@ -89,6 +90,7 @@ def make_programs(config: RunConfig, store: Store, mesh: Any) -> Programs:
     state = jax.eval_shape(initial, seed)
     out, everywhere = None, None
     if mesh is not None:
+        note_whole(spec, mesh.shape["tensor"])
         state = shard_state(spec, optimizer, state, mesh=mesh, row=row)
         out = jax.tree.map(lambda x: x.sharding, state)
         everywhere = NamedSharding(mesh, PartitionSpec())
