@@ -76,6 +76,7 @@ def embed(
         dtype=policy.compute_dtype,
         adapter_ids=step.adapter_ids,
     )
+    x = constrain(x, ("batch", "length", None), policy.rules)
     if spec.embedding.scale != 1.0:
         x = x * jnp.asarray(spec.embedding.scale, x.dtype)
     if inputs.embeds is not None:
