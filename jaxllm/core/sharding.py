@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ __all__ = [
     "named_sharding",
     "partition_spec",
     "shard",
+    "shards",
     "with_axes",
 ]
 
@@ -127,6 +129,14 @@ def constrain(x: Any, axes: tuple[str | None, ...], rules: Rules) -> Any:
     return jax.lax.with_sharding_constraint(
         x, partition_spec(axes, rules, dict(mesh.shape), x.shape)
     )
+
+
+def shards(axis: str, rules: Rules) -> int:
+    """In how many parts a logical axis is split under the mesh that is set; 1 without a mesh."""
+    import jax
+
+    sizes = dict(jax.sharding.get_abstract_mesh().shape)
+    return math.prod(sizes.get(name, 1) for name in mesh_axes(rules, axis))
 
 
 def shard(tree: Any, shardings: Any) -> Any:

@@ -28,7 +28,7 @@ class LossOptions:
     Attributes:
       label_smoothing: share e of the target spread evenly over the vocabulary.
       z_loss: weight of log(Z)^2, which keeps logits from drifting.
-      chunk_tokens: tokens whose logits exist at one time.
+      chunk_tokens: tokens whose logits exist at one time (in training, on each device).
     """
 
     label_smoothing: float = 0.0
@@ -58,11 +58,11 @@ Unembed = Callable[[Any, Any], Any]
 def _chunk(
     unembed: Unembed, options: LossOptions, head: Any, rows: tuple[Any, ...]
 ) -> tuple[Any, Any]:
-    """(loss sum, nll sum) of one chunk: hidden [C, D], targets [C], weights [C]."""
+    """(loss sum, nll sum) of one chunk: hidden [B, C, D], targets [B, C], weights [B, C]."""
     hidden, targets, weights = rows
-    logits = unembed(head, hidden[None])[0].astype(jnp.float32)
+    logits = unembed(head, hidden).astype(jnp.float32)
     total = jax.nn.logsumexp(logits, axis=-1)
-    picked = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     e = options.label_smoothing
     loss = total - (1 - e) * picked
     if e:
@@ -73,14 +73,18 @@ def _chunk(
 
 
 def _chunked(options: LossOptions, rows: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Rows [M, ...] as [chunks, C, ...]; padding has weight 0."""
-    count = rows[0].shape[0]
-    size = min(options.chunk_tokens, count)
-    pad = -count % size
+    """Rows [B, T, ...] as [chunks, B, C, ...]; padding has weight 0.
+
+    Every chunk has a piece of every row: on a mesh each device keeps to the rows that it has.
+    """
+    batch, length = rows[0].shape[:2]
+    chunks = -(-batch * length // options.chunk_tokens)
+    size = -(-length // min(chunks, length))
+    pad = -length % size
 
     def split(x: Any) -> Any:
-        x = jnp.pad(x, [(0, pad)] + [(0, 0)] * (x.ndim - 1))
-        return x.reshape(-1, size, *x.shape[1:])
+        x = jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(batch, -1, size, *x.shape[2:]), 1, 0)
 
     return tuple(split(x) for x in rows)
 
@@ -112,8 +116,8 @@ def _forward(unembed: Unembed, options: LossOptions, head: Any, rows: tuple[Any,
     zero = jnp.zeros((), jnp.float32)
     start = ((zero, zero), jax.tree.map(jnp.zeros_like, head))
     (sums, d_head), d_hidden = jax.lax.scan(body, start, _chunked(options, rows))
-    count = rows[0].shape[0]
-    d_hidden = d_hidden.reshape(-1, d_hidden.shape[-1])[:count]
+    batch, length, width = rows[0].shape
+    d_hidden = jnp.moveaxis(d_hidden, 0, 1).reshape(batch, -1, width)[:, :length]
     return sums, (d_head, d_hidden, rows[1], rows[2])
 
 
@@ -153,10 +157,6 @@ def cross_entropy(
       weights: of each token; 0 leaves it out.
       options: smoothing, z-loss and chunk size.
     """
-    rows = (
-        hidden.reshape(-1, hidden.shape[-1]),
-        targets.reshape(-1),
-        weights.reshape(-1).astype(jnp.float32),
-    )
+    rows = (hidden, targets, weights.astype(jnp.float32))
     loss, nll = cast(tuple[Array, Array], _sums(unembed, options, head, rows))
     return LossSums(loss, nll, jnp.sum(weights.astype(jnp.float32)))

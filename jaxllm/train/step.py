@@ -12,7 +12,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxllm.core.policy import Policy
-from jaxllm.core.sharding import Row, Rules
+from jaxllm.core.sharding import Row, Rules, shards
 from jaxllm.data.batch import Batch
 from jaxllm.nn import api
 from jaxllm.ops.loss import LossOptions, LossSums, cross_entropy
@@ -141,6 +141,9 @@ def batch_loss(
     def unembed(head: Any, rows: Any) -> Any:
         return api.unembed(spec, head, rows, policy=policy)
 
+    # A chunk has a piece of every row: as many tokens on each device as without a mesh.
+    chunk = options.chunk_tokens * shards("batch", policy.rules)
+    options = dataclasses.replace(options, chunk_tokens=chunk)
     return cross_entropy(unembed, head, hidden, batch.targets, batch.weights, options=options)
 
 
