@@ -13,7 +13,7 @@ from jaxllm.core.sharding import ROWS, Row, Rules, constrain, with_axes
 from jaxllm.nn import api
 from jaxllm.spec.model import ModelSpec
 
-__all__ = ["lay_gradients", "lay_moments", "lay_out", "make_row"]
+__all__ = ["gather_ends", "lay_gradients", "lay_moments", "lay_out", "make_row"]
 
 
 def make_row(name: str, *, sequence_parallel: bool) -> Row:
@@ -22,6 +22,16 @@ def make_row(name: str, *, sequence_parallel: bool) -> Row:
     if not sequence_parallel:
         return row
     return dataclasses.replace(row, params=with_axes(row.params, sequence="tensor"))
+
+
+def gather_ends(spec: ModelSpec, params: Any, policy: Policy) -> Any:
+    """The parameters, embedding and head gathered over width: once a step for all tokens.
+
+    With a table of split width, XLA sends every device's tokens to every device ("involuntary
+    full rematerialization"), and in the loss it would gather the head once a chunk.
+    """
+    whole = lay_out(spec, params, with_axes(policy.rules, width=None))
+    return params | {name: whole[name] for name in ("embed", "head") if name in params}
 
 
 def lay_out(spec: ModelSpec, tree: Any, rules: Rules) -> Any:
@@ -50,8 +60,8 @@ def lay_moments(
 ) -> optax.GradientTransformation:
     """The optimizer, each device making the part of the update that its moments allow."""
 
-    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        updates, state = optimizer.update(grads, state, params)
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        updates, state = optimizer.update(updates, state, params)
         return lay_out(spec, updates, row.moments), state
 
     return optax.GradientTransformation(optimizer.init, update)

@@ -19,7 +19,7 @@ from jaxllm.ops.loss import LossOptions, LossSums, cross_entropy
 from jaxllm.spec.model import ModelSpec
 from jaxllm.state.step import training_step
 from jaxllm.train.config import LossScale
-from jaxllm.train.layout import lay_gradients
+from jaxllm.train.layout import gather_ends, lay_gradients
 from jaxllm.typing import Slot
 
 __all__ = ["Metrics", "TrainState", "batch_loss", "init_state", "shard_state", "train_step"]
@@ -135,6 +135,7 @@ def batch_loss(
     step = training_step(
         *batch.tokens.shape, segment_ids=batch.segment_ids, positions=batch.positions, key=key
     )
+    params = gather_ends(spec, params, policy)
     hidden, _, _ = api.apply(spec, params, batch.tokens, step, policy=policy)
     head = {"embed": params["embed"]} if spec.head.tied else {"head": params["head"]}
 
