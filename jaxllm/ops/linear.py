@@ -73,14 +73,15 @@ def _matrix(x: Array, leaf: Any, inputs: int, out_dtype: Any) -> Array:
     """
     shape = logical_shape(leaf)
     outputs = shape[inputs:]
-    rows = x.reshape(-1, math.prod(shape[:inputs]))
+    batch, width = x.shape[: x.ndim - inputs], math.prod(shape[:inputs])
     if isinstance(leaf, OutputsFirst):
-        w = leaf.values.reshape(-1, rows.shape[1]).astype(x.dtype)
-        y = _rows_times(rows, w, out_dtype)
+        w = leaf.values.reshape(-1, width).astype(x.dtype)
+        y = _rows_times(x.reshape(-1, width), w, out_dtype)
     else:
-        w = dense(leaf, x.dtype).reshape(rows.shape[1], -1)
-        y = _product("RI,IO->RO", rows, w, out_dtype)
-    return y.reshape(*x.shape[: x.ndim - inputs], *outputs)
+        # Not folded into rows: tokens stay a dim that a sum over devices can be scattered on.
+        w = dense(leaf, x.dtype).reshape(width, -1)
+        y = _product("...I,IO->...O", x.reshape(*batch, width), w, out_dtype)
+    return y.reshape(*batch, *outputs)
 
 
 def einsum(
