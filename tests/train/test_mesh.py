@@ -145,11 +145,11 @@ def test_meshes_that_can_be(tmp_path):
 
 def test_what_stays_whole_is_said(caplog):
     with caplog.at_level("INFO", logger="jaxllm"):
-        note_whole(many_heads(vocab=41), 8)
+        note_whole(many_heads(vocab=41), 16)
         note_whole(many_heads(vocab=48), 2)
     assert [r.getMessage() for r in caplog.records] == [
-        "mesh: the vocabulary of 41 is not split over tensor=8",
-        "mesh: 2 kv heads are not split over tensor=8",
+        "mesh: the vocabulary of 41 is not split over tensor=16",
+        "mesh: 2 kv heads are not split over tensor=16",
     ]
 
 
