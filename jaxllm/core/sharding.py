@@ -57,7 +57,7 @@ class Row:
     Attributes:
       params: of parameters between steps, and of activations.
       gradients: of their gradients.
-      moments: of what the optimizer remembers, and of the update it makes.
+      moments: of what the optimizer remembers.
     """
 
     params: Rules

@@ -1,4 +1,4 @@
-"""Where parameters, gradients and moments lie in training, by a row of `core.sharding.ROWS`."""
+"""Where parameters and gradients lie inside a training step, by a row of `core.sharding.ROWS`."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ import dataclasses
 from typing import Any
 
 import jax
-import optax
 
 from jaxllm.core.policy import Policy
 from jaxllm.core.sharding import ROWS, Row, Rules, constrain, with_axes
 from jaxllm.nn import api
 from jaxllm.spec.model import ModelSpec
 
-__all__ = ["gather_ends", "lay_gradients", "lay_moments", "lay_out", "make_row"]
+__all__ = ["gather_ends", "lay_gradients", "lay_out", "make_row"]
 
 
 def make_row(name: str, *, sequence_parallel: bool) -> Row:
@@ -53,15 +52,3 @@ def lay_gradients(spec: ModelSpec, params: Any, policy: Policy) -> Any:
     same = jax.custom_vjp(lambda tree: tree)
     same.defvjp(lambda tree: (tree, None), lambda _, grads: (lay_out(spec, grads, rules),))
     return same(params)
-
-
-def lay_moments(
-    spec: ModelSpec, optimizer: optax.GradientTransformation, row: Row
-) -> optax.GradientTransformation:
-    """The optimizer, each device making the part of the update that its moments allow."""
-
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        updates, state = optimizer.update(updates, state, params)
-        return lay_out(spec, updates, row.moments), state
-
-    return optax.GradientTransformation(optimizer.init, update)

@@ -17,7 +17,7 @@ from jaxllm.core.policy import Policy
 from jaxllm.core.sharding import named_sharding
 from jaxllm.data.batch import Batch
 from jaxllm.train.config import RunConfig
-from jaxllm.train.layout import lay_moments, make_row
+from jaxllm.train.layout import make_row
 from jaxllm.train.mesh import note_whole
 from jaxllm.train.optimizer import make_optimizer, make_schedule
 from jaxllm.train.step import batch_loss, init_state, shard_state, train_step
@@ -47,7 +47,7 @@ def make_programs(config: RunConfig, store: Store, mesh: Any) -> Programs:
     """Compile (or load) initialisation, step and validation; nothing compiles after this."""
     spec = config.spec
     row = make_row(config.sharding, sequence_parallel=config.sequence_parallel)
-    optimizer = lay_moments(spec, make_optimizer(config.optimizer, config.steps), row)
+    optimizer = make_optimizer(config.optimizer, config.steps)
     policy = Policy(
         compute_dtype=config.dtype,
         dropout=config.dropout,
@@ -59,7 +59,6 @@ def make_programs(config: RunConfig, store: Store, mesh: Any) -> Programs:
     depends = {
         "spec": to_dict(spec),
         "policy": to_dict(policy),
-        "moments": row.moments,
         "optimizer": to_dict(config.optimizer),
         "loss": to_dict(config.loss),
         "steps": config.steps,

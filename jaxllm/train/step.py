@@ -101,7 +101,7 @@ def shard_state(
 ) -> TrainState:
     """An abstract state with shardings: moments lie by the row's table, scalars everywhere.
 
-    So do moments of another shape than their parameter's, such as adafactor's factors.
+    A moment of another shape than its parameter, such as adafactor's factors, lies everywhere.
     """
     everywhere = NamedSharding(mesh, PartitionSpec())
 

@@ -25,3 +25,5 @@ def test_no_logits_and_no_rows_travel(mesh):
     assert [shape for shape in found if shape and shape[-1] in sizes] == []  # logits
     rows = ROWS * LENGTH * WIDTH // 8
     assert [shape for shape in found if LENGTH in shape and math.prod(shape) > 4 * rows] == []
+    for kind in ("all-to-all", "collective-permute"):  # the embedding's lookup and its gradient
+        assert collectives(step, kind) == []

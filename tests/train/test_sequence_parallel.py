@@ -27,6 +27,7 @@ def test_hidden_states_between_ops_take_an_eighth(remat, kept):
     assert HIDDEN not in collectives(whole, "all-gather")
     # Forward before qkv and gate/up; backward the gradients of what o and down gave.
     assert collectives(split, "all-gather").count(HIDDEN) >= 4
+    assert collectives(split, "all-to-all") == []
     saved = whole.report.temporary_bytes - split.report.temporary_bytes
     assert saved > kept * LAYERS * 7 / 8 * HIDDEN_BYTES
 
