@@ -40,6 +40,7 @@ class Policy:
       taps: paths (`layers.3.mlp.down`, or `gram:layers.3.mlp.down`) whose inputs, or running Gram
         matrices of inputs, come back in `aux.taps`.
       rules: logical axis -> mesh axes.
+      gradient_rules: the same for gradients of parameters; None lets the compiler choose.
     """
 
     param_dtype: DtypeName = "float32"
@@ -53,6 +54,7 @@ class Policy:
     dropout: float = 0.0
     taps: frozenset[str] = frozenset()
     rules: Rules = DEFAULT_RULES
+    gradient_rules: Rules | None = None
 
     def __post_init__(self) -> None:
         for name in (self.param_dtype, self.compute_dtype, self.logit_dtype):

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from jaxllm.core.config import require
 
-__all__ = ["DEFAULT_RULES", "Rules", "constrain", "named_sharding", "partition_spec", "shard"]
+__all__ = [
+    "DEFAULT_RULES",
+    "ROWS",
+    "Row",
+    "Rules",
+    "constrain",
+    "mesh_axes",
+    "named_sharding",
+    "partition_spec",
+    "shard",
+    "shards",
+    "with_axes",
+]
 
 Rules = tuple[tuple[str, str | tuple[str, ...] | None], ...]
 
@@ -21,8 +35,54 @@ DEFAULT_RULES: Rules = (
     ("head_dim", None),
     ("layers", None),
     ("length", None),
+    ("sequence", None),
 )
-"""Data parallel batches, FSDP on the width, tensor parallel heads, ffn and vocabulary."""
+"""Data parallel batches, FSDP on the width, tensor parallel heads, ffn and vocabulary.
+
+`length` names the tokens inside of an op, `sequence` those of the hidden states between ops.
+"""
+
+
+def with_axes(rules: Rules, **axes: str | tuple[str, ...] | None) -> Rules:
+    """The table with other mesh axes for some of its logical axes."""
+    unknown = sorted(set(axes) - {name for name, _ in rules})
+    require(not unknown, f"rules: no logical axis is called {', '.join(unknown)}")
+    return tuple((name, axes.get(name, value)) for name, value in rules)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """What lies where in training: one table each.
+
+    Attributes:
+      params: of parameters between steps, and of activations.
+      gradients: of their gradients.
+      moments: of what the optimizer remembers.
+    """
+
+    params: Rules
+    gradients: Rules
+    moments: Rules
+
+
+_WHOLE = with_axes(DEFAULT_RULES, width=None)
+_SPLIT = DEFAULT_RULES
+_WIDE = with_axes(DEFAULT_RULES, width=("data", "fsdp"))
+
+ROWS = {
+    "replicated": Row(params=_WHOLE, gradients=_WHOLE, moments=_WHOLE),
+    "zero1": Row(params=_WHOLE, gradients=_WHOLE, moments=_SPLIT),
+    "zero2": Row(params=_WHOLE, gradients=_SPLIT, moments=_SPLIT),
+    "zero3": Row(params=_SPLIT, gradients=_SPLIT, moments=_SPLIT),
+    "hybrid": Row(params=_SPLIT, gradients=_WIDE, moments=_WIDE),
+}
+"""What the `fsdp` axis shards; `hybrid` shards gradients and moments over `data` as well."""
+
+
+def mesh_axes(rules: Rules, axis: str) -> tuple[str, ...]:
+    """Mesh axes of a logical axis; none if the table lacks it."""
+    wanted = dict(rules).get(axis)
+    return (wanted,) if isinstance(wanted, str) else tuple(wanted or ())
 
 
 def partition_spec(
@@ -35,10 +95,9 @@ def partition_spec(
     """
     from jax.sharding import PartitionSpec
 
-    table, used, parts = dict(rules), set(), []
+    used, parts = set(), []
     for dim, axis in enumerate(axes):
-        wanted = table.get(axis) if axis is not None else None
-        names = (wanted,) if isinstance(wanted, str) else tuple(wanted or ())
+        names = () if axis is None else mesh_axes(rules, axis)
         chosen: list[str] = []
         size = 1
         for name in names:
@@ -70,6 +129,14 @@ def constrain(x: Any, axes: tuple[str | None, ...], rules: Rules) -> Any:
     return jax.lax.with_sharding_constraint(
         x, partition_spec(axes, rules, dict(mesh.shape), x.shape)
     )
+
+
+def shards(axis: str, rules: Rules) -> int:
+    """In how many parts a logical axis is split under the mesh that is set; 1 without a mesh."""
+    import jax
+
+    sizes = dict(jax.sharding.get_abstract_mesh().shape)
+    return math.prod(sizes.get(name, 1) for name in mesh_axes(rules, axis))
 
 
 def shard(tree: Any, shardings: Any) -> Any:

@@ -43,7 +43,10 @@ class Attention(nn.Module):
         if op.rope is not None:
             q = apply_rope(q, step.positions, op.rope)
             k = apply_rope(k, step.positions, op.rope)
-        q = constrain(q, ("batch", "length", "heads", "head_dim"), policy.rules)
+        by_head = ("batch", "length", "heads", "head_dim")
+        by_kv_head = ("batch", "length", "kv_heads", "head_dim")
+        q = constrain(q, by_head, policy.rules)
+        k, v = constrain(k, by_kv_head, policy.rules), constrain(v, by_kv_head, policy.rules)
         out, state = attend(state, (q, k, v), step=step, op=op, implementation=policy.attention)
-        out = keep(out, "attention")
+        out = keep(constrain(out, by_head, policy.rules), "attention")
         return keep(leaves.product("o", out, "BTNH,NHD->BTD")), state

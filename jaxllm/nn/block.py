@@ -83,8 +83,10 @@ class Block(nn.Module):
           (hidden states, (new state, taps by local name)).
         """
         taps, new_state = Taps(self.taps), {}
+        rules, residual = self.policy.rules, ("batch", "sequence", None)
         for index, sub in enumerate(self.block.subs):
-            inner = self._norm(sub, "norm", x)
+            # Sequence parallel: norms, dropout and sums see a part of the tokens, ops see all.
+            inner = constrain(self._norm(sub, "norm", x), ("batch", "length", None), rules)
             updates: list[Array] = []
             for named in sub.ops:
                 module = MODULES[type(named.op)](named.op, self.policy, name=named.name)
@@ -93,11 +95,12 @@ class Block(nn.Module):
                 if held is not None:
                     new_state[named.name] = held
                 updates.append(y)
-            y = self._norm(sub, "out_norm", functools.reduce(operator.add, updates))
+            y = constrain(functools.reduce(operator.add, updates), residual, rules)
+            y = self._norm(sub, "out_norm", y)
             y = dropout(
                 y, self.policy.dropout, None if key is None else jax.random.fold_in(key, index)
             )
             x = x + (y if sub.scale == 1.0 else y * sub.scale)
             x = self._norm(sub, "after_norm", x)
-            x = constrain(x, ("batch", "length", None), self.policy.rules)
+            x = constrain(x, residual, rules)
         return x, (None if state is None else new_state, taps.found)

@@ -76,6 +76,7 @@ def embed(
         dtype=policy.compute_dtype,
         adapter_ids=step.adapter_ids,
     )
+    x = constrain(x, ("batch", "length", None), policy.rules)
     if spec.embedding.scale != 1.0:
         x = x * jnp.asarray(spec.embedding.scale, x.dtype)
     if inputs.embeds is not None:
@@ -84,7 +85,7 @@ def embed(
         x = jnp.where(inputs.is_embed[..., None], inputs.embeds.astype(x.dtype), x)
     key = None if step.key is None else jax.random.fold_in(step.key, EMBED_KEY)
     x = dropout(x, policy.dropout, key)
-    return constrain(x, ("batch", "length", None), policy.rules)
+    return constrain(x, ("batch", "sequence", None), policy.rules)
 
 
 def decode(
@@ -99,7 +100,8 @@ def decode(
     if spec.final_norm is not None:
         norm = Norm(spec.final_norm, policy)
         hidden = norm.apply({"params": params.get("final_norm", {})}, hidden)
-    return jnp.asarray(hidden), state, Aux(taps=carry.taps)
+    hidden = constrain(jnp.asarray(hidden), ("batch", "length", None), policy.rules)
+    return hidden, state, Aux(taps=carry.taps)
 
 
 def logits(

@@ -103,14 +103,18 @@ def _matrix(x: Array, leaf: Any, inputs: int, out_dtype: Any) -> Array:
     """
     shape = logical_shape(leaf)
     outputs = shape[inputs:]
-    rows = x.reshape(-1, math.prod(shape[:inputs]))
+    batch, width = x.shape[: x.ndim - inputs], math.prod(shape[:inputs])
     if isinstance(leaf, OutputsFirst):
-        w = leaf.values.reshape(-1, rows.shape[1]).astype(x.dtype)
-        y = _rows_times(rows, w, out_dtype)
+        w = leaf.values.reshape(-1, width).astype(x.dtype)
+        y = _rows_times(x.reshape(-1, width), w, out_dtype)
     else:
-        w = dense(leaf, x.dtype).reshape(rows.shape[1], -1)
-        y = _product("RI,IO->RO", rows, w, out_dtype)
-    return y.reshape(*x.shape[: x.ndim - inputs], *outputs)
+        w = dense(leaf, x.dtype).reshape(width, -1)
+        # On a mesh tokens stay a dim of their own, which a sum over devices can be scattered on.
+        folded = jax.sharding.get_abstract_mesh().empty
+        lead = "R" if folded else "BTUW"[: len(batch)]
+        x = x.reshape(-1, width) if folded else x.reshape(*batch, width)
+        y = _product(f"{lead}I,IO->{lead}O", x, w, out_dtype)
+    return y.reshape(*batch, *outputs)
 
 
 def einsum(

@@ -29,7 +29,7 @@ class LossOptions:
     Attributes:
       label_smoothing: share e of the target spread evenly over the vocabulary.
       z_loss: weight of log(Z)^2, which keeps logits from drifting.
-      chunk_tokens: tokens whose logits exist at one time.
+      chunk_tokens: tokens whose logits exist at one time (in training, on each device).
     """
 
     label_smoothing: float = 0.0
@@ -109,10 +109,11 @@ def _slope(options: LossOptions, logits: Any, targets: Any, total: Any) -> Any:
 def _chunked(options: LossOptions, rows: tuple[Any, ...]) -> tuple[Any, ...]:
     """Rows [B, T, ...] as [chunks, B, C, ...]; padding has weight 0.
 
-    Cut along T: a batch that is sharded over devices stays so, each chunks its own rows.
+    Every chunk has a piece of every row: on a mesh each device keeps to the rows that it has.
     """
     batch, length = rows[0].shape[:2]
-    size = min(max(options.chunk_tokens // batch, 1), length)
+    chunks = -(-batch * length // options.chunk_tokens)
+    size = -(-length // min(chunks, length))
     pad = -length % size
 
     def split(x: Any) -> Any:

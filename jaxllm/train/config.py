@@ -13,6 +13,7 @@ from jaxllm.core.precision import DtypeName
 from jaxllm.data.tokens import check_tokenizer
 from jaxllm.ops.loss import LossOptions
 from jaxllm.spec.model import ModelSpec
+from jaxllm.train.mesh import check_mesh
 from jaxllm.train.profile import parse_profile
 
 __all__ = ["LossScale", "Optimizer", "RunConfig", "SpikeRule"]
@@ -174,7 +175,11 @@ class RunConfig:
       export: whether `model` below the run directory has the last or the best parameters.
       spike: which steps are left out because their loss leaps; None takes all that are finite.
       mesh: devices by axis, for example `data=2,fsdp=4`; empty for one device. `data` copies the
-        state, `fsdp` shards it (ZeRO-3), `tensor` splits heads, ffn and vocabulary.
+        state, `fsdp` shards what `sharding` names, `tensor` splits heads, ffn and vocabulary.
+      sharding: what `fsdp` shards: nothing (`replicated`), optimizer state (`zero1`), gradients
+        too (`zero2`), parameters too (`zero3`); `hybrid` is `zero3` with gradients and optimizer
+        state sharded over `data` as well.
+      sequence_parallel: between the ops of a layer, split tokens over `tensor`.
       patience: consecutive non-finite steps after which the run stops.
       log_every: steps between lines on the terminal; 0: each step that takes over a second, else
         about one line a second. The first and the last step, and validations, always.
@@ -220,6 +225,8 @@ class RunConfig:
     export: Literal["last", "best"] = "last"
     spike: SpikeRule | None = None
     mesh: str = ""
+    sharding: Literal["replicated", "zero1", "zero2", "zero3", "hybrid"] = "zero3"
+    sequence_parallel: bool = True
     patience: int = 20
     log_every: int = 0
     tensorboard: bool = True
@@ -259,17 +266,7 @@ class RunConfig:
             self.length <= self.spec.context,
             f"length {self.length} exceeds the model's context of {self.spec.context}",
         )
-        sizes = parse_mesh(self.mesh)
-        shards = sizes.get("data", 1) * sizes.get("fsdp", 1)
-        rows = self.batch // self.accumulate
-        require(
-            rows % shards == 0,
-            f"{rows} rows at a time are no multiple of data x fsdp = {shards} in {self.mesh!r}",
-        )
-        known = {"data", "fsdp", "tensor"}
-        require(
-            set(sizes) <= known, f"mesh {self.mesh!r}: training takes {', '.join(sorted(known))}"
-        )
+        check_mesh(self)
         self._check_seeing()
         require(
             0 < self.validation_fraction < 1,

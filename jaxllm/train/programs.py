@@ -17,7 +17,9 @@ from jaxllm.core.policy import Policy, Remat
 from jaxllm.core.sharding import named_sharding
 from jaxllm.data.batch import Batch
 from jaxllm.train.config import RunConfig
+from jaxllm.train.layout import make_row
 from jaxllm.train.memory import fit_remat
+from jaxllm.train.mesh import note_whole
 from jaxllm.train.narrow import in_float32
 from jaxllm.train.optimizer import make_optimizer, make_schedule, optimizer_text
 from jaxllm.train.resume import checksum
@@ -60,6 +62,7 @@ def _abstract_batch(config: RunConfig, mesh: Any, policy: Policy) -> Batch:
 def run_policy(config: RunConfig) -> Policy:
     """How the model of a run runs; `auto` is to be resolved first (`make_programs` does)."""
     require(config.remat != "auto", "remat 'auto' has to be resolved before a program is made")
+    row = make_row(config.sharding, sequence_parallel=config.sequence_parallel)
     return Policy(
         param_dtype=config.param_dtype,
         compute_dtype=config.dtype,
@@ -68,12 +71,15 @@ def run_policy(config: RunConfig) -> Policy:
         logit_dtype=config.logit_dtype,
         layout=config.layout,
         fused=config.fused,
+        rules=row.params,
+        gradient_rules=row.gradients,
     )
 
 
 def plan_programs(config: RunConfig, mesh: Any) -> Planned:
     """Describe initialisation, step and validation of a run; nothing is lowered yet."""
     spec = config.spec
+    row = make_row(config.sharding, sequence_parallel=config.sequence_parallel)
     optimizer = in_float32(make_optimizer(config.optimizer, config.steps, spec))
     policy = run_policy(config)
     scaling = config.loss_scale if config.dtype == "float16" else None
@@ -114,7 +120,8 @@ def plan_programs(config: RunConfig, mesh: Any) -> Planned:
         depends["optimizer_text"] = optimizer_text(optimizer, state.params)
     out, everywhere = None, None
     if mesh is not None:
-        state = shard_state(spec, state, mesh=mesh, policy=policy)
+        note_whole(spec, mesh.shape["tensor"])
+        state = shard_state(spec, state, mesh=mesh, row=row)
         out = jax.tree.map(lambda x: x.sharding, state)
         everywhere = NamedSharding(mesh, PartitionSpec())
     batch = _abstract_batch(config, mesh, policy)

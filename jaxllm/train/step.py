@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxllm.core.policy import Policy
 from jaxllm.core.precision import dtype_of
+from jaxllm.core.sharding import Row, Rules, shards
 from jaxllm.core.tree import single_segments
 from jaxllm.data.batch import Batch
 from jaxllm.nn import api
@@ -20,6 +21,7 @@ from jaxllm.ops.loss import LossOptions, LossSums, cross_entropy
 from jaxllm.spec.model import ModelSpec
 from jaxllm.state.step import training_step
 from jaxllm.train.config import LossScale, SpikeRule
+from jaxllm.train.layout import gather_ends, lay_gradients
 from jaxllm.train.optimizer import map_moments
 from jaxllm.train.spike import judge, no_spikes
 from jaxllm.typing import Slot
@@ -117,19 +119,28 @@ def init_state(
     return TrainState(params, {}, opt_state, zero, run_key, zero, zero, first, zero, no_spikes())
 
 
-def shard_state(spec: ModelSpec, state: TrainState, *, mesh: Any, policy: Policy) -> TrainState:
-    """An abstract state with shardings: moments lie as their parameters do, scalars everywhere.
+def shard_state(
+    spec: ModelSpec,
+    state: TrainState,
+    *,
+    mesh: Any,
+    row: Row,
+) -> TrainState:
+    """An abstract state with shardings: moments lie by the row's table, scalars everywhere.
 
-    So do moments of another shape than their parameter's, such as adafactor's factors.
+    A moment of another shape than its parameter, such as adafactor's factors, lies everywhere.
     """
     everywhere = NamedSharding(mesh, PartitionSpec())
-    params = api.param_shardings(spec, state.params, mesh, policy)
+
+    def lie(rules: Rules) -> Any:
+        return api.param_shardings(spec, state.params, mesh, Policy(rules=rules))
+
+    def moment(x: Any, param: Any, sharding: Any) -> Any:
+        return sharding if x.shape == param.shape else everywhere
+
+    params = lie(row.params)
     moments = map_moments(
-        lambda x, param, sharding: sharding if x.shape == param.shape else everywhere,
-        state.opt_state,
-        state.params,
-        params,
-        others=lambda _: everywhere,
+        moment, state.opt_state, state.params, lie(row.moments), others=lambda _: everywhere
     )
     shardings = dataclasses.replace(
         jax.tree.map(lambda _: everywhere, state), params=params, opt_state=moments
@@ -146,6 +157,7 @@ def batch_loss(
     step = training_step(
         *batch.tokens.shape, segment_ids=batch.segment_ids, positions=batch.positions, key=key
     )
+    params = gather_ends(spec, params, policy)
     hidden, _, _ = api.apply(spec, params, batch.tokens, step, policy=policy)
     head = {"embed": params["embed"]} if spec.head.tied else {"head": params["head"]}
     head = jax.tree.map(lambda x: x.astype(policy.compute_dtype), head)  # once, not once a chunk
@@ -153,6 +165,9 @@ def batch_loss(
     def unembed(head: Any, rows: Any) -> Any:
         return api.unembed(spec, head, rows, policy=policy)
 
+    # A chunk has a piece of every row: as many tokens on each device as without a mesh.
+    chunk = options.chunk_tokens * shards("batch", policy.rules)
+    options = dataclasses.replace(options, chunk_tokens=chunk)
     return cross_entropy(unembed, head, hidden, batch.targets, batch.weights, options=options)
 
 
@@ -225,6 +240,7 @@ def train_step(
 
     def of(params: Any, batch: Batch, key: Any) -> LossSums:
         key = key if policy.dropout else None
+        params = lay_gradients(spec, params, policy)
         return batch_loss(spec, params, batch, policy=policy, options=options, key=key)
 
     def run(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
