@@ -2,6 +2,8 @@
 
   python3 scripts/bench_train.py --out $OUT/train.jsonl [--ablate] [--only CASE…]
 
+Cases of two devices are measured when they are named.
+
 bfloat16 matmuls on random tokens. Each case runs in a process of its own, through the very programs
 that `jaxllm train` compiles; those of float32 state twice: compiled cold, then from the store. A
 peer is transformers with torch.compile and fused AdamW on the same card. One JSON line each.
@@ -32,12 +34,20 @@ LLAMA, GPT = "1.24B", "124M"
 SHAPES = {LLAMA: (8, 2048), "1.24B long": (4, 4096), GPT: (32, 1024)}
 """Model and (rows, length)."""
 
+HIDING = (("xla_gpu_enable_latency_hiding_scheduler", True),)
+
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     f"{shape}, {dtype} state": (shape, {"param_dtype": dtype, "logit_dtype": dtype})
     for shape in SHAPES
     for dtype in ("bfloat16", "float32")
 }
 """Of narrow state the logits are narrow too, as the peer's are."""
+MESHES: dict[str, tuple[str, dict[str, Any]]] = {
+    "1.24B, 2 devices, fsdp=2": (LLAMA, {"mesh": "fsdp=2", "batch": 16}),
+    "1.24B, 2 devices, data=2": (LLAMA, {"mesh": "data=2", "batch": 16}),
+    "1.24B, 2 devices, tensor=2": (LLAMA, {"mesh": "tensor=2", "fused": False}),
+}
+"""Weak scaling over devices that copy or shard the state, strong over those that split layers."""
 PEERS = {f"{shape}, peer": shape for shape in SHAPES}
 ABLATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "1.24B, separate projections": (LLAMA, {"fused": False}),
@@ -48,6 +58,14 @@ ABLATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "1.24B, full": (LLAMA, {"remat": "full"}),
     "1.24B, offload": (LLAMA, {"layout": "scan", "remat": "offload"}),
     "1.24B, loss chunks of 1,024": (LLAMA, {"chunk_tokens": 1024}),
+    "1.24B, 2 devices, fsdp=2, latency hiding": (
+        LLAMA,
+        {"mesh": "fsdp=2", "batch": 16, "options": HIDING},
+    ),
+    "1.24B, 2 devices, tensor=2, latency hiding": (
+        LLAMA,
+        {"mesh": "tensor=2", "fused": False, "options": HIDING},
+    ),
 }
 
 PEER = """
@@ -147,19 +165,29 @@ def measure(shape: str, changes: dict[str, Any]) -> dict[str, Any]:
     import numpy as np
 
     from jaxllm.aot.store import Store
+    from jaxllm.core.mesh import make_mesh, parse_mesh
     from jaxllm.data.batch import Batch
     from jaxllm.train.programs import plan_programs
 
+    options = changes.pop("options", None)
     config = run_config(shape, changes)
     rows, length = config.batch, config.length
-    planned, store, start = plan_programs(config, None), Store.default(), time.perf_counter()
-    step = planned.step.load(store)
+    mesh = make_mesh(parse_mesh(config.mesh)) if config.mesh else None
+    planned, store, start = plan_programs(config, mesh), Store.default(), time.perf_counter()
+    program = planned.step
+    if options is not None:
+        program = dataclasses.replace(program, options=options)
+    step = program.load(store) if mesh is None else program.compile()
     ready = time.perf_counter() - start
-    state = planned.init.load(store)(np.uint32(0))
+    init = planned.init.load(store) if mesh is None else planned.init.compile()
+    state = init(np.uint32(0))
     ids = np.random.default_rng(0).integers(0, config.spec.vocab, (2, rows, length + 1))
     ids = ids.astype(np.int32)
     weights = np.ones((rows, length), np.float32)
-    batches = [jax.device_put(Batch(i[:, :-1].copy(), i[:, 1:].copy(), weights)) for i in ids]
+    where = jax.tree.map(lambda s: s.sharding, planned.step.args[1])
+    batches = [
+        jax.device_put(Batch(i[:, :-1].copy(), i[:, 1:].copy(), weights), where) for i in ids
+    ]
     losses, times = [], []
     for _ in range(ROUNDS + 1):
         start = time.perf_counter()
@@ -169,13 +197,14 @@ def measure(shape: str, changes: dict[str, Any]) -> dict[str, Any]:
         times.append(1e3 * (time.perf_counter() - start) / STEPS)
     ms = statistics.median(times[1:])
     flops = model_flops(config.spec, rows, length)
+    devices = 1 if mesh is None else mesh.size
     stats = jax.devices()[0].memory_stats() or {}
     return {
         "ms": round(ms, 2),
         "spread_ms": [round(min(times[1:]), 2), round(max(times[1:]), 2)],
         "tokens_per_s": round(rows * length / ms * 1e3),
         "model_tflops": round(flops / ms / 1e9, 1),
-        "mfu_by_this_count": round(flops / ms * 1e3 / PEAK_FLOPS, 3),
+        "mfu_by_this_count": round(flops / ms * 1e3 / PEAK_FLOPS / devices, 3),
         "predicted_gib": round(step.report.peak_bytes / 2**30, 2),
         "measured_gib": round(stats.get("peak_bytes_in_use", 0) / 2**30, 2),
         "compile_s": round(step.report.compile_seconds, 1),
@@ -219,7 +248,7 @@ def main() -> None:
     parser.add_argument("--timeout", type=float, default=150)
     parser.add_argument("--case", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    every = CASES | ABLATIONS
+    every = CASES | MESHES | ABLATIONS
     if options.case:
         shape, changes = every[options.case]
         print(json.dumps(measure(shape, dict(changes))))
