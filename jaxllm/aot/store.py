@@ -68,10 +68,16 @@ class Store:
         return self.folder / f"{name}-{fingerprint[:32]}.xla"
 
     def save(self, name: str, fingerprint: str, compiled: Any, report: Report) -> None:
-        """Store an executable and its report."""
+        """Store an executable and its report; one that jax cannot serialize is only warned of."""
         from jax.experimental import serialize_executable
 
-        payload = pickle.dumps(serialize_executable.serialize(compiled))
+        try:
+            payload = pickle.dumps(serialize_executable.serialize(compiled))
+        except (AttributeError, TypeError, pickle.PicklingError, NotImplementedError) as error:
+            # cuDNN's attention on several GPUs carries a local function of jax's partitioner.
+            reason = str(error).partition("\n")[0]
+            log.warning("program %s cannot be stored, it compiles at each start: %s", name, reason)
+            return
         head = {
             "fingerprint": fingerprint,
             "sha256": hashlib.sha256(payload).hexdigest(),

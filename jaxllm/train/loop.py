@@ -37,7 +37,7 @@ from jaxllm.train.stop import Stop
 from jaxllm.train.summary import summarise
 from jaxllm.train.trackers import Trackers, import_wandb
 
-__all__ = ["Result", "train"]
+__all__ = ["Result", "open_run", "train"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,8 +61,12 @@ class Result:
     summary: dict[str, Any]
 
 
-def _open(config: RunConfig) -> Data:
-    """The run's data, tokenised once."""
+def open_run(config: RunConfig) -> Data:
+    """The data of a run, tokenised once.
+
+    Raises:
+      ConfigError: none is named, or it is missing, broken or too little.
+    """
     if config.data is None:
         raise ConfigError("there is no data: give --data PATH (text, JSON lines, Parquet, tokens)")
     return open_data(
@@ -102,7 +106,7 @@ def train(config: RunConfig, *, quiet: bool = False, begun: float | None = None)
     hosts.check_same(config)
     quiet = quiet or not hosts.is_main()
     with hosts.together("opening the data or the run directory"):
-        data = _open(config)
+        data = open_run(config)
         meter.started("data")
         record = Record(Path(config.out), config)
     hosts.check_shared(record.folder)
@@ -275,8 +279,9 @@ class _Run:
             row["spikes"] = int(metrics.spikes)
         if params is not None:
             with self.meter.apart("validation"):
-                losses = [float(self.programs.evaluate(params, b)) for b in self.validation]
-            row["val_loss"] = self.val_loss = float(np.mean(losses))
+                found = [self.programs.evaluate(params, batch) for batch in self.validation]
+                nll, weight = np.asarray(jax.device_get(found), np.float64).sum(0)
+            row["val_loss"] = self.val_loss = float(nll / weight)
         self.loss = row["loss"]
         self.record.add(row)
         self.trackers.add(row)

@@ -112,7 +112,7 @@ def plan_programs(config: RunConfig, mesh: Any) -> Planned:
     def evaluate(params: Any, batch: Batch) -> Any:
         quiet = dataclasses.replace(policy, dropout=0.0)
         sums = batch_loss(spec, params, batch, policy=quiet, options=config.loss, key=None)
-        return sums.nll / sums.weight
+        return sums.nll, sums.weight
 
     seed = jax.ShapeDtypeStruct((), np.uint32)
     state = jax.eval_shape(initial, seed)

@@ -174,3 +174,18 @@ def test_the_checksum_is_read_before_the_pickle(made, tmp_path, monkeypatch, war
     key = program().fingerprint()
     assert Store(folder).load("toy", key, program().devices()) is None
     assert "damaged" in warned[0]
+
+
+def test_what_cannot_be_serialized_is_not_stored_and_said(tmp_path, monkeypatch, warned):
+    from jax.experimental import serialize_executable
+
+    def refuse(_):
+        raise AttributeError("Can't pickle local object")
+
+    monkeypatch.setattr(serialize_executable, "serialize", refuse)
+    store = Store(tmp_path)
+    made = program().load(store)
+    assert not made.stored
+    assert not list(tmp_path.iterdir())
+    assert len(warned) == 1
+    assert "cannot be stored" in warned[0]

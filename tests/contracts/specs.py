@@ -36,7 +36,7 @@ def pre(name: str, attn: Attention, mlp: MLP, norm: Norm = RMS) -> Block:
 
 def heads(count: int, kv: int, **changes: Any) -> Attention:
     """Attention with heads of 8, rotated fast enough for a dozen tokens to tell."""
-    return Attention(heads=count, kv_heads=kv, head_dim=8, **({"rope": NEAR} | changes))
+    return Attention(heads=count, kv_heads=kv, **({"head_dim": 8, "rope": NEAR} | changes))
 
 
 MLP48 = MLP(width=48)

@@ -15,7 +15,7 @@ from jaxllm.errors import CapacityError, ConfigError, WeightsError
 from jaxllm.spec.model import Head
 from jaxllm.train import loop
 from jaxllm.train.config import LossScale, Optimizer
-from jaxllm.train.loop import train
+from jaxllm.train.loop import open_run, train
 from tests.train.runs import TEXT, small
 
 
@@ -25,6 +25,11 @@ def rows(folder: str | Path) -> list[dict]:
 
 def losses(folder: str | Path) -> dict[int, float]:
     return {r["step"]: r["loss"] for r in rows(folder) if "loss" in r}
+
+
+def log_softmax(logits):
+    logits = np.asarray(logits, np.float64)
+    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
 
 @pytest.fixture(scope="module")
@@ -123,11 +128,22 @@ def test_accumulation_gives_the_same_losses(whole, tmp_path):
     assert max(abs(found[s] - wanted[s]) for s in wanted) < 2e-5
 
 
-def test_dropout_and_bfloat16_learn_too(tmp_path):
-    config = small(tmp_path, dropout=0.1, dtype="bfloat16")
-    train(config, quiet=True)
+def test_the_fast_layout_learns_and_exports_the_model_that_it_trained(tmp_path):
+    """Unrolled layers, fused projections, bfloat16, dropout: the model has its parts apart."""
+    config = small(
+        tmp_path, dropout=0.1, dtype="bfloat16", layout="unrolled", fused=True, remat="save_dots"
+    )
+    result = train(config, quiet=True)
     found = losses(config.out)
     assert found[12] < found[1] - 0.2
+    model = jaxllm.load(config.out)
+    assert model.leaf("layers.1.attn.k").shape == (16, 1, 8)
+    rows = open_run(config).validation_batches(rows=4, count=2)
+    nll = [
+        -np.take_along_axis(log_softmax(model.logits(b.tokens)), b.targets[..., None], -1).mean()
+        for b in rows
+    ]
+    assert abs(np.mean(nll) - result.val_loss) < 0.01
 
 
 def test_float16_scales_its_loss(tmp_path):
