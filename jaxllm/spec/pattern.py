@@ -6,16 +6,19 @@ Every repeated top-level item becomes one stacked segment: the repeat is the sca
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
+from collections.abc import Sequence
 
 from jaxllm.core.tree import Segment
 from jaxllm.errors import ConfigError
 
-__all__ = ["Pattern", "parse"]
+__all__ = ["Pattern", "compress", "parse"]
 
 _TOKEN = re.compile(r"\s*(?:([A-Za-z_][A-Za-z0-9_]*)|\*\s*(\d+)|([()]))")
 _MAX_LAYERS = 10_000
 _MAX_DEPTH = 20
+_MAX_UNIT = 24  # layers of a repeated unit that `compress` looks for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,3 +105,46 @@ def parse(text: str) -> Pattern:
             segments.append(Segment(start, start + times * len(inner), len(inner)))
         start += times * len(inner)
     return Pattern(tuple(_expand(items, text)), tuple(segments))
+
+
+def compress(names: Sequence[str]) -> str:
+    """The pattern of a list of block names that compiles the fewest layers, in the fewest items.
+
+    Args:
+      names: of all layers in order.
+
+    Returns:
+      Text that `parse` expands to the names: `(L*5 G)*5 L*4` for 34 layers of which every sixth is
+      G.
+
+    Raises:
+      ConfigError: there is no layer, or more than 10000.
+    """
+    if not 1 <= len(names) <= _MAX_LAYERS:
+        raise ConfigError(f"layers: a model has 1 to {_MAX_LAYERS} layers, found {len(names)}")
+    # costs[i]: of the layers from i on, the least number of layers and items in their text.
+    end = len(names)
+    costs, best = [0] * (end + 1), [("", end)] * (end + 1)
+    for start in reversed(range(end)):
+        found = []
+        for unit in range(1, min(_MAX_UNIT, end - start) + 1):
+            stop = start + unit
+            while stop <= end and names[stop - unit : stop] == names[start : start + unit]:
+                if unit == 1 or stop > start + unit:  # a longer unit has to repeat
+                    found.append((costs[stop] + unit + 1, -stop, unit))
+                stop += unit
+        costs[start], stop, unit = min(found)  # of equals the one that takes most layers
+        best[start] = _item(names[start : start + unit], (-stop - start) // unit), -stop
+    out, start = [], 0
+    while start < end:
+        text, start = best[start]
+        out.append(text)
+    return " ".join(out)
+
+
+def _item(unit: Sequence[str], times: int) -> str:
+    runs = [(name, len(list(same))) for name, same in itertools.groupby(unit)]
+    text = " ".join(name if count == 1 else f"{name}*{count}" for name, count in runs)
+    if times == 1:
+        return text
+    return f"{text}*{times}" if len(unit) == 1 else f"({text})*{times}"

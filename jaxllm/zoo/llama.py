@@ -7,49 +7,22 @@ from typing import Any
 
 import numpy as np
 
-from jaxllm.core.config import to_dict
-from jaxllm.errors import ConfigError
 from jaxllm.spec.mask import And, Causal, Mask, Window
 from jaxllm.spec.model import Block, Head, ModelSpec, sub
-from jaxllm.spec.ops import MLP, Activation, Attention, Norm
-from jaxllm.spec.rope import LinearScaling, Llama3Scaling, Rope, RopeScaling
+from jaxllm.spec.ops import MLP, Attention, Norm
+from jaxllm.spec.rope import LinearScaling, Llama3Scaling, Rope
+from jaxllm.zoo.decoder import (
+    IGNORED_KEYS,
+    PRE_NORMS,
+    TENSORS,
+    entries,
+    read_activation,
+    write_activation,
+)
+from jaxllm.zoo.rope import read_rope, usable_context, write_rope
 from jaxllm.zoo.table import ConfigReader, Entry, Family
 
 __all__ = ["FAMILY", "PRESETS"]
-
-_ACTIVATIONS: dict[str, Activation] = {
-    "silu": "silu",
-    "swish": "silu",
-    "gelu": "gelu",
-    "gelu_pytorch_tanh": "gelu_tanh",
-}
-_IGNORED_KEYS = (
-    "_name_or_path",
-    "architectures",
-    "attention_dropout",
-    "bos_token_id",
-    "chunk_size_feed_forward",
-    "dtype",
-    "eos_token_id",
-    "hidden_dropout",
-    "id2label",
-    "initializer_range",
-    "is_encoder_decoder",
-    "is_llama_config",
-    "label2id",
-    "model_type",
-    "output_attentions",
-    "output_hidden_states",
-    "pad_token_id",
-    "pretraining_tp",
-    "problem_type",
-    "return_dict",
-    "rope_interleaved",
-    "torch_dtype",
-    "transformers.js_config",
-    "transformers_version",
-    "use_cache",
-)
 
 
 def _spec(
@@ -76,40 +49,6 @@ def _spec(
     )
 
 
-def _scaling(reader: ConfigReader, kind: str) -> RopeScaling | None:
-    if kind == "linear":
-        factor = reader.take("factor", float)
-        return reader.finish(lambda: LinearScaling(factor=factor))
-    if kind == "llama3":
-        parts = {
-            "factor": reader.take("factor", float),
-            "low_freq_factor": reader.take("low_freq_factor", float),
-            "high_freq_factor": reader.take("high_freq_factor", float),
-            "original_context": reader.take("original_max_position_embeddings", int),
-        }
-        return reader.finish(lambda: Llama3Scaling(**parts))
-    if kind != "default":
-        raise ConfigError(f"rope_type {kind!r} is not supported here; default, linear, llama3 are")
-    return reader.finish()
-
-
-def _rope(config: ConfigReader) -> Rope:
-    """Both dialects: `rope_parameters`, or `rope_theta` with `rope_scaling`."""
-    scaling = config.take("rope_scaling", dict, {})
-    parameters = config.take("rope_parameters", dict, {})
-    if scaling and parameters and scaling != parameters:
-        config.problem("rope_scaling and rope_parameters differ; give one of them")
-    where = "rope_parameters" if parameters else "rope_scaling"
-    reader = ConfigReader(parameters or scaling, where)
-    theta = reader.take("rope_theta", float, config.take("rope_theta", float, 10_000.0))
-    kind = reader.take("rope_type", str, reader.take("type", str, "default"))
-    try:
-        return Rope(theta=theta, scaling=_scaling(reader, kind))
-    except ConfigError as error:
-        config.problem(str(error))
-        return Rope()
-
-
 def _window(config: ConfigReader, model_type: str) -> Mask:
     """A sliding window of W keys counts the query's own."""
     default = 4096 if model_type == "mistral" else None
@@ -133,14 +72,13 @@ def _read(config: ConfigReader) -> ModelSpec:
     width = config.take("hidden_size", int)
     heads = config.take("num_attention_heads", int)
     bias = config.take("attention_bias", bool, False)
-    activation = config.take("hidden_act", str, "silu")
-    if activation not in _ACTIVATIONS:
-        config.problem(f"hidden_act {activation!r} is unknown; {', '.join(_ACTIVATIONS)} are known")
-    config.ignore(*_IGNORED_KEYS)
+    config.ignore(*IGNORED_KEYS)
+    declared = config.take("max_position_embeddings", int, 2048)
+    rope = read_rope(config, context=declared)
     values = {
         "vocab": config.take("vocab_size", int),
         "layers": config.take("num_hidden_layers", int),
-        "context": config.take("max_position_embeddings", int, 2048),
+        "context": usable_context(declared, rope),
         "eps": config.take("rms_norm_eps", float, 1e-6),
         "tied": config.take("tie_word_embeddings", bool, False),
     }
@@ -150,18 +88,19 @@ def _read(config: ConfigReader) -> ModelSpec:
         "head_dim": config.take("head_dim", int, width // max(heads, 1)),
         "qkv_bias": bias or model_type == "qwen2",
         "out_bias": bias,
-        "rope": _rope(config),
+        "rope": rope,
         "mask": _window(config, model_type),
     }
     mlp = {
         "width": config.take("intermediate_size", int),
+        "activation": read_activation(config),
         "bias": config.take("mlp_bias", bool, False),
     }
     return config.finish(
         lambda: _spec(
             width=width,
             attn=Attention(**parts),
-            mlp=MLP(activation=_ACTIVATIONS[activation], **mlp),
+            mlp=MLP(**mlp),
             **values,
         )
     )
@@ -202,13 +141,11 @@ def _write(spec: ModelSpec) -> dict[str, Any] | None:
         "num_attention_heads": attn.heads,
         "num_key_value_heads": attn.kv_heads,
         "head_dim": attn.head_dim,
-        "hidden_act": {v: k for k, v in _ACTIVATIONS.items() if k != "swish"}.get(mlp.activation),
-        "max_position_embeddings": spec.context,
+        "hidden_act": write_activation(mlp.activation),
         "rms_norm_eps": norm.eps,
         "tie_word_embeddings": spec.head.tied,
-        "rope_theta": attn.rope.theta if attn.rope else None,
-        "rope_scaling": _write_scaling(attn.rope),
     }
+    config |= write_rope(attn.rope, context=spec.context)
     if model_type == "llama":
         config |= {"attention_bias": attn.out_bias, "mlp_bias": mlp.bias}
     if isinstance(attn.mask, And) and isinstance(attn.mask.second, Window):
@@ -218,67 +155,29 @@ def _write(spec: ModelSpec) -> dict[str, Any] | None:
     return config
 
 
-def _write_scaling(rope: Rope | None) -> dict[str, Any] | None:
-    if rope is None or rope.scaling is None:
-        return None
-    data = to_dict(rope.scaling)
-    data["rope_type"] = data.pop("kind")
-    if "original_context" in data:
-        data["original_max_position_embeddings"] = data.pop("original_context")
-    return data
-
-
-def _entries(
-    spec: ModelSpec, layer: str, tensors: Mapping[str, str], ends: Mapping[str, str]
-) -> list[Entry]:
-    """Entries of all layers from names within a layer, and those outside of layers."""
-    attn, mlp, _ = _only_block(spec) or (None, None, None)
-    biased = {f"attn.{n}" for n in "qkv"} if attn and attn.qkv_bias else set()
-    biased |= {"attn.o"} if attn and attn.out_bias else set()
-    biased |= {f"mlp.{n}" for n in ("gate", "up", "down")} if mlp and mlp.bias else set()
-    out = [
-        Entry(ends["embed"], "embed.table", "plain"),
-        Entry(ends["norm"], "final_norm.scale", "plain"),
-    ]
-    if not spec.head.tied:
-        out.append(Entry(ends["head"], "head.kernel"))
-    for i in range(spec.num_layers):
-        for path, name in tensors.items():
-            stem, ours = layer.format(i) + name, f"layers.{i}.{path}"
-            if path.endswith("norm"):
-                out.append(Entry(f"{stem}.weight", f"{ours}.scale", "plain"))
-                continue
-            out.append(Entry(f"{stem}.weight", ours))
-            if path in biased:
-                out.append(Entry(f"{stem}.bias", f"{ours}_bias", "plain"))
-    return out
-
-
-def _names(spec: ModelSpec) -> list[Entry]:
-    tensors = {f"attn.{n}": f"self_attn.{n}_proj" for n in ("q", "k", "v", "o")}
-    tensors |= {f"mlp.{n}": f"mlp.{n}_proj" for n in ("gate", "up", "down")}
-    tensors |= {"attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
-    ends = {
-        "embed": "model.embed_tokens.weight",
-        "norm": "model.norm.weight",
-        "head": "lm_head.weight",
-    }
-    return _entries(spec, "model.layers.{}.", tensors, ends)
-
-
 def _gguf_names(spec: ModelSpec, architecture: str) -> list[Entry]:
     """GGUF names; the architecture `llama` stores q and k for interleaved rope."""
-    tensors = {f"attn.{n}": f"attn_{n}" for n in "qkv"} | {"attn.o": "attn_output"}
-    tensors |= {f"mlp.{n}": f"ffn_{n}" for n in ("gate", "up", "down")}
-    tensors |= {"attn_norm": "attn_norm", "mlp_norm": "ffn_norm"}
-    ends = {"embed": "token_embd.weight", "norm": "output_norm.weight", "head": "output.weight"}
-    entries = _entries(spec, "blk.{}.", tensors, ends)
+    found = entries(spec, _GGUF_TENSORS, layer="blk.{}.")
     if architecture != "llama":
-        return entries
+        return found
     rotary = ("attn.q", "attn.k", "attn.q_bias", "attn.k_bias")
-    return [Entry(e.disk, e.path, "interleaved") if e.path.endswith(rotary) else e for e in entries]
+    return [Entry(e.disk, e.path, "interleaved") if e.path.endswith(rotary) else e for e in found]
 
 
+_GGUF_TENSORS = {
+    "embed.table": "token_embd",
+    "final_norm": "output_norm",
+    "head.kernel": "output",
+    "attn.q": "attn_q",
+    "attn.k": "attn_k",
+    "attn.v": "attn_v",
+    "attn.o": "attn_output",
+    "mlp.gate": "ffn_gate",
+    "mlp.up": "ffn_up",
+    "mlp.down": "ffn_down",
+    "attn_norm": "attn_norm",
+    "mlp_norm": "ffn_norm",
+}
 _GGUF_IGNORED = (
     "rope.dimension_count",
     "attention.sliding_window",
@@ -357,7 +256,7 @@ FAMILY = Family(
     architectures=("llama", "qwen2"),
     read=_read,
     write=_write,
-    names=_names,
+    names=lambda spec: entries(spec, TENSORS | PRE_NORMS),
     read_gguf=_read_gguf,
     gguf_names=_gguf_names,
     ignored=("*.rotary_emb.inv_freq",),

@@ -123,6 +123,7 @@ def _check_tensors(checkpoint: Checkpoint) -> None:
             problems.append(f"{entry.disk} has shape {tensors[entry.disk].shape}, not {wanted}")
         elif tensors[entry.disk].dtype in _NO_FLOATS:
             problems.append(f"{entry.disk} has dtype {tensors[entry.disk].dtype}, not a float")
+    problems = list(dict.fromkeys(problems))  # leaves of one tensor find the same
     used = {entry.disk for entry in checkpoint.entries}
     ignored = [*checkpoint.family.ignored]
     if checkpoint.spec.head.tied:
@@ -214,13 +215,18 @@ def save_checkpoint(
     tag = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}[dtype]
     width = 4 if tag == "F32" else 2
 
-    def tensor(entry: Entry) -> tuple[str, TensorInfo, Callable[[], np.ndarray]]:
-        shape = entry.disk_shape(paths[entry.path])
+    def tensor(parts: list[Entry]) -> tuple[str, TensorInfo, Callable[[], np.ndarray]]:
+        shape = parts[0].disk_shape(paths[parts[0].path])
         info = TensorInfo(shape, tag, int(np.prod(shape)) * width)
-        return entry.disk, info, lambda: entry.to_disk(read(entry.path), shape)
+        return parts[0].disk, info, lambda: make(parts)
+
+    def make(parts: list[Entry]) -> np.ndarray:
+        arrays = [entry.to_disk(read(entry.path), paths[entry.path]) for entry in parts]
+        return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
     directory.mkdir(parents=True, exist_ok=True)
-    write_safetensors(directory, map(tensor, family.names(spec)), metadata={"format": "pt"})
+    tensors = map(tensor, _by_tensor(family.names(spec)))
+    write_safetensors(directory, tensors, metadata={"format": "pt"})
     config["torch_dtype"] = dtype
     if eos_ids:
         config["eos_token_id"] = eos_ids[0] if len(eos_ids) == 1 else list(eos_ids)
@@ -229,7 +235,15 @@ def save_checkpoint(
 
 def saved_paths(spec: ModelSpec) -> list[str]:
     """The unstacked paths that `save_checkpoint` reads, in its order."""
-    return [entry.path for entry in _writer(spec)[0].names(spec)]
+    return [entry.path for parts in _by_tensor(_writer(spec)[0].names(spec)) for entry in parts]
+
+
+def _by_tensor(entries: list[Entry]) -> list[list[Entry]]:
+    """Entries grouped by tensor, the parts of one in their order on disk."""
+    groups: dict[str, list[Entry]] = {}
+    for entry in entries:
+        groups.setdefault(entry.disk, []).append(entry)
+    return [sorted(parts, key=lambda entry: entry.part or ()) for parts in groups.values()]
 
 
 def _writer(spec: ModelSpec) -> tuple[Family, dict[str, Any]]:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jaxllm.errors import ConfigError
+from jaxllm.errors import ConfigError, UnsupportedError
 from jaxllm.spec.model import ModelSpec
 from jaxllm.spec.table import ParamDef
 
@@ -87,14 +87,18 @@ class Entry:
 
     Forms: `plain` is a reshape; `linear` is [out, in] on disk and [*in, *out] here; `interleaved`
     is `linear` (or a bias) whose rotary rows are paired 2i, 2i + 1 on disk and i, i + H/2 here.
+
+    Several leaves may fill one tensor: each is then a `part` (first output, number of outputs of
+    the whole tensor), as q, k and v in `qkv_proj`.
     """
 
     disk: str
     path: str
     form: Form = "linear"
+    part: tuple[int, int] | None = None
 
-    def disk_shape(self, definition: ParamDef) -> tuple[int, ...]:
-        """Shape on disk: matrices [out, in] with heads folded, vectors flat, tables as they are."""
+    def part_shape(self, definition: ParamDef) -> tuple[int, ...]:
+        """Shape of this leaf on disk: matrices [out, in], vectors flat, tables as they are."""
         if not definition.std:
             return (definition.size,)
         if not definition.inputs:
@@ -102,8 +106,16 @@ class Entry:
         fan_in = math.prod(definition.shape[: definition.inputs])
         return (definition.size // fan_in, fan_in)
 
+    def disk_shape(self, definition: ParamDef) -> tuple[int, ...]:
+        """Shape of the whole tensor on disk."""
+        shape = self.part_shape(definition)
+        return shape if self.part is None else (self.part[1], *shape[1:])
+
     def to_ours(self, array: np.ndarray, definition: ParamDef) -> np.ndarray:
-        """From disk to the canonical leaf."""
+        """From the whole tensor on disk to the canonical leaf."""
+        if self.part is not None:
+            start = self.part[0]
+            array = array[start : start + self.part_shape(definition)[0]]
         if self.form == "interleaved":
             head_dim = definition.shape[-1]
             paired = array.reshape(-1, head_dim // 2, 2, *array.shape[1:])
@@ -112,8 +124,9 @@ class Entry:
             array = array.T
         return array.reshape(definition.shape)
 
-    def to_disk(self, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        """From the canonical leaf to disk; the inverse of `to_ours`."""
+    def to_disk(self, array: np.ndarray, definition: ParamDef) -> np.ndarray:
+        """From the canonical leaf to its part on disk; the inverse of `to_ours`."""
+        shape = self.part_shape(definition)
         if self.form != "plain" and len(shape) == 2:
             out = array.reshape(shape[1], shape[0]).T
         else:
@@ -124,26 +137,30 @@ class Entry:
         return np.ascontiguousarray(out)
 
 
+def _no_gguf(*_: Any) -> Any:
+    raise UnsupportedError("this family is not read from GGUF files")
+
+
 @dataclasses.dataclass(frozen=True)
 class Family:
     """A public family: how its files are read and written.
 
     Attributes:
       model_types: values of `model_type` in config.json.
-      architectures: values of `general.architecture` in GGUF.
       read: config.json -> spec.
       write: spec -> config.json, or None where the family cannot say it.
       names: spec -> entries of the Hugging Face layout.
-      read_gguf: GGUF metadata -> spec.
+      architectures: values of `general.architecture` in GGUF.
+      read_gguf: GGUF metadata -> spec; for `architectures` alone.
       gguf_names: (spec, architecture) -> entries of the GGUF layout.
       ignored: globs of tensors that carry nothing the model needs.
     """
 
     model_types: tuple[str, ...]
-    architectures: tuple[str, ...]
     read: Callable[[ConfigReader], ModelSpec]
     write: Callable[[ModelSpec], dict[str, Any] | None]
     names: Callable[[ModelSpec], list[Entry]]
-    read_gguf: Callable[[ConfigReader, Mapping[str, Any]], ModelSpec]
-    gguf_names: Callable[[ModelSpec, str], list[Entry]]
+    architectures: tuple[str, ...] = ()
+    read_gguf: Callable[[ConfigReader, Mapping[str, Any]], ModelSpec] = _no_gguf
+    gguf_names: Callable[[ModelSpec, str], list[Entry]] = _no_gguf
     ignored: tuple[str, ...] = ()

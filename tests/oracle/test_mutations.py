@@ -7,19 +7,15 @@ import numpy as np
 import pytest
 
 import jaxllm
-from jaxllm.core.policy import Policy
 from jaxllm.core.tree import flatten, map_leaves, partition
 from jaxllm.errors import WeightsError
 from jaxllm.nn import api
-from jaxllm.spec.mask import And, Causal, Full, Window
-from jaxllm.spec.ops import MLP, Attention
+from jaxllm.spec.mask import Causal, Full
+from jaxllm.spec.ops import MLP
 from jaxllm.spec.rope import LinearScaling, Llama3Scaling
 from jaxllm.state.step import training_step
 from tests.oracle.golden import TOLERANCE, golden, relative
-
-FACTOR = 100
-# One array a layer and no jit: XLA compiles each primitive once, and a mutated spec none anew.
-POLICY = Policy(layout="unrolled", fused=False)
+from tests.oracle.mutate import FACTOR, POLICY, attn, change, logits, part, rope, window
 
 
 @pytest.fixture(scope="module")
@@ -33,54 +29,6 @@ def models():
         return held[name]
 
     return get
-
-
-def logits(spec, params, ids):
-    """All logits of a spec, be it the one that the parameters were made for or not."""
-    ids = jnp.asarray(ids)
-    hidden, _, _ = api.apply(spec, params, ids, training_step(*ids.shape), policy=POLICY)
-    return np.asarray(api.unembed(spec, params, hidden, policy=POLICY))
-
-
-def change(spec, kind, **changes):
-    """The spec with fields of every op of a kind replaced; a function gets the old value."""
-
-    def new(op):
-        if not isinstance(op, kind):
-            return op
-        values = {k: v(getattr(op, k)) if callable(v) else v for k, v in changes.items()}
-        return dataclasses.replace(op, **values)
-
-    def in_sub(sub):
-        ops = tuple(dataclasses.replace(named, op=new(named.op)) for named in sub.ops)
-        return dataclasses.replace(sub, ops=ops)
-
-    blocks = tuple(
-        dataclasses.replace(b, subs=tuple(in_sub(s) for s in b.subs)) for b in spec.blocks
-    )
-    return dataclasses.replace(spec, blocks=blocks)
-
-
-def part(name, **changes):
-    """A mutation of the spec's head, embedding or final norm."""
-    return lambda s: dataclasses.replace(
-        s, **{name: dataclasses.replace(getattr(s, name), **changes)}
-    )
-
-
-def attn(**changes):
-    """A mutation of the attention."""
-    return lambda s: change(s, Attention, **changes)
-
-
-def rope(**changes):
-    """A mutation of the rotary embedding."""
-    return attn(rope=lambda old: dataclasses.replace(old, **changes))
-
-
-def window(keys):
-    """A window of so many keys, the query's own among them."""
-    return attn(mask=And(first=Causal(), second=Window(left=keys - 1)))
 
 
 def eps(factor):

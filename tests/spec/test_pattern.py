@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxllm.errors import ConfigError
-from jaxllm.spec.pattern import parse
+from jaxllm.spec.pattern import compress, parse
 
 names = st.sampled_from(["G", "L", "moe", "attn_1", "_x"])
 blank = st.sampled_from([" ", "  ", "\t", "\n"])
@@ -102,3 +102,36 @@ def test_any_text_parses_or_is_a_config_error(text):
         return
     assert 1 <= len(pattern.names) <= 10_000
     assert pattern.segments[-1].stop == len(pattern.names)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.sampled_from(["G", "L", "N"]), min_size=1, max_size=30))
+def test_a_compressed_list_expands_to_itself(wanted):
+    assert list(parse(compress(wanted)).names) == wanted
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "G*32",
+        "G",
+        "(L G)*13",
+        "(L*5 G)*5 L*4",
+        "(R*3 N)*9",
+        "(L G)*2 L",
+        "D*3 E*58",
+        "G L*2",
+        "L G L",
+        "(M*4 A M*3)*4",
+        "A (L G)*3",
+    ],
+)
+def test_the_shortest_pattern_of_known_models(text):
+    assert compress(parse(text).names) == text
+
+
+def test_as_many_layers_as_a_pattern_has():
+    assert compress(["G"] * 300) == "G*300"
+    for layers in (0, 10_001):
+        with pytest.raises(ConfigError, match="1 to 10000 layers"):
+            compress(["G"] * layers)
