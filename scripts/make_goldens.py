@@ -10,7 +10,6 @@ writes the same bytes. Numbers are taken from a model that was read back from th
 """
 
 import argparse
-import dataclasses
 import hashlib
 import json
 import platform
@@ -26,121 +25,14 @@ import numpy as np
 import torch
 import transformers
 from smollm2_prompts import CHATS, PARAGRAPH
+from tiny_models import BASE, TINY, Tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers import LlamaConfig as Llama
-from transformers import MistralConfig as Mistral
-from transformers import Qwen2Config as Qwen2
 
 FOLDER = Path(__file__).resolve().parents[1] / "tests/oracle/goldens"
 PROMPTS = (17, 28)  # tokens of the two rows' prompts; logits are of 28 tokens in both rows
 LENGTH, ANSWER = max(PROMPTS), 12
 LEAST_MARGIN = 2e-3  # of the largest logit, between the two best tokens of every greedy step
-MAX_BYTES, MAX_TOTAL_BYTES = 200_000, 3_000_000
-BASE = {
-    "vocab_size": 80,
-    "hidden_size": 32,
-    "intermediate_size": 56,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "rms_norm_eps": 1e-5,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-}
-# Positions reach 40: past the original 16, so that all three bands of the scaling differ.
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 500.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,
-}
-LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
-
-
-@dataclasses.dataclass(frozen=True)
-class Tiny:
-    """A tiny model: its config, and how its files are written.
-
-    Attributes:
-      config: class of the config.
-      changes: what differs from `BASE`.
-      hub: rewrite config.json as files on the hub before transformers 5 have it.
-      dtype: of the tensors on disk.
-      shard: size of a shard, or None for one file.
-      gguf: types of the matrices in a GGUF file, which stands in place of config and safetensors.
-    """
-
-    config: Any
-    changes: dict[str, Any]
-    hub: bool = False
-    dtype: str = "float32"
-    shard: str | None = None
-    gguf: str | None = None
-
-
-TINY = {
-    "llama_mha": Tiny(Llama, {"num_key_value_heads": 4}, hub=True),
-    "llama_gqa_scaled": Tiny(
-        Llama, {"head_dim": 32, "rope_parameters": LLAMA3, "intermediate_size": 40}
-    ),
-    "llama_gqa_scaled_hub": Tiny(
-        Llama,
-        {"head_dim": 32, "rope_parameters": LLAMA3 | {"factor": 4.0}, "tie_word_embeddings": True},
-        hub=True,
-    ),
-    "llama_linear": Tiny(Llama, {"rope_parameters": LINEAR}),
-    "llama_linear_hub": Tiny(
-        Llama, {"rope_parameters": LINEAR | {"factor": 2.5}, "num_hidden_layers": 1}, hub=True
-    ),
-    "llama_mqa": Tiny(
-        Llama,
-        {"hidden_size": 39, "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 16},
-    ),
-    "llama_bias": Tiny(
-        Llama, {"attention_bias": True, "mlp_bias": True, "hidden_act": "gelu", "vocab_size": 97}
-    ),
-    "llama_odd": Tiny(
-        Llama,
-        {
-            "hidden_size": 35,
-            "intermediate_size": 53,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 5,
-            "num_key_value_heads": 5,
-            "head_dim": 6,
-            "vocab_size": 71,
-            "hidden_act": "gelu_pytorch_tanh",
-        },
-    ),
-    "smollm2": Tiny(
-        Llama,
-        {
-            "hidden_size": 36,
-            "intermediate_size": 96,
-            "num_attention_heads": 9,
-            "num_key_value_heads": 3,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e5},
-            "tie_word_embeddings": True,
-        },
-        hub=True,
-    ),
-    "mistral_full": Tiny(Mistral, {"sliding_window": None}),
-    "mistral_window": Tiny(Mistral, {"sliding_window": 8}),
-    "mistral_window_hub": Tiny(
-        Mistral, {"sliding_window": 12, "head_dim": 16, "num_hidden_layers": 1}, hub=True
-    ),
-    "qwen2": Tiny(Qwen2, {"tie_word_embeddings": True, "rms_norm_eps": 1e-6}),
-    "qwen2_hub": Tiny(Qwen2, {"num_attention_heads": 2, "num_key_value_heads": 1}, hub=True),
-    "llama_sharded": Tiny(Llama, {"num_hidden_layers": 3}, dtype="bfloat16", shard="24KB"),
-    "gguf_f32": Tiny(Llama, {"attention_bias": True, "mlp_bias": True}, gguf="F32"),
-    "gguf_q8": Tiny(
-        Llama, {"head_dim": 16, "intermediate_size": 64, "tie_word_embeddings": True}, gguf="Q8_0"
-    ),
-    "gguf_qwen2": Tiny(Qwen2, {"num_key_value_heads": 1, "num_hidden_layers": 1}, gguf="F32"),
-}
+MAX_BYTES, MAX_TOTAL_BYTES = 200_000, 4_000_000
 
 
 def redraw(model: Any, seed: int) -> None:
@@ -159,17 +51,35 @@ def hub_dialect(config: dict[str, Any]) -> dict[str, Any]:
     """A config of transformers 5 in the words that files on the hub have."""
     out = {k: v for k, v in config.items() if k not in ("rope_parameters", "dtype", "layer_types")}
     rope = dict(config["rope_parameters"])
+    if "sliding_attention" in rope:  # one rope a kind of layer: the local one is never scaled
+        out["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        rope = dict(rope["full_attention"])
+    if "partial_rotary_factor" in rope:
+        out["partial_rotary_factor"] = rope.pop("partial_rotary_factor")
     out["rope_theta"] = rope.pop("rope_theta")
     kind = rope.pop("rope_type")
-    # Early files say `type`; those with llama3 scaling say `rope_type`.
-    key = "rope_type" if kind == "llama3" else "type"
+    # Early files say `type`; those with llama3 scaling or two ropes say `rope_type`.
+    key = "rope_type" if kind == "llama3" or "rope_local_base_freq" in out else "type"
     out["rope_scaling"] = None if kind == "default" else {key: kind, **rope}
     out["torch_dtype"] = config["dtype"]
     if out["model_type"] == "qwen2":  # as published: a window is named and not used
         out |= {"sliding_window": 16, "max_window_layers": 2, "use_sliding_window": False}
+    out |= hub_layers(config)
     if out.get("head_dim") == out["hidden_size"] // out["num_attention_heads"]:
         del out["head_dim"]
     return dict(sorted(out.items()))
+
+
+def hub_layers(config: dict[str, Any]) -> dict[str, Any]:
+    """How older files say which layers slide: by a period, or as here where there is none."""
+    kind, out = config["model_type"], {}
+    if kind == "gemma3_text":
+        out["sliding_window_pattern"] = 1 + config["layer_types"].index("full_attention")
+    if kind == "cohere2":
+        out |= {"sliding_window_pattern": 4, "use_qk_norm": False, "rotary_pct": 1.0}
+    if kind == "smollm3":
+        out["layer_types"] = config["layer_types"]
+    return out
 
 
 def interleave(rows: np.ndarray, head_dim: int) -> np.ndarray:
@@ -242,7 +152,7 @@ def write_gguf(path: Path, model: Any, kind: str) -> None:
 
 def write_model(folder: Path, tiny: Tiny, seed: int) -> Any:
     """Write a model's files and give the model that transformers reads from them, in float32."""
-    config = tiny.config(**BASE | tiny.changes)
+    config = tiny.config(**{k: v for k, v in (BASE | tiny.changes).items() if v is not ...})
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     redraw(model, seed)
     if tiny.gguf:
