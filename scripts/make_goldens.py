@@ -50,6 +50,9 @@ def redraw(model: Any, seed: int) -> None:
 def hub_dialect(config: dict[str, Any]) -> dict[str, Any]:
     """A config of transformers 5 in the words that files on the hub have."""
     out = {k: v for k, v in config.items() if k not in ("rope_parameters", "dtype", "layer_types")}
+    out["torch_dtype"] = config["dtype"]
+    if "rope_parameters" not in config:
+        return dict(sorted(out.items()))
     rope = dict(config["rope_parameters"])
     if "sliding_attention" in rope:  # one rope a kind of layer: the local one is never scaled
         out["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
@@ -61,7 +64,6 @@ def hub_dialect(config: dict[str, Any]) -> dict[str, Any]:
     # Early files say `type`; those with llama3 scaling or two ropes say `rope_type`.
     key = "rope_type" if kind == "llama3" or "rope_local_base_freq" in out else "type"
     out["rope_scaling"] = None if kind == "default" else {key: kind, **rope}
-    out["torch_dtype"] = config["dtype"]
     if out["model_type"] == "qwen2":  # as published: a window is named and not used
         out |= {"sliding_window": 16, "max_window_layers": 2, "use_sliding_window": False}
     out |= hub_layers(config)

@@ -6,6 +6,7 @@ from typing import Any
 from transformers import Cohere2Config as Cohere2
 from transformers import Gemma2Config as Gemma2
 from transformers import Gemma3TextConfig as Gemma3
+from transformers import GPT2Config as GPT2
 from transformers import GraniteConfig as Granite
 from transformers import LlamaConfig as Llama
 from transformers import MistralConfig as Mistral
@@ -73,6 +74,15 @@ COHERE2 = SMALL | {
     "sliding_window": 6,
     "layer_norm_eps": 1e-5,
     "rms_norm_eps": ...,
+}
+GPT = dict.fromkeys(BASE, ...) | {
+    "vocab_size": 67,
+    "n_embd": 24,
+    "n_layer": 2,
+    "n_head": 3,
+    "n_positions": 48,
+    "bos_token_id": None,
+    "eos_token_id": None,
 }
 
 
@@ -264,6 +274,12 @@ TINY = {
             "tie_word_embeddings": False,
             "layer_types": None,
         },
+        hub=True,
+    ),
+    "gpt2": Tiny(GPT2, GPT | {"n_inner": 40}),
+    "gpt2_hub": Tiny(
+        GPT2,
+        GPT | {"scale_attn_weights": False, "activation_function": "relu"},
         hub=True,
     ),
 }

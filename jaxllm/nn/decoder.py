@@ -83,6 +83,11 @@ def embed(
         if inputs.is_embed is None:
             raise ShapeError("inputs: embeds need is_embed, which marks their positions")
         x = jnp.where(inputs.is_embed[..., None], inputs.embeds.astype(x.dtype), x)
+    if spec.embedding.positions is not None:
+        # Padding may stand past the end; a row that is no number would reach the real tokens.
+        places = jnp.clip(step.positions, 0, spec.embedding.positions - 1)
+        table = _end(spec, params, "embed", "positions")
+        x = x + linear.take(table, places, dtype=policy.compute_dtype)
     key = None if step.key is None else jax.random.fold_in(step.key, EMBED_KEY)
     x = dropout(x, policy.dropout, key)
     return constrain(x, ("batch", "sequence", None), policy.rules)

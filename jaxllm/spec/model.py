@@ -77,9 +77,19 @@ class Block:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Embedding:
-    """Token embedding; rows are multiplied by `scale`."""
+    """Token embedding; rows are multiplied by `scale`.
+
+    With `positions` a learned row a position is added: a table of so many rows.
+    """
 
     scale: float = 1.0
+    positions: int | None = None
+
+    def __post_init__(self) -> None:
+        require(
+            self.positions is None or self.positions >= 1,
+            f"embedding: positions is positive, found {self.positions}",
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,6 +121,11 @@ class ModelSpec:
         require(
             min(self.vocab, self.width, self.context) >= 1,
             f"spec: vocab {self.vocab}, width {self.width} and context {self.context} are positive",
+        )
+        learned = self.embedding.positions
+        require(
+            learned is None or learned >= self.context,
+            f"spec: context {self.context} is over the {learned} learned positions",
         )
         names = [b.name for b in self.blocks]
         require(len(set(names)) == len(names), f"spec: block names used twice in {names}")

@@ -231,6 +231,9 @@ def model_table(
         },
         "layers": layers,
     }
+    if spec.embedding.positions is not None:
+        shape = (spec.embedding.positions, spec.width)
+        table["embed"]["positions"] = ParamDef(shape, (None, "width"), spec.width**-0.5)
     if spec.final_norm is not None:
         table["final_norm"] = norm_table(spec.final_norm, spec.width)
     if not spec.head.tied:

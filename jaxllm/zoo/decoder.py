@@ -13,7 +13,7 @@ from jaxllm.spec.model import Block, ModelSpec
 from jaxllm.spec.ops import MLP, Activation, Attention, Norm
 from jaxllm.spec.pattern import compress
 from jaxllm.spec.table import layer_paths
-from jaxllm.zoo.table import ConfigReader, Entry
+from jaxllm.zoo.table import ConfigReader, Entry, Form
 
 __all__ = [
     "IGNORED_KEYS",
@@ -34,6 +34,7 @@ __all__ = [
     "parts_of",
     "read_activation",
     "read_kinds",
+    "read_layers",
     "read_sizes",
     "window_of",
     "write_activation",
@@ -132,10 +133,7 @@ def read_sizes(config: ConfigReader, *, context: int, head_dim: int | None = Non
     config.ignore(*IGNORED_KEYS)
     width = config.take("hidden_size", int)
     heads = config.take("num_attention_heads", int)
-    layers = config.take("num_hidden_layers", int)
-    if not 1 <= layers <= _MAX_LAYERS:
-        config.problem(f"num_hidden_layers is {layers}; allowed are 1 to {_MAX_LAYERS} layers")
-        layers = 1
+    layers = read_layers(config)
     return Sizes(
         vocab=config.take("vocab_size", int),
         width=width,
@@ -146,6 +144,15 @@ def read_sizes(config: ConfigReader, *, context: int, head_dim: int | None = Non
         head_dim=config.take("head_dim", int, head_dim or width // max(heads, 1)),
         ffn=config.take("intermediate_size", int),
     )
+
+
+def read_layers(config: ConfigReader, key: str = "num_hidden_layers") -> int:
+    """The number of layers, bounded before a list of them is made."""
+    layers = config.take(key, int)
+    if 1 <= layers <= _MAX_LAYERS:
+        return layers
+    config.problem(f"{key} is {layers}; allowed are 1 to {_MAX_LAYERS} layers")
+    return 1
 
 
 def heads_of(sizes: Sizes) -> dict[str, Any]:
@@ -287,7 +294,11 @@ def _window(mask: Mask) -> int | None:
 
 
 def entries(
-    spec: ModelSpec, names: Mapping[str, str], *, layer: str = "model.layers.{}."
+    spec: ModelSpec,
+    names: Mapping[str, str],
+    *,
+    layer: str = "model.layers.{}.",
+    form: Form = "linear",
 ) -> list[Entry]:
     """Entries of all leaves of a spec.
 
@@ -296,6 +307,7 @@ def entries(
       names: path within a layer (or of an end) without `.scale` and `_bias` -> name on disk without
         `.weight` and `.bias`. Paths that share a name are parts of one tensor, in the order here.
       layer: prefix of a layer's tensors.
+      form: of a layer's matrices.
     """
     paths, found = layer_paths(spec), []
     order = {name: i for i, name in enumerate(names)}
@@ -307,7 +319,8 @@ def entries(
             prefix = layer.format(index)
         stem, kind = _stem(rest)
         disk = f"{prefix}{names[stem]}.{kind}"
-        found.append(Entry(disk, path, "linear" if definition.inputs else "plain"))
+        matrix: Form = form if prefix else "linear"
+        found.append(Entry(disk, path, matrix if definition.inputs else "plain"))
         fan_in = math.prod(definition.shape[: definition.inputs])
         outputs[disk][order[stem]] = path, definition.size // fan_in
     return [_with_part(entry, outputs[entry.disk]) for entry in found]

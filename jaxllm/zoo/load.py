@@ -96,7 +96,10 @@ def _open_directory(path: Path) -> Checkpoint:
     if "quantization_config" in config:
         raise UnsupportedError(f"{path / 'config.json'}: quantization_config is not supported yet")
     spec = family.read(ConfigReader(config, str(path / "config.json")))
-    return Checkpoint(path, spec, open_safetensors(path), tuple(family.names(spec)), family)
+    reader, entries = open_safetensors(path), family.names(spec)
+    if not any(name.startswith(family.prefix) for name in reader.tensors):
+        entries = [dataclasses.replace(e, disk=e.disk.removeprefix(family.prefix)) for e in entries]
+    return Checkpoint(path, spec, reader, tuple(entries), family)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -222,7 +225,7 @@ def save_checkpoint(
 
     def make(parts: list[Entry]) -> np.ndarray:
         arrays = [entry.to_disk(read(entry.path), paths[entry.path]) for entry in parts]
-        return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+        return arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=parts[0].axis)
 
     directory.mkdir(parents=True, exist_ok=True)
     tensors = map(tensor, _by_tensor(family.names(spec)))

@@ -16,7 +16,7 @@ from jaxllm.spec.table import ParamDef
 
 __all__ = ["ConfigReader", "Entry", "Family", "Form"]
 
-Form = Literal["linear", "plain", "interleaved"]
+Form = Literal["linear", "plain", "interleaved", "in_out"]
 _MISSING = object()
 
 
@@ -86,7 +86,8 @@ class Entry:
     """A tensor on disk, the unstacked path that it fills, and how the two are laid out.
 
     Forms: `plain` is a reshape; `linear` is [out, in] on disk and [*in, *out] here; `interleaved`
-    is `linear` (or a bias) whose rotary rows are paired 2i, 2i + 1 on disk and i, i + H/2 here.
+    is `linear` (or a bias) whose rotary rows are paired 2i, 2i + 1 on disk and i, i + H/2 here;
+    `in_out` is [in, out] on disk as here.
 
     Several leaves may fill one tensor: each is then a `part` (first output, number of outputs of
     the whole tensor), as q, k and v in `qkv_proj`.
@@ -104,30 +105,39 @@ class Entry:
         if not definition.inputs:
             return definition.shape
         fan_in = math.prod(definition.shape[: definition.inputs])
-        return (definition.size // fan_in, fan_in)
+        shape = (definition.size // fan_in, fan_in)
+        return shape[::-1] if self.form == "in_out" else shape
+
+    @property
+    def axis(self) -> int:
+        """The dim of outputs on disk, on which parts are joined."""
+        return -1 if self.form == "in_out" else 0
 
     def disk_shape(self, definition: ParamDef) -> tuple[int, ...]:
         """Shape of the whole tensor on disk."""
-        shape = self.part_shape(definition)
-        return shape if self.part is None else (self.part[1], *shape[1:])
+        shape = list(self.part_shape(definition))
+        if self.part is not None:
+            shape[self.axis] = self.part[1]
+        return tuple(shape)
 
     def to_ours(self, array: np.ndarray, definition: ParamDef) -> np.ndarray:
         """From the whole tensor on disk to the canonical leaf."""
         if self.part is not None:
             start = self.part[0]
-            array = array[start : start + self.part_shape(definition)[0]]
+            stop = start + self.part_shape(definition)[self.axis]
+            array = array[:, start:stop] if self.axis else array[start:stop]
         if self.form == "interleaved":
             head_dim = definition.shape[-1]
             paired = array.reshape(-1, head_dim // 2, 2, *array.shape[1:])
             array = paired.swapaxes(1, 2).reshape(array.shape)
-        if self.form != "plain" and array.ndim == 2:
+        if self.form in ("linear", "interleaved") and array.ndim == 2:
             array = array.T
         return array.reshape(definition.shape)
 
     def to_disk(self, array: np.ndarray, definition: ParamDef) -> np.ndarray:
         """From the canonical leaf to its part on disk; the inverse of `to_ours`."""
         shape = self.part_shape(definition)
-        if self.form != "plain" and len(shape) == 2:
+        if self.form in ("linear", "interleaved") and len(shape) == 2:
             out = array.reshape(shape[1], shape[0]).T
         else:
             out = array.reshape(shape)
@@ -154,6 +164,7 @@ class Family:
       read_gguf: GGUF metadata -> spec; for `architectures` alone.
       gguf_names: (spec, architecture) -> entries of the GGUF layout.
       ignored: globs of tensors that carry nothing the model needs.
+      prefix: of the names on disk, which files of the bare body lack.
     """
 
     model_types: tuple[str, ...]
@@ -164,3 +175,4 @@ class Family:
     read_gguf: Callable[[ConfigReader, Mapping[str, Any]], ModelSpec] = _no_gguf
     gguf_names: Callable[[ModelSpec, str], list[Entry]] = _no_gguf
     ignored: tuple[str, ...] = ()
+    prefix: str = ""

@@ -85,6 +85,7 @@ SPECS: dict[str, ModelSpec] = {
             ),
         ),
         layers="G*2",
+        embedding=Embedding(positions=64),
         final_norm=None,
     ),
     # Attention and feed-forward in one residual update, then a second, scaled one.

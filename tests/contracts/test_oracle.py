@@ -78,6 +78,8 @@ def decode(spec, weights, ids):
     """Logits [B, T, V] in float64."""
     table = weights["embed"]["table"]
     x = table[ids] * spec.embedding.scale
+    if spec.embedding.positions is not None:
+        x = x + weights["embed"]["positions"][: ids.shape[1]]
     for layer in range(spec.num_layers):
         w = weights["layers"][str(layer)]
         for sub in spec.block(layer).subs:

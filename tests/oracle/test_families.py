@@ -33,7 +33,7 @@ from tests.oracle.mutate import (
     window,
 )
 
-DENSE = ("qwen3", "olmo2", "gemma2", "gemma3", "smollm3", "granite", "phi3", "cohere2")
+DENSE = ("qwen3", "olmo2", "gemma2", "gemma3", "smollm3", "granite", "phi3", "cohere2", "gpt2")
 OURS = [name for name in NAMES if name.startswith(DENSE)]
 
 
@@ -126,6 +126,12 @@ MUTATIONS = {
     ("cohere2", "RMSNorm"): subs(norm_in=renorm(type="rms")),
     ("cohere2", "a final RMSNorm"): part("final_norm", type="rms"),
     ("cohere2", "one op after the other"): one_after_the_other,
+    ("gpt2", "no positions"): part("embedding", positions=None),
+    ("gpt2", "a rope too"): attn(rope=Rope()),
+    ("gpt2", "scores not scaled"): attn(scale=1.0),
+    ("gpt2", "RMSNorm"): subs(norm_in=renorm(type="rms")),
+    ("gpt2", "silu"): act("silu"),
+    ("gpt2_hub", "scores scaled"): attn(scale=None),
     ("cohere2", "window 6 -> 7"): only("L", window(7)),
     ("cohere2", "sliding layers are full"): only("L", attn(mask=Causal())),
 }
@@ -197,6 +203,8 @@ PROBLEMS = {
         "even",
     ),
     "normed queries": ("cohere2", {"use_qk_norm": True}, "use_qk_norm is True"),
+    "scores by layer": ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "inverse_layer"),
+    "odd heads": ("gpt2", {"n_head": 5}, "no multiple of n_head 5"),
     "partial rope": ("qwen3", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
 }
 
@@ -231,6 +239,26 @@ def test_phi3_with_whole_rope_is_saved_as_the_llama_that_it_is(tmp_path):
     assert again.spec == model.spec
     same = jax.tree.map(lambda a, b: bool((a == b).all()), again.params, model.params)
     assert all(jax.tree.leaves(same))
+
+
+def test_gpt2_files_of_the_bare_body(tmp_path):
+    """The first files on the hub have no prefix, and the causal mask beside the weights."""
+    folder = copy("gpt2", tmp_path)
+    found = {k.removeprefix("transformer."): v for k, v in tensors(folder).items()}
+    found["h.0.attn.bias"] = np.ones((1, 1, 48, 48), np.float32)
+    save_file(found, folder / "model.safetensors", metadata={"format": "pt"})
+    want = golden("gpt2")
+    model = jaxllm.load(folder, policy=POLICY, store=False)
+    assert relative(logits(model.spec, model.params, want.ids), want.logits) < TOLERANCE
+
+
+def test_padding_past_the_last_position_changes_nothing(models):
+    model, want = models("gpt2"), golden("gpt2")
+    assert model.spec.embedding.positions == 48
+    padded = np.pad(want.ids, ((0, 0), (0, 64 - want.ids.shape[1])))
+    found = logits(model.spec, model.params, padded)
+    assert np.isfinite(found).all()
+    assert relative(found[:, : want.ids.shape[1]], want.logits) < TOLERANCE
 
 
 def test_absent_keys_mean_what_the_reference_means(tmp_path):

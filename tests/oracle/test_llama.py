@@ -22,6 +22,7 @@ LATER = (
     "cohere2_hub",
     "gemma2_hub",
     "gemma3_hub",
+    "gpt2_hub",
     "granite_hub",
     "olmo2_hub",
     "phi3_partial_hub",
@@ -52,6 +53,7 @@ GREEDY = {
         "gguf_f32",
         "gemma2",
         "cohere2",
+        "gpt2",
     ),
     "scan": ("llama_mqa", "llama_odd", "mistral_window"),
 }
