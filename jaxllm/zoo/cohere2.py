@@ -23,13 +23,13 @@ _FIXED = {
     "use_embedding_sharing": True,
     "use_gated_activation": True,
     "use_parallel_block": True,
-    "use_parallel_embedding": False,
     "use_qk_norm": False,
 }
 
 
 def _read(config: ConfigReader) -> ModelSpec:
     sizes = decoder.read_sizes(config, context=8192)
+    config.ignore("use_parallel_embedding")  # how it was trained
     for key, value in _FIXED.items():
         if (found := config.take(key, type(value), value)) != value:
             config.problem(f"{key} is {found!r}; supported is {value!r}")

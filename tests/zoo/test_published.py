@@ -1,0 +1,205 @@
+"""Configs of published models, their keys as on the hub: all are read, and the parameters counted.
+
+The counts are the published ones; a wrong width, tie, bias or norm would miss them.
+"""
+
+import pytest
+
+from jaxllm.spec.cost import num_params
+from jaxllm.zoo.families import FAMILIES
+from jaxllm.zoo.table import ConfigReader
+
+ROPE = {"rope_scaling": None, "torch_dtype": "bfloat16", "use_cache": True}
+GEMMA = ROPE | {
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "cache_implementation": "hybrid",
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "num_hidden_layers": 26,
+    "query_pre_attn_scalar": 256,
+    "rms_norm_eps": 1e-6,
+}
+PUBLISHED = {
+    "Qwen3-0.6B": (
+        596_049_920,
+        "G*28",
+        ROPE
+        | {
+            "attention_bias": False,
+            "head_dim": 128,
+            "hidden_act": "silu",
+            "hidden_size": 1024,
+            "intermediate_size": 3072,
+            "max_position_embeddings": 40960,
+            "max_window_layers": 28,
+            "model_type": "qwen3",
+            "num_attention_heads": 16,
+            "num_hidden_layers": 28,
+            "num_key_value_heads": 8,
+            "rms_norm_eps": 1e-6,
+            "rope_theta": 1_000_000,
+            "sliding_window": None,
+            "tie_word_embeddings": True,
+            "use_sliding_window": False,
+            "vocab_size": 151_936,
+        },
+    ),
+    "gemma-2-2b": (
+        2_614_341_888,
+        "(L G)*13",
+        GEMMA
+        | {
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+            "hidden_act": "gelu_pytorch_tanh",
+            "hidden_size": 2304,
+            "intermediate_size": 9216,
+            "max_position_embeddings": 8192,
+            "model_type": "gemma2",
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "rope_theta": 10000.0,
+            "sliding_window": 4096,
+            "vocab_size": 256_000,
+        },
+    ),
+    "gemma-3-1b": (
+        999_885_952,
+        "(L*5 G)*4 L*2",
+        GEMMA
+        | {
+            "attn_logit_softcapping": None,
+            "final_logit_softcapping": None,
+            "hidden_size": 1152,
+            "intermediate_size": 6912,
+            "max_position_embeddings": 32768,
+            "model_type": "gemma3_text",
+            "num_attention_heads": 4,
+            "num_key_value_heads": 1,
+            "rope_local_base_freq": 10000,
+            "rope_theta": 1_000_000,
+            "sliding_window": 512,
+            "sliding_window_pattern": 6,
+            "vocab_size": 262_144,
+        },
+    ),
+    "SmolLM3-3B": (
+        3_075_098_624,
+        "(G*3 N)*9",
+        ROPE
+        | {
+            "attention_bias": False,
+            "hidden_act": "silu",
+            "hidden_size": 2048,
+            "intermediate_size": 11008,
+            "layer_types": ["full_attention"] * 36,
+            "max_position_embeddings": 65536,
+            "max_window_layers": 28,
+            "mlp_bias": False,
+            "model_type": "smollm3",
+            "no_rope_layer_interval": 4,
+            "no_rope_layers": [1, 1, 1, 0] * 9,
+            "num_attention_heads": 16,
+            "num_hidden_layers": 36,
+            "num_key_value_heads": 4,
+            "pretraining_tp": 2,
+            "rms_norm_eps": 1e-6,
+            "rope_theta": 5_000_000.0,
+            "sliding_window": None,
+            "use_sliding_window": False,
+            "vocab_size": 128_256,
+        },
+    ),
+    "Phi-3-mini-4k": (
+        3_821_079_552,
+        "G*32",
+        ROPE
+        | {
+            "attention_bias": False,
+            "auto_map": {"AutoConfig": "configuration_phi3.Phi3Config"},
+            "embd_pdrop": 0.0,
+            "hidden_act": "silu",
+            "hidden_size": 3072,
+            "intermediate_size": 8192,
+            "max_position_embeddings": 4096,
+            "model_type": "phi3",
+            "num_attention_heads": 32,
+            "num_hidden_layers": 32,
+            "num_key_value_heads": 32,
+            "original_max_position_embeddings": 4096,
+            "resid_pdrop": 0.0,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 10000.0,
+            "sliding_window": 2047,
+            "tie_word_embeddings": False,
+            "vocab_size": 32064,
+        },
+    ),
+    "c4ai-command-r7b": (
+        8_028_033_024,
+        "(L*3 G)*8",
+        ROPE
+        | {
+            "attention_bias": False,
+            "cache_implementation": "hybrid",
+            "head_dim": 128,
+            "hidden_act": "silu",
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "layer_norm_eps": 1e-5,
+            "layer_switch": 4,
+            "logit_scale": 0.25,
+            "max_position_embeddings": 8192,
+            "model_type": "cohere2",
+            "num_attention_heads": 32,
+            "num_hidden_layers": 32,
+            "num_key_value_heads": 8,
+            "order_of_interleaved_layers": "local_attn_first",
+            "position_embedding_type": "rope_gptj",
+            "rope_theta": 50000,
+            "rotary_pct": 1.0,
+            "sliding_window": 4096,
+            "sliding_window_pattern": 4,
+            "use_embedding_sharing": True,
+            "use_gated_activation": True,
+            "use_parallel_block": True,
+            "use_parallel_embedding": True,
+            "vocab_size": 256_000,
+        },
+    ),
+    "gpt2": (
+        124_439_808,
+        "G*12",
+        {
+            "activation_function": "gelu_new",
+            "attn_pdrop": 0.1,
+            "embd_pdrop": 0.1,
+            "layer_norm_epsilon": 1e-5,
+            "model_type": "gpt2",
+            "n_ctx": 1024,
+            "n_embd": 768,
+            "n_head": 12,
+            "n_layer": 12,
+            "n_positions": 1024,
+            "resid_pdrop": 0.1,
+            "summary_activation": None,
+            "summary_first_dropout": 0.1,
+            "summary_proj_to_labels": True,
+            "summary_type": "cls_index",
+            "summary_use_proj": True,
+            "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}},
+            "vocab_size": 50257,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configs_are_read_and_said_again(name):
+    count, layers, config = PUBLISHED[name]
+    family = next(f for f in FAMILIES.values() if config["model_type"] in f.model_types)
+    spec = family.read(ConfigReader(config, name))
+    assert num_params(spec) == count
+    assert spec.layers == layers
+    assert family.read(ConfigReader(family.write(spec) or {}, name)) == spec
