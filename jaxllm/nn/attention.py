@@ -15,7 +15,7 @@ from jaxllm.ops.rope import apply_rope
 from jaxllm.spec import ops as spec_ops
 from jaxllm.spec.table import op_table
 from jaxllm.state.attend import attend
-from jaxllm.state.step import Step
+from jaxllm.state.step import Step, sequence_lengths
 
 __all__ = ["Attention"]
 
@@ -41,8 +41,8 @@ class Attention(nn.Module):
         )
         q, k, v = (keep(y) for y in leaves.project("qkv", x, "BTD,DNH->BTNH"))
         if op.rope is not None:
-            q = apply_rope(q, step.positions, op.rope)
-            k = apply_rope(k, step.positions, op.rope)
+            lengths = sequence_lengths(step) if op.rope.follows_length else None
+            q, k = (apply_rope(y, step.positions, op.rope, lengths=lengths) for y in (q, k))
         by_head = ("batch", "length", "heads", "head_dim")
         by_kv_head = ("batch", "length", "kv_heads", "head_dim")
         q = constrain(q, by_head, policy.rules)

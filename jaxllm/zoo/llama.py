@@ -7,12 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from jaxllm.core.config import to_dict
-from jaxllm.errors import ConfigError
 from jaxllm.spec.mask import And, Causal, Mask, Window
 from jaxllm.spec.model import Block, Head, ModelSpec, sub
 from jaxllm.spec.ops import MLP, Activation, Attention, Norm
-from jaxllm.spec.rope import LinearScaling, Llama3Scaling, Rope, RopeScaling
+from jaxllm.spec.rope import LinearScaling, Llama3Scaling, Rope
+from jaxllm.zoo.rope import read_rope, usable_context, write_rope
 from jaxllm.zoo.table import ConfigReader, Entry, Family
 
 __all__ = ["FAMILY", "PRESETS"]
@@ -76,40 +75,6 @@ def _spec(
     )
 
 
-def _scaling(reader: ConfigReader, kind: str) -> RopeScaling | None:
-    if kind == "linear":
-        factor = reader.take("factor", float)
-        return reader.finish(lambda: LinearScaling(factor=factor))
-    if kind == "llama3":
-        parts = {
-            "factor": reader.take("factor", float),
-            "low_freq_factor": reader.take("low_freq_factor", float),
-            "high_freq_factor": reader.take("high_freq_factor", float),
-            "original_context": reader.take("original_max_position_embeddings", int),
-        }
-        return reader.finish(lambda: Llama3Scaling(**parts))
-    if kind != "default":
-        raise ConfigError(f"rope_type {kind!r} is not supported here; default, linear, llama3 are")
-    return reader.finish()
-
-
-def _rope(config: ConfigReader) -> Rope:
-    """Both dialects: `rope_parameters`, or `rope_theta` with `rope_scaling`."""
-    scaling = config.take("rope_scaling", dict, {})
-    parameters = config.take("rope_parameters", dict, {})
-    if scaling and parameters and scaling != parameters:
-        config.problem("rope_scaling and rope_parameters differ; give one of them")
-    where = "rope_parameters" if parameters else "rope_scaling"
-    reader = ConfigReader(parameters or scaling, where)
-    theta = reader.take("rope_theta", float, config.take("rope_theta", float, 10_000.0))
-    kind = reader.take("rope_type", str, reader.take("type", str, "default"))
-    try:
-        return Rope(theta=theta, scaling=_scaling(reader, kind))
-    except ConfigError as error:
-        config.problem(str(error))
-        return Rope()
-
-
 def _window(config: ConfigReader, model_type: str) -> Mask:
     """A sliding window of W keys counts the query's own."""
     default = 4096 if model_type == "mistral" else None
@@ -137,10 +102,12 @@ def _read(config: ConfigReader) -> ModelSpec:
     if activation not in _ACTIVATIONS:
         config.problem(f"hidden_act {activation!r} is unknown; {', '.join(_ACTIVATIONS)} are known")
     config.ignore(*_IGNORED_KEYS)
+    declared = config.take("max_position_embeddings", int, 2048)
+    rope = read_rope(config, context=declared)
     values = {
         "vocab": config.take("vocab_size", int),
         "layers": config.take("num_hidden_layers", int),
-        "context": config.take("max_position_embeddings", int, 2048),
+        "context": usable_context(declared, rope),
         "eps": config.take("rms_norm_eps", float, 1e-6),
         "tied": config.take("tie_word_embeddings", bool, False),
     }
@@ -150,7 +117,7 @@ def _read(config: ConfigReader) -> ModelSpec:
         "head_dim": config.take("head_dim", int, width // max(heads, 1)),
         "qkv_bias": bias or model_type == "qwen2",
         "out_bias": bias,
-        "rope": _rope(config),
+        "rope": rope,
         "mask": _window(config, model_type),
     }
     mlp = {
@@ -203,12 +170,10 @@ def _write(spec: ModelSpec) -> dict[str, Any] | None:
         "num_key_value_heads": attn.kv_heads,
         "head_dim": attn.head_dim,
         "hidden_act": {v: k for k, v in _ACTIVATIONS.items() if k != "swish"}.get(mlp.activation),
-        "max_position_embeddings": spec.context,
         "rms_norm_eps": norm.eps,
         "tie_word_embeddings": spec.head.tied,
-        "rope_theta": attn.rope.theta if attn.rope else None,
-        "rope_scaling": _write_scaling(attn.rope),
     }
+    config |= write_rope(attn.rope, context=spec.context)
     if model_type == "llama":
         config |= {"attention_bias": attn.out_bias, "mlp_bias": mlp.bias}
     if isinstance(attn.mask, And) and isinstance(attn.mask.second, Window):
@@ -216,16 +181,6 @@ def _write(spec: ModelSpec) -> dict[str, Any] | None:
     if model_type == "qwen2":
         config["use_sliding_window"] = False
     return config
-
-
-def _write_scaling(rope: Rope | None) -> dict[str, Any] | None:
-    if rope is None or rope.scaling is None:
-        return None
-    data = to_dict(rope.scaling)
-    data["rope_type"] = data.pop("kind")
-    if "original_context" in data:
-        data["original_max_position_embeddings"] = data.pop("original_context")
-    return data
 
 
 def _entries(
