@@ -111,6 +111,18 @@ TABLES: dict[str, dict[str, Any]] = {
         "rope_parameters": REAL_YARN | {"attention_factor": 1.5, "beta_fast": 64, "beta_slow": 2.5},
         "max_position_embeddings": 131_072,
     },
+    "yarn_ramp_past_the_pairs": {
+        "rope_parameters": REAL_YARN
+        | {"rope_theta": 100.0, "original_max_position_embeddings": 4096},
+        "head_dim": 32,
+        "max_position_embeddings": 16_384,
+    },
+    "yarn_ramp_past_the_dims": {
+        "rope_parameters": REAL_YARN
+        | {"rope_theta": 100.0, "original_max_position_embeddings": 256, "beta_slow": 0.001},
+        "head_dim": 32,
+        "max_position_embeddings": 1024,
+    },
     "longrope": {
         "rope_parameters": LONG48 | {"original_max_position_embeddings": 4096, "factor": 32.0},
         "head_dim": 96,

@@ -30,7 +30,7 @@ def frequencies(rope: Rope, head_dim: int) -> Float32[np.ndarray, "pairs"]:
     those of sequences within the original context.
     """
     dims = int(head_dim * rope.fraction)
-    freqs = rope.theta ** (-np.arange(0, dims, 2, dtype=np.float64) / dims)
+    freqs = _powers(rope.theta, dims)
     match rope.scaling:
         case None | DynamicScaling():
             pass
@@ -51,6 +51,10 @@ def frequencies(rope: Rope, head_dim: int) -> Float32[np.ndarray, "pairs"]:
             keep = np.clip(ramp, 0.0, 1.0)
             freqs = keep * freqs + (1 - keep) * freqs / s.factor
     return freqs.astype(np.float32)
+
+
+def _powers(theta: float, dims: int) -> np.ndarray:
+    return theta ** (-np.arange(0, dims, 2, dtype=np.float64) / dims)
 
 
 def _ntk_exponents(dims: int) -> np.ndarray:
@@ -78,22 +82,22 @@ def _yarn_ramp(scaling: YarnScaling, *, theta: float, dims: int) -> np.ndarray:
 def frequencies_at(
     rope: Rope, head_dim: int, lengths: Int[AnyArray, "B t"]
 ) -> Float32[Array, "B t pairs"]:
-    """`frequencies` of a rope that follows the length, for sequences of these lengths in tokens."""
+    """`frequencies` for sequences of these lengths in tokens, which may be traced."""
     table = frequencies(rope, head_dim)
+    pairs = len(table)
     match rope.scaling:
         case DynamicScaling() as s:
             # Exactly the table up to the original context: its logarithm is that of 1.
             over = jnp.maximum(lengths - s.original_context, 0).astype(jnp.float32)
             growth = jnp.log1p(over * np.float32(s.factor / s.original_context))
-            exponents = _ntk_exponents(2 * len(table)).astype(np.float32)
-            return table[None, None] * jnp.exp(-growth[..., None] * exponents[None, None])
+            exponents = _ntk_exponents(2 * pairs).astype(np.float32)
+            return jnp.exp(-growth[..., None] * exponents[None, None]) * table[None, None]
         case LongRopeScaling() as s:
-            plain = Rope(theta=rope.theta, fraction=rope.fraction)
-            pairs = 2.0 * np.arange(len(table), dtype=np.float64) / (2 * len(table))
-            long = plain.theta**-pairs / np.asarray(s.long_factor, np.float64)
+            long = _powers(rope.theta, 2 * pairs) / np.asarray(s.long_factor, np.float64)
             longer = (lengths > s.original_context)[..., None]
-            return jnp.where(longer, long.astype(np.float32)[None, None], table[None, None])
-    return jnp.broadcast_to(table[None, None], (*lengths.shape, len(table)))
+            both = (jnp.asarray(x, jnp.float32)[None, None] for x in (long, table))
+            return jnp.where(longer, *both)
+    return jnp.broadcast_to(table[None, None], (*lengths.shape, pairs))
 
 
 def apply_rope(
