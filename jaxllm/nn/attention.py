@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 from flax import linen as nn
 from jaxtyping import Array, Float
 
@@ -11,6 +12,7 @@ from jaxllm.core.policy import Policy
 from jaxllm.core.sharding import constrain
 from jaxllm.nn.leaf import Leaves, Taps
 from jaxllm.nn.remat import keep
+from jaxllm.ops.norm import qk_norm
 from jaxllm.ops.rope import apply_rope
 from jaxllm.spec import ops as spec_ops
 from jaxllm.spec.table import op_table
@@ -21,10 +23,19 @@ __all__ = ["Attention"]
 
 
 class Attention(nn.Module):
-    """MHA, GQA and MQA: out = softmax(scale q kT + mask) v, with q, k, v linear in x."""
+    """MHA, GQA and MQA: out = softmax(scale q kT + mask) v, with q, k, v linear in x.
+
+    As the spec says, queries and keys are normed, scores capped, a learned sink joins the softmax,
+    and the heads' outputs are gated.
+    """
 
     op: spec_ops.Attention
     policy: Policy
+
+    def _norm(self, x: Array, name: str, leaves: Leaves) -> Array:
+        """Queries or keys as the spec norms them."""
+        assert self.op.qk_norm is not None
+        return qk_norm(x, leaves[name] if self.op.qk_norm.scale else None, self.op.qk_norm)
 
     @nn.compact
     def __call__(
@@ -40,13 +51,23 @@ class Attention(nn.Module):
             adapter_ids=step.adapter_ids,
         )
         q, k, v = (keep(y) for y in leaves.project("qkv", x, "BTD,DNH->BTNH"))
+        if op.qk_norm is not None and not op.qk_norm.after_rope:
+            q, k = self._norm(q, "q_norm", leaves), self._norm(k, "k_norm", leaves)
         if op.rope is not None:
             lengths = sequence_lengths(step) if op.rope.follows_length else None
             q, k = (apply_rope(y, step.positions, op.rope, lengths=lengths) for y in (q, k))
+        if op.qk_norm is not None and op.qk_norm.after_rope:
+            q, k = self._norm(q, "q_norm", leaves), self._norm(k, "k_norm", leaves)
         by_head = ("batch", "length", "heads", "head_dim")
         by_kv_head = ("batch", "length", "kv_heads", "head_dim")
         q = constrain(q, by_head, policy.rules)
         k, v = constrain(k, by_kv_head, policy.rules), constrain(v, by_kv_head, policy.rules)
-        out, state = attend(state, (q, k, v), step=step, op=op, implementation=policy.attention)
+        sinks = leaves["sinks"] if op.sinks else None
+        out, state = attend(
+            state, (q, k, v), step=step, op=op, sinks=sinks, implementation=policy.attention
+        )
         out = keep(constrain(out, by_head, policy.rules), "attention")
+        if op.gate:
+            gate = leaves.product("out_gate", x, "BTD,DNH->BTNH")
+            out = out * jax.nn.sigmoid(gate)
         return keep(leaves.product("o", out, "BTNH,NHD->BTD")), state

@@ -18,10 +18,11 @@ from jaxllm.core.logging import note_once
 from jaxllm.errors import ConfigError, ShapeError, UnsupportedError
 from jaxllm.ops.mask import Visibility, visible
 from jaxllm.spec.mask import Causal
+from jaxllm.typing import Slot
 
 _WIDE = jnp.float32
 
-__all__ = ["IMPLEMENTATIONS", "Choice", "attention", "choose", "reference"]
+__all__ = ["IMPLEMENTATIONS", "Choice", "Scores", "attention", "choose", "reference"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,22 +33,38 @@ class Choice:
     why: str
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scores:
+    """What becomes of q kT before the softmax.
+
+    Attributes:
+      scale: static, factor.
+      softcap: static; scores become softcap * tanh(scores / softcap).
+      sinks: [N], a logit a head that takes its share of the softmax and gives nothing.
+    """
+
+    scale: float = dataclasses.field(metadata={"static": True})
+    softcap: float | None = dataclasses.field(default=None, metadata={"static": True})
+    sinks: Slot | None = None
+
+
 def reference(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K H"],
     see: Visibility,
     *,
-    scale: float,
+    scores: Scores,
 ) -> Float[Array, "B T N H"]:
-    """softmax(scale q kT + mask) v, statistics in float32.
+    """softmax(cap(scale q kT) + mask, sinks) v, statistics in float32.
 
     Args:
       q: queries.
       k: keys.
       v: values.
       see: who sees whom; a row that sees nothing gives zeros.
-      scale: factor on the scores.
+      scores: scale, soft-cap and sinks.
 
     Returns:
       In v's dtype.
@@ -62,15 +79,23 @@ def reference(
     q = q.reshape(batch, length, kv_heads, -1, width).transpose(0, 2, 3, 1, 4)
     q = q.reshape(batch, kv_heads, -1, width)
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
-    scores = jnp.einsum("BKMH,BKSH->BKMS", q, k, precision=exact, preferred_element_type=_WIDE)
-    scores = scores.reshape(batch, kv_heads, -1, length, scores.shape[-1])
-    scores = jnp.where(seen[:, None, None], scores * scale, -jnp.inf)
-    peak = jnp.max(scores, axis=-1, keepdims=True)
-    weights = jnp.exp(scores - jnp.where(jnp.isfinite(peak), peak, 0.0))
+    dots = jnp.einsum("BKMH,BKSH->BKMS", q, k, precision=exact, preferred_element_type=_WIDE)
+    dots = dots.reshape(batch, kv_heads, -1, length, dots.shape[-1]) * scores.scale
+    if scores.softcap is not None:
+        dots = scores.softcap * jnp.tanh(dots / scores.softcap)
+    dots = jnp.where(seen[:, None, None], dots, -jnp.inf)
+    peak = jnp.max(dots, axis=-1, keepdims=True)
+    if scores.sinks is not None:
+        sinks = scores.sinks.astype(_WIDE).reshape(1, kv_heads, -1, 1, 1)
+        peak = jnp.maximum(peak, sinks)
+    peak = jnp.where(jnp.isfinite(peak), peak, 0.0)
+    weights = jnp.exp(dots - peak)
     total = jnp.sum(weights, axis=-1, keepdims=True)
+    if scores.sinks is not None:
+        total = total + jnp.exp(sinks - peak)
     weights = weights.reshape(batch, kv_heads, -1, weights.shape[-1]).astype(v.dtype)
     out = jnp.einsum("BKMS,BKSH->BKMH", weights, v, precision=exact, preferred_element_type=_WIDE)
-    out = out.reshape(*scores.shape[:-1], v.shape[-1]) / jnp.where(total == 0, 1.0, total)
+    out = out.reshape(*dots.shape[:-1], v.shape[-1]) / jnp.where(total == 0, 1.0, total)
     out = out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, v.shape[-1])
     return out.astype(v.dtype)
 
@@ -81,7 +106,7 @@ def _cudnn(
     v: Float[Array, "B S K H"],
     see: Visibility,
     *,
-    scale: float,
+    scores: Scores,
 ) -> Float[Array, "B T N H"]:
     """cuDNN's fused attention through `jax.nn.dot_product_attention`."""
     simple = see.query_segments is None and see.key_lengths is None
@@ -96,7 +121,7 @@ def _cudnn(
             k,
             v,
             mask=mask,
-            scale=scale,
+            scale=scores.scale,
             is_causal=whole,
             key_value_seq_lengths=lengths,
             implementation="cudnn",
@@ -106,18 +131,22 @@ def _cudnn(
 IMPLEMENTATIONS = {"reference": reference, "cudnn": _cudnn}
 
 
-def _cudnn_obstacle(platform: str, dtype: str, head_dim: int) -> str | None:
+def _cudnn_obstacle(platform: str, dtype: str, head_dim: int, plain: bool) -> str | None:
     if platform not in ("gpu", "cuda"):
         return f"cudnn needs a CUDA device, this is {platform}"
     if dtype not in ("bfloat16", "float16"):
         return f"cudnn takes bfloat16 and float16, not {dtype}"
     if head_dim % 8 or head_dim > 256:
         return f"cudnn takes head widths that are multiples of 8 up to 256, not {head_dim}"
+    if not plain:
+        return "cudnn has no soft-cap and no sinks"
     return None
 
 
 @functools.lru_cache(maxsize=256)
-def choose(implementation: str, *, platform: str, dtype: str, head_dim: int) -> Choice:
+def choose(
+    implementation: str, *, platform: str, dtype: str, head_dim: int, plain: bool = True
+) -> Choice:
     """The implementation for a shape, and why.
 
     Args:
@@ -125,6 +154,7 @@ def choose(implementation: str, *, platform: str, dtype: str, head_dim: int) -> 
       platform: `cpu`, `gpu` or `tpu`.
       dtype: name of q's dtype.
       head_dim: H.
+      plain: whether scores have neither soft-cap nor sinks.
 
     Raises:
       ConfigError: unknown name; UnsupportedError: a named choice that cannot be served.
@@ -134,7 +164,7 @@ def choose(implementation: str, *, platform: str, dtype: str, head_dim: int) -> 
             f"attention {implementation!r} is unknown; "
             f"{nearest(implementation, ('auto', *IMPLEMENTATIONS))}"
         )
-    obstacle = _cudnn_obstacle(platform, dtype, head_dim)
+    obstacle = _cudnn_obstacle(platform, dtype, head_dim, plain)
     if implementation == "cudnn" and obstacle:
         raise UnsupportedError(f"attention 'cudnn': {obstacle}; use 'reference' or 'auto'")
     if implementation != "auto":
@@ -150,7 +180,7 @@ def attention(
     v: Float[Array, "B S K H"],
     see: Visibility,
     *,
-    scale: float,
+    scores: Scores,
     implementation: str = "auto",
 ) -> Float[Array, "B T N H"]:
     """Softmax attention of queries q over keys k and values v; see `reference`.
@@ -165,7 +195,8 @@ def attention(
         platform=jax.default_backend(),
         dtype=str(q.dtype),
         head_dim=q.shape[-1],
+        plain=scores.softcap is None and scores.sinks is None,
     )
     if implementation == "auto":
         note_once(f"attention: {choice.name} ({choice.why})")
-    return IMPLEMENTATIONS[choice.name](q, k, v, see, scale=scale)
+    return IMPLEMENTATIONS[choice.name](q, k, v, see, scores=scores)

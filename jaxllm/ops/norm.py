@@ -7,9 +7,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxllm.ops.linear import align
+from jaxllm.spec.ops import QKNorm
 from jaxllm.typing import AnyArray
 
-__all__ = ["layer_norm", "rms_norm"]
+__all__ = ["layer_norm", "qk_norm", "rms_norm"]
 
 
 def rms_norm(
@@ -22,6 +23,26 @@ def rms_norm(
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
     return (y * align(scale.astype(jnp.float32) + offset, y)).astype(x.dtype)
+
+
+def qk_norm(
+    x: Float[Array, "B T N H"], scale: Float[AnyArray, "..."] | None, norm: QKNorm
+) -> Float[Array, "B T N H"]:
+    """Norm queries or keys as the spec says, in float32, cast back to x's dtype.
+
+    Args:
+      x: queries or keys.
+      scale: [H] (`over` head), [N, H], or None for none.
+      norm: what is normed over, and how.
+    """
+    dims = (-2, -1) if norm.over == "full" else (-1,)
+    y = x.astype(jnp.float32)
+    if norm.type == "layer":
+        y = y - jnp.mean(y, axis=dims, keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=dims, keepdims=True) + norm.eps)
+    if scale is not None:
+        y = y * align(scale.astype(jnp.float32) + norm.offset, y)
+    return y.astype(x.dtype)
 
 
 def layer_norm(

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from jaxllm.core.tree import flatten
-from jaxllm.spec.mask import And, Causal, Full, Mask, Or, Window, allowed
+from jaxllm.spec.mask import And, Causal, Chunk, Full, Mask, Or, Window, allowed
 from jaxllm.spec.model import ModelSpec
 from jaxllm.spec.ops import Attention
 from jaxllm.spec.table import layer_paths, model_table
@@ -57,7 +57,7 @@ def attended_pairs(mask: Mask, tokens: int, past: int = 0) -> int:
             | And(first=Window(left=left), second=Causal())
         ):
             return attended_pairs(Window(left=left, right=0), tokens, past)
-        case And() | Or():
+        case And() | Or() | Chunk():
             return sum(bool(allowed(mask, q, k)) for q in range(past, total) for k in range(total))
 
 

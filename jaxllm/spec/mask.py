@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Union
 
 from jaxllm.core.config import require
 
-__all__ = ["And", "Causal", "Full", "Mask", "Or", "Window", "allowed", "reach"]
+__all__ = ["And", "Causal", "Chunk", "Full", "Mask", "Or", "Window", "allowed", "reach"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +40,17 @@ class Window:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """Keys of the query's own chunk: positions are cut into chunks of `size`."""
+
+    kind: ClassVar[str] = "chunk"
+    size: int
+
+    def __post_init__(self) -> None:
+        require(self.size >= 1, f"chunk: size is positive, found {self.size}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class And:
     """Keys that both masks admit."""
 
@@ -57,7 +68,7 @@ class Or:
     second: Mask
 
 
-Mask = Union[Causal, Full, Window, And, Or]  # noqa: UP007 - a forward reference needs Union
+Mask = Union[Causal, Full, Window, Chunk, And, Or]  # noqa: UP007 - a forward reference needs Union
 
 
 def allowed(mask: Mask, query: Any, key: Any) -> Any:
@@ -77,6 +88,8 @@ def allowed(mask: Mask, query: Any, key: Any) -> Any:
         return (key == key) & (query == query)
     if isinstance(mask, Window):
         return (query - key <= mask.left) & (key - query <= mask.right)
+    if isinstance(mask, Chunk):
+        return query // mask.size == key // mask.size
     first, second = allowed(mask.first, query, key), allowed(mask.second, query, key)
     return first & second if isinstance(mask, And) else first | second
 
@@ -89,6 +102,8 @@ def reach(mask: Mask) -> tuple[int | None, int | None]:
         return None, None
     if isinstance(mask, Window):
         return mask.left, mask.right
+    if isinstance(mask, Chunk):
+        return mask.size - 1, mask.size - 1
     pairs = tuple(zip(reach(mask.first), reach(mask.second), strict=True))
     if isinstance(mask, And):
         left, right = (min((r for r in p if r is not None), default=None) for p in pairs)

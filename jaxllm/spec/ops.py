@@ -9,7 +9,7 @@ from jaxllm.core.config import require
 from jaxllm.spec.mask import Causal, Mask
 from jaxllm.spec.rope import Rope
 
-__all__ = ["MLP", "Activation", "Attention", "Norm", "Op"]
+__all__ = ["MLP", "Activation", "Attention", "Norm", "Op", "QKNorm"]
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
 
@@ -28,8 +28,44 @@ class Norm:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class QKNorm:
+    """RMSNorm (or LayerNorm without a bias) of queries and keys, before or after rope.
+
+    `over` says which values share statistics and scale: `head` norms each head with one scale for
+    all heads [H], `heads` each head with a scale of its own [N, H], `full` all heads together
+    [N, H]. Without `scale` the values are divided by their root mean square alone (L2 norm times
+    the root of the width). Source: arXiv 2010.04245, 2302.05442.
+    """
+
+    type: Literal["rms", "layer"] = "rms"
+    over: Literal["head", "heads", "full"] = "head"
+    eps: float = 1e-6
+    offset: float = 0.0
+    scale: bool = True
+    after_rope: bool = False
+
+    def __post_init__(self) -> None:
+        require(self.eps > 0, f"qk norm: eps is positive, found {self.eps}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Attention:
-    """Softmax attention: MHA (kv_heads = heads), GQA, MQA (kv_heads = 1)."""
+    """Softmax attention: MHA (kv_heads = heads), GQA, MQA (kv_heads = 1).
+
+    Attributes:
+      heads: N.
+      kv_heads: K.
+      head_dim: H.
+      qkv_bias: on the three input projections.
+      out_bias: on the output projection.
+      scale: factor on the scores; H^-1/2 by default.
+      qk_norm: of queries and keys.
+      softcap: scores become softcap * tanh(scores / softcap).
+      sinks: a learned logit a head that takes its share of the softmax and gives nothing.
+      gate: the heads' outputs are multiplied by sigmoid(x W_gate).
+      rope: rotation of queries and keys; None for none.
+      mask: which keys a query sees.
+    """
 
     kind: ClassVar[str] = "attention"
     heads: int
@@ -38,6 +74,10 @@ class Attention:
     qkv_bias: bool = False
     out_bias: bool = False
     scale: float | None = None
+    qk_norm: QKNorm | None = None
+    softcap: float | None = None
+    sinks: bool = False
+    gate: bool = False
     rope: Rope | None = Rope()
     mask: Mask = Causal()
 
@@ -49,6 +89,10 @@ class Attention:
         require(
             self.heads % self.kv_heads == 0,
             f"attention: heads {self.heads} is no multiple of kv_heads {self.kv_heads}",
+        )
+        require(
+            self.softcap is None or self.softcap > 0,
+            f"attention: softcap is positive, found {self.softcap}",
         )
         if self.rope is not None:
             self.rope.check(self.head_dim)

@@ -116,7 +116,11 @@ def op_table(op: Op, width: int) -> dict[str, ParamDef]:
                 table["v_bias"] = ParamDef((k, h), ("kv_heads", "head_dim"))
             if op.out_bias:
                 table["o_bias"] = ParamDef((width,), ("width",))
-            return table
+            if op.gate:
+                table["out_gate"] = table["q"]
+            if op.sinks:
+                table["sinks"] = ParamDef((n,), ("heads",))
+            return table | _qk_norm_table(op)
         case MLP():
             up = ParamDef((width, op.width), ("width", "ffn"), width**-0.5, inputs=1)
             table = {"gate": up} if op.gated else {}
@@ -127,6 +131,21 @@ def op_table(op: Op, width: int) -> dict[str, ParamDef]:
                 table |= {"gate_bias": bias} if op.gated else {}
                 table |= {"up_bias": bias, "down_bias": ParamDef((width,), ("width",))}
             return table
+
+
+def _qk_norm_table(op: Attention) -> dict[str, ParamDef]:
+    """Leaves of the norms of queries and keys."""
+    norm, h = op.qk_norm, op.head_dim
+    if norm is None or not norm.scale:
+        return {}
+    one = 1.0 - norm.offset
+    if norm.over == "head":
+        shared = ParamDef((h,), ("head_dim",), fill=one)
+        return {"q_norm": shared, "k_norm": shared}
+    return {
+        "q_norm": ParamDef((op.heads, h), ("heads", "head_dim"), fill=one),
+        "k_norm": ParamDef((op.kv_heads, h), ("kv_heads", "head_dim"), fill=one),
+    }
 
 
 def block_table(block: Block, width: int) -> dict[str, dict[str, ParamDef]]:

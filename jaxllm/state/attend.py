@@ -8,12 +8,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxllm.errors import UnsupportedError
-from jaxllm.ops.attention import attention
+from jaxllm.ops.attention import Scores, attention
 from jaxllm.ops.mask import Visibility
 from jaxllm.spec.mask import reach
 from jaxllm.spec.ops import Attention
 from jaxllm.state.dense import DenseKV, write
 from jaxllm.state.step import Step
+from jaxllm.typing import AnyArray
 
 __all__ = ["attend"]
 
@@ -24,6 +25,7 @@ def attend(
     *,
     step: Step,
     op: Attention,
+    sinks: Float[AnyArray, "N"] | None = None,
     implementation: str = "auto",
 ) -> tuple[Float[Array, "B T N H"], Any]:
     """Remember the new keys and values, and attend over all that is remembered.
@@ -32,7 +34,8 @@ def attend(
       state: None (training) or the op's `DenseKV`.
       qkv: queries, keys and values of the new tokens, rotated.
       step: where the tokens stand.
-      op: scale and mask.
+      op: scale, soft-cap and mask.
+      sinks: a logit a head that joins the softmax.
       implementation: of softmax attention.
 
     Returns:
@@ -52,7 +55,8 @@ def attend(
         k, v = state.k, state.v
         see = _over_cache(k, step, op)
     keys, values = k.astype(q.dtype), v.astype(q.dtype)
-    out = attention(q, keys, values, see, scale=op.query_scale, implementation=implementation)
+    scores = Scores(scale=op.query_scale, softcap=op.softcap, sinks=sinks)
+    out = attention(q, keys, values, see, scores=scores, implementation=implementation)
     return out, state
 
 

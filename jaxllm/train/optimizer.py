@@ -54,7 +54,7 @@ def _decays(params: Any) -> Any:
     def decays(path: Any, x: Any) -> bool:
         names = [str(getattr(p, "key", p)) for p in path]
         stacked = names[0] == "layers" and ":" in names[1]
-        vector = names[-1] == "scale" or names[-1].endswith("bias")
+        vector = names[-1] in ("scale", "q_norm", "k_norm") or names[-1].endswith("bias")
         return not vector and x.ndim - stacked >= 2
 
     return jax.tree_util.tree_map_with_path(decays, params)

@@ -11,15 +11,16 @@ import numpy as np
 from jaxllm.core.policy import Matrices, Policy
 from jaxllm.core.tree import Segment, map_leaves, restack
 from jaxllm.nn import api
-from jaxllm.spec.mask import And, Causal, Window
+from jaxllm.spec.mask import And, Causal, Chunk, Window
 from jaxllm.spec.model import Block, Embedding, Head, ModelSpec, NamedOp, Sub, sub
-from jaxllm.spec.ops import MLP, Attention, Norm
+from jaxllm.spec.ops import MLP, Attention, Norm, QKNorm
 from jaxllm.spec.rope import LinearScaling, Llama3Scaling, Rope
 from jaxllm.spec.table import model_table
 from jaxllm.state.step import training_step
 
 RMS, OFFSET, LAYER = Norm(), Norm(offset=1.0, eps=1e-6), Norm(type="layer", bias=True)
 LOCAL = And(first=Causal(), second=Window(left=2))
+CHUNKS = And(first=Causal(), second=Chunk(size=5))
 NEAR = Rope(theta=100.0)
 
 
@@ -109,6 +110,19 @@ SPECS: dict[str, ModelSpec] = {
         ),
         layers="G G*2",
         final_norm=Norm(type="layer"),
+    ),
+    # Norms of queries and keys (a head alone, all heads together), soft-cap, sinks, gate, chunks.
+    "capped_gated": model(
+        pre("L", heads(4, 2, qk_norm=QKNorm(offset=1.0), softcap=2.0, mask=LOCAL), MLP48),
+        pre("G", heads(4, 2, qk_norm=QKNorm(over="full"), sinks=True, gate=True, mask=CHUNKS),
+            MLP48),
+        layers="(L G)*2",
+        head=Head(tied=True),
+    ),
+    "l2_after_rope": model(
+        pre("N", heads(4, 1, rope=None, qk_norm=QKNorm(type="layer", over="heads")), MLP48),
+        pre("G", heads(4, 2, qk_norm=QKNorm(scale=False, after_rope=True), out_bias=True), MLP48),
+        layers="N G*2",
     ),
 }  # fmt: skip
 NAMES = tuple(SPECS)

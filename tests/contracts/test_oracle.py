@@ -23,6 +23,14 @@ def norm(spec, leaves, x):
     return y + leaves["bias"] if spec.bias else y
 
 
+def qk_norm(spec, scale, x):
+    dims = (-2, -1) if spec.over == "full" else -1
+    if spec.type == "layer":
+        x = x - x.mean(dims, keepdims=True)
+    y = x / np.sqrt((x**2).mean(dims, keepdims=True) + spec.eps)
+    return y * (spec.offset + scale) if spec.scale else y
+
+
 def attention(op, w, x):
     def project(name):
         y = np.einsum("btd,dnh->btnh", x, w[name])
@@ -30,11 +38,25 @@ def attention(op, w, x):
 
     q, k, v = project("q"), project("k"), project("v")
     places = np.broadcast_to(np.arange(x.shape[1]), x.shape[:2])
-    if op.rope is not None:
-        q, k = (rotated(y, places, op.rope) for y in (q, k))
+    rotate = lambda y: y if op.rope is None else rotated(y, places, op.rope)  # noqa: E731
+    if op.qk_norm is None:
+        q, k = rotate(q), rotate(k)
+    elif op.qk_norm.after_rope:
+        q, k = (
+            qk_norm(op.qk_norm, w.get(f"{n}_norm"), rotate(y))
+            for n, y in zip("qk", (q, k), strict=True)
+        )
+    else:
+        q, k = (
+            rotate(qk_norm(op.qk_norm, w.get(f"{n}_norm"), y))
+            for n, y in zip("qk", (q, k), strict=True)
+        )
     seen = allowed(op.mask, places[:, :, None], places[:, None, :])
     scale = 1 / math.sqrt(op.head_dim) if op.scale is None else op.scale
-    y = np.einsum("btnh,nhd->btd", attend(q, k, v, seen, scale), w["o"])
+    out = attend(q, k, v, seen, scale, softcap=op.softcap, sinks=w["sinks"] if op.sinks else None)
+    if op.gate:
+        out = out / (1 + np.exp(-np.einsum("btd,dnh->btnh", x, w["out_gate"])))
+    y = np.einsum("btnh,nhd->btd", out, w["o"])
     return y + w["o_bias"] if op.out_bias else y
 
 
@@ -116,6 +138,17 @@ FLAGS = [
     ("parallel", (*op(0, 1), "activation"), "relu"),
     ("parallel", ("head", "scale"), 1.0),
     ("output_norm", ("final_norm", "type"), "rms"),
+    ("capped_gated", (*op(0), "softcap"), 3.0),
+    ("capped_gated", (*op(0), "qk_norm", "offset"), 0.0),
+    ("capped_gated", (*op(0), "qk_norm", "eps"), 1e-2),
+    ("capped_gated", (*op(0), "qk_norm", "type"), "layer"),
+    ("capped_gated", (*op(1), "qk_norm", "over"), "heads"),
+    ("capped_gated", (*op(1), "gate"), False),
+    ("capped_gated", (*op(1), "sinks"), False),
+    ("capped_gated", (*op(1), "mask", "second", "size"), 6),
+    ("l2_after_rope", (*op(0), "qk_norm", "type"), "rms"),
+    ("l2_after_rope", (*op(1), "qk_norm", "eps"), 1e-1),
+    ("l2_after_rope", (*op(1), "rope"), None),
 ]
 
 

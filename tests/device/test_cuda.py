@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxllm.core.policy import Policy
-from jaxllm.ops.attention import attention, choose, reference
+from jaxllm.ops.attention import Scores, attention, choose, reference
 from jaxllm.ops.mask import Visibility
 from jaxllm.spec.mask import And, Causal, Window
 from tests.contracts.packed import check_no_gradient_crosses, documents, losses, served
@@ -57,9 +57,9 @@ def test_auto_is_fused_and_as_exact_as_the_reference(name: str, dtype: str) -> N
         past = jnp.asarray(slots >= begin + length)[:, :, None, None]
         k, v = (jnp.where(past, jnp.asarray(1e4, x.dtype), x) for x in (k, v))
     wide = [x.astype(jnp.float32) for x in (q, k, v)]
-    want = np.asarray(reference(*wide, see, scale=width**-0.5))
-    low = np.asarray(reference(q, k, v, see, scale=width**-0.5), np.float32)
-    got = np.asarray(attention(q, k, v, see, scale=width**-0.5), np.float32)
+    want = np.asarray(reference(*wide, see, scores=Scores(scale=width**-0.5)))
+    low = np.asarray(reference(q, k, v, see, scores=Scores(scale=width**-0.5)), np.float32)
+    got = np.asarray(attention(q, k, v, see, scores=Scores(scale=width**-0.5)), np.float32)
     assert np.abs(got - want).max() <= 2 * np.abs(low - want).max() + 1e-5
 
 
