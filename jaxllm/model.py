@@ -154,14 +154,16 @@ class Model:
 
         Returns:
           float32 [B, T, V]. Programs are compiled for lengths rounded up to a power of two; the
-          padding is after the tokens, where a causal model does not look.
+          padding is after the tokens, where a causal model does not look. A rope that follows the
+          length of a sequence has programs of exact lengths.
 
         Raises:
           ShapeError: not [B, T] integers within the vocabulary, or longer than the context.
         """
         ids = self._ids(tokens)
         batch, length = ids.shape
-        padded = np.zeros((batch, bucket(length)), np.int32)
+        size = length if self.spec.follows_length else bucket(length)
+        padded = np.zeros((batch, size), np.int32)
         padded[:, :length] = ids
         program = programs.logits(self.generator.setup, batch=batch, length=padded.shape[1])
         out = self.generator.executable(program)(self.params, padded)

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+from golden_ropes import LINEAR, LLAMA3, MODELS
 from transformers import Cohere2Config as Cohere2
 from transformers import Gemma2Config as Gemma2
 from transformers import Gemma3TextConfig as Gemma3
@@ -30,17 +31,6 @@ BASE = {
     "bos_token_id": 1,
     "eos_token_id": None,
 }
-# Positions reach 40: past the original 16, so that all three bands of the scaling differ.
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 500.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,
-}
-LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
-
 # Small and odd: the goldens of many families stand in the repository.
 SMALL = {"hidden_size": 24, "intermediate_size": 40, "vocab_size": 67, "pad_token_id": None}
 GEMMA2 = {
@@ -166,6 +156,7 @@ TINY = {
         Llama, {"head_dim": 16, "intermediate_size": 64, "tie_word_embeddings": True}, gguf="Q8_0"
     ),
     "gguf_qwen2": Tiny(Qwen2, {"num_key_value_heads": 1, "num_hidden_layers": 1}, gguf="F32"),
+    **{name: Tiny(Llama, c, hub=name.endswith("_hub")) for name, c in MODELS.items()},
     "qwen3": Tiny(Qwen3, SMALL | {"head_dim": 10, "tie_word_embeddings": True}, hub=True),
     "qwen3_window": Tiny(
         Qwen3,

@@ -17,7 +17,7 @@ from jaxllm.ops.rope import apply_rope
 from jaxllm.spec import ops as spec_ops
 from jaxllm.spec.table import op_table
 from jaxllm.state.attend import attend
-from jaxllm.state.step import Step
+from jaxllm.state.step import Step, sequence_lengths
 
 __all__ = ["Attention"]
 
@@ -54,8 +54,8 @@ class Attention(nn.Module):
         if op.qk_norm is not None and not op.qk_norm.after_rope:
             q, k = self._norm(q, "q_norm", leaves), self._norm(k, "k_norm", leaves)
         if op.rope is not None:
-            q = apply_rope(q, step.positions, op.rope)
-            k = apply_rope(k, step.positions, op.rope)
+            lengths = sequence_lengths(step) if op.rope.follows_length else None
+            q, k = (apply_rope(y, step.positions, op.rope, lengths=lengths) for y in (q, k))
         if op.qk_norm is not None and op.qk_norm.after_rope:
             q, k = self._norm(q, "q_norm", leaves), self._norm(k, "k_norm", leaves)
         by_head = ("batch", "length", "heads", "head_dim")

@@ -147,6 +147,12 @@ class ModelSpec:
         """Number of layers."""
         return len(self.pattern.names)
 
+    @property
+    def follows_length(self) -> bool:
+        """Whether tokens are rotated by how long their sequence is: padding would count."""
+        ropes = [getattr(o.op, "rope", None) for b in self.blocks for s in b.subs for o in s.ops]
+        return any(rope is not None and rope.follows_length for rope in ropes)
+
     def block(self, layer: int) -> Block:
         """The block that a layer uses."""
         name = self.pattern.names[layer]

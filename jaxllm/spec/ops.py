@@ -95,12 +95,7 @@ class Attention:
             f"attention: softcap is positive, found {self.softcap}",
         )
         if self.rope is not None:
-            rotated = self.head_dim * self.rope.fraction
-            require(
-                rotated == int(rotated) and int(rotated) % 2 == 0,
-                f"attention: rope rotates {rotated} of {self.head_dim} dims; it must be an even "
-                "number",
-            )
+            self.rope.check(self.head_dim)
 
     @property
     def query_scale(self) -> float:

@@ -10,7 +10,7 @@ from jaxtyping import Array, Int, Key
 
 from jaxllm.typing import AnyArray, Slot
 
-__all__ = ["Step", "dense_step", "training_step"]
+__all__ = ["Step", "dense_step", "sequence_lengths", "training_step"]
 
 
 @jax.tree_util.register_dataclass
@@ -75,3 +75,23 @@ def dense_step(
     """
     positions = start[:, None] + jnp.arange(length, dtype=jnp.int32)[None]
     return Step(positions, lengths=lengths, fresh=fresh, aligned=fresh or start.shape[0] == 1)
+
+
+def sequence_lengths(step: Step) -> Int[Array, "B t"]:
+    """How many tokens each token's sequence has once those of the step are there.
+
+    Returns:
+      [B, T] where documents are packed (each is a run of equal segment ids), else [B, 1]; padding
+      does not count.
+    """
+    positions = jnp.asarray(step.positions)
+    slots = jnp.arange(positions.shape[1], dtype=jnp.int32)[None]
+    if step.segment_ids is None:
+        if step.lengths is not None:
+            positions = jnp.where(slots < step.lengths[:, None], positions, 0)
+        return positions.max(axis=1, keepdims=True) + 1
+    ids = jnp.asarray(step.segment_ids)
+    ends = jnp.pad(ids[:, 1:] != ids[:, :-1], ((0, 0), (0, 1)), constant_values=True)
+    none = positions.shape[1] - 1
+    last = jax.lax.cummin(jnp.where(ends, slots, none), axis=1, reverse=True)
+    return jnp.take_along_axis(positions, last, axis=1) + 1

@@ -3,7 +3,8 @@
 Older files have `rope_theta`, `rope_scaling` (with `type` or `rope_type`) and, for local layers, a
 base of their own such as `rope_local_base_freq`; files of transformers 5 have `rope_parameters`,
 one object or one a layer type. What a key means, and what an absent one is, follows transformers
-5.24 (`modeling_rope_utils`).
+5.24 (`modeling_rope_utils`). `ntk`, a fixed larger base, is no type of transformers: it is read and
+written here with the formula of arXiv 2309.00071.
 """
 
 from __future__ import annotations
@@ -14,7 +15,16 @@ from typing import Any, Literal
 
 from jaxllm.core.config import nearest, to_dict
 from jaxllm.errors import ConfigError
-from jaxllm.spec.rope import LinearScaling, Llama3Scaling, Rope, RopeScaling
+from jaxllm.spec.rope import (
+    DynamicScaling,
+    LinearScaling,
+    Llama3Scaling,
+    LongRopeScaling,
+    NtkScaling,
+    Rope,
+    RopeScaling,
+    YarnScaling,
+)
 from jaxllm.zoo.table import ConfigReader
 
 __all__ = ["read_rope", "read_ropes", "usable_context", "write_rope", "write_ropes"]
@@ -57,6 +67,64 @@ def _linear(reader: ConfigReader, _: _Defaults) -> Callable[[], RopeScaling]:
     return lambda: LinearScaling(factor=factor)
 
 
+def _ntk(reader: ConfigReader, _: _Defaults) -> Callable[[], RopeScaling]:
+    factor = reader.take("factor", float)
+    return lambda: NtkScaling(factor=factor)
+
+
+def _dynamic(reader: ConfigReader, defaults: _Defaults) -> Callable[[], RopeScaling]:
+    """The original context is max_position_embeddings: the reference reads no other key."""
+    factor = reader.take("factor", float)
+    if reader.take(_ORIGINAL, int, defaults.context) != defaults.context:
+        reader.problem(
+            f"{_ORIGINAL} differs from max_position_embeddings, from which dynamic scaling counts"
+        )
+    return lambda: DynamicScaling(factor=factor, original_context=defaults.context)
+
+
+def _yarn(reader: ConfigReader, defaults: _Defaults) -> Callable[[], RopeScaling]:
+    original = _original(reader, defaults)
+    if reader.has("factor"):  # null: the ratio of the contexts
+        factor = reader.take("factor", float, defaults.context / max(original, 1))
+    else:
+        factor = reader.take("factor", float)
+    parts = {
+        "factor": factor,
+        "original_context": original,
+        # Zero stands for an absent value in the reference.
+        "beta_fast": reader.take("beta_fast", float, 32.0) or 32.0,
+        "beta_slow": reader.take("beta_slow", float, 1.0) or 1.0,
+        "attention_factor": reader.take("attention_factor", float, None),
+        "mscale": reader.take("mscale", float, None) or None,
+        "mscale_all_dim": reader.take("mscale_all_dim", float, None) or None,
+        "truncate": reader.take("truncate", bool, True),
+    }
+    return lambda: YarnScaling(**parts)
+
+
+def _longrope(reader: ConfigReader, defaults: _Defaults) -> Callable[[], RopeScaling]:
+    """Without a factor it is the ratio of the contexts, which counts from 1 upwards."""
+    original = _original(reader, defaults)
+    parts = {
+        "short_factor": _numbers(reader, "short_factor"),
+        "long_factor": _numbers(reader, "long_factor"),
+        "factor": reader.take("factor", float, max(1.0, defaults.context / max(original, 1))),
+        "original_context": original,
+        "attention_factor": reader.take("attention_factor", float, None),
+    }
+    return lambda: LongRopeScaling(**parts)
+
+
+def _numbers(reader: ConfigReader, key: str) -> tuple[float, ...]:
+    values = reader.take(key, list, [])
+    if not values:
+        reader.problem(f"{key} is missing; it is a list of numbers, one a rotated pair")
+    if any(isinstance(v, bool) or not isinstance(v, int | float) for v in values):
+        reader.problem(f"{key} is {values!r}; it must be a list of numbers")
+        return ()
+    return tuple(map(float, values))
+
+
 def _llama3(reader: ConfigReader, defaults: _Defaults) -> Callable[[], RopeScaling]:
     parts = {
         "factor": reader.take("factor", float),
@@ -70,6 +138,11 @@ def _llama3(reader: ConfigReader, defaults: _Defaults) -> Callable[[], RopeScali
 _KINDS: dict[str, Callable[[ConfigReader, _Defaults], Callable[[], RopeScaling | None]]] = {
     "default": _plain,
     "linear": _linear,
+    "ntk": _ntk,
+    "dynamic": _dynamic,
+    "yarn": _yarn,
+    "longrope": _longrope,
+    "su": _longrope,  # its name in the first files that had it
     "llama3": _llama3,
 }
 
@@ -89,7 +162,7 @@ def _parse(data: Mapping[str, Any], where: str, defaults: _Defaults) -> Rope:
     kind = reader.take("rope_type", str, older)
     if kind not in _KINDS:
         # The keys of an unknown type are no problem of their own.
-        raise ConfigError(f"rope_type {kind!r} is not supported here; {', '.join(_KINDS)} are")
+        raise ConfigError(f"{where}: rope_type {kind!r} is unknown; {nearest(kind, _KINDS)}")
     make = _KINDS[kind](reader, defaults)
     return reader.finish(
         lambda: Rope(theta=theta, fraction=fraction, layout=defaults.layout, scaling=make())
@@ -208,9 +281,17 @@ def _try(config: ConfigReader, data: Any, where: str, defaults: _Defaults) -> Ro
 
 
 def usable_context(declared: int, *ropes: Rope | None) -> int:
-    """Tokens that a model holds, from the file's max_position_embeddings and its ropes."""
-    del ropes
-    return declared
+    """Tokens that a model holds, from the file's max_position_embeddings and its ropes.
+
+    With dynamic scaling the file names the unscaled context, and with yarn it may: the scaled one
+    is `factor` times as long.
+    """
+    longest = declared
+    for rope in ropes:
+        match rope.scaling if rope is not None else None:
+            case DynamicScaling() | YarnScaling() as s if declared <= s.original_context:
+                longest = max(longest, int(s.original_context * s.factor))
+    return longest
 
 
 def _words(rope: Rope) -> dict[str, Any]:
@@ -220,9 +301,16 @@ def _words(rope: Rope) -> dict[str, Any]:
     data = to_dict(rope.scaling)
     out = {"rope_type": data.pop("kind"), **data}
     original = out.pop("original_context", None)
-    if original is not None:
+    if original is not None and not isinstance(rope.scaling, DynamicScaling):
         out[_ORIGINAL] = original
     return out
+
+
+def _declared(context: int, *ropes: Rope | None) -> dict[str, int]:
+    """max_position_embeddings: of dynamic scaling the unscaled context."""
+    scalings = [rope.scaling for rope in ropes if rope is not None]
+    originals = [s.original_context for s in scalings if isinstance(s, DynamicScaling)]
+    return {"max_position_embeddings": min([context, *originals])}
 
 
 def write_rope(rope: Rope | None, *, context: int) -> dict[str, Any]:
@@ -236,7 +324,7 @@ def write_rope(rope: Rope | None, *, context: int) -> dict[str, Any]:
       max_position_embeddings, rope_theta, rope_scaling and, where a part of a head is rotated,
       partial_rotary_factor.
     """
-    out: dict[str, Any] = {"max_position_embeddings": context}
+    out: dict[str, Any] = _declared(context, rope)
     if rope is None:
         return out | {"rope_theta": None, "rope_scaling": None}
     out["rope_theta"] = rope.theta
@@ -248,7 +336,7 @@ def write_rope(rope: Rope | None, *, context: int) -> dict[str, Any]:
 
 def write_ropes(ropes: Mapping[str, Rope], *, context: int) -> dict[str, Any]:
     """Keys of config.json for ropes by layer type: max_position_embeddings and rope_parameters."""
-    out: dict[str, Any] = {"max_position_embeddings": context}
+    out: dict[str, Any] = _declared(context, *ropes.values())
     out["rope_parameters"] = {
         kind: _words(rope)
         | {"rope_theta": rope.theta}

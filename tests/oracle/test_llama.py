@@ -54,6 +54,8 @@ GREEDY = {
         "gemma2",
         "cohere2",
         "gpt2",
+        "llama_dynamic_hub",
+        "llama_longrope_hub",
     ),
     "scan": ("llama_mqa", "llama_odd", "mistral_window"),
 }
@@ -83,7 +85,7 @@ def same_bits(first, second):
 
 
 def test_there_is_something_to_check():
-    assert len(NAMES) >= 18
+    assert len(NAMES) >= 24
     assert sum(golden(name).provenance["float32_noise"] > TOLERANCE / 5 for name in NAMES) == 0
 
 
@@ -179,7 +181,8 @@ def test_the_store_changes_nothing_and_an_end_token_ends(tmp_path):
 
 def test_both_dialects_of_a_config_say_the_same_model(tmp_path):
     """The words of transformers 5 and those of older files on the hub, for every kind of rope."""
-    for name in ("llama_gqa_scaled", "llama_linear", "mistral_window", "mistral_full"):
+    scaled = ("llama_gqa_scaled", "llama_linear", "llama_yarn", "llama_dynamic", "llama_longrope")
+    for name in (*scaled, "mistral_window", "mistral_full"):
         folder = tmp_path / name
         shutil.copytree(golden(name).source, folder)
         config = json.loads((folder / "config.json").read_text())

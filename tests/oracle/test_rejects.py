@@ -120,7 +120,18 @@ CONTRADICTIONS = {
     "scaling factor": ({"rope_parameters": ROPE | {"factor": 0.5}}, "factor is ≥ 1"),
     "no factor": ({"rope_parameters": ROPE | {"factor": None}}, "factor is missing"),
     "unknown in rope": ({"rope_parameters": ROPE | {"beta_fast": 3}}, "'beta_fast'"),
-    "yarn": ({"rope_parameters": ROPE | {"rope_type": "yarn"}}, "'yarn' is not supported"),
+    "rope type": ({"rope_parameters": ROPE | {"rope_type": "yarm"}}, "did you mean 'yarn'"),
+    "longrope of no lists": (
+        {"rope_parameters": ROPE | {"rope_type": "longrope"}},
+        "short_factor is missing",
+    ),
+    "longrope's lists": (
+        {
+            "rope_parameters": ROPE
+            | {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [1.0] * 5}
+        },
+        "long_factor of the rope has 5 numbers; 8 rotated dims need 4",
+    ),
     "rope theta": ({"rope_parameters": {"rope_theta": 0.0}}, "theta is positive"),
     "rope theta is no number": ({"rope_parameters": {"rope_theta": "1e4"}}, "rope_theta is '1e4'"),
     "two ropes": ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "differ; give one"),

@@ -251,15 +251,19 @@ def test_a_checkpoint_of_another_layout(tmp_path):
         saved.close()
 
 
+def warnings(caplog):
+    return [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+
+
 def test_another_config_of_the_same_run_is_told(tmp_path, caplog):
     config = small(tmp_path)
     write(config, [4])
     with caplog.at_level(logging.WARNING, "jaxllm"):
         read(dataclasses.replace(config, keep=9, checkpoint_every=1, mesh="data=2"))
-        assert not caplog.messages
+        assert not warnings(caplog)
         changed = Optimizer(learning_rate=0.5, warmup_steps=3)
         read(dataclasses.replace(config, batch=8, optimizer=changed, spike=SpikeRule()))
-    (text,) = caplog.messages
+    (text,) = warnings(caplog)
     assert "batch: 4 there, 8 in the config" in text and "spike: 'default' there" in text
     assert "optimizer.learning_rate: 0.01 there, 0.5 in the config" in text
 
@@ -305,10 +309,11 @@ def test_a_full_disk_is_told_at_the_next_occasion(tmp_path, when):
                 pytest.fail("no error")
             saved.close()
         saved.close()
-    assert {p.name for p in folder.iterdir()} == {"4"}
+    # A thread of Orbax may still fill what was removed; the next start removes it for good.
+    assert steps_in(folder) == [4]
     assert same(read(config), make_state(4))
     write(config, [8])
-    assert steps_in(folder) == [8]
+    assert {p.name for p in folder.iterdir()} == {"8"}
     gc.collect()
 
 

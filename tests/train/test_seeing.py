@@ -172,7 +172,15 @@ def test_the_device_never_waits_for_its_metrics(whole, tmp_path, monkeypatch):
     ]
 
 
-def test_ctrl_c_saves_and_stops_the_caller(whole, tmp_path, monkeypatch):
+@pytest.fixture
+def listening():
+    """Ctrl-C as at a terminal: a shell has its background jobs ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_saves_and_stops_the_caller(whole, tmp_path, monkeypatch, listening):
     config = dataclasses.replace(whole[0], out=str(tmp_path / "run"), profile="")
     real = loop._Run._write
 
@@ -194,7 +202,7 @@ def test_ctrl_c_saves_and_stops_the_caller(whole, tmp_path, monkeypatch):
     assert lines(config, "samples.jsonl") == lines(whole[0], "samples.jsonl")
 
 
-def test_ctrl_c_twice_stops_at_once():
+def test_ctrl_c_twice_stops_at_once(listening):
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt), Stop() as stop:
         signal.raise_signal(signal.SIGINT)
