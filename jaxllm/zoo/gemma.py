@@ -121,14 +121,20 @@ def _make(config: ConfigReader, sizes: decoder.Sizes, own: _Own) -> ModelSpec:
     return config.finish(make)
 
 
+def _scalar(scale: float) -> int | float:
+    """The number whose inverse root is the scale, a whole one where there is one."""
+    if scale <= 0:
+        return 1  # no number has it; what is written will not be what was asked for
+    whole = max(1, round(scale**-2))
+    return whole if whole**-0.5 == scale else scale**-2
+
+
 def _write(spec: ModelSpec, name: str, parts: decoder.Parts) -> dict[str, Any]:
     """What both generations write alike."""
-    scalar = parts.attn.query_scale**-2
-    whole = round(scalar)
     return {
         **decoder.write_sizes(spec, name, parts),
         **decoder.write_kinds(spec, parts),
-        "query_pre_attn_scalar": whole if whole**-0.5 == parts.attn.scale else scalar,
+        "query_pre_attn_scalar": _scalar(parts.attn.query_scale),
         "attention_bias": parts.attn.out_bias,
         "attn_logit_softcapping": parts.attn.softcap,
         "final_logit_softcapping": spec.head.softcap,

@@ -18,6 +18,7 @@ from jaxllm.spec.rope import LinearScaling, Rope
 from jaxllm.zoo.families import FAMILIES
 from jaxllm.zoo.load import open_checkpoint, saved_paths
 from jaxllm.zoo.table import ConfigReader
+from tests.contracts.specs import SPECS
 from tests.oracle.golden import NAMES, TOLERANCE, golden, relative, tensors
 from tests.oracle.mutate import (
     FACTOR,
@@ -250,6 +251,16 @@ def test_gpt2_files_of_the_bare_body(tmp_path):
     want = golden("gpt2")
     model = jaxllm.load(folder, policy=POLICY, store=False)
     assert relative(logits(model.spec, model.params, want.ids), want.logits) < TOLERANCE
+
+
+@pytest.mark.parametrize("scale", [None, 0.0, 1e-9, 2.0])
+def test_every_family_may_be_asked_to_write_any_spec(scale):
+    """A family that cannot say a spec gives None or words that mean another, and does not fail."""
+    for spec in SPECS.values():
+        spec = attn(scale=scale)(part("head", scale=scale or 1.0)(spec))
+        for family in FAMILIES.values():
+            config = family.write(spec)
+            assert config is None or config["model_type"] in family.model_types
 
 
 def test_padding_past_the_last_position_changes_nothing(models):
