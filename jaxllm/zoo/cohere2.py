@@ -8,7 +8,7 @@ from jaxllm.spec.model import Block, Head, ModelSpec, NamedOp, Sub
 from jaxllm.spec.ops import MLP, Attention, Norm
 from jaxllm.spec.rope import Rope
 from jaxllm.zoo import decoder
-from jaxllm.zoo.rope import read_rope, usable_context, write_rope
+from jaxllm.zoo.rope import read_rope, write_rope
 from jaxllm.zoo.table import ConfigReader, Family
 
 __all__ = ["FAMILY"]
@@ -61,13 +61,13 @@ def _read(config: ConfigReader) -> ModelSpec:
             ops = (NamedOp(name="attn", op=attns[name]), mlp)
             return Block(name=name, subs=(Sub(ops=ops, norm_in=norm),))
 
-        return ModelSpec(
-            vocab=sizes.vocab,
-            width=sizes.width,
-            context=usable_context(sizes.context, rope),
+        return decoder.model_of(
+            sizes,
+            [_BLOCKS[kind] for kind in kinds],
+            block,
+            ropes=(rope,),
             final_norm=norm,
             head=Head(tied=tied, scale=scale),
-            **decoder.layers_of([_BLOCKS[kind] for kind in kinds], block),
         )
 
     return config.finish(make)

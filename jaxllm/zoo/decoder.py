@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from jaxllm.spec.mask import And, Causal, Mask, Window
 from jaxllm.spec.model import Block, ModelSpec
 from jaxllm.spec.ops import MLP, Activation, Attention, Norm
 from jaxllm.spec.pattern import compress
+from jaxllm.spec.rope import Rope
 from jaxllm.spec.table import layer_paths
+from jaxllm.zoo.rope import usable_context
 from jaxllm.zoo.table import ConfigReader, Entry, Form
 
 __all__ = [
@@ -31,6 +33,7 @@ __all__ = [
     "kinds_of",
     "layers_of",
     "mask_of",
+    "model_of",
     "parts_of",
     "read_activation",
     "read_kinds",
@@ -234,6 +237,32 @@ def mask_of(kind: Kind, window: int) -> Mask:
 def layers_of(names: Sequence[str], make: Callable[[str], Block]) -> dict[str, Any]:
     """The spec's `blocks` and `layers` from the block names of all layers."""
     return {"blocks": tuple(make(n) for n in sorted(set(names))), "layers": compress(names)}
+
+
+def model_of(
+    sizes: Sizes,
+    names: Sequence[str],
+    make: Callable[[str], Block],
+    *,
+    ropes: Iterable[Rope | None],
+    **fields: Any,
+) -> ModelSpec:
+    """The spec of sizes and layers.
+
+    Args:
+      sizes: of the config.
+      names: of the blocks of all layers.
+      make: a block by its name.
+      ropes: that may say how long the context is.
+      fields: the spec's others: final norm, head, embedding.
+    """
+    return ModelSpec(
+        vocab=sizes.vocab,
+        width=sizes.width,
+        context=usable_context(sizes.context, *ropes),
+        **layers_of(names, make),
+        **fields,
+    )
 
 
 @dataclasses.dataclass(frozen=True)

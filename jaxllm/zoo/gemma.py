@@ -15,7 +15,7 @@ from jaxllm.spec.ops import MLP, Attention, Norm, QKNorm
 from jaxllm.spec.rope import Rope
 from jaxllm.zoo import decoder
 from jaxllm.zoo.decoder import Kind
-from jaxllm.zoo.rope import read_rope, read_ropes, usable_context, write_rope, write_ropes
+from jaxllm.zoo.rope import read_rope, read_ropes, write_rope, write_ropes
 from jaxllm.zoo.table import ConfigReader, Family
 
 __all__ = ["GEMMA2", "GEMMA3"]
@@ -108,14 +108,14 @@ def _make(config: ConfigReader, sizes: decoder.Sizes, own: _Own) -> ModelSpec:
                 name=name, subs=(sub("attn", attns[name], **norms), sub("mlp", mlp, **norms))
             )
 
-        return ModelSpec(
-            vocab=sizes.vocab,
-            width=sizes.width,
-            context=usable_context(sizes.context, *own.ropes.values()),
+        return decoder.model_of(
+            sizes,
+            [_BLOCKS[kind] for kind in own.kinds],
+            block,
+            ropes=own.ropes.values(),
             embedding=Embedding(scale=sizes.width**0.5),
             final_norm=norm,
             head=Head(tied=tied, softcap=own.caps[1]),
-            **decoder.layers_of([_BLOCKS[kind] for kind in own.kinds], block),
         )
 
     return config.finish(make)

@@ -8,7 +8,7 @@ from typing import Any
 from jaxllm.spec.model import Block, Embedding, Head, ModelSpec, sub
 from jaxllm.spec.ops import MLP, Attention, Norm
 from jaxllm.zoo import decoder
-from jaxllm.zoo.rope import read_rope, usable_context, write_rope
+from jaxllm.zoo.rope import read_rope, write_rope
 from jaxllm.zoo.table import ConfigReader, Family
 
 __all__ = ["FAMILY"]
@@ -36,14 +36,14 @@ def _read(config: ConfigReader) -> ModelSpec:
         )
         mlp = MLP(width=sizes.ffn, activation=activation, bias=mlp_bias)
         subs = (sub("attn", attn, **parts), sub("mlp", mlp, **parts))
-        return ModelSpec(
-            vocab=sizes.vocab,
-            width=sizes.width,
-            context=usable_context(sizes.context, rope),
+        return decoder.model_of(
+            sizes,
+            ["G"] * sizes.layers,
+            lambda name: Block(name=name, subs=subs),
+            ropes=(rope,),
             embedding=Embedding(scale=embedding),
             final_norm=Norm(eps=eps),
             head=Head(tied=tied, scale=1 / divisor),
-            **decoder.layers_of(["G"] * sizes.layers, lambda name: Block(name=name, subs=subs)),
         )
 
     return config.finish(make)

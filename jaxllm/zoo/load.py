@@ -17,7 +17,7 @@ from jaxllm.core.config import nearest
 from jaxllm.core.tree import Segment, flatten, unstacked_paths
 from jaxllm.errors import ConfigError, UnsupportedError, WeightsError
 from jaxllm.spec.model import ModelSpec
-from jaxllm.spec.table import FUSED, fused_dim, layer_paths, model_table
+from jaxllm.spec.table import FUSED, fused_part, layer_paths, model_table
 from jaxllm.zoo.families import FAMILIES
 from jaxllm.zoo.gguf import open_gguf
 from jaxllm.zoo.reader import Reader, TensorInfo
@@ -174,23 +174,12 @@ def _fill(checkpoint: Checkpoint, sources: dict[str, Entry], path: str, out: np.
     paths = layer_paths(checkpoint.spec)
     parent, _, name = path.rpartition(".")
     stem, bias = (name.removesuffix("_bias"), "_bias") if name.endswith("_bias") else (name, "")
-    if stem not in FUSED:
-        parts = [path]
-    else:
-        parts = [f"{parent}.{part}{bias}" for part in FUSED[stem]]
-    start = 0
-    for part in parts:
-        definition = paths[part]
+    fused = [f"{parent}.{part}{bias}" for part in FUSED.get(stem, ())]
+    for part in fused or [path]:
         array = checkpoint.reader.read(sources[part].disk)
-        array = sources[part].to_ours(array, definition)
-        if len(parts) == 1:
-            out[...] = array.astype(out.dtype, copy=False)
-            return
-        dim = out.ndim + fused_dim(definition)
-        place = [slice(None)] * out.ndim
-        place[dim] = slice(start, start + definition.shape[dim])
-        out[tuple(place)] = array
-        start += definition.shape[dim]
+        array = sources[part].to_ours(array, paths[part])
+        place = fused_part(checkpoint.spec, part)[1] if fused else ...
+        out[place] = array.astype(out.dtype, copy=False)
 
 
 def save_checkpoint(

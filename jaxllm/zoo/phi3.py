@@ -11,7 +11,7 @@ from jaxllm.spec.mask import And
 from jaxllm.spec.model import Block, Head, ModelSpec, sub
 from jaxllm.spec.ops import MLP, Attention, Norm
 from jaxllm.zoo import decoder
-from jaxllm.zoo.rope import read_rope, usable_context, write_rope
+from jaxllm.zoo.rope import read_rope, write_rope
 from jaxllm.zoo.table import ConfigReader, Family
 
 __all__ = ["FAMILY"]
@@ -43,13 +43,13 @@ def _read(config: ConfigReader) -> ModelSpec:
         attn = Attention(**decoder.heads_of(sizes), rope=rope, mask=mask)
         mlp = MLP(width=sizes.ffn, activation=activation)
         subs = (sub("attn", attn, norm_in=norm), sub("mlp", mlp, norm_in=norm))
-        return ModelSpec(
-            vocab=sizes.vocab,
-            width=sizes.width,
-            context=usable_context(sizes.context, rope),
+        return decoder.model_of(
+            sizes,
+            ["G"] * sizes.layers,
+            lambda name: Block(name=name, subs=subs),
+            ropes=(rope,),
             final_norm=norm,
             head=Head(tied=tied),
-            **decoder.layers_of(["G"] * sizes.layers, lambda name: Block(name=name, subs=subs)),
         )
 
     return config.finish(make)

@@ -7,7 +7,7 @@ from typing import Any
 from jaxllm.spec.model import Block, Head, ModelSpec, sub
 from jaxllm.spec.ops import MLP, Attention, Norm, QKNorm
 from jaxllm.zoo import decoder
-from jaxllm.zoo.rope import read_rope, usable_context, write_rope
+from jaxllm.zoo.rope import read_rope, write_rope
 from jaxllm.zoo.table import ConfigReader, Family
 
 __all__ = ["FAMILY"]
@@ -49,13 +49,13 @@ def _read(config: ConfigReader) -> ModelSpec:
             subs = (sub("attn", attns[name], norm_in=norm), sub("mlp", mlp, norm_in=norm))
             return Block(name=name, subs=subs)
 
-        return ModelSpec(
-            vocab=sizes.vocab,
-            width=sizes.width,
-            context=usable_context(sizes.context, rope),
+        return decoder.model_of(
+            sizes,
+            [_BLOCKS[kind] for kind in kinds],
+            block,
+            ropes=(rope,),
             final_norm=norm,
             head=Head(tied=tied),
-            **decoder.layers_of([_BLOCKS[kind] for kind in kinds], block),
         )
 
     return config.finish(make)

@@ -9,7 +9,7 @@ from jaxllm.spec.ops import MLP, Attention, Norm
 from jaxllm.spec.rope import Rope
 from jaxllm.zoo import decoder
 from jaxllm.zoo.decoder import Kind
-from jaxllm.zoo.rope import read_rope, usable_context, write_rope
+from jaxllm.zoo.rope import read_rope, write_rope
 from jaxllm.zoo.table import ConfigReader, Family
 
 __all__ = ["FAMILY"]
@@ -70,13 +70,13 @@ def _read(config: ConfigReader) -> ModelSpec:
             return Block(name=name, subs=subs)
 
         names = [_BLOCKS[pair] for pair in zip(roped, kinds, strict=True)]
-        return ModelSpec(
-            vocab=sizes.vocab,
-            width=sizes.width,
-            context=usable_context(sizes.context, rope),
+        return decoder.model_of(
+            sizes,
+            names,
+            block,
+            ropes=(rope,),
             final_norm=norm,
             head=Head(tied=tied),
-            **decoder.layers_of(names, block),
         )
 
     return config.finish(make)

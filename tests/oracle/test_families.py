@@ -38,19 +38,6 @@ DENSE = ("qwen3", "olmo2", "gemma2", "gemma3", "smollm3", "granite", "phi3", "co
 OURS = [name for name in NAMES if name.startswith(DENSE)]
 
 
-@pytest.fixture(scope="module")
-def models():
-    """name -> loaded model, each loaded once."""
-    held = {}
-
-    def get(name):
-        if name not in held:
-            held[name] = jaxllm.load(golden(name).source, policy=POLICY, store=False)
-        return held[name]
-
-    return get
-
-
 def act(name):
     """Another activation."""
     return lambda s: change(s, MLP, activation=name)

@@ -17,7 +17,7 @@ from jaxllm.spec.mask import And, Causal, Full, Or, Window, allowed
 from jaxllm.spec.ops import Attention
 from jaxllm.state.step import training_step
 from tests.oracle.golden import golden
-from tests.oracle.test_mutations import change
+from tests.oracle.mutate import change
 
 LENGTH = 26
 POLICY = Policy(layout="unrolled", fused=True)

@@ -6,7 +6,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import jaxllm
 from jaxllm.core.tree import flatten, map_leaves, partition
 from jaxllm.errors import WeightsError
 from jaxllm.nn import api
@@ -16,19 +15,6 @@ from jaxllm.spec.rope import LinearScaling, Llama3Scaling
 from jaxllm.state.step import training_step
 from tests.oracle.golden import TOLERANCE, golden, relative
 from tests.oracle.mutate import FACTOR, POLICY, attn, change, logits, part, rope, window
-
-
-@pytest.fixture(scope="module")
-def models():
-    """name -> loaded model, each loaded once."""
-    held = {}
-
-    def get(name):
-        if name not in held:
-            held[name] = jaxllm.load(golden(name).source, policy=POLICY, store=False)
-        return held[name]
-
-    return get
 
 
 def eps(factor):

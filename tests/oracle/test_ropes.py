@@ -24,7 +24,7 @@ from jaxllm.spec.rope import (
 from jaxllm.zoo.rope import read_rope, read_ropes, usable_context, write_rope, write_ropes
 from jaxllm.zoo.table import ConfigReader
 from tests.oracle.golden import TOLERANCE, golden, relative
-from tests.oracle.test_mutations import FACTOR, attn, logits, models  # noqa: F401 - a fixture
+from tests.oracle.mutate import FACTOR, attn, logits
 
 TABLES = json.loads(Path(__file__).with_name("ropes.json").read_text())["tables"]
 LOCAL, GLOBAL = "sliding_attention", "full_attention"
@@ -139,7 +139,7 @@ MUTATIONS = {
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
-def test_every_field_moves_the_logits(name, models):  # noqa: F811
+def test_every_field_moves_the_logits(name, models):
     model, want = models(name), golden(name)
     assert relative(logits(model.spec, model.params, want.ids), want.logits) < TOLERANCE
     for what, mutate in MUTATIONS[name].items():
@@ -150,14 +150,14 @@ def test_every_field_moves_the_logits(name, models):  # noqa: F811
         assert moved > FACTOR * TOLERANCE, what
 
 
-def test_a_fixed_base_is_what_dynamic_scaling_has_at_one_length(models):  # noqa: F811
+def test_a_fixed_base_is_what_dynamic_scaling_has_at_one_length(models):
     """1 + 4 (28 - 16) / 16 = 4 at the 28 tokens of the golden: a check of `ntk`, too."""
     model, want = models("llama_dynamic"), golden("llama_dynamic")
     spec = other(NtkScaling(factor=4.0))(model.spec)
     assert relative(logits(spec, model.params, want.ids), want.logits) < TOLERANCE
 
 
-def test_a_list_that_is_not_chosen_moves_nothing(models):  # noqa: F811
+def test_a_list_that_is_not_chosen_moves_nothing(models):
     for name, field in {
         "llama_longrope": "short_factor",
         "llama_longrope_hub": "long_factor",

@@ -4,18 +4,12 @@ import pytest
 
 from jaxllm.train import meter as module
 from jaxllm.train.meter import Meter
-
-
-class Clock:
-    now = 100.0
-
-    def perf_counter(self):
-        return self.now
+from tests.train.clock import Clock
 
 
 @pytest.fixture
 def clock(monkeypatch):
-    clock = Clock()
+    clock = Clock(100.0)
     monkeypatch.setattr(module, "time", clock)
     return clock
 

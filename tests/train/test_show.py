@@ -7,13 +7,7 @@ import pytest
 
 from jaxllm.train import show as module
 from jaxllm.train.show import Show, facts, line
-
-
-class Clock:
-    now = 0.0
-
-    def perf_counter(self):
-        return self.now
+from tests.train.clock import Clock
 
 
 @pytest.fixture
