@@ -7,6 +7,8 @@ from typing import Any
 
 from jaxllm.spec.ops import MLP, Attention, Norm, Op
 from jaxllm.spec.param import ParamDef
+from jaxllm.spec.state_space import Convolution, SelectiveScan, StateSpaceDual
+from jaxllm.spec.state_space_table import convolution, selective_scan, state_space_dual
 
 __all__ = ["norm_table", "op_table"]
 
@@ -73,4 +75,10 @@ def _mlp(op: MLP, width: int) -> dict[str, ParamDef]:
     return table
 
 
-TABLES: dict[type, Callable[[Any, int], dict[str, ParamDef]]] = {Attention: _attention, MLP: _mlp}
+TABLES: dict[type, Callable[[Any, int], dict[str, ParamDef]]] = {
+    Attention: _attention,
+    MLP: _mlp,
+    SelectiveScan: selective_scan,
+    StateSpaceDual: state_space_dual,
+    Convolution: convolution,
+}

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Literal
 
-__all__ = ["ParamDef"]
+__all__ = ["Draw", "ParamDef"]
+
+Draw = tuple[Literal["log_steps", "log_uniform", "inverse_softplus"], float, float]
+"""`log_steps`: log(1), log(2), ... along the last dim. `log_uniform` low, high: logarithms of a
+uniform draw. `inverse_softplus` low, high: what softplus takes to a log-uniform draw."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,7 +19,8 @@ class ParamDef:
 
     `std` is the standard deviation of a normal draw; 0 with `fill` gives a constant. `inputs`
     counts the contracted dims of a matrix (before the outputs, after a layers axis); it is 0 for
-    vectors and tables. `tied` marks an embedding table that is the head as well.
+    vectors and tables. `tied` marks an embedding table that is the head as well. `draw` names
+    another way than these, with its numbers; `fill` then stands in the middle of it.
     """
 
     shape: tuple[int, ...]
@@ -23,6 +29,7 @@ class ParamDef:
     fill: float = 0.0
     inputs: int = 0
     tied: bool = False
+    draw: Draw | None = None
 
     @property
     def size(self) -> int:
