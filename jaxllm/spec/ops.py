@@ -11,7 +11,17 @@ from jaxllm.spec.mask import Causal, Mask
 from jaxllm.spec.rope import Rope
 from jaxllm.spec.state_space import Convolution, SelectiveScan, StateSpaceDual
 
-__all__ = ["MLP", "Activation", "Attention", "Norm", "Op", "QKNorm"]
+__all__ = [
+    "MLP",
+    "Activation",
+    "Attention",
+    "Convolution",
+    "Norm",
+    "Op",
+    "QKNorm",
+    "SelectiveScan",
+    "StateSpaceDual",
+]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ class ParamDef:
     `std` is the standard deviation of a normal draw; 0 with `fill` gives a constant. `inputs`
     counts the contracted dims of a matrix (before the outputs, after a layers axis); it is 0 for
     vectors and tables. `tied` marks an embedding table that is the head as well. `draw` names
-    another way than these, with its numbers; `fill` then stands in the middle of it.
+    another way than these, with its numbers.
     """
 
     shape: tuple[int, ...]

@@ -142,16 +142,21 @@ class StateSpaceDual:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Convolution:
-    """Gated short convolution: out = W (c conv(b x)) with b, c, x linear in the input (LFM2).
+    """Gated short convolution: out = W (c conv(b x)) with b, c, x linear in the input.
 
     Attributes:
+      channels: I, of b, c and x.
       conv: W, inputs that it sees.
       bias: of the projections and of the convolution.
     """
 
     kind: ClassVar[str] = "convolution"
+    channels: int
     conv: int = 3
     bias: bool = False
 
     def __post_init__(self) -> None:
-        require(self.conv >= 1, f"convolution: conv is positive, found {self.conv}")
+        require(
+            min(self.channels, self.conv) >= 1,
+            f"convolution: channels and conv are positive, found {self}",
+        )

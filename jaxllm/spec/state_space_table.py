@@ -9,7 +9,6 @@ __all__ = ["convolution", "selective_scan", "state_space_dual"]
 
 _STEPS = ("inverse_softplus", 1e-3, 1e-1)
 """Step sizes at the start, as both papers draw them."""
-_MIDDLE = -4.6  # softplus(-4.6) = 0.01, the middle of these
 
 
 def selective_scan(op: SelectiveScan, width: int) -> dict[str, ParamDef]:
@@ -26,8 +25,8 @@ def selective_scan(op: SelectiveScan, width: int) -> dict[str, ParamDef]:
         "b": inner,
         "c": inner,
         "dt": ParamDef((r, i), (None, "ffn"), r**-0.5, inputs=1),
-        "dt_offset": ParamDef((i,), ("ffn",), fill=_MIDDLE, draw=_STEPS),
-        "a_log": ParamDef((i, m), ("ffn", None), draw=("log_steps", 0, 0)),
+        "dt_offset": ParamDef((i,), ("ffn",), draw=_STEPS),
+        "a_log": ParamDef((i, m), ("ffn", None), draw=("log_steps", 0.0, 0.0)),
         "d": ParamDef((i,), ("ffn",), fill=1.0),
         "o": ParamDef((i, width), ("ffn", "width"), i**-0.5, inputs=1),
     }
@@ -55,8 +54,8 @@ def state_space_dual(op: StateSpaceDual, width: int) -> dict[str, ParamDef]:
         "conv_x": ParamDef((op.conv, n, h), (None, *by_head), op.conv**-0.5),
         "conv_b": ParamDef((op.conv, k, m), (None, *by_group), op.conv**-0.5),
         "conv_c": ParamDef((op.conv, k, m), (None, *by_group), op.conv**-0.5),
-        "dt_offset": ParamDef((n,), ("heads",), fill=_MIDDLE, draw=_STEPS),
-        "a_log": ParamDef((n,), ("heads",), fill=2.0, draw=("log_uniform", 1, 16)),
+        "dt_offset": ParamDef((n,), ("heads",), draw=_STEPS),
+        "a_log": ParamDef((n,), ("heads",), draw=("log_uniform", 1.0, 16.0)),
         "d": ParamDef((n,), ("heads",), fill=1.0),
         "o": ParamDef((n, h, width), (*by_head, "width"), (n * h) ** -0.5, inputs=2),
     }
@@ -71,15 +70,16 @@ def state_space_dual(op: StateSpaceDual, width: int) -> dict[str, ParamDef]:
 
 
 def convolution(op: Convolution, width: int) -> dict[str, ParamDef]:
-    """Leaves of a gated short convolution of width D."""
-    into = ParamDef((width, width), ("width", "ffn"), width**-0.5, inputs=1)
-    channel = ParamDef((width,), ("ffn",))
+    """Leaves of a gated short convolution on inputs of width D."""
+    i = op.channels
+    into = ParamDef((width, i), ("width", "ffn"), width**-0.5, inputs=1)
+    channel = ParamDef((i,), ("ffn",))
     table = {
         "b": into,
         "c": into,
         "x": into,
-        "conv": ParamDef((op.conv, width), (None, "ffn"), op.conv**-0.5),
-        "o": ParamDef((width, width), ("ffn", "width"), width**-0.5, inputs=1),
+        "conv": ParamDef((op.conv, i), (None, "ffn"), op.conv**-0.5),
+        "o": ParamDef((i, width), ("ffn", "width"), i**-0.5, inputs=1),
     }
     if op.bias:
         table |= dict.fromkeys(("b_bias", "c_bias", "x_bias", "conv_bias"), channel)
