@@ -17,6 +17,7 @@ __all__ = [
     "kv_bytes_per_token",
     "num_params",
     "recurrence_flops",
+    "recurrent_bytes",
     "weight_bytes",
 ]
 
@@ -31,14 +32,13 @@ def weight_bytes(spec: ModelSpec, dtype_bytes: int) -> int:
     return num_params(spec) * dtype_bytes
 
 
+def _ops(spec: ModelSpec) -> list[Any]:
+    layers = range(spec.num_layers)
+    return [named.op for layer in layers for sub in spec.block(layer).subs for named in sub.ops]
+
+
 def _attentions(spec: ModelSpec) -> list[Attention]:
-    return [
-        named.op
-        for layer in range(spec.num_layers)
-        for sub in spec.block(layer).subs
-        for named in sub.ops
-        if isinstance(named.op, Attention)
-    ]
+    return [op for op in _ops(spec) if isinstance(op, Attention)]
 
 
 def kv_bytes_per_token(spec: ModelSpec, dtype_bytes: int) -> int:
@@ -48,12 +48,13 @@ def kv_bytes_per_token(spec: ModelSpec, dtype_bytes: int) -> int:
 
 def recurrence_flops(spec: ModelSpec) -> int:
     """Multiply-adds x 2 a token of the layers' recurrences beside their matrices."""
-    return sum(
-        getattr(named.op, "recurrence_flops", 0)
-        for layer in range(spec.num_layers)
-        for sub in spec.block(layer).subs
-        for named in sub.ops
-    )
+    return sum(getattr(op, "recurrence_flops", 0) for op in _ops(spec))
+
+
+def recurrent_bytes(spec: ModelSpec, dtype_bytes: int) -> int:
+    """Bytes that a sequence takes however long it is: states in float32, tails of convolutions."""
+    ops = [op for op in _ops(spec) if hasattr(op, "tail_values")]
+    return sum(4 * op.state_values + dtype_bytes * op.tail_values for op in ops)
 
 
 def attended_pairs(mask: Mask, tokens: int, past: int = 0) -> int:

@@ -56,7 +56,17 @@ class SelectiveScan:
     @property
     def recurrence_flops(self) -> int:
         """Multiply-adds x 2 a token beside the matrices: decay, input and output of the state."""
-        return 6 * self.channels * self.state
+        return 6 * self.state_values
+
+    @property
+    def state_values(self) -> int:
+        """Values of a sequence's state."""
+        return self.channels * self.state
+
+    @property
+    def tail_values(self) -> int:
+        """Values of a sequence's convolution tail."""
+        return (self.conv - 1) * self.channels
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -137,7 +147,17 @@ class StateSpaceDual:
     @property
     def recurrence_flops(self) -> int:
         """Multiply-adds x 2 a token beside the matrices: decay, input and output of the state."""
-        return 6 * self.heads * self.head_dim * self.state
+        return 6 * self.state_values
+
+    @property
+    def state_values(self) -> int:
+        """Values of a sequence's state."""
+        return self.heads * self.head_dim * self.state
+
+    @property
+    def tail_values(self) -> int:
+        """Values of a sequence's convolution tails."""
+        return (self.conv - 1) * (self.heads * self.head_dim + 2 * self.groups * self.state)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -160,3 +180,13 @@ class Convolution:
             min(self.channels, self.conv) >= 1,
             f"convolution: channels and conv are positive, found {self}",
         )
+
+    @property
+    def state_values(self) -> int:
+        """Values of a sequence's state: none beside the tail."""
+        return 0
+
+    @property
+    def tail_values(self) -> int:
+        """Values of a sequence's convolution tail."""
+        return (self.conv - 1) * self.channels

@@ -69,7 +69,7 @@ DUAL = StateSpaceDual(
     in_bias=True,
     out_bias=True,
     norm=GatedNorm(groups=2),
-    dt_min=0.01,
+    dt_min=0.3,
     dt_max=2.0,
     scales=(0.5, 1.5, 2.0, 1.25, 0.75),
 )
