@@ -98,8 +98,8 @@ def dual_chunked(
         x, dt, b, c, begins = chunk
         same = same_sequence(begins, size)
         sums = decay_sums(dt * inputs.a[None, None], same)
-        to, since = ([s[:, :, None] for s in sums], [s[:, None] for s in sums])
-        between = decays_between(tuple(to), tuple(since))  # [B, i, j, N]
+        to = sums[0][:, :, None], sums[1][:, :, None]
+        between = decays_between(to, (sums[0][:, None], sums[1][:, None]))  # [B, i, j, N]
         between = jnp.where(same[..., None], between, jnp.zeros_like(between))
         entering = (dt[..., None] * x.astype(jnp.float32)).astype(dtype)
         seen = _einsum("BIKM,BJKM->BIJK", c, b)[..., None] * split(between, 3)

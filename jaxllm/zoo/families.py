@@ -1,6 +1,23 @@
 """The families that are read and written: one literal dict."""
 
-from jaxllm.zoo import cohere2, gemma, gpt2, granite, llama, olmo2, phi3, qwen3, smollm3
+from jaxllm.zoo import (
+    bamba,
+    cohere2,
+    falcon_h1,
+    gemma,
+    gpt2,
+    granite,
+    granite_hybrid,
+    jamba,
+    lfm2,
+    llama,
+    mamba,
+    nemotron_h,
+    olmo2,
+    phi3,
+    qwen3,
+    smollm3,
+)
 from jaxllm.zoo.table import Family
 
 __all__ = ["FAMILIES", "PRESETS"]
@@ -16,6 +33,14 @@ FAMILIES: dict[str, Family] = {
     "phi3": phi3.FAMILY,
     "cohere2": cohere2.FAMILY,
     "gpt2": gpt2.FAMILY,
+    "mamba": mamba.FAMILY,
+    "mamba2": mamba.FAMILY2,
+    "jamba": jamba.FAMILY,
+    "bamba": bamba.FAMILY,
+    "nemotron_h": nemotron_h.FAMILY,
+    "falcon_h1": falcon_h1.FAMILY,
+    "lfm2": lfm2.FAMILY,
+    "granitemoehybrid": granite_hybrid.FAMILY,
 }
 
 PRESETS = {**llama.PRESETS}

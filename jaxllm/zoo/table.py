@@ -16,7 +16,7 @@ from jaxllm.spec.param import ParamDef
 
 __all__ = ["ConfigReader", "Entry", "Family", "Form"]
 
-Form = Literal["linear", "plain", "interleaved", "in_out"]
+Form = Literal["linear", "plain", "interleaved", "in_out", "same", "conv"]
 _MISSING = object()
 
 
@@ -51,6 +51,25 @@ class ConfigReader:
     def has(self, key: str) -> bool:
         """Whether the config names a key, be it null."""
         return key in self._data
+
+    def auto(self, key: str) -> bool:
+        """Whether a key says `auto`, or nothing."""
+        self._seen.add(key)
+        return self._data.get(key) in (None, "auto")
+
+    def fixed(self, **values: Any) -> None:
+        """Keys of which one value is known; another is a problem."""
+        for key, value in values.items():
+            if (found := self.take(key, type(value), value)) != value:
+                self.problem(f"{key} is {found!r}; supported is {value!r}")
+
+    def attempt[T](self, make: Callable[[], T]) -> T | None:
+        """What `make` makes, or None where its contradiction became a problem."""
+        try:
+            return make()
+        except ConfigError as error:
+            self.problem(str(error))
+            return None
 
     def ignore(self, *keys: str) -> None:
         """Keys that do not change what the model computes at inference."""
@@ -87,7 +106,8 @@ class Entry:
 
     Forms: `plain` is a reshape; `linear` is [out, in] on disk and [*in, *out] here; `interleaved`
     is `linear` (or a bias) whose rotary rows are paired 2i, 2i + 1 on disk and i, i + H/2 here;
-    `in_out` is [in, out] on disk as here.
+    `in_out` is [in, out] on disk as here, `same` has our shape there too; `conv` is a depthwise
+    convolution, [channels, 1, W] on disk and [W, *channels] here.
 
     Several leaves may fill one tensor: each is then a `part` (first output, number of outputs of
     the whole tensor), as q, k and v in `qkv_proj`.
@@ -100,6 +120,10 @@ class Entry:
 
     def part_shape(self, definition: ParamDef) -> tuple[int, ...]:
         """Shape of this leaf on disk: matrices [out, in], vectors flat, tables as they are."""
+        if self.form == "same":
+            return definition.shape
+        if self.form == "conv":
+            return (definition.size // definition.shape[0], 1, definition.shape[0])
         if not definition.std:
             return (definition.size,)
         if not definition.inputs:
@@ -132,6 +156,8 @@ class Entry:
             array = paired.swapaxes(1, 2).reshape(array.shape)
         if self.form in ("linear", "interleaved") and array.ndim == 2:
             array = array.T
+        if self.form == "conv":
+            array = array[:, 0].T
         return array.reshape(definition.shape)
 
     def to_disk(self, array: np.ndarray, definition: ParamDef) -> np.ndarray:
@@ -139,6 +165,8 @@ class Entry:
         shape = self.part_shape(definition)
         if self.form in ("linear", "interleaved") and len(shape) == 2:
             out = array.reshape(shape[1], shape[0]).T
+        elif self.form == "conv":
+            out = array.reshape(shape[2], shape[0]).T[:, None]
         else:
             out = array.reshape(shape)
         if self.form == "interleaved":
