@@ -10,7 +10,7 @@ from typing import Any
 from jaxllm.core.config import from_dict, nearest, require, to_dict
 from jaxllm.core.tree import Segment
 from jaxllm.errors import ConfigError
-from jaxllm.spec.ops import Norm, Op
+from jaxllm.spec.ops import Attention, Norm, Op
 from jaxllm.spec.pattern import Pattern, parse
 
 __all__ = ["Block", "Embedding", "Head", "ModelSpec", "NamedOp", "Sub", "sub"]
@@ -148,6 +148,12 @@ class ModelSpec:
     def num_layers(self) -> int:
         """Number of layers."""
         return len(self.pattern.names)
+
+    @property
+    def has_slots(self) -> bool:
+        """Whether a layer remembers token by token, so that its state grows with the text."""
+        ops = [o.op for b in self.blocks for s in b.subs for o in s.ops]
+        return any(isinstance(op, Attention) for op in ops)
 
     @property
     def follows_length(self) -> bool:

@@ -162,7 +162,7 @@ def _write2(spec: ModelSpec) -> dict[str, Any] | None:
     }
 
 
-def _expand(channels: int, width: int) -> float:
+def _expand(channels: int, width: int) -> int | float:
     """A whole number where it is one, as the files have it."""
     return channels // width if channels % width == 0 else channels / width
 
