@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from jaxllm.errors import UnsupportedError
 from jaxllm.ops.attention import Scores, attention
 from jaxllm.ops.mask import Visibility
-from jaxllm.spec.mask import reach
+from jaxllm.spec.mask import Global, Mask, draws, parts, reach
 from jaxllm.spec.ops import Attention
 from jaxllm.state.dense import DenseKV, write
 from jaxllm.state.step import Step
 from jaxllm.typing import AnyArray
 
-__all__ = ["attend"]
+__all__ = ["attend", "global_tokens"]
 
 
 def attend(
@@ -42,6 +44,8 @@ def attend(
       (what each query found, the new state).
     """
     q, k, v = qkv
+    if state is not None:
+        _check_state(op)
     if state is not None and not isinstance(state, DenseKV):
         raise UnsupportedError(f"attention cannot read a {type(state).__name__}; use a dense state")
     if state is not None:
@@ -64,8 +68,21 @@ def _sees_ahead(op: Attention) -> bool:
     return reach(op.mask)[1] != 0
 
 
+def _check_state(op: Attention) -> None:
+    """A state forgets marks and does not know where a row ends: masks that ask need whole rows."""
+    asks = draws(op.mask) or any(
+        isinstance(part, Global) and (part.marked or part.last) for part in parts(op.mask)
+    )
+    if asks or op.length_projection is not None:
+        what = "a length projection" if op.length_projection is not None else str(op.mask)
+        raise UnsupportedError(f"attention with {what} sees whole rows: give no state")
+
+
 def _among_new(step: Step, op: Attention) -> Visibility:
     """The new tokens among themselves; padding is at the end, so a causal mask hides it."""
+    if op.length_projection is not None:
+        rows = jnp.zeros((step.positions.shape[0], op.length_projection.rows), jnp.int32)
+        return Visibility(step.positions, rows, mask=op.mask)
     return Visibility(
         step.positions,
         step.positions,
@@ -74,6 +91,8 @@ def _among_new(step: Step, op: Attention) -> Visibility:
         step.lengths if _sees_ahead(op) else None,
         mask=op.mask,
         aligned=step.fresh,
+        marks=step.marks,
+        heads=op.heads,
     )
 
 
@@ -91,3 +110,15 @@ def _over_cache(k: Float[Array, "B S K H"], step: Step, op: Attention) -> Visibi
         mask=op.mask,
         slots=True,
     )
+
+
+def global_tokens(mask: Mask, step: Step) -> Bool[Array, "B T"] | None:
+    """Tokens that a mask's `Global` parts make global, or None where it is none of them."""
+    places, found = jnp.asarray(step.positions), []
+    for part in parts(mask):
+        if isinstance(part, Global) and part.marked and step.marks is not None:
+            found.append(jnp.asarray(step.marks))
+        elif isinstance(part, Global) and not part.marked:
+            end = places.shape[1] - part.last
+            found.append((places < part.first) | (places >= end))
+    return functools.reduce(operator.or_, found) if found else None
