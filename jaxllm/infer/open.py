@@ -30,7 +30,8 @@ from jaxllm.core.tree import Segment, flatten, map_leaves, single_segments, stac
 from jaxllm.core.weights import OutputsFirst
 from jaxllm.errors import ConfigError, WeightsError
 from jaxllm.spec.model import ModelSpec
-from jaxllm.spec.table import ParamDef, model_table
+from jaxllm.spec.param import ParamDef
+from jaxllm.spec.table import model_table
 from jaxllm.text.tokenizer import Tokenizer
 from jaxllm.zoo import load as zoo
 from jaxllm.zoo.families import PRESETS

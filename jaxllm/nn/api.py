@@ -14,9 +14,11 @@ from jaxllm.core.sharding import named_sharding
 from jaxllm.core.tree import Segment, flatten, map_leaves, segments_of, unflatten, unstacked_paths
 from jaxllm.core.weights import AdaptedWeight, OutputsFirst, QArray
 from jaxllm.nn import decoder
-from jaxllm.nn.decoder import Aux, Inputs
+from jaxllm.nn.aux import Aux
+from jaxllm.nn.decoder import Inputs
 from jaxllm.spec.model import ModelSpec
-from jaxllm.spec.table import ParamDef, model_table
+from jaxllm.spec.param import ParamDef
+from jaxllm.spec.table import model_table
 from jaxllm.state.step import Step
 from jaxllm.typing import AnyArray
 

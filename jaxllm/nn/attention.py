@@ -12,14 +12,15 @@ from jaxtyping import Array, Float
 
 from jaxllm.core.policy import Policy
 from jaxllm.core.sharding import constrain
-from jaxllm.nn.leaf import Leaves, Taps
+from jaxllm.nn.aux import LayerAux
+from jaxllm.nn.leaf import Leaves
 from jaxllm.nn.remat import keep
 from jaxllm.ops.linformer import project_length
 from jaxllm.ops.norm import qk_norm
 from jaxllm.ops.rope import apply_rope
 from jaxllm.spec import ops as spec_ops
 from jaxllm.spec.mask import Full
-from jaxllm.spec.table import op_table
+from jaxllm.spec.op_table import op_table
 from jaxllm.state.attend import attend, global_tokens
 from jaxllm.state.step import Step, sequence_lengths
 
@@ -47,7 +48,7 @@ class Attention(nn.Module):
         if special is None:
             return out
         q, k, v = (leaves.product(f"{n}_global", x, "BTD,DNH->BTNH") for n in "qkv")
-        whole = dataclasses.replace(self.op, mask=Full())
+        whole = dataclasses.replace(self.op, mask=Full(), global_projections=False)
         found, _ = attend(
             None, (q, k, v), step=step, op=whole, implementation=self.policy.attention
         )
@@ -55,7 +56,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B T D"], *, step: Step, state: Any, taps: Taps
+        self, x: Float[Array, "B T D"], *, step: Step, state: Any, aux: LayerAux
     ) -> tuple[Float[Array, "B T D"], Any]:
         """(x, the op's state) -> (update of x, new state)."""
         op, policy = self.op, self.policy
@@ -63,7 +64,7 @@ class Attention(nn.Module):
             self,
             op_table(op, x.shape[-1]),
             policy=policy,
-            taps=taps,
+            aux=aux,
             adapter_ids=step.adapter_ids,
         )
         q, k, v = (keep(y) for y in leaves.project("qkv", x, "BTD,DNH->BTNH"))

@@ -14,13 +14,14 @@ from jaxtyping import Array, Float, Key
 from jaxllm.core.policy import Policy
 from jaxllm.core.sharding import constrain
 from jaxllm.nn.attention import Attention
-from jaxllm.nn.leaf import Leaves, Taps
+from jaxllm.nn.aux import Aux, LayerAux
+from jaxllm.nn.leaf import Leaves
 from jaxllm.nn.mlp import MLP
 from jaxllm.ops.norm import layer_norm, rms_norm
 from jaxllm.spec import ops as spec_ops
 from jaxllm.spec.model import Block as BlockSpec
 from jaxllm.spec.model import Sub
-from jaxllm.spec.table import norm_table
+from jaxllm.spec.op_table import norm_table
 from jaxllm.state.step import Step
 
 __all__ = ["Block", "Norm", "dropout"]
@@ -70,7 +71,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(
         self, x: Float[Array, "B T D"], step: Step, state: Any, key: Key[Array, ""] | None
-    ) -> tuple[Float[Array, "B T D"], tuple[Any, dict[str, Float[Array, "..."]]]]:
+    ) -> tuple[Float[Array, "B T D"], tuple[Any, Aux]]:
         """Run one layer.
 
         Args:
@@ -80,9 +81,9 @@ class Block(nn.Module):
           key: dropout key of this layer, or None.
 
         Returns:
-          (hidden states, (new state, taps by local name)).
+          (hidden states, (new state, by-products by local name)).
         """
-        taps, new_state = Taps(self.taps), {}
+        aux, new_state = LayerAux(self.taps), {}
         rules, residual = self.policy.rules, ("batch", "sequence", None)
         for index, sub in enumerate(self.block.subs):
             # Sequence parallel: norms, dropout and sums see a part of the tokens, ops see all.
@@ -91,7 +92,7 @@ class Block(nn.Module):
             for named in sub.ops:
                 module = MODULES[type(named.op)](named.op, self.policy, name=named.name)
                 held = None if state is None else state.get(named.name)
-                y, held = module(inner, step=step, state=held, taps=taps)
+                y, held = module(inner, step=step, state=held, aux=aux)
                 if held is not None:
                     new_state[named.name] = held
                 updates.append(y)
@@ -103,4 +104,4 @@ class Block(nn.Module):
             x = x + (y if sub.scale == 1.0 else y * sub.scale)
             x = self._norm(sub, "after_norm", x)
             x = constrain(x, residual, rules)
-        return x, (None if state is None else new_state, taps.found)
+        return x, (None if state is None else new_state, aux.found)

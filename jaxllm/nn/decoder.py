@@ -13,6 +13,7 @@ from jaxllm.core.config import require
 from jaxllm.core.policy import Policy
 from jaxllm.core.sharding import constrain
 from jaxllm.errors import ShapeError, UnsupportedError
+from jaxllm.nn.aux import Aux
 from jaxllm.nn.block import Norm, dropout
 from jaxllm.nn.leaf import checked
 from jaxllm.nn.stack import Carry, run
@@ -23,7 +24,7 @@ from jaxllm.spec.table import model_table
 from jaxllm.state.step import Step
 from jaxllm.typing import AnyArray, Slot
 
-__all__ = ["Aux", "Inputs", "decode", "embed", "logits"]
+__all__ = ["Inputs", "decode", "embed", "logits"]
 
 EMBED_KEY = 1_000_003
 """Folded into the dropout key for embeddings; layers fold in their own number."""
@@ -45,22 +46,6 @@ class Inputs:
     embeds: Slot | None = None
     is_embed: Slot | None = None
     types: Slot | None = None
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Aux:
-    """By-products of a forward pass.
-
-    Attributes:
-      losses: name -> scalar; a loss adds them by weight.
-      stats: name -> array, router statistics and the like.
-      taps: path -> inputs of that matrix, or their Gram matrix.
-    """
-
-    losses: dict[str, Slot] = dataclasses.field(default_factory=dict)
-    stats: dict[str, Slot] = dataclasses.field(default_factory=dict)
-    taps: dict[str, Slot] = dataclasses.field(default_factory=dict)
 
 
 def _end(spec: ModelSpec, params: Any, group: str, name: str) -> Any:
@@ -120,14 +105,14 @@ def decode(
     """Hidden states after the final norm, the new state, and by-products."""
     carry = Carry(embed(spec, params, inputs, step, policy), step)
     carry, state = run(spec, params["layers"], carry, state, policy=policy)
-    unknown = sorted(policy.taps - carry.taps.keys())
+    unknown = sorted(policy.taps - carry.aux.taps.keys())
     require(not unknown, f"taps: no matrix is at {', '.join(unknown)}; write layers.0.mlp.down")
     hidden = carry.hidden
     if spec.final_norm is not None:
         norm = Norm(spec.final_norm, policy)
         hidden = norm.apply({"params": params.get("final_norm", {})}, hidden)
     hidden = constrain(jnp.asarray(hidden), ("batch", "length", None), policy.rules)
-    return hidden, state, Aux(taps=carry.taps)
+    return hidden, state, carry.aux
 
 
 def _transform(

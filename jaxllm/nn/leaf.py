@@ -1,12 +1,9 @@
-"""Leaves: the only reader of parameters. It checks logical shapes and records taps."""
+"""Leaves: the only reader of parameters. It checks logical shapes and taps inputs."""
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
@@ -14,33 +11,13 @@ from jaxtyping import Array, Float, Int
 from jaxllm.core.policy import Policy
 from jaxllm.core.weights import logical_shape
 from jaxllm.errors import WeightsError
+from jaxllm.nn.aux import LayerAux
 from jaxllm.ops import linear
-from jaxllm.spec.table import FUSED, ParamDef, fuse_table, fused_dim
+from jaxllm.spec.param import ParamDef
+from jaxllm.spec.table import FUSED, fuse_table, fused_dim
 from jaxllm.typing import AnyArray
 
-__all__ = ["Leaves", "Taps", "checked"]
-
-
-@dataclasses.dataclass
-class Taps:
-    """Inputs of matrices that somebody asked for, collected while one layer is traced.
-
-    Attributes:
-      wanted: local names such as `mlp.down` or `gram:mlp.down`.
-      found: name -> inputs [B, T, ...] or Gram matrices [inputs, inputs] in float32.
-    """
-
-    wanted: frozenset[str] = frozenset()
-    found: dict[str, Float[Array, "..."]] = dataclasses.field(default_factory=dict)
-
-    def record(self, name: str, x: Float[Array, "B T *inputs"], inputs: int) -> None:
-        """Keep x (or the Gram matrix of its last `inputs` dims over tokens) if it is wanted."""
-        if name in self.wanted:
-            self.found[name] = x
-        if f"gram:{name}" in self.wanted:
-            flat = x.reshape(-1, math.prod(x.shape[-inputs:])).astype(jnp.float32)
-            exact = jax.lax.Precision.HIGHEST
-            self.found[f"gram:{name}"] = jnp.matmul(flat.T, flat, precision=exact)
+__all__ = ["Leaves", "checked"]
 
 
 def checked(leaf: Any, shape: tuple[int, ...], where: str) -> Any:
@@ -67,13 +44,13 @@ class Leaves:
         table: dict[str, ParamDef],
         *,
         policy: Policy,
-        taps: Taps | None = None,
+        aux: LayerAux | None = None,
         adapter_ids: Int[AnyArray, "B"] | None = None,
     ):
         self._module = module
         self._table = table
         self._policy = policy
-        self._taps = taps or Taps()
+        self._aux = aux or LayerAux()
         self._adapter_ids = adapter_ids
 
     def has(self, name: str) -> bool:
@@ -103,9 +80,7 @@ class Leaves:
     ) -> Float[Array, "B T *outputs"]:
         """x times the matrix `name`, plus its bias if the op has one."""
         operands = equation.split("->")[0].split(",")
-        self._taps.record(
-            f"{self._module.name}.{name}", x, sum(c in operands[0] for c in operands[1])
-        )
+        self._aux.tap(f"{self._module.name}.{name}", x, sum(c in operands[0] for c in operands[1]))
         y = linear.einsum(
             equation,
             x,

@@ -9,11 +9,12 @@ from jaxtyping import Array, Float
 
 from jaxllm.core.policy import Policy
 from jaxllm.core.sharding import constrain
-from jaxllm.nn.leaf import Leaves, Taps
+from jaxllm.nn.aux import LayerAux
+from jaxllm.nn.leaf import Leaves
 from jaxllm.nn.remat import keep
 from jaxllm.ops.activation import activation
 from jaxllm.spec import ops as spec_ops
-from jaxllm.spec.table import op_table
+from jaxllm.spec.op_table import op_table
 from jaxllm.state.step import Step
 
 __all__ = ["MLP"]
@@ -27,7 +28,7 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B T D"], *, step: Step, state: Any, taps: Taps
+        self, x: Float[Array, "B T D"], *, step: Step, state: Any, aux: LayerAux
     ) -> tuple[Float[Array, "B T D"], Any]:
         """x -> (update of x, the state as it was)."""
         op = self.op
@@ -35,7 +36,7 @@ class MLP(nn.Module):
             self,
             op_table(op, x.shape[-1]),
             policy=self.policy,
-            taps=taps,
+            aux=aux,
             adapter_ids=step.adapter_ids,
         )
         if op.gated:

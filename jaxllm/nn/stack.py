@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 from jaxllm.core.policy import Policy
 from jaxllm.core.tree import Segment, layer_tree, take_repeat
 from jaxllm.errors import ConfigError, WeightsError
+from jaxllm.nn.aux import Aux
 from jaxllm.nn.block import Block
 from jaxllm.nn.remat import remat
 from jaxllm.spec.model import ModelSpec
@@ -25,11 +26,15 @@ __all__ = ["Carry", "Stack", "run"]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Carry:
-    """What passes from layer to layer: hidden states [B, T, D], the step, taps so far."""
+    """What passes from layer to layer: hidden states [B, T, D], the step, by-products so far."""
 
     hidden: Slot
     step: Step
-    taps: dict[str, Slot] = dataclasses.field(default_factory=dict)
+    aux: Aux = dataclasses.field(default_factory=Aux)
+
+
+def _copy(aux: Aux) -> Aux:
+    return Aux(dict(aux.losses), dict(aux.stats), dict(aux.taps))
 
 
 def _local_taps(policy: Policy, layer: int) -> frozenset[str]:
@@ -60,7 +65,7 @@ class _Unit(nn.Module):
     ) -> tuple[Float[Array, "B T D"], Any]:
         repeat, state = inputs
         block = remat(Block, self.policy.remat, scanned=self.segment.stacked)
-        states, taps = {}, {}
+        states, found = {}, {}
         for place in range(self.segment.unit):
             layer = self.segment.start + place
             every = range(layer, self.segment.stop, self.segment.unit)
@@ -72,8 +77,8 @@ class _Unit(nn.Module):
             if state is not None and self.segment.unit > 1:
                 held = state[str(place)]
             module = block(self.spec.block(layer), self.policy, wanted, name=str(place))
-            x, (states[str(place)], taps[str(place)]) = module(x, step, held, key)
-        return x, (None if state is None else states, taps)
+            x, (states[str(place)], found[str(place)]) = module(x, step, held, key)
+        return x, (None if state is None else states, found)
 
 
 class Stack(nn.Module):
@@ -86,7 +91,7 @@ class Stack(nn.Module):
     @nn.compact
     def __call__(self, carry: Carry, state: Any) -> tuple[Carry, Any]:
         """Run the layers: (carry, state) -> (carry, new state)."""
-        x, taps, new_state = carry.hidden, dict(carry.taps), {}
+        x, aux, new_state = carry.hidden, _copy(carry.aux), {}
         for segment in self.segments:
             held = None if state is None else state[segment.key]
             body, repeats = _Unit, jnp.uint32(0)
@@ -102,21 +107,25 @@ class Stack(nn.Module):
             unit = body(self.spec, self.policy, segment, name=segment.key)
             x, (held, found) = unit(x, (repeats, held), carry.step)
             new_state[segment.key] = held
-            self._collect(segment, found, taps)
-        carry = dataclasses.replace(carry, hidden=x, taps=taps)
+            self._collect(segment, found, aux)
+        carry = dataclasses.replace(carry, hidden=x, aux=aux)
         return carry, None if state is None else new_state
 
-    def _collect(self, segment: Segment, found: Any, taps: dict[str, Array]) -> None:
-        """Give tapped values their layer's name; a scan brought those of all repeats."""
+    def _collect(self, segment: Segment, found: dict[str, Aux], aux: Aux) -> None:
+        """Give what layers left their names; a scan brought that of all repeats."""
         for place in range(segment.unit):
+            left = found[str(place)]
+            for name, loss in left.losses.items():
+                aux.losses[name] = aux.losses.get(name, jnp.float32(0)) + jnp.sum(loss)
             for repeat in range(segment.repeats):
                 layer = segment.start + repeat * segment.unit + place
+                own = lambda value, i=repeat: value[i] if segment.stacked else value  # noqa: E731
                 wanted = _local_taps(self.policy, layer)
-                for local, value in found[str(place)].items():
+                for local, value in left.taps.items():
                     if local in wanted:
-                        taps[_global_name(local, layer)] = (
-                            value[repeat] if segment.stacked else value
-                        )
+                        aux.taps[_global_name(local, layer)] = own(value)
+                for local, value in left.stats.items():
+                    aux.stats[f"layers.{layer}.{local}"] = own(value)
 
 
 def _nest(segment: Segment, tree: Any) -> Any:

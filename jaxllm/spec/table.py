@@ -8,151 +8,25 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 from jaxllm.core.config import require
 from jaxllm.core.tree import Segment, flatten, single_segments
 from jaxllm.spec.model import Block, ModelSpec
-from jaxllm.spec.ops import MLP, Attention, Norm, Op
+from jaxllm.spec.op_table import norm_table, op_table
+from jaxllm.spec.param import ParamDef
 
 __all__ = [
     "FUSED",
-    "ParamDef",
     "block_table",
     "fuse_table",
     "fused_part",
     "layer_paths",
     "model_table",
-    "norm_table",
-    "op_table",
 ]
 
 FUSED: dict[str, tuple[str, ...]] = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
 """Projections of one input that a run may hold as one matrix, joined on the dim before H or F."""
-
-
-@dataclasses.dataclass(frozen=True)
-class ParamDef:
-    """One leaf: its logical shape, the name of each dim, and how it is drawn at the start.
-
-    `std` is the standard deviation of a normal draw; 0 with `fill` gives a constant. `inputs`
-    counts the contracted dims of a matrix (before the outputs, after a layers axis); it is 0 for
-    vectors and tables. `tied` marks an embedding table that is the head as well.
-    """
-
-    shape: tuple[int, ...]
-    axes: tuple[str | None, ...]
-    std: float = 0.0
-    fill: float = 0.0
-    inputs: int = 0
-    tied: bool = False
-
-    @property
-    def size(self) -> int:
-        """Number of values."""
-        return math.prod(self.shape)
-
-    def stack(self, repeats: int) -> ParamDef:
-        """The same leaf stacked on a leading axis of layers."""
-        return dataclasses.replace(self, shape=(repeats, *self.shape), axes=("layers", *self.axes))
-
-    def hold(self, matrices: str) -> ParamDef:
-        """The leaf as its array is held under `Policy.matrices`."""
-        order = self.hold_order(matrices)
-        return dataclasses.replace(
-            self,
-            shape=tuple(self.shape[i] for i in order),
-            axes=tuple(self.axes[i] for i in order),
-        )
-
-    def hold_order(self, matrices: str) -> tuple[int, ...]:
-        """Which of the leaf's dims stands where in the held array."""
-        dims = tuple(range(len(self.shape)))
-        if not self.held_inputs(matrices):
-            return dims
-        if self.tied:
-            return dims[::-1]
-        lead = int(self.axes[0] == "layers")
-        stop = lead + self.inputs
-        return (*dims[:lead], *dims[stop:], *dims[lead:stop])
-
-    def held_inputs(self, matrices: str) -> int:
-        """Number of leading dims that the held array has at its end; 0 where it is as it is."""
-        if self.tied:
-            return int(matrices == "in_out")
-        return self.inputs if matrices == "out_in" else 0
-
-    def unstack(self) -> ParamDef:
-        """The leaf of one layer of a stacked one."""
-        return dataclasses.replace(self, shape=self.shape[1:], axes=self.axes[1:])
-
-
-def norm_table(norm: Norm, width: int) -> dict[str, ParamDef]:
-    """Leaves of a norm over D values."""
-    table = {"scale": ParamDef((width,), ("width",), fill=1.0 - norm.offset)}
-    if norm.bias:
-        table["bias"] = ParamDef((width,), ("width",))
-    return table
-
-
-def op_table(op: Op, width: int) -> dict[str, ParamDef]:
-    """Leaves of one op on inputs of width D."""
-    match op:
-        case Attention():
-            n, k, h = op.heads, op.kv_heads, op.head_dim
-            std = width**-0.5
-            table = {
-                "q": ParamDef((width, n, h), ("width", "heads", "head_dim"), std, inputs=1),
-                "k": ParamDef((width, k, h), ("width", "kv_heads", "head_dim"), std, inputs=1),
-                "v": ParamDef((width, k, h), ("width", "kv_heads", "head_dim"), std, inputs=1),
-                "o": ParamDef(
-                    (n, h, width), ("heads", "head_dim", "width"), (n * h) ** -0.5, inputs=2
-                ),
-            }
-            if op.qkv_bias:
-                table["q_bias"] = ParamDef((n, h), ("heads", "head_dim"))
-                table["k_bias"] = ParamDef((k, h), ("kv_heads", "head_dim"))
-                table["v_bias"] = ParamDef((k, h), ("kv_heads", "head_dim"))
-            if op.out_bias:
-                table["o_bias"] = ParamDef((width,), ("width",))
-            if op.gate:
-                table["out_gate"] = table["q"]
-            if op.sinks:
-                table["sinks"] = ParamDef((n,), ("heads",))
-            if op.global_projections:
-                own = [x for x in table if x.removesuffix("_bias") in ("q", "k", "v")]
-                table |= {f"{x[0]}_global{x[1:]}": table[x] for x in own}
-            if op.length_projection is not None:
-                length, rows = op.length_projection.length, op.length_projection.rows
-                sums = ParamDef((length, rows), (None, None), length**-0.5)
-                table |= {"k_length": sums, "v_length": sums}
-            return table | _qk_norm_table(op)
-        case MLP():
-            up = ParamDef((width, op.width), ("width", "ffn"), width**-0.5, inputs=1)
-            table = {"gate": up} if op.gated else {}
-            down = ParamDef((op.width, width), ("ffn", "width"), op.width**-0.5, inputs=1)
-            table |= {"up": up, "down": down}
-            if op.bias:
-                bias = ParamDef((op.width,), ("ffn",))
-                table |= {"gate_bias": bias} if op.gated else {}
-                table |= {"up_bias": bias, "down_bias": ParamDef((width,), ("width",))}
-            return table
-
-
-def _qk_norm_table(op: Attention) -> dict[str, ParamDef]:
-    """Leaves of the norms of queries and keys."""
-    norm, h = op.qk_norm, op.head_dim
-    if norm is None or not norm.scale:
-        return {}
-    one = 1.0 - norm.offset
-    if norm.over == "head":
-        shared = ParamDef((h,), ("head_dim",), fill=one)
-        return {"q_norm": shared, "k_norm": shared}
-    return {
-        "q_norm": ParamDef((op.heads, h), ("heads", "head_dim"), fill=one),
-        "k_norm": ParamDef((op.kv_heads, h), ("kv_heads", "head_dim"), fill=one),
-    }
 
 
 def block_table(block: Block, width: int) -> dict[str, dict[str, ParamDef]]:

@@ -23,7 +23,7 @@ __all__ = ["attend", "global_tokens"]
 
 def attend(
     state: Any,
-    qkv: tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]],
+    qkv: tuple[Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K H"]],
     *,
     step: Step,
     op: Attention,
@@ -34,7 +34,8 @@ def attend(
 
     Args:
       state: None (training) or the op's `DenseKV`.
-      qkv: queries, keys and values of the new tokens, rotated.
+      qkv: queries, keys and values of the new tokens, rotated; S is T, or the rows of a length
+        projection.
       step: where the tokens stand.
       op: scale, soft-cap and mask.
       sinks: a logit a head that joins the softmax.

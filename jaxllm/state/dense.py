@@ -1,10 +1,10 @@
-"""Dense state: one array of keys and one of values a layer, slot s holds position s."""
+"""Dense state: what each op of each layer remembers; slot s of keys and values holds position s."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +16,24 @@ from jaxllm.spec.model import Block, ModelSpec
 from jaxllm.spec.ops import Attention
 from jaxllm.typing import AnyArray, Slot
 
-__all__ = ["DenseKV", "dense_state", "grow", "state_axes", "write"]
+__all__ = ["DenseKV", "Held", "dense_state", "grow", "state_axes", "write"]
 
-KV_AXES = ("batch", "kv_length", "kv_heads", "head_dim")
+
+@dataclasses.dataclass(frozen=True)
+class Held:
+    """One array of an op's state: its shape, the name of each dim, and its dtype.
+
+    A dtype of None is that of the whole state: keys and values follow the compute dtype, while
+    recurrences name float32.
+    """
+
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    dtype: Any = None
+
+    def stack(self, repeats: int) -> Held:
+        """The same array of a stack of layers."""
+        return Held((repeats, *self.shape), ("layers", *self.axes), self.dtype)
 
 
 @jax.tree_util.register_dataclass
@@ -26,27 +41,48 @@ KV_AXES = ("batch", "kv_length", "kv_heads", "head_dim")
 class DenseKV:
     """Keys and values [B, S, K, H] of one attention; slots past the sequence hold anything."""
 
+    capacity_dim: ClassVar[int] = -3
     k: Slot
     v: Slot
 
 
-def _block_state(block: Block, make: Callable[[Attention], Any]) -> dict[str, Any]:
+def _keys_and_values(op: Attention, batch: int, capacity: int) -> DenseKV:
+    shape = (batch, capacity, op.kv_heads, op.head_dim)
+    held = Held(shape, ("batch", "kv_length", "kv_heads", "head_dim"))
+    return DenseKV(held, held)
+
+
+KINDS: dict[type, Callable[[Any, int, int], Any]] = {Attention: _keys_and_values}
+"""(op, batch, capacity) -> the op's state with a `Held` for every array; others remember nothing.
+
+A class of state whose arrays have a slot a token says on which dim in `capacity_dim`.
+"""
+
+
+def _is_held(x: Any) -> bool:
+    return isinstance(x, Held)
+
+
+def _block_state(block: Block, batch: int, capacity: int) -> dict[str, Any]:
     return {
-        named.name: make(named.op)
+        named.name: KINDS[type(named.op)](named.op, batch, capacity)
         for sub in block.subs
         for named in sub.ops
-        if isinstance(named.op, Attention)
+        if type(named.op) in KINDS
     }
 
 
-def _build(spec: ModelSpec, segments: tuple[Segment, ...], make: Callable[..., Any]) -> Any:
+def _layout(spec: ModelSpec, segments: tuple[Segment, ...], batch: int, capacity: int) -> Any:
+    """The tree of `Held`s, stacked like the layers."""
     state: dict[str, Any] = {}
     for segment in segments:
-        lead = (segment.repeats,) if segment.stacked else ()
         units = [
-            _block_state(spec.block(segment.start + i), lambda op, lead=lead: make(op, lead))
+            _block_state(spec.block(segment.start + i), batch, capacity)
             for i in range(segment.unit)
         ]
+        if segment.stacked:
+            stack = lambda held, n=segment.repeats: held.stack(n)  # noqa: E731
+            units = jax.tree.map(stack, units, is_leaf=_is_held)
         state[segment.key] = (
             {str(i): unit for i, unit in enumerate(units)} if segment.unit > 1 else units[0]
         )
@@ -68,7 +104,7 @@ def dense_state(
       spec: the model.
       batch: B.
       capacity: S.
-      dtype: of keys and values.
+      dtype: of what names none of its own, as keys and values.
       segments: as the parameters are stacked; canonical by default.
       abstract: shapes only.
 
@@ -76,33 +112,40 @@ def dense_state(
       A tree shaped by the layers; host arrays (or `ShapeDtypeStruct`s).
     """
 
-    def make(op: Attention, lead: tuple[int, ...]) -> DenseKV:
-        shape = (*lead, batch, capacity, op.kv_heads, op.head_dim)
-        one = jax.ShapeDtypeStruct(shape, dtype) if abstract else np.zeros(shape, dtype)
-        return DenseKV(one, one)
-
-    return _build(spec, segments or spec.segments, make)
+    make = jax.ShapeDtypeStruct if abstract else np.zeros
+    return jax.tree.map(
+        lambda held: make(held.shape, held.dtype or dtype),
+        _layout(spec, segments or spec.segments, batch, capacity),
+        is_leaf=_is_held,
+    )
 
 
 def state_axes(spec: ModelSpec, segments: tuple[Segment, ...] | None = None) -> Any:
     """Logical axes of the state, a tree like it with tuples of names."""
 
-    def make(op: Attention, lead: tuple[int, ...]) -> DenseKV:
-        axes = ("layers", *KV_AXES) if lead else KV_AXES
-        return DenseKV(axes, axes)
-
-    return _build(spec, segments or spec.segments, make)
+    layout = _layout(spec, segments or spec.segments, 1, 1)
+    return jax.tree.map(lambda held: held.axes, layout, is_leaf=_is_held)
 
 
 def grow(state: Any, capacity: int) -> Any:
     """The same state with room for `capacity` tokens a sequence."""
 
-    def pad(x: Float[AnyArray, "*L B S K H"]) -> Float[Array, "*L B capacity K H"]:
-        widths = [(0, 0)] * x.ndim
-        widths[-3] = (0, capacity - x.shape[-3])
-        return jnp.pad(x, widths)
+    def has_slots(held: Any) -> bool:
+        return hasattr(held, "capacity_dim")
 
-    return jax.tree.map(pad, state)
+    def more(held: Any) -> Any:
+        if not has_slots(held):
+            return held
+        dim = held.capacity_dim
+
+        def pad(x: Float[AnyArray, "..."]) -> Float[Array, "..."]:
+            widths = [(0, 0)] * x.ndim
+            widths[dim] = (0, capacity - x.shape[dim])
+            return jnp.pad(x, widths)
+
+        return jax.tree.map(pad, held)
+
+    return jax.tree.map(more, state, is_leaf=has_slots)
 
 
 def write(

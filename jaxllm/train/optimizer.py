@@ -12,7 +12,8 @@ import optax
 from jaxllm.core.tree import flatten, map_leaves, segments_of
 from jaxllm.errors import ConfigError
 from jaxllm.spec.model import ModelSpec
-from jaxllm.spec.table import FUSED, ParamDef, model_table
+from jaxllm.spec.param import ParamDef
+from jaxllm.spec.table import FUSED, model_table
 from jaxllm.train.config import Optimizer
 
 __all__ = ["make_optimizer", "make_schedule", "map_moments", "optimizer_text"]

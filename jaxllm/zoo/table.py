@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxllm.errors import ConfigError, UnsupportedError
 from jaxllm.spec.model import ModelSpec
-from jaxllm.spec.table import ParamDef
+from jaxllm.spec.param import ParamDef
 
 __all__ = ["ConfigReader", "Entry", "Family", "Form"]
 

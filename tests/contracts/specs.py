@@ -17,6 +17,7 @@ from jaxllm.spec.ops import MLP, Attention, Norm, QKNorm
 from jaxllm.spec.rope import LinearScaling, Llama3Scaling, Rope
 from jaxllm.spec.table import model_table
 from jaxllm.state.step import training_step
+from tests.contracts.encoders import ENCODERS
 
 RMS, OFFSET, LAYER = Norm(), Norm(offset=1.0, eps=1e-6), Norm(type="layer", bias=True)
 LOCAL = And(first=Causal(), second=Window(left=2))
@@ -125,8 +126,10 @@ SPECS: dict[str, ModelSpec] = {
         pre("G", heads(4, 2, qk_norm=QKNorm(scale=False, after_rope=True), out_bias=True), MLP48),
         layers="N G*2",
     ),
+    **ENCODERS,
 }  # fmt: skip
 NAMES = tuple(SPECS)
+DECODERS = tuple(name for name in NAMES if name not in ENCODERS)
 # No attention: quick to compile where the layers' work does not matter. Prefix and a unit of two.
 SMALL = model(
     *(Block(name=n, subs=(sub("mlp", PLAIN48, norm_in=RMS, norm_out=OFFSET),)) for n in "AB"),

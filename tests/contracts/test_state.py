@@ -12,7 +12,7 @@ from jaxllm.nn import api
 from jaxllm.state.dense import dense_state
 from jaxllm.state.step import dense_step, training_step
 from tests.contracts.specs import (
-    NAMES,
+    DECODERS,
     SPECS,
     assert_close,
     full,
@@ -69,7 +69,7 @@ def decode_rest(name: str, state, start: np.ndarray) -> None:
         start = start + 1
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", DECODERS)
 def test_prefill_then_decode_is_the_full_forward(name):
     ids, zero = garbled(tokens(name), 0, 8, LENGTHS), np.zeros_like(LENGTHS)
     logits, state = program(name, True)(params(name), empty(name), ids, zero, LENGTHS)
@@ -77,7 +77,7 @@ def test_prefill_then_decode_is_the_full_forward(name):
     decode_rest(name, state, LENGTHS)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", DECODERS)
 def test_chunked_prefill_is_the_full_forward(name):
     ids, state, start = tokens(name), empty(name), np.zeros_like(LENGTHS)
     for first in (0, 4):

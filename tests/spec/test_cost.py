@@ -77,7 +77,9 @@ def test_flops(mask):
 def test_flops_of_matrices_count_each_weight_once_a_token(name):
     spec = SPECS[name]
     matrices = sum(
-        d.size for path, d in flatten(api.model_table(spec)) if path.startswith("layers") and d.std
+        d.size
+        for path, d in flatten(api.model_table(spec))
+        if path.startswith("layers") and d.inputs
     )
     assert flops(spec, 3)["matmul"] == 2 * 3 * matrices
 

@@ -1,0 +1,83 @@
+"""Leaves of every op kind and of norms. Matrices are stored [in, out]."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from jaxllm.spec.ops import MLP, Attention, Norm, Op
+from jaxllm.spec.param import ParamDef
+
+__all__ = ["norm_table", "op_table"]
+
+
+def norm_table(norm: Norm, width: int) -> dict[str, ParamDef]:
+    """Leaves of a norm over D values."""
+    table = {"scale": ParamDef((width,), ("width",), fill=1.0 - norm.offset)}
+    if norm.bias:
+        table["bias"] = ParamDef((width,), ("width",))
+    return table
+
+
+def op_table(op: Op, width: int) -> dict[str, ParamDef]:
+    """Leaves of one op on inputs of width D."""
+    return TABLES[type(op)](op, width)
+
+
+def _attention(op: Attention, width: int) -> dict[str, ParamDef]:
+    n, k, h = op.heads, op.kv_heads, op.head_dim
+    std = width**-0.5
+    table = {
+        "q": ParamDef((width, n, h), ("width", "heads", "head_dim"), std, inputs=1),
+        "k": ParamDef((width, k, h), ("width", "kv_heads", "head_dim"), std, inputs=1),
+        "v": ParamDef((width, k, h), ("width", "kv_heads", "head_dim"), std, inputs=1),
+        "o": ParamDef((n, h, width), ("heads", "head_dim", "width"), (n * h) ** -0.5, inputs=2),
+    }
+    if op.qkv_bias:
+        table["q_bias"] = ParamDef((n, h), ("heads", "head_dim"))
+        table["k_bias"] = ParamDef((k, h), ("kv_heads", "head_dim"))
+        table["v_bias"] = ParamDef((k, h), ("kv_heads", "head_dim"))
+    if op.out_bias:
+        table["o_bias"] = ParamDef((width,), ("width",))
+    if op.gate:
+        table["out_gate"] = table["q"]
+    if op.sinks:
+        table["sinks"] = ParamDef((n,), ("heads",))
+    if op.global_projections:
+        own = [x for x in table if x.removesuffix("_bias") in ("q", "k", "v")]
+        table |= {f"{x[0]}_global{x[1:]}": table[x] for x in own}
+    if op.length_projection is not None:
+        length, rows = op.length_projection.length, op.length_projection.rows
+        sums = ParamDef((length, rows), (None, None), length**-0.5)
+        table |= {"k_length": sums, "v_length": sums}
+    return table | _qk_norm_table(op)
+
+
+def _qk_norm_table(op: Attention) -> dict[str, ParamDef]:
+    """Leaves of the norms of queries and keys."""
+    norm, h = op.qk_norm, op.head_dim
+    if norm is None or not norm.scale:
+        return {}
+    one = 1.0 - norm.offset
+    if norm.over == "head":
+        shared = ParamDef((h,), ("head_dim",), fill=one)
+        return {"q_norm": shared, "k_norm": shared}
+    return {
+        "q_norm": ParamDef((op.heads, h), ("heads", "head_dim"), fill=one),
+        "k_norm": ParamDef((op.kv_heads, h), ("kv_heads", "head_dim"), fill=one),
+    }
+
+
+def _mlp(op: MLP, width: int) -> dict[str, ParamDef]:
+    up = ParamDef((width, op.width), ("width", "ffn"), width**-0.5, inputs=1)
+    table = {"gate": up} if op.gated else {}
+    down = ParamDef((op.width, width), ("ffn", "width"), op.width**-0.5, inputs=1)
+    table |= {"up": up, "down": down}
+    if op.bias:
+        bias = ParamDef((op.width,), ("ffn",))
+        table |= {"gate_bias": bias} if op.gated else {}
+        table |= {"up_bias": bias, "down_bias": ParamDef((width,), ("width",))}
+    return table
+
+
+TABLES: dict[type, Callable[[Any, int], dict[str, ParamDef]]] = {Attention: _attention, MLP: _mlp}

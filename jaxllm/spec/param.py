@@ -1,0 +1,64 @@
+"""ParamDef: shape, logical axes and initial spread of one leaf."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+__all__ = ["ParamDef"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ParamDef:
+    """One leaf: its logical shape, the name of each dim, and how it is drawn at the start.
+
+    `std` is the standard deviation of a normal draw; 0 with `fill` gives a constant. `inputs`
+    counts the contracted dims of a matrix (before the outputs, after a layers axis); it is 0 for
+    vectors and tables. `tied` marks an embedding table that is the head as well.
+    """
+
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    std: float = 0.0
+    fill: float = 0.0
+    inputs: int = 0
+    tied: bool = False
+
+    @property
+    def size(self) -> int:
+        """Number of values."""
+        return math.prod(self.shape)
+
+    def stack(self, repeats: int) -> ParamDef:
+        """The same leaf stacked on a leading axis of layers."""
+        return dataclasses.replace(self, shape=(repeats, *self.shape), axes=("layers", *self.axes))
+
+    def hold(self, matrices: str) -> ParamDef:
+        """The leaf as its array is held under `Policy.matrices`."""
+        order = self.hold_order(matrices)
+        return dataclasses.replace(
+            self,
+            shape=tuple(self.shape[i] for i in order),
+            axes=tuple(self.axes[i] for i in order),
+        )
+
+    def hold_order(self, matrices: str) -> tuple[int, ...]:
+        """Which of the leaf's dims stands where in the held array."""
+        dims = tuple(range(len(self.shape)))
+        if not self.held_inputs(matrices):
+            return dims
+        if self.tied:
+            return dims[::-1]
+        lead = int(self.axes[0] == "layers")
+        stop = lead + self.inputs
+        return (*dims[:lead], *dims[stop:], *dims[lead:stop])
+
+    def held_inputs(self, matrices: str) -> int:
+        """Number of leading dims that the held array has at its end; 0 where it is as it is."""
+        if self.tied:
+            return int(matrices == "in_out")
+        return self.inputs if matrices == "out_in" else 0
+
+    def unstack(self) -> ParamDef:
+        """The leaf of one layer of a stacked one."""
+        return dataclasses.replace(self, shape=self.shape[1:], axes=self.axes[1:])
