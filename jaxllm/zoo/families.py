@@ -1,6 +1,6 @@
 """The families that are read and written: one literal dict."""
 
-from jaxllm.zoo import cohere2, gemma, gpt2, granite, llama, olmo2, phi3, qwen3, smollm3
+from jaxllm.zoo import bert, cohere2, gemma, gpt2, granite, llama, olmo2, phi3, qwen3, smollm3
 from jaxllm.zoo.table import Family
 
 __all__ = ["FAMILIES", "PRESETS"]
@@ -16,6 +16,7 @@ FAMILIES: dict[str, Family] = {
     "phi3": phi3.FAMILY,
     "cohere2": cohere2.FAMILY,
     "gpt2": gpt2.FAMILY,
+    "bert": bert.FAMILY,
 }
 
 PRESETS = {**llama.PRESETS}
