@@ -20,7 +20,9 @@ _PREFIX = "bert."
 
 def _read(config: ConfigReader) -> ModelSpec:
     sizes = encoder.read_sizes(config)
-    return config.finish(lambda: encoder.bert_spec(sizes, {"B": Full()}, ["B"] * sizes.layers))
+    return config.finish(
+        lambda: encoder.bert_spec(sizes, {"B": Full()}, names=["B"] * sizes.layers)
+    )
 
 
 def _write(spec: ModelSpec) -> dict[str, Any] | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from jaxllm.spec.mask import Mask
 from jaxllm.spec.model import Block, Embedding, Head, ModelSpec, Transform, sub
-from jaxllm.spec.ops import MLP, Attention, Norm
+from jaxllm.spec.ops import MLP, Activation, Attention, Norm
 from jaxllm.zoo import decoder
 from jaxllm.zoo.table import ConfigReader, Entry
 
@@ -137,10 +137,11 @@ def read_sizes(config: ConfigReader, activation: str = "gelu", eps: float = 1e-1
 def bert_spec(
     sizes: Sizes,
     masks: Mapping[str, Mask],
-    names: list[str],
     *,
+    names: list[str],
     offset: int = 0,
     scale: float = 1.0,
+    head_activation: Activation | None = None,
     **attention: Any,
 ) -> ModelSpec:
     """A spec of BERT's layers: biases, learned positions, token types, a norm after each update.
@@ -151,6 +152,7 @@ def bert_spec(
       names: of the blocks of all layers.
       offset: row of the first position.
       scale: of the tokens' rows.
+      head_activation: where the head has another than the layers.
       attention: what differs in the attentions.
     """
     norm = Norm(type="layer", eps=sizes.eps, bias=True)
@@ -170,7 +172,7 @@ def bert_spec(
             name=name, subs=(sub("attn", attn, norm_after=norm), sub("mlp", mlp, norm_after=norm))
         )
 
-    transform = Transform(norm=norm, activation=sizes.activation)
+    transform = Transform(norm=norm, activation=head_activation or sizes.activation)
     return ModelSpec(
         vocab=sizes.vocab,
         width=sizes.width,

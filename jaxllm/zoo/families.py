@@ -1,6 +1,20 @@
 """The families that are read and written: one literal dict."""
 
-from jaxllm.zoo import bert, cohere2, gemma, gpt2, granite, llama, olmo2, phi3, qwen3, smollm3
+from jaxllm.zoo import (
+    bert,
+    bigbird,
+    cohere2,
+    gemma,
+    gpt2,
+    granite,
+    llama,
+    longformer,
+    modernbert,
+    olmo2,
+    phi3,
+    qwen3,
+    smollm3,
+)
 from jaxllm.zoo.table import Family
 
 __all__ = ["FAMILIES", "PRESETS"]
@@ -17,6 +31,9 @@ FAMILIES: dict[str, Family] = {
     "cohere2": cohere2.FAMILY,
     "gpt2": gpt2.FAMILY,
     "bert": bert.FAMILY,
+    "modernbert": modernbert.FAMILY,
+    "longformer": longformer.FAMILY,
+    "bigbird": bigbird.FAMILY,
 }
 
 PRESETS = {**llama.PRESETS}

@@ -12,16 +12,16 @@ from safetensors.numpy import save_file
 import jaxllm
 from jaxllm.core.policy import Policy
 from jaxllm.errors import ConfigError, UnsupportedError, WeightsError
-from jaxllm.spec.mask import Causal
+from jaxllm.spec.mask import Blocks, Causal, Full, Global, Or, Window
 from jaxllm.spec.ops import MLP
 from jaxllm.zoo.families import FAMILIES
 from jaxllm.zoo.load import open_checkpoint
 from jaxllm.zoo.safetensors import open_safetensors
 from tests.oracle.encoder_golden import NAMES, outputs, rows
 from tests.oracle.golden import TOLERANCE, relative, tensors
-from tests.oracle.mutate import FACTOR, POLICY, attn, change, part, renorm, subs
+from tests.oracle.mutate import FACTOR, POLICY, attn, change, only, part, renorm, rope, subs
 
-SCANNED = ("bert", "bert_hub")
+SCANNED = ("bert_hub", "modernbert")
 
 
 @pytest.fixture(scope="module")
@@ -90,11 +90,22 @@ def act(name):
     return lambda s: change(s, MLP, activation=name)
 
 
+def window(left, right):
+    """A window to both sides."""
+    return attn(mask=Window(left=left, right=right))
+
+
+def sees(mask):
+    """Another mask."""
+    return attn(mask=mask)
+
+
 def transform(**changes):
     """A mutation of what the head does before the matrix."""
     return lambda s: part("head", transform=dataclasses.replace(s.head.transform, **changes))(s)
 
 
+NEIGHBOURS = Or(first=Window(left=1, right=1), second=Global(first=1, last=1))
 MUTATIONS = {
     ("bert", "causal"): attn(mask=Causal()),
     ("bert", "positions one on"): lambda s: dataclasses.replace(
@@ -112,6 +123,41 @@ MUTATIONS = {
     ("bert_hub", "transform by relu"): transform(activation="relu"),
     ("bert_hub", "no bias of logits"): part("head", bias=False),
     ("bert_untied", "tied"): part("head", tied=True),
+    ("modernbert", "local layers see all"): only("L", attn(mask=Full())),
+    ("modernbert", "global layers are local"): only("G", attn(mask=Window(left=3, right=3))),
+    ("modernbert", "three to the left, two to the right"): only("L", window(3, 2)),
+    ("modernbert", "window of four each side"): only("L", window(4, 4)),
+    ("modernbert", "the global rope on local layers"): only("L", rope(theta=160_000.0)),
+    ("modernbert", "the local rope on global layers"): only("G", rope(theta=10_000.0)),
+    ("modernbert", "no norm of the embedding"): part("embedding", norm=None),
+    ("modernbert", "no final norm"): lambda s: dataclasses.replace(s, final_norm=None),
+    ("modernbert", "silu"): act("silu"),
+    ("modernbert", "every second layer is global"): lambda s: dataclasses.replace(
+        s, layers="F L G L G"
+    ),
+    ("modernbert_hub", "no transform"): part("head", transform=None),
+    ("modernbert_hub", "no bias of logits"): part("head", bias=False),
+    ("longformer", "causal window"): sees(Or(first=Window(left=2), second=Global())),
+    ("longformer", "one more each side"): sees(Or(first=Window(left=3, right=3), second=Global())),
+    ("longformer", "no global tokens"): attn(
+        mask=Window(left=2, right=2), global_projections=False
+    ),
+    ("longformer", "global tokens by the same projections"): attn(global_projections=False),
+    ("longformer", "global tokens by place"): sees(
+        Or(first=Window(left=2, right=2), second=Global(first=1))
+    ),
+    ("longformer", "positions from row 1"): part("embedding", position_offset=1),
+    ("longformer_hub", "the windows the other way"): lambda s: dataclasses.replace(
+        s, layers="W2 W3"
+    ),
+    ("bigbird", "everything"): sees(Full()),
+    ("bigbird", "other draws"): lambda s: dataclasses.replace(s, layers="B1 B0"),
+    ("bigbird", "no draws"): sees(Blocks(size=2, mask=NEIGHBOURS)),
+    ("bigbird", "other blocks"): sees(Blocks(size=3, mask=NEIGHBOURS)),
+    ("bigbird", "no global keys"): sees(Blocks(size=2, mask=Window(left=1, right=1))),
+    ("bigbird_hub", "embedding not scaled"): part("embedding", scale=1.0),
+    ("bigbird_hub", "relu"): act("relu"),
+    ("modernbert_bias", "gelu in the head"): transform(activation="gelu"),
 }
 
 
@@ -179,6 +225,33 @@ PROBLEMS = {
     "an unknown key": ("bert", {"num_experts": 5}, ConfigError, "unknown key 'num_experts'"),
     "no layers": ("bert", {"num_hidden_layers": 0}, ConfigError, "1 to 10000"),
     "more positions": ("bert", {"max_position_embeddings": 50}, WeightsError, "position_embedd"),
+    "a third kind of layer": (
+        "modernbert",
+        {"layer_types": ["conv"] * 5},
+        ConfigError,
+        "not supported in this family",
+    ),
+    "no period": (
+        "modernbert_hub",
+        {"global_attn_every_n_layers": 0},
+        ConfigError,
+        "must be positive",
+    ),
+    "an odd window": ("longformer", {"attention_window": 5}, ConfigError, "must be even"),
+    "a window too few": ("longformer", {"attention_window": [4]}, ConfigError, "has 1 layers"),
+    "no positions": (
+        "longformer",
+        {"pad_token_id": 49},
+        ConfigError,
+        "are no positions",
+    ),
+    "another attention": (
+        "bigbird",
+        {"attention_type": "block"},
+        ConfigError,
+        "block_sparse, original_full",
+    ),
+    "no blocks": ("bigbird", {"block_size": 0}, ConfigError, "must be positive"),
     "more types": ("bert", {"type_vocab_size": 3}, WeightsError, "token_type_embeddings"),
 }
 
@@ -209,9 +282,9 @@ def test_an_encoder_neither_generates_nor_scores(models):
         model.logits([[3, 4, 5]])
 
 
-@pytest.mark.parametrize("name", ["bert_hub"])
+@pytest.mark.parametrize("name", ["bert_hub", "modernbert_hub", "bigbird_hub"])
 def test_logits_of_a_model_do_not_depend_on_the_padding_of_programs(name, models):
-    """20 tokens run as 32; types are 0 there."""
+    """20 tokens run as 32, 37 in blocks of 3 as 39; types are 0 there."""
     model, want = models(name), rows(name)
     plain = dataclasses.replace(
         want, types=np.zeros_like(want.types), lengths=np.full((2,), want.ids.shape[1], np.int32)
