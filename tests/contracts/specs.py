@@ -11,7 +11,7 @@ import numpy as np
 from jaxllm.core.policy import Matrices, Policy
 from jaxllm.core.tree import Segment, map_leaves, restack
 from jaxllm.nn import api
-from jaxllm.spec.mask import And, Causal, Chunk, Window
+from jaxllm.spec.mask import And, Causal, Chunk, Global, Or, Window
 from jaxllm.spec.model import Block, Embedding, Head, ModelSpec, NamedOp, Sub, sub
 from jaxllm.spec.ops import MLP, Attention, Norm, QKNorm
 from jaxllm.spec.rope import LinearScaling, Llama3Scaling, Rope
@@ -22,6 +22,7 @@ from tests.contracts.encoders import ENCODERS
 RMS, OFFSET, LAYER = Norm(), Norm(offset=1.0, eps=1e-6), Norm(type="layer", bias=True)
 LOCAL = And(first=Causal(), second=Window(left=2))
 CHUNKS = And(first=Causal(), second=Chunk(size=5))
+STREAMING = And(first=Causal(), second=Or(first=Window(left=2), second=Global(first=2)))
 NEAR = Rope(theta=100.0)
 
 
@@ -126,6 +127,8 @@ SPECS: dict[str, ModelSpec] = {
         pre("G", heads(4, 2, qk_norm=QKNorm(scale=False, after_rope=True), out_bias=True), MLP48),
         layers="N G*2",
     ),
+    # The first tokens stay in sight of a window.
+    "streaming": model(pre("G", heads(4, 2, mask=STREAMING), MLP48), layers="G*2"),
     **ENCODERS,
 }  # fmt: skip
 NAMES = tuple(SPECS)

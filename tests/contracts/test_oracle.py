@@ -6,9 +6,10 @@ import math
 import numpy as np
 import pytest
 
+from jaxllm.nn.api import Inputs
 from jaxllm.spec.mask import Causal, Row, allowed
 from jaxllm.spec.ops import MLP, Attention
-from tests.contracts.specs import NAMES, SPECS, assert_close, full, params, single, tokens
+from tests.contracts.specs import NAMES, SPECS, assert_close, full, params, runner, single, tokens
 from tests.ops.test_attention import oracle as attend
 from tests.ops.test_norm import FORMULAS
 from tests.ops.test_rope import rotated
@@ -127,6 +128,14 @@ def wide(tree):
     return {k: wide(v) if isinstance(v, dict) else v.astype(np.float64) for k, v in tree.items()}
 
 
+def test_token_types_are_what_the_spec_says():
+    name = "bert"
+    types = np.random.default_rng(3).integers(0, 2, tokens(name).shape).astype(np.int32)
+    found, _ = runner(name)(params(name), Inputs(tokens(name), types=types))
+    weights = wide(single(params(name), SPECS[name].num_layers))
+    assert_close(found, decode(SPECS[name], weights, tokens(name), types))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_model_is_what_its_spec_says(name):
     spec = SPECS[name]
@@ -200,6 +209,7 @@ FLAGS = [
     ("bigbird", (*op(0), "mask", "mask", "second", "first", "last"), 0),
     ("bigbird", (*op(0), "mask", "size"), 2),
     ("linformer", (*op(0), "length_projection"), None),
+    ("streaming", (*op(0), "mask", "second", "second", "first"), 1),
     ("prefix", (*op(0), "mask", "second", "first"), 3),
 ]
 
