@@ -49,9 +49,7 @@ class Attention(nn.Module):
             return out
         q, k, v = (leaves.product(f"{n}_global", x, "BTD,DNH->BTNH") for n in "qkv")
         whole = dataclasses.replace(self.op, mask=Full(), global_projections=False)
-        found, _ = attend(
-            None, (q, k, v), step=step, op=whole, implementation=self.policy.attention
-        )
+        found, _ = attend(None, (q, k, v), step=step, op=whole, policy=self.policy)
         return jnp.where(special[:, :, None, None], found, out)
 
     @nn.compact
@@ -83,9 +81,7 @@ class Attention(nn.Module):
         if op.length_projection is not None:
             k = project_length(k, leaves["k_length"], step.lengths)
             v = project_length(v, leaves["v_length"], step.lengths)
-        out, state = attend(
-            state, (q, k, v), step=step, op=op, sinks=sinks, implementation=policy.attention
-        )
+        out, state = attend(state, (q, k, v), step=step, op=op, sinks=sinks, policy=policy)
         if op.global_projections:
             out = self._global_rows(x, out, step=step, leaves=leaves)
         out = keep(constrain(out, by_head, policy.rules), "attention")

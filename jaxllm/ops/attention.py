@@ -42,11 +42,14 @@ class Scores:
       scale: static, factor.
       softcap: static; scores become softcap * tanh(scores / softcap).
       sinks: [N], a logit a head that takes its share of the softmax and gives nothing.
+      heads: [N] integers, the numbers of the heads that are here, for masks that each draws for
+        itself; None where all are here.
     """
 
     scale: float = dataclasses.field(metadata={"static": True})
     softcap: float | None = dataclasses.field(default=None, metadata={"static": True})
     sinks: Slot | None = None
+    heads: Slot | None = None
 
 
 def reference(
@@ -72,7 +75,7 @@ def reference(
     batch, length, heads, width = q.shape
     kv_heads = k.shape[2]
     exact = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
-    seen = visible(see)
+    seen = visible(see, scores.heads)
     if not see.aligned:  # slots that nobody sees may hold anything, NaN too
         v = jnp.where(jnp.any(seen, axis=(1, 2))[:, :, None, None], v, jnp.zeros_like(v))
     # Batched products of plain matrices [G * T, H] x [S, H]: what every backend does best.
@@ -120,7 +123,7 @@ def _cudnn(
     whole = simple and see.aligned
     one = simple and see.slots and q.shape[1] == 1
     lengths = see.query_positions[:, 0] + 1 if one else None  # reads the filled slots only
-    mask = None if whole or one else visible(see)
+    mask = None if whole or one else visible(see, scores.heads)
     with jax.numpy_dtype_promotion("standard"):
         return jax.nn.dot_product_attention(
             q,

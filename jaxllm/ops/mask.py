@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import jax
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 
 from jaxllm.spec.mask import Causal, Mask, Row, allowed, draws
 from jaxllm.typing import AnyArray, Slot
@@ -43,12 +43,18 @@ class Visibility:
     heads: int | None = dataclasses.field(default=None, metadata={"static": True})
 
 
-def visible(see: Visibility) -> Bool[AnyArray, "B n T S"]:
-    """Whether query t may attend to key s; n is N where each head has a mask of its own, else 1."""
+def visible(see: Visibility, heads: Int[AnyArray, "n"] | None = None) -> Bool[AnyArray, "B n T S"]:
+    """Whether query t may attend to key s; n is 1 unless each head has a mask of its own.
+
+    Args:
+      see: positions, segments, lengths and the mask.
+      heads: numbers of the heads wanted where each has its own; all by default.
+    """
     query, key = see.query_positions[:, None, :, None], see.key_positions[:, None, None, :]
     head = None
     if draws(see.mask):
-        head = jax.lax.broadcasted_iota(query.dtype, (1, see.heads or 0, 1, 1), 1)
+        numbers = jax.numpy.arange(see.heads) if heads is None else heads
+        head = numbers[None, :, None, None]
     marks = None
     if see.marks is not None:
         marks = (see.marks[:, None, :, None], see.marks[:, None, None, :])

@@ -139,6 +139,8 @@ def test_masks_of_whole_rows_take_no_state(name):
     ids, zero = tokens(name), np.zeros_like(LENGTHS)
     with pytest.raises(UnsupportedError, match="whole rows"):
         program(name, True)(params(name), empty(name), ids, zero, None)
+    with pytest.raises(UnsupportedError, match="do not pack"):
+        runner(name)(params(name), ids, training_step(*ids.shape, segment_ids=np.ones_like(ids)))
 
 
 @pytest.mark.parametrize("name", ["bert", "modernbert", "longformer", "linformer"])
