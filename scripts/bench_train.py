@@ -5,8 +5,9 @@
 Cases of two devices are measured when they are named.
 
 bfloat16 matmuls on random tokens. Each case runs in a process of its own, through the very programs
-that `jaxllm train` compiles; those of float32 state and of several devices twice: compiled cold, then
-from the store. A peer is transformers with torch.compile and fused AdamW on the same card. One JSON line each.
+that `jaxllm train` compiles; those of float32 state and of several devices twice: compiled cold,
+then from the store. A peer is transformers with torch.compile and fused AdamW on the same card. One
+JSON line each.
 
 Model FLOPs of a step: 6 x parameters x tokens + 6 x layers x rows x length^2 x attention width.
 """
