@@ -74,7 +74,7 @@ def _kinds(config: ConfigReader, layers: int) -> list[str]:
     every = config.take("global_attn_every_n_layers", int, 3)
     if every < 1:
         config.problem(f"global_attn_every_n_layers is {every}; it must be positive")
-    default = [decoder.KINDS[bool(i % max(every, 1))] for i in range(layers)]
+    default: list[decoder.Kind] = [decoder.KINDS[bool(i % max(every, 1))] for i in range(layers)]
     return [str(kind) for kind in decoder.read_kinds(config, default)]
 
 
