@@ -157,7 +157,7 @@ def bert_spec(
     """
     norm = Norm(type="layer", eps=sizes.eps, bias=True)
     mlp = MLP(width=sizes.ffn, activation=sizes.activation, gated=False, bias=True)
-    base = {
+    base: dict[str, Any] = {
         "heads": sizes.heads,
         "kv_heads": sizes.heads,
         "head_dim": sizes.width // max(sizes.heads, 1),
@@ -167,7 +167,8 @@ def bert_spec(
     }
 
     def block(name: str) -> Block:
-        attn = Attention(**(base | {"mask": masks[name]} | attention))
+        fields: dict[str, Any] = {**base, "mask": masks[name], **attention}
+        attn = Attention(**fields)
         return Block(
             name=name, subs=(sub("attn", attn, norm_after=norm), sub("mlp", mlp, norm_after=norm))
         )
@@ -225,9 +226,11 @@ def write_bert(spec: ModelSpec, name: str) -> dict[str, Any] | None:
     """
     embedding, subs = spec.embedding, spec.blocks[0].subs
     ops = [named.op for part in subs for named in part.ops]
-    if [type(op) for op in ops] != [Attention, MLP] or embedding.norm is None:
+    if len(ops) != 2 or embedding.norm is None:
         return None
     attn, mlp = ops
+    if not isinstance(attn, Attention) or not isinstance(mlp, MLP):
+        return None
     return {
         "architectures": [f"{name}ForMaskedLM" if spec.head.logits else f"{name}Model"],
         "vocab_size": spec.vocab,
