@@ -1,0 +1,123 @@
+"""What the forward and backward kernels for Hopper share."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.flash_attention.problem import Spec
+from pallas_kernels.flash_attention.ranges import Walk
+
+__all__ = [
+    "COLUMN",
+    "CONSUMERS",
+    "LOG2E",
+    "ROW",
+    "Shape",
+    "along",
+    "capped",
+    "iota",
+    "pad",
+    "same_segment",
+    "swizzled",
+]
+
+LOG2E = math.log2(math.e)
+CONSUMERS = 2  # warpgroups that compute; one more loads
+SQUARE = plgpu.Layout.WGMMA
+ROW = plgpu.Layout.WGMMA.reduce(1)  # one value a row of an accumulator
+COLUMN = plgpu.Layout.WGMMA.reduce(0)
+
+
+def swizzled(shape: tuple[int, ...], dtype) -> object:
+    """Shared memory in the widest layout that TMA and WGMMA agree on."""
+    bits = jnp.finfo(dtype).bits
+    swizzle = plgpu.find_swizzle(shape[-1] * bits)
+    transforms = (
+        plgpu.TilingTransform((8, 8 * swizzle // bits)),
+        plgpu.SwizzleTransform(swizzle),
+    )
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+
+def along(vector: jax.Array, shape: tuple[int, ...], dim: int) -> jax.Array:
+    """A vector along `dim` of a matrix, repeated along the other."""
+    return lax.broadcast_in_dim(vector, shape, [dim])
+
+
+def iota(shape: tuple[int, int], dim: int) -> jax.Array:
+    """Indices along `dim` in the layout of an accumulator."""
+    return plgpu.broadcasted_iota(jnp.int32, shape, dim, layout=SQUARE)
+
+
+def capped(scores: jax.Array, spec: Spec) -> tuple[jax.Array, float]:
+    """(x, factor): factor * x are the scores in units of log2 e."""
+    if spec.softcap is None:
+        return scores, spec.scale * LOG2E
+    return jnp.tanh(scores * (spec.scale / spec.softcap)), spec.softcap * LOG2E
+
+
+def same_segment(refs, names, place, shape, seen):
+    """`seen`, and rows and columns of one segment.
+
+    Args:
+      names: of the ids of rows and of columns among refs.
+      place: sequence, first row, first column.
+      seen: bool of `shape`, or None for all.
+    """
+    batch, *first = place
+    ids = []
+    for dim, (name, layout) in enumerate(zip(names, (ROW, COLUMN), strict=True)):
+        where = refs[name].at[batch, pl.ds(first[dim], shape[dim])]
+        ids.append(along(plgpu.load(where, layout=layout, optimized=False), shape, dim))
+    same = ids[0] == ids[1]
+    return same if seen is None else seen & same
+
+
+def pad(x: jax.Array, axis: int, to: int, value: float = 0) -> jax.Array:
+    """Appends `value` along an axis up to the next multiple of `to`."""
+    short = -x.shape[axis] % to
+    if not short:
+        return x
+    widths = [(0, short if i == axis else 0) for i in range(x.ndim)]
+    return jnp.pad(x, widths, constant_values=value)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shape:
+    """The sizes that a kernel is compiled for."""
+
+    batch: int
+    heads: int
+    kv_heads: int
+    width: int
+    value_width: int
+    dtype: jnp.dtype
+
+    @property
+    def group(self) -> int:
+        """Query heads of one kv head."""
+        return self.heads // self.kv_heads
+
+    def tile(self, walk: Walk, index):
+        """(sequence, tile of queries, head): a sequence's tiles with most blocks come first."""
+        rest, head = lax.div(index, self.heads), lax.rem(index, self.heads)
+        row = lax.rem(rest, walk.tiles)
+        if walk.heavy_last:
+            row = walk.tiles - 1 - row
+        return lax.div(rest, walk.tiles), row, head
+
+    def for_tiles(self, walk: Walk, ctas: int, body, start):
+        """Runs body(index, carry) over this program's share of all tiles."""
+        count = self.batch * walk.tiles * self.heads
+        cta = lax.axis_index("cta")
+        if ctas >= count:
+            return body(cta, start)
+        mine = lax.div(count - 1 - cta, ctas) + 1
+        return lax.fori_loop(0, mine, lambda i, carry: body(cta + i * ctas, carry), start)
