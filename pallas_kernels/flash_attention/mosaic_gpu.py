@@ -18,7 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.flash_attention.common import (
+from pallas_kernels.flash_attention.pieces import (
     CONSUMERS,
     LOG2E,
     ROW,
@@ -26,6 +26,7 @@ from pallas_kernels.flash_attention.common import (
     along,
     capped,
     iota,
+    named_barrier,
     pad,
     same_segment,
     swizzled,
@@ -45,15 +46,16 @@ class Tiles:
       stages: key and value blocks in flight.
       persistent: as many programs as processors, each walking over many tiles.
       turns: consumers take turns at issuing products.
-      overlap: a consumer's softmax runs beside its own products.
+      share: the output leaves through q's memory, where there is no room for its own; the next
+        tile's q then comes later. Needs H = Hv.
     """
 
     block_q: int = 64
     block_kv: int = 128
     stages: int = 2
     persistent: bool = True
-    turns: bool = True
-    overlap: bool = True
+    turns: bool | str = True
+    share: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,12 +137,12 @@ class Forward:
 
         return keep
 
-    def start(self, refs, head):
+    def start(self, refs, batch, head):
         """Peak and sum of the softmax before any key: nothing, or the head's sink."""
         vector = functools.partial(jnp.full, (self.tiles.block_q,), dtype=jnp.float32)
         peak, total = vector(-jnp.inf), vector(0.0)
         if "sinks" in self.walk.names:
-            peak, total = vector(0.0) + refs["sinks"][head] * LOG2E, vector(1.0)
+            peak, total = vector(0.0) + refs["sinks"][batch, head] * LOG2E, vector(1.0)
         return plgpu.layout_cast(peak, ROW), plgpu.layout_cast(total, ROW)
 
     def compute(self, refs, smem, full, free, turn):
@@ -154,19 +156,20 @@ class Forward:
             for slot in range(tiles.stages):
                 plgpu.barrier_arrive(free[name].at[slot])
         plgpu.barrier_arrive(free["q"])
-        if turn is not None:
-
-            @pl.when(wg == 1)
-            def _():
-                plgpu.barrier_arrive(turn.at[0])
-
         def take_turn():
-            if turn is not None:
+            if tiles.turns == "named":
+                named_barrier("sync", wg + 8, 256)
+            elif tiles.turns:
                 plgpu.barrier_wait(turn.at[wg])
 
         def pass_turn():
-            if turn is not None:
+            if tiles.turns == "named":
+                named_barrier("arrive", 9 - wg, 256)
+            elif tiles.turns:
                 plgpu.barrier_arrive(turn.at[1 - wg])
+
+        if tiles.turns:
+            pl.when(wg == 1)(pass_turn)
 
         def tile(index, step):
             batch, row, head = self.shape.tile(self.walk, index)
@@ -174,7 +177,7 @@ class Forward:
             low, full_low, full_high, high = walk.bounds(batch, row, refs)
             keep = self.keeper(refs, batch, first_row)
             slot_of = lambda i: lax.rem(step + i, tiles.stages)  # noqa: E731
-            start = self.start(refs, head)
+            start = self.start(refs, batch, head)
 
             def seen(i, masked):
                 return keep((high - 1 - i) * tiles.block_kv) if masked else None
@@ -245,7 +248,8 @@ class Forward:
                     carry = lax.fori_loop(done, end, functools.partial(other, masked=masked), carry)
                     done = end
                 peak, total, weights = carry
-                plgpu.barrier_arrive(free["q"])
+                if not tiles.share:
+                    plgpu.barrier_arrive(free["q"])
                 slot = slot_of(high - low - 1)
                 plgpu.barrier_wait(full["v"].at[slot])
                 plgpu.wgmma(acc, weights, smem["v"].at[slot])
@@ -255,36 +259,34 @@ class Forward:
 
             acc_type = plgpu.ACC((tiles.block_q, self.shape.value_width), jnp.float32)
             sums = pl.run_scoped(walk_blocks, acc_type)
-            self.finish(refs, smem, (batch, first_row, head, wg), sums)
+            o_smem = q_smem if tiles.share else smem["o"].at[wg]
+            self.finish(refs, o_smem, smem["lse"].at[wg], (batch, first_row, head), sums)
+            if tiles.share:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                plgpu.barrier_arrive(free["q"])
             return step + (high - low)
 
         self.shape.for_tiles(self.walk, self.ctas, tile, jnp.int32(0))
-        if turn is not None:  # the last turn that nobody took
-
-            @pl.when(wg == 0)
-            def _():
-                plgpu.barrier_wait(turn.at[0])
+        if tiles.turns:  # the last turn, which nobody took
+            pl.when(wg == 0)(take_turn)
 
         plgpu.wait_smem_to_gmem(0)
 
-    def finish(self, refs, smem, place, sums):
+    def finish(self, refs, o_smem, lse_smem, place, sums):
         """Divides by the softmax's sum and stores the tile and its log-sum."""
-        batch, first_row, head, wg = place
+        batch, first_row, head = place
         out, peak, total = sums
         rows = pl.ds(first_row, self.tiles.block_q)
         some = total > 0.0
         inverse = jnp.where(some, 1.0 / total, 0.0)
         lse = jnp.where(some, peak * (1.0 / LOG2E) + jnp.log(total), -jnp.inf)
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        smem["o"].at[wg][...] = (out * along(inverse, out.shape, 0)).astype(self.shape.dtype)
-        smem["lse"].at[wg][...] = lse
+        if not self.tiles.share:  # the tile before may still be on its way out
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        o_smem[...] = (out * along(inverse, out.shape, 0)).astype(self.shape.dtype)
+        lse_smem[...] = lse
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(
-            smem["o"].at[wg], refs["o"].at[batch, rows, head], commit_group=False
-        )
-        plgpu.copy_smem_to_gmem(
-            smem["lse"].at[wg], refs["lse"].at[batch, head, rows], commit_group=False
-        )
+        plgpu.copy_smem_to_gmem(o_smem, refs["o"].at[batch, rows, head], commit_group=False)
+        plgpu.copy_smem_to_gmem(lse_smem, refs["lse"].at[batch, head, rows], commit_group=False)
         plgpu.commit_smem_to_gmem_group()
 
     # ---- the kernel ---------------------------------------------------------------------------
@@ -296,15 +298,16 @@ class Forward:
             "q": swizzled((CONSUMERS * tiles.block_q, width), self.shape.dtype),
             "k": swizzled((stages, tiles.block_kv, width), self.shape.dtype),
             "v": swizzled((stages, tiles.block_kv, value_width), self.shape.dtype),
-            "o": swizzled((CONSUMERS, tiles.block_q, value_width), self.shape.dtype),
             "lse": plgpu.SMEM((CONSUMERS, tiles.block_q), jnp.float32),
         }
+        if not tiles.share:
+            smem["o"] = swizzled((CONSUMERS, tiles.block_q, value_width), self.shape.dtype)
         full = {"q": plgpu.Barrier(), "k": None, "v": None}
         free = {"q": plgpu.Barrier(num_arrivals=CONSUMERS), "k": None, "v": None}
         for name in ("k", "v"):
             full[name] = plgpu.Barrier(num_barriers=stages)
             free[name] = plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=stages)
-        turn = plgpu.Barrier(num_barriers=CONSUMERS) if tiles.turns else None
+        turn = plgpu.Barrier(num_barriers=CONSUMERS) if tiles.turns is True else None
 
         def scoped(smem, full, free, turn):
             wg = lax.axis_index("wg")

@@ -17,11 +17,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.flash_attention.common import (
+from pallas_kernels.flash_attention.pieces import (
     COLUMN,
     CONSUMERS,
     LOG2E,
     ROW,
+    SQUARE,
     Shape,
     along,
     capped,
@@ -42,15 +43,22 @@ class BackwardTiles:
 
     Attributes:
       block_q, stages: of the kernel for dk and dv: queries of a step, steps in flight.
-      dq_block_kv, dq_stages: of the kernel for dq: keys of a step, steps in flight.
+      split: dk and dv of one tile of keys belong to one warpgroup each, which pass the softmax's
+        weights between them; for heads too wide for the registers of one.
+      dq_block_kv, dq_stages, dq_value_stages: of the kernel for dq: keys of a step, blocks of keys
+        and of values in flight.
       persistent: dq runs as many programs as processors.
+      share: dq leaves through q's memory.
     """
 
     block_q: int = 64
     stages: int = 2
     dq_block_kv: int = 64
     dq_stages: int = 3
+    dq_value_stages: int = 3
     persistent: bool = True
+    split: bool = False
+    share: bool = False
 
 
 def _weights(scores, lse, spec: Spec, keep, dim: int):
@@ -193,7 +201,8 @@ class KeyValueGradients:
         plgpu.copy_smem_to_gmem(v_smem, refs["dv"].at[batch, rows, kv_head])
         plgpu.wait_smem_to_gmem(0)
 
-    def body(self, refs):
+    def memory(self):
+        """(shared memory, barriers of what came, barriers of what may be overwritten)."""
         shape, stages, block = self.shape, self.tiles.stages, self.walk.block
         smem = {
             "k": swizzled((self.walk.tile, shape.width), shape.dtype),
@@ -209,7 +218,10 @@ class KeyValueGradients:
             "do": plgpu.Barrier(num_barriers=stages),
         }
         ring = plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=stages)
-        roles(self, refs, smem, full, {"q": ring, "do": ring})
+        return smem, full, {"q": ring, "do": ring}
+
+    def body(self, refs):
+        roles(self, refs, *self.memory())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,6 +233,10 @@ class QueryGradients:
     tiles: BackwardTiles
     ctas: int
 
+    @property
+    def stages(self) -> dict[str, int]:
+        return {"k": self.tiles.dq_stages, "v": self.tiles.dq_value_stages}
+
     def load(self, refs, smem, full, free):
         walk = self.walk
 
@@ -230,13 +246,13 @@ class QueryGradients:
             low, _, _, high = walk.bounds(batch, row, refs)
 
             def bring(name, block, slot):
+                slot = lax.rem(slot, self.stages[name])
                 plgpu.barrier_wait(free[name].at[slot])
                 where = refs[name].at[batch, pl.ds(block * walk.block, walk.block), kv_head]
                 plgpu.copy_gmem_to_smem(where, smem[name].at[slot], full[name].at[slot])
 
             def one(i, _):
-                slot = lax.rem(step + i - low, self.tiles.dq_stages)
-                bring("k", i, slot)
+                bring("k", i, step + i - low)
 
                 @pl.when(i == low)
                 def _():
@@ -248,7 +264,7 @@ class QueryGradients:
                     where = refs["stats"].at[batch, head, :, queries]
                     plgpu.copy_gmem_to_smem(where, smem["stats"], full["q"])
 
-                bring("v", i, slot)
+                bring("v", i, step + i - low)
 
             lax.fori_loop(low, high, one, None)
             return step + (high - low)
@@ -276,8 +292,8 @@ class QueryGradients:
         wg = lax.axis_index("wg")
         mine = pl.ds(wg * 64, 64)
         q_smem, do_smem = smem["q"].at[mine], smem["do"].at[mine]
-        for name in ("k", "v"):
-            for slot in range(tiles.dq_stages):
+        for name, stages in self.stages.items():
+            for slot in range(stages):
                 plgpu.barrier_arrive(free[name].at[slot])
         plgpu.barrier_arrive(free["q"])
 
@@ -293,19 +309,20 @@ class QueryGradients:
             def sums(dq):
                 def one(i, _, masked):
                     slot = lax.rem(step + i - low, tiles.dq_stages)
-                    k_smem, v_smem = smem["k"].at[slot], smem["v"].at[slot]
+                    v_slot = lax.rem(step + i - low, tiles.dq_value_stages)
+                    k_smem, v_smem = smem["k"].at[slot], smem["v"].at[v_slot]
                     plgpu.barrier_wait(full["k"].at[slot])
 
                     def products(scores, dweights):
                         plgpu.wgmma(scores, q_smem, k_smem.T)
-                        plgpu.barrier_wait(full["v"].at[slot])
+                        plgpu.barrier_wait(full["v"].at[v_slot])
                         plgpu.wgmma(dweights, do_smem, v_smem.T)
                         seen = keep(i * walk.block) if masked else None
                         weights, slope = _weights(
                             plgpu.wgmma_accumulator_load(scores, wait_n=1), lse, spec, seen, 0
                         )
                         rise = plgpu.wgmma_accumulator_load(dweights, wait_n=0)
-                        plgpu.barrier_arrive(free["v"].at[slot])
+                        plgpu.barrier_arrive(free["v"].at[v_slot])
                         dscores = weights * (rise - along(delta, rise.shape, 0))
                         if slope is not None:
                             dscores = dscores * slope
@@ -324,36 +341,169 @@ class QueryGradients:
                     parts = [(low, full_high, False), parts[2]]
                 for start, end, masked in parts:
                     lax.fori_loop(start, end, functools.partial(one, masked=masked), None)
-                plgpu.barrier_arrive(free["q"])
+                if not tiles.share:
+                    plgpu.barrier_arrive(free["q"])
                 return dq[...] * spec.scale
 
             dq = pl.run_scoped(sums, plgpu.ACC((64, self.shape.width), jnp.float32))
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            smem["dq"].at[wg][...] = dq.astype(dtype)
+            dq_smem = q_smem if tiles.share else smem["dq"].at[wg]
+            if not tiles.share:  # the tile before may still be on its way out
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            dq_smem[...] = dq.astype(dtype)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(
-                smem["dq"].at[wg], refs["dq"].at[batch, pl.ds(first_row, 64), head]
-            )
+            plgpu.copy_smem_to_gmem(dq_smem, refs["dq"].at[batch, pl.ds(first_row, 64), head])
+            if tiles.share:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                plgpu.barrier_arrive(free["q"])
             return step + (high - low)
 
         self.shape.for_tiles(walk, self.ctas, tile, jnp.int32(0))
         plgpu.wait_smem_to_gmem(0)
 
     def body(self, refs):
-        shape, stages, walk = self.shape, self.tiles.dq_stages, self.walk
+        shape, stages, walk = self.shape, self.stages, self.walk
         smem = {
             "q": swizzled((walk.tile, shape.width), shape.dtype),
             "do": swizzled((walk.tile, shape.value_width), shape.dtype),
             "stats": plgpu.SMEM((2, walk.tile), jnp.float32),
-            "k": swizzled((stages, walk.block, shape.width), shape.dtype),
-            "v": swizzled((stages, walk.block, shape.value_width), shape.dtype),
-            "dq": swizzled((CONSUMERS, 64, shape.width), shape.dtype),
+            "k": swizzled((stages["k"], walk.block, shape.width), shape.dtype),
+            "v": swizzled((stages["v"], walk.block, shape.value_width), shape.dtype),
         }
-        ring = plgpu.Barrier(num_barriers=stages)
-        full = {"q": plgpu.Barrier(num_arrivals=3), "k": ring, "v": ring}
-        ring = plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=stages)
-        free = {"q": plgpu.Barrier(num_arrivals=CONSUMERS), "k": ring, "v": ring}
+        if not self.tiles.share:
+            smem["dq"] = swizzled((CONSUMERS, 64, shape.width), shape.dtype)
+        full = {"q": plgpu.Barrier(num_arrivals=3)}
+        free = {"q": plgpu.Barrier(num_arrivals=CONSUMERS)}
+        for name, count in stages.items():
+            full[name] = plgpu.Barrier(num_barriers=count)
+            free[name] = plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=count)
         roles(self, refs, smem, full, free)
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitKeyValueGradients(KeyValueGradients):
+    """The kernel for dk and dv of wide heads; a program owns 64 keys of one kv head.
+
+    One warpgroup holds dv and computes the weights; the other holds dk and the weights' gradient.
+    The weights (times the soft-cap's slope) pass from the first to the second in shared memory.
+    """
+
+    def parts(self, batch, tile, refs):
+        """(first block, end, whether masked) of the loops over the queries."""
+        low, full_low, full_high, high = self.walk.bounds(batch, tile, refs)
+        if not self.walk.masked:
+            return [(low, high, False)]
+        parts = [(low, full_low, True), (full_low, full_high, False), (full_high, high, True)]
+        if not self.walk.leading:
+            return [(low, full_high, False), parts[2]]
+        return parts if self.walk.trailing else [parts[0], (full_low, high, False)]
+
+    def compute(self, refs, smem, full, free):
+        batch, tile, kv_head = self.place()
+        wg = lax.axis_index("wg")
+        for name in ("q", "do"):
+            for slot in range(self.tiles.stages):
+                plgpu.barrier_arrive(free[name].at[slot])
+        for name in ("k", "v"):
+            plgpu.barrier_wait(full[name])
+        rows = pl.ds(tile * 64, 64)
+
+        def of(role, operand, out_name, width):
+            def sums(acc):
+                def head_steps(_, step):
+                    for start, end, masked in self.parts(batch, tile, refs):
+                        body = functools.partial(role, acc, (smem, full, free), masked)
+                        step = lax.fori_loop(start, end, body, step)
+                    return step
+
+                lax.fori_loop(0, self.shape.group, head_steps, jnp.int32(0))
+                return acc[...]
+
+            out = pl.run_scoped(sums, plgpu.ACC((64, width), jnp.float32))
+            if out_name == "dk":
+                out = out * self.walk.spec.scale
+            # dk leaves through K's memory, which the other side reads to its end; dv through V's.
+            plgpu.barrier_arrive(full["done"])
+            plgpu.barrier_wait(full["done"])
+            smem[operand][...] = out.astype(self.shape.dtype)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(smem[operand], refs[out_name].at[batch, rows, kv_head])
+            plgpu.wait_smem_to_gmem(0)
+
+        keep = self.keeper(refs, batch, tile * 64)
+
+        @pl.when(wg == 0)
+        def _():
+            of(functools.partial(self.values, keep), "v", "dv", self.shape.value_width)
+
+        @pl.when(wg == 1)
+        def _():
+            for slot in range(2):
+                plgpu.barrier_arrive(free["weights"].at[slot])
+            of(self.keys, "k", "dk", self.shape.width)
+
+    def values(self, keep, dv, memory, masked, block, step):
+        """One step of the side that holds dv."""
+        smem, full, free = memory
+        spec, dtype = self.walk.spec, self.shape.dtype
+        slot, way = lax.rem(step, self.tiles.stages), lax.rem(step, 2)
+        q_smem, do_smem = smem["q"].at[slot], smem["do"].at[slot]
+        shape = (64, self.walk.block)
+        plgpu.barrier_wait(full["q"].at[slot])
+
+        def product(scores):
+            plgpu.wgmma(scores, smem["k"], q_smem.T)
+            return scores[...]
+
+        scores = pl.run_scoped(product, plgpu.ACC(shape, jnp.float32))
+        lse = plgpu.load(smem["stats"].at[slot, 0], layout=COLUMN)
+        seen = keep(block * self.walk.block) if masked else None
+        weights, slope = _weights(scores, lse, spec, seen, 1)
+        plgpu.barrier_arrive(free["q"].at[slot])
+        plgpu.barrier_wait(free["weights"].at[way])
+        passed = weights if slope is None else weights * slope
+        smem["weights"].at[way][...] = passed.astype(dtype)
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(full["weights"].at[way])
+        plgpu.barrier_wait(full["do"].at[slot])
+        plgpu.wgmma(dv, weights.astype(dtype), do_smem)
+        plgpu.wgmma_wait(0)
+        plgpu.barrier_arrive(free["do"].at[slot])
+        return step + 1
+
+    def keys(self, dk, memory, masked, block, step):
+        """One step of the side that holds dk."""
+        del masked, block
+        smem, full, free = memory
+        slot, way = lax.rem(step, self.tiles.stages), lax.rem(step, 2)
+        q_smem, do_smem = smem["q"].at[slot], smem["do"].at[slot]
+        shape = (64, self.walk.block)
+        plgpu.barrier_wait(full["do"].at[slot])
+
+        def product(dweights):
+            plgpu.wgmma(dweights, smem["v"], do_smem.T)
+            return dweights[...]
+
+        rise = pl.run_scoped(product, plgpu.ACC(shape, jnp.float32))
+        plgpu.barrier_arrive(free["do"].at[slot])
+        plgpu.barrier_wait(full["q"].at[slot])
+        delta = plgpu.load(smem["stats"].at[slot, 1], layout=COLUMN)
+        plgpu.barrier_wait(full["weights"].at[way])
+        weights = plgpu.load(smem["weights"].at[way], layout=SQUARE).astype(jnp.float32)
+        plgpu.barrier_arrive(free["weights"].at[way])
+        dscores = weights * (rise - along(delta, rise.shape, 1))
+        plgpu.wgmma(dk, dscores.astype(self.shape.dtype), q_smem)
+        plgpu.wgmma_wait(0)
+        plgpu.barrier_arrive(free["q"].at[slot])
+        return step + 1
+
+    def memory(self):
+        smem, full, free = super().memory()
+        shape = self.shape
+        smem["weights"] = swizzled((2, 64, self.walk.block), shape.dtype)
+        full["weights"] = plgpu.Barrier(num_barriers=2)
+        full["done"] = plgpu.Barrier(num_arrivals=CONSUMERS)
+        free["weights"] = plgpu.Barrier(num_barriers=2)
+        return smem, full, free
 
 
 def roles(kernel, refs, smem, full, free):
@@ -425,7 +575,8 @@ def backward(
     )
     facts = {"spec": spec, "batch": batch, "queries": queries, "keys": keys, "names": extras.names}
     tile = CONSUMERS * 64
-    by_keys = Walk(**facts, tile=tile, block=tiles.block_q, transposed=True)
+    of_keys = 64 if tiles.split else tile
+    by_keys = Walk(**facts, tile=of_keys, block=tiles.block_q, transposed=True)
     by_queries = Walk(**facts, tile=tile, block=tiles.dq_block_kv)
 
     wide = dout.astype(jnp.float32) * out.astype(jnp.float32)
@@ -447,7 +598,7 @@ def backward(
 
     like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)  # noqa: E731
     dk, dv = _call(
-        KeyValueGradients(shape, by_keys, tiles),
+        (SplitKeyValueGradients if tiles.split else KeyValueGradients)(shape, by_keys, tiles),
         with_extras(by_keys),
         {"dk": like(inputs["k"]), "dv": like(inputs["v"])},
         name="flash_attention_dkv",

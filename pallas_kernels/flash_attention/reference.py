@@ -47,9 +47,10 @@ def reference(
     wide = jnp.promote_types(q.dtype, jnp.float32)
     exact = jax.lax.Precision.HIGHEST
     seen = visible(spec, extras, batch=batch, queries=queries, keys=keys)
-    # Keys that nobody sees may hold anything, NaN too; 0 * NaN would reach the sums.
+    # Past the lengths there may be anything, NaN too; 0 * NaN would reach the sums.
     used = jnp.any(seen, axis=1)[:, :, None, None]
     k, v = (jnp.where(used, x, jnp.zeros((), x.dtype)) for x in (k, v))
+    q = jnp.where(jnp.any(seen, axis=2)[:, :, None, None], q, jnp.zeros((), q.dtype))
     rows = q.astype(wide).reshape(batch, queries, kv_heads, -1, width)
     scores = jnp.einsum("btkgh,bskh->bkgts", rows, k.astype(wide), precision=exact) * spec.scale
     if spec.softcap is not None:

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import llvm
 
 from pallas_kernels.flash_attention.problem import Spec
 from pallas_kernels.flash_attention.ranges import Walk
@@ -19,10 +21,12 @@ __all__ = [
     "CONSUMERS",
     "LOG2E",
     "ROW",
+    "SQUARE",
     "Shape",
     "along",
     "capped",
     "iota",
+    "named_barrier",
     "pad",
     "same_segment",
     "swizzled",
@@ -61,6 +65,21 @@ def capped(scores: jax.Array, spec: Spec) -> tuple[jax.Array, float]:
     if spec.softcap is None:
         return scores, spec.scale * LOG2E
     return jnp.tanh(scores * (spec.scale / spec.softcap)), spec.softcap * LOG2E
+
+
+def named_barrier(action: str, index, threads: int) -> None:
+    """`bar.sync` or `bar.arrive` of the hardware's numbered barriers; not in the interpreter."""
+    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WG_SPLAT,))
+    def run(_, index):
+        llvm.inline_asm(
+            ir.Type.parse("!llvm.void"),
+            [index.registers[()]],
+            f"bar.{action} $0, {threads};",
+            "r",
+            has_side_effects=True,
+        )
+
+    run(index)
 
 
 def same_segment(refs, names, place, shape, seen):
