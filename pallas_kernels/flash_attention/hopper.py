@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -9,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.custom_batching import custom_vmap
 
-from pallas_kernels.flash_attention.mosaic_gpu import forward
-from pallas_kernels.flash_attention.mosaic_gpu_backward import backward
+from pallas_kernels.flash_attention.mosaic_gpu import Tiles, forward
+from pallas_kernels.flash_attention.mosaic_gpu_backward import BackwardTiles, backward
 from pallas_kernels.flash_attention.problem import Extras, Spec
 from pallas_kernels.flash_attention.tiles import backward_tiles, forward_tiles
 
-__all__ = ["attention", "obstacle"]
+__all__ = ["Plan", "attention", "clean", "obstacle", "run"]
 
 
 def obstacle(q, k, v, extras: Extras, spec: Spec) -> str | None:
@@ -64,7 +65,7 @@ def _folded(function):
     return call
 
 
-def _clean(q, k, v, extras: Extras):
+def clean(q, k, v, extras: Extras):
     """Zeros past the lengths: 0 * NaN would reach the sums."""
 
     def upto(x, lengths):
@@ -90,50 +91,53 @@ def _joined(extras: Extras, sinks) -> Extras:
     return Extras(**{name: getattr(extras, name) for name in extras.names}, sinks=sinks)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The static part of one run: hashable."""
+
+    spec: Spec
+    forward: Tiles
+    backward: BackwardTiles
+    processors: int = 132
+    interpret: bool = False
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attention(q, k, v, extras: Extras, spec: Spec):
-    return _attention_fwd(q, k, v, extras, spec)[0]
+def run(q, k, v, extras: Extras, plan: Plan):
+    """(out, lse) by a plan; differentiable, and the vmapped axis joins the batch."""
+    return _forward(q, k, v, extras, plan)[0]
 
 
-def _attention_fwd(q, k, v, extras: Extras, spec: Spec):
-    tiles = forward_tiles(q.shape, v.shape, spec)
+def _options(plan: Plan) -> dict:
+    return {"spec": plan.spec, "processors": plan.processors, "interpret": plan.interpret}
+
+
+def _forward(q, k, v, extras: Extras, plan: Plan):
     batched, sinks = _split(extras)
     # Sinks ride along with a batch of their own, so that they may be vmapped too.
     if sinks is not None:
         sinks = jnp.broadcast_to(sinks, (q.shape[0], *sinks.shape))
 
-    def run(q, k, v, batched, sinks):
-        return forward(
-            q, k, v, _joined(batched, sinks), spec=spec, tiles=tiles, processors=_processors()
-        )
+    def call(q, k, v, batched, sinks):
+        extras = _joined(batched, sinks)
+        return forward(q, k, v, extras, tiles=plan.forward, **_options(plan))
 
-    out, lse = _folded(run)(q, k, v, batched, sinks)
+    out, lse = _folded(call)(q, k, v, batched, sinks)
     return (out, lse), (q, k, v, extras, out, lse)
 
 
-def _attention_bwd(spec: Spec, residuals, gradients):
+def _backward(plan: Plan, residuals, gradients):
     q, k, v, extras, out, lse = residuals
-    tiles = backward_tiles(q.shape, v.shape, spec)
     batched, sinks = _split(extras)
 
-    def run(q, k, v, batched, results, gradients):
-        return backward(
-            q,
-            k,
-            v,
-            batched,
-            results,
-            gradients,
-            spec=spec,
-            tiles=tiles,
-            processors=_processors(),
-        )
+    def call(q, k, v, batched, *both):
+        return backward(q, k, v, batched, *both, tiles=plan.backward, **_options(plan))
 
     dout, dlse = gradients
     if extras.query_lengths is not None:
         inside = jnp.arange(q.shape[1], dtype=jnp.int32)[None, :] < extras.query_lengths[:, None]
         dout = jnp.where(inside[:, :, None, None], dout, jnp.zeros((), dout.dtype))
-    dq, dk, dv, delta = _folded(run)(q, k, v, batched, (out, lse), (dout, dlse))
+    dq, dk, dv, delta = _folded(call)(q, k, v, batched, (out, lse), (dout, dlse))
     dsinks = None
     if sinks is not None:
         # A sink's weight is exp(sink - lse); it has no value, so its rise is -delta.
@@ -154,9 +158,15 @@ def _cotangents(extras: Extras, dsinks) -> Extras:
     return Extras(**{name: of(name) for name in extras.names})
 
 
-_attention.defvjp(_attention_fwd, _attention_bwd)
+run.defvjp(_forward, _backward)
 
 
 def attention(q, k, v, extras: Extras, *, spec: Spec) -> tuple[jax.Array, jax.Array]:
     """As `reference`."""
-    return _attention(*_clean(q, k, v, extras), extras, spec)
+    plan = Plan(
+        spec=spec,
+        forward=forward_tiles(q.shape, v.shape, spec),
+        backward=backward_tiles(q.shape, v.shape, spec),
+        processors=_processors(),
+    )
+    return run(*clean(q, k, v, extras), extras, plan)

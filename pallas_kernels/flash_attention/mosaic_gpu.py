@@ -23,8 +23,10 @@ from pallas_kernels.flash_attention.pieces import (
     LOG2E,
     ROW,
     Shape,
+    Spare,
     along,
     capped,
+    drain,
     iota,
     named_barrier,
     pad,
@@ -119,6 +121,7 @@ class Forward:
             return step + (high - low)
 
         self.shape.for_tiles(self.walk, self.ctas, tile, jnp.int32(0))
+        drain(free)
 
     # ---- the warpgroups that compute ----------------------------------------------------------
 
@@ -149,7 +152,7 @@ class Forward:
         tiles, walk = self.tiles, self.walk
         wg = lax.axis_index("wg")
         q_smem = smem["q"].at[pl.ds(wg * tiles.block_q, tiles.block_q)]
-        softmax = Softmax(walk.spec)
+        softmax, spare = Softmax(walk.spec), Spare.of(smem, wg)
         shape = (tiles.block_q, tiles.block_kv)
 
         for name in ("k", "v"):
@@ -223,7 +226,7 @@ class Forward:
                         take_turn()
                         plgpu.wgmma(scores, q_smem, smem["k"].at[slot].T)
                         plgpu.barrier_wait(full["v"].at[before])
-                        plgpu.wgmma(acc, weights, smem["v"].at[before])
+                        spare.add(acc, weights, smem["v"].at[before])
                         pass_turn()
                         return plgpu.wgmma_accumulator_load(scores, wait_n=1)
 
@@ -252,13 +255,13 @@ class Forward:
                     plgpu.barrier_arrive(free["q"])
                 slot = slot_of(high - low - 1)
                 plgpu.barrier_wait(full["v"].at[slot])
-                plgpu.wgmma(acc, weights, smem["v"].at[slot])
+                spare.add(acc, weights, smem["v"].at[slot])
                 plgpu.wgmma_wait(0)
                 plgpu.barrier_arrive(free["v"].at[slot])
                 return acc[...], peak, total
 
-            acc_type = plgpu.ACC((tiles.block_q, self.shape.value_width), jnp.float32)
-            sums = pl.run_scoped(walk_blocks, acc_type)
+            of_sums = (tiles.block_q, self.shape.value_width)
+            sums = spare.zeroed(walk_blocks, of_sums)
             o_smem = q_smem if tiles.share else smem["o"].at[wg]
             self.finish(refs, o_smem, smem["lse"].at[wg], (batch, first_row, head), sums)
             if tiles.share:
@@ -300,6 +303,9 @@ class Forward:
             "v": swizzled((stages, tiles.block_kv, value_width), self.shape.dtype),
             "lse": plgpu.SMEM((CONSUMERS, tiles.block_q), jnp.float32),
         }
+        square = (tiles.block_q, tiles.block_kv)
+        sums = (tiles.block_q, value_width)
+        smem |= Spare.kinds(self.shape.interpret, self.shape.dtype, square, sums)
         if not tiles.share:
             smem["o"] = swizzled((CONSUMERS, tiles.block_q, value_width), self.shape.dtype)
         full = {"q": plgpu.Barrier(), "k": None, "v": None}
@@ -357,6 +363,7 @@ def forward(
         width=width,
         value_width=value_width,
         dtype=jnp.dtype(q.dtype),
+        interpret=interpret,
     )
     kernel = Forward(shape, walk, tiles, ctas)
     inputs = {

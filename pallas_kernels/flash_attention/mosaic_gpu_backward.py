@@ -24,8 +24,10 @@ from pallas_kernels.flash_attention.pieces import (
     ROW,
     SQUARE,
     Shape,
+    Spare,
     along,
     capped,
+    drain,
     iota,
     pad,
     same_segment,
@@ -110,6 +112,7 @@ class KeyValueGradients:
             return step + (high - low)
 
         lax.fori_loop(0, group, head_steps, jnp.int32(0))
+        drain({name: free[name] for name in ("q", "do")})
 
     def keeper(self, refs, batch, first_row):
         """Which pairs of a block see each other: a function of its first query."""
@@ -131,6 +134,7 @@ class KeyValueGradients:
         dtype = self.shape.dtype
         batch, tile, kv_head = self.place()
         wg = lax.axis_index("wg")
+        spare = Spare.of(smem, wg)
         first_row = tile * walk.tile + wg * 64
         low, full_low, full_high, high = walk.bounds(batch, tile, refs)
         k_smem, v_smem = (smem[name].at[pl.ds(wg * 64, 64)] for name in ("k", "v"))
@@ -156,13 +160,13 @@ class KeyValueGradients:
                     weights, slope = _weights(
                         plgpu.wgmma_accumulator_load(scores, wait_n=1), lse, spec, seen, 1
                     )
-                    plgpu.wgmma(dv, weights.astype(dtype), do_smem)
+                    spare.add(dv, weights.astype(dtype), do_smem)
                     delta = plgpu.load(smem["stats"].at[slot, 1], layout=COLUMN)
                     rise = plgpu.wgmma_accumulator_load(dweights, wait_n=1)
                     dscores = weights * (rise - along(delta, rise.shape, 1))
                     if slope is not None:
                         dscores = dscores * slope
-                    plgpu.wgmma(dk, dscores.astype(dtype), q_smem)
+                    spare.add(dk, dscores.astype(dtype), q_smem)
                     plgpu.wgmma_wait(1)
                     plgpu.barrier_arrive(free["do"].at[slot])
                     plgpu.wgmma_wait(0)
@@ -188,11 +192,8 @@ class KeyValueGradients:
             lax.fori_loop(0, self.shape.group, head_steps, jnp.int32(0))
             return dk[...] * spec.scale, dv[...]
 
-        acc = (
-            plgpu.ACC((64, self.shape.width), jnp.float32),
-            plgpu.ACC((64, self.shape.value_width), jnp.float32),
-        )
-        dk, dv = pl.run_scoped(sums, *acc)
+        widths = (self.shape.width, self.shape.value_width)
+        dk, dv = spare.zeroed(sums, *((64, x) for x in widths))
         rows = pl.ds(first_row, 64)
         k_smem[...] = dk.astype(dtype)
         v_smem[...] = dv.astype(dtype)
@@ -211,6 +212,8 @@ class KeyValueGradients:
             "do": swizzled((stages, block, shape.value_width), shape.dtype),
             "stats": plgpu.SMEM((stages, 2, block), jnp.float32),
         }
+        sums = ((64, shape.width), (64, shape.value_width))
+        smem |= Spare.kinds(shape.interpret, shape.dtype, (64, block), *sums)
         full = {
             "k": plgpu.Barrier(),
             "v": plgpu.Barrier(),
@@ -270,6 +273,7 @@ class QueryGradients:
             return step + (high - low)
 
         self.shape.for_tiles(walk, self.ctas, tile, jnp.int32(0))
+        drain(free)
 
     def keeper(self, refs, batch, first_row):
         """Which pairs of a block see each other: a function of its first key."""
@@ -290,6 +294,7 @@ class QueryGradients:
         walk, tiles, spec = self.walk, self.tiles, self.walk.spec
         dtype = self.shape.dtype
         wg = lax.axis_index("wg")
+        spare = Spare.of(smem, wg)
         mine = pl.ds(wg * 64, 64)
         q_smem, do_smem = smem["q"].at[mine], smem["do"].at[mine]
         for name, stages in self.stages.items():
@@ -326,7 +331,7 @@ class QueryGradients:
                         dscores = weights * (rise - along(delta, rise.shape, 0))
                         if slope is not None:
                             dscores = dscores * slope
-                        plgpu.wgmma(dq, dscores.astype(dtype), k_smem)
+                        spare.add(dq, dscores.astype(dtype), k_smem)
                         plgpu.wgmma_wait(0)
                         plgpu.barrier_arrive(free["k"].at[slot])
 
@@ -345,7 +350,7 @@ class QueryGradients:
                     plgpu.barrier_arrive(free["q"])
                 return dq[...] * spec.scale
 
-            dq = pl.run_scoped(sums, plgpu.ACC((64, self.shape.width), jnp.float32))
+            dq = spare.zeroed(sums, (64, self.shape.width))
             dq_smem = q_smem if tiles.share else smem["dq"].at[wg]
             if not tiles.share:  # the tile before may still be on its way out
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -369,6 +374,8 @@ class QueryGradients:
             "k": swizzled((stages["k"], walk.block, shape.width), shape.dtype),
             "v": swizzled((stages["v"], walk.block, shape.value_width), shape.dtype),
         }
+        sums = (64, shape.width)
+        smem |= Spare.kinds(shape.interpret, shape.dtype, (64, walk.block), sums)
         if not self.tiles.share:
             smem["dq"] = swizzled((CONSUMERS, 64, shape.width), shape.dtype)
         full = {"q": plgpu.Barrier(num_arrivals=3)}
@@ -400,6 +407,7 @@ class SplitKeyValueGradients(KeyValueGradients):
     def compute(self, refs, smem, full, free):
         batch, tile, kv_head = self.place()
         wg = lax.axis_index("wg")
+        spare = Spare.of(smem, wg)
         for name in ("q", "do"):
             for slot in range(self.tiles.stages):
                 plgpu.barrier_arrive(free[name].at[slot])
@@ -411,14 +419,14 @@ class SplitKeyValueGradients(KeyValueGradients):
             def sums(acc):
                 def head_steps(_, step):
                     for start, end, masked in self.parts(batch, tile, refs):
-                        body = functools.partial(role, acc, (smem, full, free), masked)
+                        body = functools.partial(role, acc, (smem, full, free, spare), masked)
                         step = lax.fori_loop(start, end, body, step)
                     return step
 
                 lax.fori_loop(0, self.shape.group, head_steps, jnp.int32(0))
                 return acc[...]
 
-            out = pl.run_scoped(sums, plgpu.ACC((64, width), jnp.float32))
+            out = spare.zeroed(sums, (64, width))
             if out_name == "dk":
                 out = out * self.walk.spec.scale
             # dk leaves through K's memory, which the other side reads to its end; dv through V's.
@@ -434,6 +442,7 @@ class SplitKeyValueGradients(KeyValueGradients):
         @pl.when(wg == 0)
         def _():
             of(functools.partial(self.values, keep), "v", "dv", self.shape.value_width)
+            drain({"weights": free["weights"]})
 
         @pl.when(wg == 1)
         def _():
@@ -443,7 +452,7 @@ class SplitKeyValueGradients(KeyValueGradients):
 
     def values(self, keep, dv, memory, masked, block, step):
         """One step of the side that holds dv."""
-        smem, full, free = memory
+        smem, full, free, spare = memory
         spec, dtype = self.walk.spec, self.shape.dtype
         slot, way = lax.rem(step, self.tiles.stages), lax.rem(step, 2)
         q_smem, do_smem = smem["q"].at[slot], smem["do"].at[slot]
@@ -465,7 +474,7 @@ class SplitKeyValueGradients(KeyValueGradients):
         plgpu.commit_smem()
         plgpu.barrier_arrive(full["weights"].at[way])
         plgpu.barrier_wait(full["do"].at[slot])
-        plgpu.wgmma(dv, weights.astype(dtype), do_smem)
+        spare.add(dv, weights.astype(dtype), do_smem)
         plgpu.wgmma_wait(0)
         plgpu.barrier_arrive(free["do"].at[slot])
         return step + 1
@@ -473,7 +482,7 @@ class SplitKeyValueGradients(KeyValueGradients):
     def keys(self, dk, memory, masked, block, step):
         """One step of the side that holds dk."""
         del masked, block
-        smem, full, free = memory
+        smem, full, free, spare = memory
         slot, way = lax.rem(step, self.tiles.stages), lax.rem(step, 2)
         q_smem, do_smem = smem["q"].at[slot], smem["do"].at[slot]
         shape = (64, self.walk.block)
@@ -491,7 +500,8 @@ class SplitKeyValueGradients(KeyValueGradients):
         weights = plgpu.load(smem["weights"].at[way], layout=SQUARE).astype(jnp.float32)
         plgpu.barrier_arrive(free["weights"].at[way])
         dscores = weights * (rise - along(delta, rise.shape, 1))
-        plgpu.wgmma(dk, dscores.astype(self.shape.dtype), q_smem)
+        dscores = dscores.astype(self.shape.dtype)
+        spare.add(dk, dscores, q_smem)
         plgpu.wgmma_wait(0)
         plgpu.barrier_arrive(free["q"].at[slot])
         return step + 1
@@ -572,6 +582,7 @@ def backward(
         width=width,
         value_width=value_width,
         dtype=jnp.dtype(q.dtype),
+        interpret=interpret,
     )
     facts = {"spec": spec, "batch": batch, "queries": queries, "keys": keys, "names": extras.names}
     tile = CONSUMERS * 64

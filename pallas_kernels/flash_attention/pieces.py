@@ -23,8 +23,10 @@ __all__ = [
     "ROW",
     "SQUARE",
     "Shape",
+    "Spare",
     "along",
     "capped",
+    "drain",
     "iota",
     "named_barrier",
     "pad",
@@ -65,6 +67,66 @@ def capped(scores: jax.Array, spec: Spec) -> tuple[jax.Array, float]:
     if spec.softcap is None:
         return scores, spec.scale * LOG2E
     return jnp.tanh(scores * (spec.scale / spec.softcap)), spec.softcap * LOG2E
+
+
+@dataclasses.dataclass(frozen=True)
+class Spare:
+    """A consumer's memory for what the interpreter cannot do; empty on a device.
+
+    It knows neither a left operand in registers nor a store to an accumulator: there, sums are
+    plain memory, and a product is made from nothing and added.
+    """
+
+    sums: tuple[object, ...] = ()
+    stage: object | None = None
+
+    @staticmethod
+    def kinds(interpret: bool, dtype, stage: tuple[int, int], *sums: tuple[int, int]) -> dict:
+        """What to allocate, by name."""
+        if not interpret:
+            return {}
+        kinds = {f"sum{i}": plgpu.SMEM((CONSUMERS, *x), jnp.float32) for i, x in enumerate(sums)}
+        return kinds | {"stage": swizzled((CONSUMERS, *stage), dtype)}
+
+    @classmethod
+    def of(cls, smem: dict, wg) -> Spare:
+        """A warpgroup's part of what `kinds` named."""
+        if "stage" not in smem:
+            return cls()
+        sums = sorted(name for name in smem if name.startswith("sum"))
+        return cls(tuple(smem[name].at[wg] for name in sums), smem["stage"].at[wg])
+
+    def zeroed(self, body, *shapes: tuple[int, int]):
+        """body(*accumulators), float32 zeros that `add` adds to."""
+        if self.stage is None:
+            return pl.run_scoped(body, *(plgpu.ACC(shape, jnp.float32) for shape in shapes))
+        for ref in self.sums:
+            ref[...] = jnp.zeros(ref.shape, jnp.float32)
+        return body(*self.sums[: len(shapes)])
+
+    def add(self, acc, left: jax.Array, right) -> None:
+        """acc += left @ right, begun and not waited for; `left` is in registers, `right` a ref."""
+        if self.stage is None:
+            plgpu.wgmma(acc, left, right)
+            return
+        self.stage[...] = left
+        plgpu.commit_smem()
+
+        def run(fresh):
+            plgpu.wgmma(fresh, self.stage, right)
+            return fresh[...]
+
+        acc[...] = acc[...] + pl.run_scoped(run, plgpu.ACC(acc.shape, jnp.float32))
+
+
+def drain(free: dict) -> None:
+    """Waits until everything that was loaded was also used, so that no barrier ends half-way."""
+    for barrier in free.values():
+        if not barrier.shape:
+            plgpu.barrier_wait(barrier)
+            continue
+        for slot in range(barrier.shape[0]):
+            plgpu.barrier_wait(barrier.at[slot])
 
 
 def named_barrier(action: str, index, threads: int) -> None:
@@ -118,6 +180,7 @@ class Shape:
     width: int
     value_width: int
     dtype: jnp.dtype
+    interpret: bool
 
     @property
     def group(self) -> int:
