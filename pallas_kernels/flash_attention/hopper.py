@@ -123,6 +123,10 @@ def _forward(q, k, v, extras: Extras, plan: Plan):
         return forward(q, k, v, extras, tiles=plan.forward, **_options(plan))
 
     out, lse = _folded(call)(q, k, v, batched, sinks)
+    if extras.query_lengths is not None:
+        inside = jnp.arange(q.shape[1], dtype=jnp.int32)[None, :] < extras.query_lengths[:, None]
+        out = jnp.where(inside[:, :, None, None], out, jnp.zeros((), out.dtype))
+        lse = jnp.where(inside[:, None, :], lse, -jnp.inf)
     return (out, lse), (q, k, v, extras, out, lse)
 
 

@@ -38,6 +38,7 @@ from pallas_kernels.flash_attention.ranges import Walk
 
 __all__ = ["Tiles", "forward"]
 
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tiles:
     """How the forward is cut and scheduled; any choice gives the same result up to rounding.
@@ -159,6 +160,7 @@ class Forward:
             for slot in range(tiles.stages):
                 plgpu.barrier_arrive(free[name].at[slot])
         plgpu.barrier_arrive(free["q"])
+
         def take_turn():
             if tiles.turns == "named":
                 named_barrier("sync", wg + 8, 256)

@@ -594,9 +594,7 @@ def backward(
     delta = jnp.sum(wide, axis=-1).transpose(0, 2, 1) - dlse
     # exp2(x - inf) is 0: rows that see nothing, and rows past the end, count for nothing.
     log_sum = jnp.where(lse == -jnp.inf, jnp.inf, lse * LOG2E)
-    stats = jnp.stack(
-        [pad(log_sum, 2, tile, jnp.inf), pad(delta, 2, tile)], axis=2
-    )  # [B, N, 2, T]
+    stats = jnp.stack([pad(log_sum, 2, tile, jnp.inf), pad(delta, 2, tile)], axis=2)  # [B, N, 2, T]
     inputs = {"q": pad(q, 1, 8), "k": pad(k, 1, 8), "v": pad(v, 1, 8), "do": pad(dout, 1, 8)}
     inputs["stats"] = stats
 

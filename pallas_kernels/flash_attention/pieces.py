@@ -131,6 +131,7 @@ def drain(free: dict) -> None:
 
 def named_barrier(action: str, index, threads: int) -> None:
     """`bar.sync` or `bar.arrive` of the hardware's numbered barriers; not in the interpreter."""
+
     @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WG_SPLAT,))
     def run(_, index):
         llvm.inline_asm(
