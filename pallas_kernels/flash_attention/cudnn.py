@@ -15,9 +15,8 @@ def obstacle(q, k, v, extras: Extras, spec: Spec) -> str | None:
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"it takes bfloat16 and float16, not {q.dtype}"
     if q.shape[-1] % 8 or q.shape[-1] > 256 or v.shape[-1] != q.shape[-1]:
-        return f"it takes equal head widths, multiples of 8 up to 256, not {q.shape[-1]} and " + (
-            f"{v.shape[-1]}"
-        )
+        widths = f"{q.shape[-1]} and {v.shape[-1]}"
+        return f"it takes equal head widths, multiples of 8 up to 256, not {widths}"
     if spec.softcap is not None:
         return "it has no soft-cap"
     names = set(extras.names) - {"query_lengths", "key_lengths"}

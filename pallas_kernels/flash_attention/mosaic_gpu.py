@@ -48,7 +48,8 @@ class Tiles:
       block_kv: keys of one step, a multiple of 64 (32 and 16 also lower).
       stages: key and value blocks in flight.
       persistent: as many programs as processors, each walking over many tiles.
-      turns: consumers take turns at issuing products.
+      turns: consumers take turns at issuing products: True by memory barriers, "named" by the
+        hardware's numbered ones (not in the interpreter).
       share: the output leaves through q's memory, where there is no room for its own; the next
         tile's q then comes later. Needs H = Hv.
     """
@@ -57,7 +58,7 @@ class Tiles:
     block_kv: int = 128
     stages: int = 2
     persistent: bool = True
-    turns: bool | str = True
+    turns: bool | str = False
     share: bool = False
 
 

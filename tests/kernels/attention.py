@@ -129,6 +129,8 @@ def arguments(one: Case, dtype, seed: int = 0) -> tuple[tuple, dict]:
         options["query_offset"] = np.array([300, -5, 0, 17][:batch], np.int32)
     if "sinks" in one.arrays:
         options["sinks"] = draw(one.heads)
+    drawn = {*one.arrays, "segment_ids"}
+    options = {n: jax.tree.map(jnp.asarray, x) if n in drawn else x for n, x in options.items()}
     return tuple(jnp.asarray(x, dtype) for x in (q, k, v)), options
 
 
@@ -142,7 +144,7 @@ def posed(qkv, options) -> tuple[Spec, Extras]:
 def plain(q, k, v, options):
     """Attention as one writes it in a low precision: products in q's dtype, softmax in float32."""
     spec, extras = posed((q, k, v), options)
-    batch, queries, heads, width = q.shape
+    batch, queries, heads = q.shape[:3]
     seen = visible(spec, extras, batch=batch, queries=queries, keys=k.shape[1])
     used, rows = jnp.any(seen, 1)[:, :, None, None], jnp.any(seen, 2)[:, :, None, None]
     k, v = (jnp.where(used, x, jnp.zeros((), x.dtype)) for x in (k, v))
@@ -219,10 +221,6 @@ def errors(one: Case, dtype, run, *, repeat: bool = True) -> dict[str, tuple]:
       repeat: run everything twice and compare the bits.
     """
     qkv, options = arguments(one, dtype)
-    options = {
-        name: jax.tree.map(jnp.asarray, x) if name in (*one.arrays, "segment_ids") else x
-        for name, x in options.items()
-    }
 
     def far(x, y):
         x, y = (np.asarray(a, np.float64) for a in (x, y))
