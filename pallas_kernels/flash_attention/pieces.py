@@ -162,7 +162,7 @@ def same_segment(refs, names, place, shape, seen):
     return same if seen is None else seen & same
 
 
-def pad(x: jax.Array, axis: int, to: int, value: float = 0) -> jax.Array:
+def pad(x: jax.Array, axis: int, to: int, value: int | float = 0) -> jax.Array:
     """Appends `value` along an axis up to the next multiple of `to`."""
     short = -x.shape[axis] % to
     if not short:

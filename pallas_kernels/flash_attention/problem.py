@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,8 @@ __all__ = ["Extras", "Spec", "Window", "pose"]
 
 # (left, right): a query sees keys from `left` before its own position to `right` after it.
 Window = tuple[int | None, int | None]
+# An array or None; under jax's transforms a pytree's leaf may be any object.
+Leaf = Any
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,7 +46,7 @@ class Spec:
         return self.left is not None or self.right is not None
 
 
-@functools.partial(jax.tree_util.register_dataclass)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Extras:
     """The optional arrays of a call.
@@ -57,12 +59,12 @@ class Extras:
       sinks: float32 [N], a logit a head that takes its share of the softmax and gives nothing.
     """
 
-    query_segments: jax.Array | None = None
-    key_segments: jax.Array | None = None
-    query_lengths: jax.Array | None = None
-    key_lengths: jax.Array | None = None
-    offset: jax.Array | None = None
-    sinks: jax.Array | None = None
+    query_segments: Leaf = None
+    key_segments: Leaf = None
+    query_lengths: Leaf = None
+    key_lengths: Leaf = None
+    offset: Leaf = None
+    sinks: Leaf = None
 
     @property
     def names(self) -> tuple[str, ...]:
