@@ -203,8 +203,7 @@ def interpreted(forward: Tiles, backward: BackwardTiles):
         plan = hopper.Plan(
             spec=spec, forward=forward, backward=backward, processors=2, interpret=True
         )
-        with jax.numpy_dtype_promotion("standard"):  # the interpreter's own sums need it
-            return hopper.run(*hopper.clean(q, k, v, extras), extras, plan)
+        return hopper.run(*hopper.clean(q, k, v, extras), extras, plan)
 
     return run
 
@@ -243,8 +242,7 @@ def errors(one: Case, dtype, run, *, repeat: bool = True) -> dict[str, tuple]:
     }
     weights = jnp.asarray(np.random.default_rng(1).standard_normal(want.shape), jnp.float32)
     back = jax.jit(lambda a: gradients(lambda *b: run(*b)[0], a, options, weights))
-    with jax.numpy_dtype_promotion("standard"):
-        got = back(qkv)
+    got = back(qkv)
     with _host():
         scale = np.asarray(weights)
         wide = tuple(x.astype(np.float32) for x in host)
