@@ -98,8 +98,10 @@ class Generator:
           timings: filled in as it goes.
 
         Raises:
+          UnsupportedError: the model is an encoder.
           CapacityError: a prompt leaves no room for a token in the model's context.
         """
+        programs.check_decodes(self.setup.spec)
         timings = timings or Timings()
         lengths = [len(p) for p in prompts]
         self._check(lengths, max_tokens)

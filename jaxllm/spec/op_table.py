@@ -45,6 +45,13 @@ def _attention(op: Attention, width: int) -> dict[str, ParamDef]:
         table["out_gate"] = table["q"]
     if op.sinks:
         table["sinks"] = ParamDef((n,), ("heads",))
+    if op.global_projections:
+        own = [x for x in table if x.removesuffix("_bias") in ("q", "k", "v")]
+        table |= {f"{x[0]}_global{x[1:]}": table[x] for x in own}
+    if op.length_projection is not None:
+        length, rows = op.length_projection.length, op.length_projection.rows
+        sums = ParamDef((length, rows), (None, None), length**-0.5)
+        table |= {"k_length": sums, "v_length": sums}
     return table | _qk_norm_table(op)
 
 

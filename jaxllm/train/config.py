@@ -246,6 +246,10 @@ class RunConfig:
             "fused projections cannot be split over a tensor axis; set fused=False",
         )
         require(self.memory_gib >= 0, f"memory_gib is ≥ 0, found {self.memory_gib}")
+        require(
+            self.spec.decodes and self.spec.head.logits,
+            "the loss is on the next token: an encoder would see it, and a body has no logits",
+        )
         check_tokenizer(self.tokenizer, self.spec.vocab)
         require(
             self.end_token is None or 0 <= self.end_token < self.spec.vocab,

@@ -2,6 +2,8 @@
 
 from jaxllm.zoo import (
     bamba,
+    bert,
+    bigbird,
     cohere2,
     falcon_h1,
     gemma,
@@ -11,7 +13,9 @@ from jaxllm.zoo import (
     jamba,
     lfm2,
     llama,
+    longformer,
     mamba,
+    modernbert,
     nemotron_h,
     olmo2,
     phi3,
@@ -41,6 +45,10 @@ FAMILIES: dict[str, Family] = {
     "falcon_h1": falcon_h1.FAMILY,
     "lfm2": lfm2.FAMILY,
     "granitemoehybrid": granite_hybrid.FAMILY,
+    "bert": bert.FAMILY,
+    "modernbert": modernbert.FAMILY,
+    "longformer": longformer.FAMILY,
+    "bigbird": bigbird.FAMILY,
 }
 
 PRESETS = {**llama.PRESETS}

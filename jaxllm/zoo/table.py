@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -193,6 +193,9 @@ class Family:
       gguf_names: (spec, architecture) -> entries of the GGUF layout.
       ignored: globs of tensors that carry nothing the model needs.
       prefix: of the names on disk, which files of the bare body lack.
+      head_tensor: a tensor by which a file shows that it has a head of logits; it outweighs
+        `architectures` in config.json. Empty where every file has one.
+      older: endings of names -> what they are in early files.
     """
 
     model_types: tuple[str, ...]
@@ -204,3 +207,14 @@ class Family:
     gguf_names: Callable[[ModelSpec, str], list[Entry]] = _no_gguf
     ignored: tuple[str, ...] = ()
     prefix: str = ""
+    head_tensor: str = ""
+    older: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def locate(self, entry: Entry, tensors: Collection[str]) -> Entry:
+        """The entry under the name that the file has: with the prefix or not, or an older one."""
+        bare = entry.disk.removeprefix(self.prefix)
+        names = [entry.disk, self.prefix + bare, bare]
+        for new, old in self.older.items():
+            names += [n.removesuffix(new) + old for n in names if n.endswith(new)]
+        disk = next((name for name in names if name in tensors), entry.disk)
+        return dataclasses.replace(entry, disk=disk)

@@ -11,7 +11,7 @@ import numpy as np
 from jaxllm.core.policy import Matrices, Policy
 from jaxllm.core.tree import Segment, map_leaves, restack
 from jaxllm.nn import api
-from jaxllm.spec.mask import And, Causal, Chunk, Window
+from jaxllm.spec.mask import And, Causal, Chunk, Global, Or, Window
 from jaxllm.spec.model import Block, Embedding, Head, ModelSpec, NamedOp, Sub, sub
 from jaxllm.spec.ops import (
     MLP,
@@ -26,10 +26,12 @@ from jaxllm.spec.rope import LinearScaling, Llama3Scaling, Rope
 from jaxllm.spec.state_space import GatedNorm
 from jaxllm.spec.table import model_table
 from jaxllm.state.step import training_step
+from tests.contracts.encoders import ENCODERS
 
 RMS, OFFSET, LAYER = Norm(), Norm(offset=1.0, eps=1e-6), Norm(type="layer", bias=True)
 LOCAL = And(first=Causal(), second=Window(left=2))
 CHUNKS = And(first=Causal(), second=Chunk(size=5))
+STREAMING = And(first=Causal(), second=Or(first=Window(left=2), second=Global(first=2)))
 NEAR = Rope(theta=100.0)
 
 
@@ -172,8 +174,12 @@ SPECS: dict[str, ModelSpec] = {
         layers="M*2 P",
         head=Head(tied=True),
     ),
+    # The first tokens stay in sight of a window.
+    "streaming": model(pre("G", heads(4, 2, mask=STREAMING), MLP48), layers="G*2"),
+    **ENCODERS,
 }  # fmt: skip
 NAMES = tuple(SPECS)
+DECODERS = tuple(name for name in NAMES if name not in ENCODERS)
 # No attention: quick to compile where the layers' work does not matter. Prefix and a unit of two.
 SMALL = model(
     *(Block(name=n, subs=(sub("mlp", PLAIN48, norm_in=RMS, norm_out=OFFSET),)) for n in "AB"),
