@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from typing import Any
 
 import jax
 
@@ -82,8 +83,8 @@ def explain(q: jax.Array, k: jax.Array, v: jax.Array, **options) -> Choice:
     defaults = dict.fromkeys(
         ("window", "segment_ids", "softcap", "scale", "sinks", "query_lengths", "key_lengths")
     )
-    options = {"causal": False, "query_offset": None} | defaults | options
-    spec, extras = pose(q, k, v, **options)
+    given: dict[str, Any] = {"causal": False, "query_offset": None} | defaults | options
+    spec, extras = pose(q, k, v, **given)
     return _choose(implementation, q, k, v, extras, spec, lse)
 
 

@@ -1,3 +1,5 @@
+# Types of jax's Mosaic GPU objects are not public.
+# pyright: reportPrivateImportUsage=false, reportAbstractUsage=false, reportIndexIssue=false, reportAttributeAccessIssue=false, reportCallIssue=false
 """The Hopper forward: one warpgroup loads, two compute (Pallas, Mosaic GPU backend).
 
 A tile is `consumers * block_q` rows of one query head. The memory warpgroup brings q once and the

@@ -1,3 +1,5 @@
+# Types of jax's Mosaic GPU objects are not public.
+# pyright: reportPrivateImportUsage=false, reportAbstractUsage=false, reportIndexIssue=false, reportAttributeAccessIssue=false, reportCallIssue=false
 """The Hopper backward: one kernel for dk and dv, one for dq (Pallas, Mosaic GPU backend).
 
 Both recompute the softmax from the forward's log-sum, so nothing of size T x S is ever stored. The

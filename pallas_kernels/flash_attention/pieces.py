@@ -1,3 +1,5 @@
+# Types of jax's Mosaic GPU objects are not public.
+# pyright: reportPrivateImportUsage=false, reportAbstractUsage=false, reportIndexIssue=false, reportAttributeAccessIssue=false, reportCallIssue=false
 """What the forward and backward kernels for Hopper share."""
 
 from __future__ import annotations
