@@ -11,11 +11,9 @@ from typing import Any
 from jaxllm.spec.mask import Full
 from jaxllm.spec.model import ModelSpec
 from jaxllm.zoo import encoder
-from jaxllm.zoo.table import ConfigReader, Entry, Family
+from jaxllm.zoo.table import ConfigReader, Family
 
 __all__ = ["FAMILY"]
-
-_PREFIX = "bert."
 
 
 def _read(config: ConfigReader) -> ModelSpec:
@@ -30,24 +28,13 @@ def _write(spec: ModelSpec) -> dict[str, Any] | None:
     return None if config is None else {"model_type": "bert"} | config
 
 
-def _names(spec: ModelSpec) -> list[Entry]:
-    return encoder.names_of(spec, encoder.BERT, encoder.CLS_HEAD, prefix=_PREFIX)
-
-
 FAMILY = Family(
     model_types=("bert",),
     read=_read,
     write=_write,
-    names=_names,
-    ignored=(
-        "*embeddings.position_ids",
-        "pooler.*",
-        "bert.pooler.*",
-        "cls.predictions.bias",
-        "cls.predictions.decoder.*",
-        "cls.seq_relationship.*",
-    ),
-    prefix=_PREFIX,
+    names=encoder.bert_names,
+    ignored=encoder.BERT_IGNORED,
+    prefix=encoder.BERT_PREFIX,
     head_tensor="cls.predictions.transform.dense.weight",
     older=encoder.OLD_NORMS,
 )

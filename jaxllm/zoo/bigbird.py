@@ -13,11 +13,10 @@ from jaxllm.spec.mask import Blocks, Full, Global, Mask, Or, Random, Window, par
 from jaxllm.spec.model import ModelSpec
 from jaxllm.spec.ops import Attention
 from jaxllm.zoo import encoder
-from jaxllm.zoo.table import ConfigReader, Entry, Family
+from jaxllm.zoo.table import ConfigReader, Family
 
 __all__ = ["FAMILY"]
 
-_PREFIX = "bert."
 _KINDS = ("block_sparse", "original_full")
 
 
@@ -70,23 +69,12 @@ def _write(spec: ModelSpec) -> dict[str, Any] | None:
     }  # fmt: skip
 
 
-def _names(spec: ModelSpec) -> list[Entry]:
-    return encoder.names_of(spec, encoder.BERT, encoder.CLS_HEAD, prefix=_PREFIX)
-
-
 FAMILY = Family(
     model_types=("big_bird",),
     read=_read,
     write=_write,
-    names=_names,
-    ignored=(
-        "*embeddings.position_ids",
-        "pooler.*",
-        "bert.pooler.*",
-        "cls.predictions.bias",
-        "cls.predictions.decoder.*",
-        "cls.seq_relationship.*",
-    ),
-    prefix=_PREFIX,
+    names=encoder.bert_names,
+    ignored=encoder.BERT_IGNORED,
+    prefix=encoder.BERT_PREFIX,
     head_tensor="cls.predictions.transform.dense.weight",
 )

@@ -14,11 +14,14 @@ from jaxllm.zoo.table import ConfigReader, Entry
 
 __all__ = [
     "BERT",
+    "BERT_IGNORED",
+    "BERT_PREFIX",
     "CLS_HEAD",
     "IGNORED",
     "LM_HEAD",
     "OLD_NORMS",
     "Sizes",
+    "bert_names",
     "bert_spec",
     "has_head",
     "names_of",
@@ -62,6 +65,16 @@ BERT = {
     "mlp.down": "output.dense",
     "mlp_after_norm": "output.LayerNorm",
 }
+BERT_PREFIX = "bert."
+BERT_IGNORED = (
+    "*embeddings.position_ids",
+    "pooler.*",
+    "bert.pooler.*",
+    "cls.predictions.bias",
+    "cls.predictions.decoder.*",
+    "cls.seq_relationship.*",
+)
+"""Tensors of BERT's files that are copies, or of other tasks."""
 CLS_HEAD = {
     "head.dense": "cls.predictions.transform.dense",
     "head_norm": "cls.predictions.transform.LayerNorm",
@@ -215,6 +228,11 @@ def names_of(
     if not spec.head.tied:
         head = {**head, "head": head["head.kernel"]}
     return decoder.entries(spec, {**body, **ends, **head}, layer=prefix + layer)
+
+
+def bert_names(spec: ModelSpec) -> list[Entry]:
+    """Entries of the files that BERT's own code writes."""
+    return names_of(spec, BERT, CLS_HEAD, prefix=BERT_PREFIX)
 
 
 def write_bert(spec: ModelSpec, name: str) -> dict[str, Any] | None:

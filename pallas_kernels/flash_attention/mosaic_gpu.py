@@ -29,10 +29,9 @@ from pallas_kernels.flash_attention.pieces import (
     along,
     capped,
     drain,
-    iota,
+    keeper,
     named_barrier,
     pad,
-    same_segment,
     swizzled,
 )
 from pallas_kernels.flash_attention.problem import Extras, Spec
@@ -129,21 +128,6 @@ class Forward:
 
     # ---- the warpgroups that compute ----------------------------------------------------------
 
-    def keeper(self, refs, batch, first_row):
-        """Which scores of a block stand: a function of the block's first key."""
-        shape = (self.tiles.block_q, self.tiles.block_kv)
-        facts = self.walk.facts(batch, refs)
-
-        def keep(first_key):
-            rows, columns = iota(shape, 0) + first_row, iota(shape, 1) + first_key
-            seen = self.walk.seen(rows, columns, facts)
-            if not self.walk.segmented:
-                return seen
-            names = ("query_segments", "key_segments")
-            return same_segment(refs, names, (batch, first_row, first_key), shape, seen)
-
-        return keep
-
     def start(self, refs, batch, head):
         """Peak and sum of the softmax before any key: nothing, or the head's sink."""
         vector = functools.partial(jnp.full, (self.tiles.block_q,), dtype=jnp.float32)
@@ -183,7 +167,7 @@ class Forward:
             batch, row, head = self.shape.tile(self.walk, index)
             first_row = row * walk.tile + wg * tiles.block_q
             low, full_low, full_high, high = walk.bounds(batch, row, refs)
-            keep = self.keeper(refs, batch, first_row)
+            keep = keeper(walk, refs, batch, (first_row, tiles.block_q))
             slot_of = lambda i: lax.rem(step + i, tiles.stages)  # noqa: E731
             start = self.start(refs, batch, head)
 

@@ -30,9 +30,8 @@ from pallas_kernels.flash_attention.pieces import (
     along,
     capped,
     drain,
-    iota,
+    keeper,
     pad,
-    same_segment,
     swizzled,
 )
 from pallas_kernels.flash_attention.problem import Extras, Spec
@@ -116,21 +115,6 @@ class KeyValueGradients:
         lax.fori_loop(0, group, head_steps, jnp.int32(0))
         drain({name: free[name] for name in ("q", "do")})
 
-    def keeper(self, refs, batch, first_row):
-        """Which pairs of a block see each other: a function of its first query."""
-        shape = (64, self.walk.block)
-        facts = self.walk.facts(batch, refs)
-
-        def keep(first_column):
-            rows, columns = iota(shape, 0) + first_row, iota(shape, 1) + first_column
-            seen = self.walk.seen(rows, columns, facts)
-            if not self.walk.segmented:
-                return seen
-            names = ("key_segments", "query_segments")
-            return same_segment(refs, names, (batch, first_row, first_column), shape, seen)
-
-        return keep
-
     def compute(self, refs, smem, full, free):
         walk, tiles, spec = self.walk, self.tiles, self.walk.spec
         dtype = self.shape.dtype
@@ -138,9 +122,9 @@ class KeyValueGradients:
         wg = lax.axis_index("wg")
         spare = Spare.of(smem, wg)
         first_row = tile * walk.tile + wg * 64
-        low, full_low, full_high, high = walk.bounds(batch, tile, refs)
+        bounds = walk.bounds(batch, tile, refs)
         k_smem, v_smem = (smem[name].at[pl.ds(wg * 64, 64)] for name in ("k", "v"))
-        keep = self.keeper(refs, batch, first_row)
+        keep = keeper(walk, refs, batch, (first_row, 64))
         for name in ("q", "do"):
             for slot in range(tiles.stages):
                 plgpu.barrier_arrive(free[name].at[slot])
@@ -179,15 +163,7 @@ class KeyValueGradients:
                 return step + 1
 
             def head_steps(_, step):
-                parts = [(low, full_low, True), (full_low, full_high, False)]
-                parts.append((full_high, high, True))
-                if not walk.masked:
-                    parts = [(low, high, False)]
-                elif not walk.leading:
-                    parts = [(low, full_high, False), parts[2]]
-                elif not walk.trailing:
-                    parts = [parts[0], (full_low, high, False)]
-                for start, end, masked in parts:
+                for start, end, masked in walk.parts(bounds):
                     step = lax.fori_loop(start, end, functools.partial(one, masked=masked), step)
                 return step
 
@@ -277,21 +253,6 @@ class QueryGradients:
         self.shape.for_tiles(walk, self.ctas, tile, jnp.int32(0))
         drain(free)
 
-    def keeper(self, refs, batch, first_row):
-        """Which pairs of a block see each other: a function of its first key."""
-        shape = (64, self.walk.block)
-        facts = self.walk.facts(batch, refs)
-
-        def keep(first_column):
-            rows, columns = iota(shape, 0) + first_row, iota(shape, 1) + first_column
-            seen = self.walk.seen(rows, columns, facts)
-            if not self.walk.segmented:
-                return seen
-            names = ("query_segments", "key_segments")
-            return same_segment(refs, names, (batch, first_row, first_column), shape, seen)
-
-        return keep
-
     def compute(self, refs, smem, full, free):
         walk, tiles, spec = self.walk, self.tiles, self.walk.spec
         dtype = self.shape.dtype
@@ -307,8 +268,9 @@ class QueryGradients:
         def tile(index, step):
             batch, row, head = self.shape.tile(walk, index)
             first_row = row * walk.tile + wg * 64
-            low, full_low, full_high, high = walk.bounds(batch, row, refs)
-            keep = self.keeper(refs, batch, first_row)
+            bounds = walk.bounds(batch, row, refs)
+            low, high = bounds[0], bounds[-1]
+            keep = keeper(walk, refs, batch, (first_row, 64))
             plgpu.barrier_wait(full["q"])
             lse = plgpu.load(smem["stats"].at[0, mine], layout=ROW)
             delta = plgpu.load(smem["stats"].at[1, mine], layout=ROW)
@@ -340,13 +302,7 @@ class QueryGradients:
                     square = plgpu.ACC((64, walk.block), jnp.float32)
                     pl.run_scoped(products, square, square)
 
-                parts = [(low, full_low, True), (full_low, full_high, False)]
-                parts.append((full_high, high, True))
-                if not walk.masked:
-                    parts = [(low, high, False)]
-                elif not walk.leading:
-                    parts = [(low, full_high, False), parts[2]]
-                for start, end, masked in parts:
+                for start, end, masked in walk.parts(bounds):
                     lax.fori_loop(start, end, functools.partial(one, masked=masked), None)
                 if not tiles.share:
                     plgpu.barrier_arrive(free["q"])
@@ -396,16 +352,6 @@ class SplitKeyValueGradients(KeyValueGradients):
     The weights (times the soft-cap's slope) pass from the first to the second in shared memory.
     """
 
-    def parts(self, batch, tile, refs):
-        """(first block, end, whether masked) of the loops over the queries."""
-        low, full_low, full_high, high = self.walk.bounds(batch, tile, refs)
-        if not self.walk.masked:
-            return [(low, high, False)]
-        parts = [(low, full_low, True), (full_low, full_high, False), (full_high, high, True)]
-        if not self.walk.leading:
-            return [(low, full_high, False), parts[2]]
-        return parts if self.walk.trailing else [parts[0], (full_low, high, False)]
-
     def compute(self, refs, smem, full, free):
         batch, tile, kv_head = self.place()
         wg = lax.axis_index("wg")
@@ -416,11 +362,12 @@ class SplitKeyValueGradients(KeyValueGradients):
         for name in ("k", "v"):
             plgpu.barrier_wait(full[name])
         rows = pl.ds(tile * 64, 64)
+        bounds = self.walk.bounds(batch, tile, refs)
 
         def of(role, operand, out_name, width):
             def sums(acc):
                 def head_steps(_, step):
-                    for start, end, masked in self.parts(batch, tile, refs):
+                    for start, end, masked in self.walk.parts(bounds):
                         body = functools.partial(role, acc, (smem, full, free, spare), masked)
                         step = lax.fori_loop(start, end, body, step)
                     return step
@@ -439,7 +386,7 @@ class SplitKeyValueGradients(KeyValueGradients):
             plgpu.copy_smem_to_gmem(smem[operand], refs[out_name].at[batch, rows, kv_head])
             plgpu.wait_smem_to_gmem(0)
 
-        keep = self.keeper(refs, batch, tile * 64)
+        keep = keeper(self.walk, refs, batch, (tile * 64, 64))
 
         @pl.when(wg == 0)
         def _():

@@ -147,6 +147,28 @@ def named_barrier(action: str, index, threads: int) -> None:
     run(index)
 
 
+def keeper(walk: Walk, refs, batch, rows):
+    """Which pairs of a block see each other: a function of the block's first column.
+
+    Args:
+      rows: first row and number of rows.
+    """
+    first_row, count = rows
+    shape = (count, walk.block)
+    facts = walk.facts(batch, refs)
+
+    def keep(first_column):
+        at, columns = iota(shape, 0) + first_row, iota(shape, 1) + first_column
+        seen = walk.seen(at, columns, facts)
+        if not walk.segmented:
+            return seen
+        names = ("query_segments", "key_segments")
+        names = names[::-1] if walk.transposed else names
+        return same_segment(refs, names, (batch, first_row, first_column), shape, seen)
+
+    return keep
+
+
 def same_segment(refs, names, place, shape, seen):
     """`seen`, and rows and columns of one segment.
 

@@ -129,6 +129,16 @@ class Walk:
             return tuple(refs["table"][batch, tile * 4 + i] for i in range(4))
         return self._band(tile, self.facts(batch, refs))
 
+    def parts(self, bounds):
+        """(first block, end, whether masked) of the loops over a tile's `bounds`, in order."""
+        low, full_low, full_high, high = bounds
+        if not self.masked:
+            return [(low, high, False)]
+        parts = [(low, full_low, True), (full_low, full_high, False), (full_high, high, True)]
+        if not self.leading:
+            return [(low, full_high, False), parts[2]]
+        return parts if self.trailing else [parts[0], (full_low, high, False)]
+
     def _band(self, tile, facts):
         """`bounds` without segments: plain arithmetic, of scalars or of arrays."""
         offset, queries, keys = facts

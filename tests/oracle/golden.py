@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -55,6 +56,16 @@ def golden(name: str) -> Golden:
     source = folder if config.exists() else folder / "model.gguf"
     prompts = [row[:n].tolist() for row, n in zip(ids, lengths, strict=True)]
     return Golden(source, ids, logits, prompts, greedy.tolist(), provenance)
+
+
+def copy(name: str, tmp_path: Path, **changes: Any) -> Path:
+    """A copy of a golden model with keys of its config changed; None removes one."""
+    folder = tmp_path / "model"
+    shutil.copytree(FOLDER / name, folder)
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+    return folder
 
 
 def tensors(folder: Path) -> dict[str, np.ndarray]:

@@ -3,7 +3,6 @@
 import dataclasses
 import fnmatch
 import json
-import shutil
 
 import numpy as np
 import pytest
@@ -18,7 +17,7 @@ from jaxllm.zoo.families import FAMILIES
 from jaxllm.zoo.load import open_checkpoint
 from jaxllm.zoo.safetensors import open_safetensors
 from tests.oracle.encoder_golden import NAMES, outputs, rows
-from tests.oracle.golden import TOLERANCE, relative, tensors
+from tests.oracle.golden import TOLERANCE, copy, relative, tensors
 from tests.oracle.mutate import FACTOR, POLICY, attn, change, only, part, renorm, rope, subs
 
 SCANNED = ("bert_hub", "modernbert")
@@ -176,16 +175,6 @@ def test_a_flipped_feature_moves_the_outputs(name, what, models):
     moved = errors(spec, model.params, want)
     print(f"{name}, {what}: {moved}")
     assert max(moved.values()) > FACTOR * TOLERANCE
-
-
-def copy(name, tmp_path, **changes):
-    """A copy of a golden model with keys of its config changed; None removes one."""
-    folder = tmp_path / "model"
-    shutil.copytree(rows(name).source, folder)
-    path = folder / "config.json"
-    config = json.loads(path.read_text()) | changes
-    path.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
-    return folder
 
 
 def rewrite(folder, change_names):

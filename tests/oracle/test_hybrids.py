@@ -1,8 +1,6 @@
 """Families with recurrences: each feature flipped moves the logits, and files that do not fit."""
 
 import dataclasses
-import json
-import shutil
 
 import pytest
 
@@ -12,7 +10,7 @@ from jaxllm.spec.cost import kv_bytes_per_token
 from jaxllm.spec.ops import MLP, Attention, Convolution, SelectiveScan, StateSpaceDual
 from jaxllm.spec.rope import Rope
 from jaxllm.zoo.load import open_checkpoint
-from tests.oracle.golden import TOLERANCE, golden, relative
+from tests.oracle.golden import TOLERANCE, copy, golden, relative
 from tests.oracle.mutate import FACTOR, attn, change, logits, part, rope, subs
 
 HYBRIDS = (
@@ -118,16 +116,6 @@ def test_both_dialects_say_the_same_kinds_of_op():
         assert kinds[0] == kinds[1]
         assert kinds[0] & {SelectiveScan, StateSpaceDual, Convolution}
         assert (Attention in kinds[0]) == ("mamba" not in name)
-
-
-def copy(name, tmp_path, **changes):
-    """A copy of a golden model with keys of its config changed; None removes one."""
-    folder = tmp_path / "model"
-    shutil.copytree(golden(name).source, folder)
-    path = folder / "config.json"
-    config = json.loads(path.read_text()) | changes
-    path.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
-    return folder
 
 
 PROBLEMS = {
