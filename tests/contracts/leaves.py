@@ -11,6 +11,7 @@ from jaxllm.core.tree import map_leaves
 from jaxllm.core.weights import (
     AdaptedWeight,
     QArray,
+    Scheme,
     attach,
     dequantize,
     is_leaf,
@@ -40,8 +41,8 @@ def quantized(weights: Any, *, plain: tuple[int, ...] = (), format: str = "int4"
         name = matrix(path)
         if name is None or int(path.split(".")[1]) in plain:
             return w
-        axis = -3 if name in "qkv" else -2  # along an input dim
-        return quantize(w, format, axis=axis, group=4, symmetric=name != "up")
+        scheme = Scheme(format=format, group=4, symmetric=name != "up")
+        return quantize(w, scheme, inputs=INPUTS[name])
 
     return on_host(lambda w: map_leaves(leaf, w), weights)
 

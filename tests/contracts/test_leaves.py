@@ -84,12 +84,12 @@ def test_leaves_are_pytrees():
     assert isinstance(leaf, AdaptedWeight)
     assert isinstance(leaf.base, QArray)
     arrays, structure = jax.tree.flatten(leaf)
-    assert len(arrays) == 5  # values, scale, zero, a, b
+    assert len(arrays) == 5  # values, scale, offset, a, b
     assert all(len(x) == 2 for x in arrays)
     assert_equal(jax.tree.unflatten(structure, arrays), leaf)
     back = jax.jit(lambda x: x)(leaf)
     assert_equal(back, leaf)
-    assert (back.scale, back.base.group, back.base.format) == (2.0, 4, "int4")
+    assert (back.scale, back.base.group, back.base.format) == (2.0, 4, "uint4")
 
 
 def stacked_adapters(**options):

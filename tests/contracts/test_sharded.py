@@ -97,8 +97,8 @@ def test_scales_are_sharded_like_their_values():
     weights = restack(quantized(single(params(name), 6)), spec.segments)
     leaf = placed(spec, weights, mesh)["layers"]["1:5:2"]["0"]["mlp"]["down"]
     assert isinstance(leaf, QArray)
-    assert leaf.values.sharding.spec == jax.P(None, "tensor", "fsdp")
-    assert leaf.scale.sharding.spec == jax.P(None, "tensor", "fsdp")
+    assert leaf.values.sharding.spec == jax.P(None, "fsdp", "tensor")
+    assert leaf.scale.sharding.spec == jax.P(None, "fsdp", "tensor")
     both = api.logical_axes(spec, restack(adapted(single(params(name), 6)), spec.segments))
     leaf = both["layers"]["1:5:2"]["0"]["mlp"]["down"]
     assert isinstance(leaf, AdaptedWeight)
