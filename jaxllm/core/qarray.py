@@ -32,6 +32,7 @@ __all__ = [
     "half_rows",
     "halves",
     "held_matrix",
+    "num_bytes",
     "scales",
     "value_dtype",
 ]
@@ -130,12 +131,17 @@ class QArray:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all arrays on a device, where four-bit types are packed."""
-        total = 0
-        for array in jax.tree.leaves(self):
-            bits = 4 if str(array.dtype) in ("int4", "uint4") else 8 * array.dtype.itemsize
-            total += math.prod(array.shape) * bits // 8
-        return total
+        """Bytes of all arrays on a device."""
+        return num_bytes(self)
+
+
+def num_bytes(tree: Any) -> int:
+    """Bytes of all arrays of a tree on a device, where four-bit types are packed."""
+    total = 0
+    for array in jax.tree.leaves(tree):
+        bits = 4 if str(array.dtype) in ("int4", "uint4") else 8 * array.dtype.itemsize
+        total += math.prod(array.shape) * bits // 8
+    return total
 
 
 def value_dtype(format: str) -> Any:
@@ -181,11 +187,11 @@ def _numbers(format: str, values: Array, version: int) -> Array:
     return numbers - 8.0 if version == 2 and format == "int4" else numbers
 
 
-def scales(leaf: QArray) -> Float[AnyArray, "..."]:
+def scales(leaf: QArray) -> Float[Array, "..."]:
     """The scales in float32, unpacked where they are quantized themselves."""
     if isinstance(leaf.scale, QArray):
         return _dequantized_rows(leaf.scale)
-    return leaf.scale.astype(jnp.float32)
+    return jnp.asarray(leaf.scale).astype(jnp.float32)
 
 
 def _spread(numbers: Array, per_block: Array, leaf: QArray, product: bool) -> Array:

@@ -17,7 +17,7 @@ from jaxllm.core.qarray import CODES, QArray, code_table, held_matrix
 from jaxllm.errors import ConfigError, ShapeError
 from jaxllm.typing import AnyArray
 
-__all__ = ["SCHEMES", "Scheme", "quantize"]
+__all__ = ["SCHEMES", "Scheme", "quantize", "quantize_jit"]
 
 SCHEMES = ("int8", "int4", "nf4", "fp4", "mxfp4", "fp8")
 """Formats that one can ask for."""

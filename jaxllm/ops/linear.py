@@ -110,7 +110,7 @@ def _matrix(x: Array, leaf: Any, inputs: int, out_dtype: Any) -> Array:
         # On a mesh tokens stay a dim of their own, as below.
         folded = jax.sharding.get_abstract_mesh().empty
         x = x.reshape(-1, width) if folded else x.reshape(*batch, width)
-        return quantized_product(x, leaf, out_dtype).reshape(*batch, *outputs)
+        return jnp.reshape(quantized_product(x, leaf, out_dtype), (*batch, *outputs))
     if isinstance(leaf, OutputsFirst):
         w = leaf.values.reshape(-1, width).astype(x.dtype)
         y = _rows_times(x.reshape(-1, width), w, out_dtype)
@@ -195,7 +195,7 @@ def take(
         low = jnp.where((adapter_ids > 0)[:, None, None], low, jnp.zeros_like(low))
         return rows + leaf.scale * _product("BTR,BRD->BTD", low, leaf.b[index].astype(dtype), dtype)
     if isinstance(leaf, QArray):
-        return dequantize(_rows_of(leaf, ids), dtype)
+        return dequantize(_rows_of(leaf, jnp.asarray(ids)), dtype)
     if isinstance(leaf, OutputsFirst):
         return jnp.moveaxis(jnp.take(leaf.values, ids, axis=-1), 0, -1).astype(dtype)
     return jnp.take(leaf, ids, axis=0).astype(dtype)

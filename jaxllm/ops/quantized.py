@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
 from jaxllm.core.qarray import QArray, dequantize_rows, half_rows, halves, scales
@@ -16,7 +15,7 @@ from jaxllm.core.qrows import row_blocks
 
 __all__ = ["quantized_product"]
 
-_TILE = 2**19
+_TILE = 2**20
 """Values that a CPU unpacks at a time: what its second cache level holds in float32."""
 
 
@@ -48,32 +47,36 @@ def _tiled(x: Array, leaf: QArray, out_dtype: Any) -> Array:
     """
     tiles = _num_tiles(leaf)
     outputs = leaf.num_outputs
-    parts = [(leaf.values, scales(leaf), leaf.offset)] if leaf.version == 1 else halves(leaf)
-    widths = [p[0].shape[-1] for p in parts]
-    xs = jnp.split(x, np.cumsum(widths)[:-1].tolist(), axis=-1)
 
-    def cut(part: Any) -> Any:
-        values, scale, offset = part
-        scale = row_blocks(scale, outputs, leaf.rows)
-        offset = None if offset is None else row_blocks(offset, outputs, leaf.rows)
-        return jax.tree.map(lambda a: a.reshape(tiles, -1, a.shape[-1]), (values, scale, offset))
+    def cut(array: Array) -> Any:
+        rows = row_blocks(array, outputs, leaf.rows)
+        return rows.reshape(tiles, -1, rows.shape[-1])
 
     def one(_: None, tile: Any) -> Any:
-        total = None
-        for x_part, (values, scale, offset) in zip(xs, tile, strict=True):
-            if leaf.version == 1:
-                piece = QArray(
-                    values, scale, offset, format=leaf.format, group=leaf.group, shape=leaf.shape
-                )
-                rows = dequantize_rows(piece)
-            else:
-                rows = half_rows(leaf, values, scale, offset)
-            y = _product(x_part, rows.astype(x.dtype), jnp.float32)
-            total = y if total is None else total + y
-        return None, total
+        values, scale, offset = tile
+        piece = QArray(
+            values,
+            scale,
+            offset,
+            format=leaf.format,
+            shape=(leaf.num_inputs, values.shape[0]),
+            group=leaf.group,
+            version=leaf.version,
+        )
+        return None, _tile(x, piece)
 
-    _, y = jax.lax.scan(one, None, [cut(part) for part in parts])
+    parts = (leaf.values, scales(leaf), leaf.offset)
+    _, y = jax.lax.scan(one, None, jax.tree.map(cut, parts))
     return jnp.moveaxis(y, 0, -2).reshape(*x.shape[:-1], outputs).astype(out_dtype)
+
+
+def _tile(x: Array, piece: QArray) -> Array:
+    """x times one tile; the halves of planes one after the other, for joining them would copy."""
+    if piece.version == 1:
+        return _product(x, dequantize_rows(piece).astype(x.dtype), jnp.float32)
+    low, high = (half_rows(piece, *half).astype(x.dtype) for half in halves(piece))
+    left, right = jnp.split(x, 2, axis=-1)
+    return _product(left, low, jnp.float32) + _product(right, high, jnp.float32)
 
 
 def _whole(x: Array, leaf: QArray, out_dtype: Any) -> Array:
@@ -104,6 +107,8 @@ def quantized_product(
       leaf: a matrix with `inputs` of at least 1.
       out_dtype: dtype of the result.
     """
+    # Or a loop over tokens would have the matrix unpacked before it, and be read from memory.
+    x, leaf = jax.lax.optimization_barrier((x, leaf))
     if not _on_cpu():
         return _whole(x, leaf, out_dtype)
     if leaf.order is not None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import functools
 import hashlib
+import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +16,17 @@ import numpy as np
 
 from jaxllm.core import runtime
 from jaxllm.core.config import nearest
+from jaxllm.core.qarray import QArray
 from jaxllm.core.tree import Segment, flatten, unstacked_paths
 from jaxllm.errors import ConfigError, UnsupportedError, WeightsError
 from jaxllm.spec.model import ModelSpec
 from jaxllm.spec.table import FUSED, fused_part, layer_paths, model_table
 from jaxllm.zoo.families import FAMILIES
 from jaxllm.zoo.gguf import open_gguf
+from jaxllm.zoo.packed import METHOD, leaf_tensors, packed_layer, packed_leaf
+from jaxllm.zoo.quantized_files import open_packed
 from jaxllm.zoo.reader import Reader, TensorInfo
-from jaxllm.zoo.safetensors import open_safetensors
-from jaxllm.zoo.safetensors_writer import write_safetensors
+from jaxllm.zoo.safetensors import TensorSource, array_info, open_safetensors, write_safetensors
 from jaxllm.zoo.sentence import read_pooling, write_pooling
 from jaxllm.zoo.table import ConfigReader, Entry, Family
 
@@ -94,8 +98,7 @@ def _open_directory(path: Path) -> Checkpoint:
     config = _read_json(path / "config.json")
     kind = str(config.get("model_type"))
     family = _family(kind, lambda f: f.model_types, f"{path / 'config.json'}: model_type")
-    if "quantization_config" in config:
-        raise UnsupportedError(f"{path / 'config.json'}: quantization_config is not supported yet")
+    quantization = config.pop("quantization_config", None)
     reader = None
     if family.head_tensor:
         reader = open_safetensors(path)
@@ -103,6 +106,8 @@ def _open_directory(path: Path) -> Checkpoint:
         config["architectures"] = [kind]
     spec = family.read(ConfigReader(config, str(path / "config.json")))
     reader = reader or open_safetensors(path)
+    if quantization is not None:
+        reader = open_packed(reader, quantization, str(path / "config.json"))
     entries = [family.locate(entry, reader.tensors) for entry in family.names(spec)]
     if (pooling := read_pooling(path, spec.width)) is not None:
         spec = dataclasses.replace(spec, head=dataclasses.replace(spec.head, pooling=pooling))
@@ -153,8 +158,9 @@ def read_arrays(
     segments: tuple[Segment, ...],
     fused: bool,
     matrices: str,
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield (dotted path, host array) of every leaf in the run's layout, one at a time.
+    packed: str = "",
+) -> Iterator[tuple[str, Any]]:
+    """Yield (dotted path, host array or quantized leaf) in the run's layout, one at a time.
 
     At any moment one leaf and one source tensor are in memory.
 
@@ -164,11 +170,20 @@ def read_arrays(
       segments: how layers are stacked.
       fused: query/key/value and gate/up as one matrix each.
       matrices: how they are held, as `Policy.matrices` says.
+      packed: how quantized tensors are held, as `Policy.codes` says; empty for plain arrays. Where
+        parts of one leaf are quantized in different ways, or only some are, it is plain.
     """
     sources = {entry.path: entry for entry in checkpoint.entries}
     for path, definition in flatten(model_table(checkpoint.spec, segments, fused)):
         layers = unstacked_paths(path)
         stacked = len(layers) > 1 or definition.axes[0] == "layers"
+        one = definition.unstack() if stacked else definition
+        if packed and one.std:
+            parts = [_packed_parts(checkpoint, sources, layer) for layer in layers]
+            leaf = packed_layer(parts, one, stacked=stacked, planes=packed == "planes")
+            if leaf is not None:
+                yield path, leaf
+                continue
         out = np.empty(definition.hold(matrices).shape, dtype)
         ours = out.transpose(np.argsort(definition.hold_order(matrices)))
         for i, layer in enumerate(layers):
@@ -176,12 +191,31 @@ def read_arrays(
         yield path, out
 
 
+def _parts(path: str) -> list[str]:
+    """The unfused paths behind a possibly fused one; none where it is no fused one."""
+    parent, _, name = path.rpartition(".")
+    stem, bias = (name.removesuffix("_bias"), "_bias") if name.endswith("_bias") else (name, "")
+    return [f"{parent}.{part}{bias}" for part in FUSED.get(stem, ())]
+
+
+def _packed_parts(
+    checkpoint: Checkpoint, sources: dict[str, Entry], path: str
+) -> list[QArray | None]:
+    """The leaves behind one unstacked path; None at once where any is plain."""
+    paths = layer_paths(checkpoint.spec)
+    names = _parts(path) or [path]
+    found: list[QArray | None] = []
+    for name in names:
+        found.append(packed_leaf(checkpoint.reader, sources[name], paths[name]))
+        if found[-1] is None:
+            return [None]
+    return found
+
+
 def _fill(checkpoint: Checkpoint, sources: dict[str, Entry], path: str, out: np.ndarray) -> None:
     """Fill the place of one unstacked (possibly fused) leaf."""
     paths = layer_paths(checkpoint.spec)
-    parent, _, name = path.rpartition(".")
-    stem, bias = (name.removesuffix("_bias"), "_bias") if name.endswith("_bias") else (name, "")
-    fused = [f"{parent}.{part}{bias}" for part in FUSED.get(stem, ())]
+    fused = _parts(path)
     for part in fused or [path]:
         array = checkpoint.reader.read(sources[part].disk)
         array = sources[part].to_ours(array, paths[part])
@@ -192,19 +226,21 @@ def _fill(checkpoint: Checkpoint, sources: dict[str, Entry], path: str, out: np.
 def save_checkpoint(
     directory: Path,
     spec: ModelSpec,
-    read: Callable[[str], np.ndarray],
+    read: Callable[[str], Any],
     *,
     dtype: str,
     eos_ids: tuple[int, ...] = (),
+    quantized: Collection[str] = (),
 ) -> None:
     """Write config.json and safetensors in the Hugging Face layout; `read` gives unstacked leaves.
 
     Args:
       directory: made if absent; config.json is written last.
       spec: the model.
-      read: unstacked path -> canonical host array.
+      read: unstacked path -> canonical host array, or leaf of host arrays.
       dtype: name of the arrays' dtype, for the config and the header.
       eos_ids: tokens that end generation.
+      quantized: the paths of which `read` gives leaves.
 
     Raises:
       UnsupportedError: no family can say this spec.
@@ -215,21 +251,35 @@ def save_checkpoint(
     tag = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}[dtype]
     width = 4 if tag == "F32" else 2
 
-    def tensor(parts: list[Entry]) -> tuple[str, TensorInfo, Callable[[], np.ndarray]]:
+    facts: dict[str, Any] = {}
+
+    def tensor(parts: list[Entry]) -> Iterator[TensorSource]:
+        if all(entry.path in quantized for entry in parts):
+            leaves = [read(entry.path) for entry in parts]
+            arrays, facts[parts[0].disk] = leaf_tensors(parts, leaves, paths)
+            for name, array in arrays.items():
+                yield (
+                    f"{parts[0].disk}.{name}",
+                    array_info(array),
+                    functools.partial(np.asarray, array),
+                )
+            return
         shape = parts[0].disk_shape(paths[parts[0].path])
         info = TensorInfo(shape, tag, int(np.prod(shape)) * width)
-        return parts[0].disk, info, lambda: make(parts)
+        yield parts[0].disk, info, lambda: make(parts)
 
     def make(parts: list[Entry]) -> np.ndarray:
         arrays = [entry.to_disk(read(entry.path), paths[entry.path]) for entry in parts]
         return arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=parts[0].axis)
 
     directory.mkdir(parents=True, exist_ok=True)
-    tensors = map(tensor, _by_tensor(family.names(spec)))
+    tensors = itertools.chain.from_iterable(map(tensor, _by_tensor(family.names(spec))))
     write_safetensors(directory, tensors, metadata={"format": "pt"})
     if pooling is not None:
         write_pooling(directory, pooling, spec.width)
     config["torch_dtype"] = dtype
+    if facts:
+        config["quantization_config"] = {"quant_method": METHOD, "tensors": facts}
     if eos_ids:
         config["eos_token_id"] = eos_ids[0] if len(eos_ids) == 1 else list(eos_ids)
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")

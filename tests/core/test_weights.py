@@ -18,6 +18,7 @@ from jaxllm.core.weights import (
     quantize,
 )
 
+
 def test_a_fresh_adapter():
     w = jnp.asarray(np.random.default_rng(0).standard_normal((64, 2, 16)), jnp.float32)
     leaf = attach(w, jax.random.key(0), rank=8, inputs=1, alpha=16.0)
