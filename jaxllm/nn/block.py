@@ -17,6 +17,7 @@ from jaxllm.nn.attention import Attention
 from jaxllm.nn.aux import Aux, LayerAux
 from jaxllm.nn.leaf import Leaves
 from jaxllm.nn.mlp import MLP
+from jaxllm.nn.moe import MoE
 from jaxllm.ops.norm import layer_norm, rms_norm
 from jaxllm.spec import ops as spec_ops
 from jaxllm.spec.model import Block as BlockSpec
@@ -26,7 +27,7 @@ from jaxllm.state.step import Step
 
 __all__ = ["Block", "Norm", "dropout"]
 
-MODULES = {spec_ops.Attention: Attention, spec_ops.MLP: MLP}
+MODULES = {spec_ops.Attention: Attention, spec_ops.MLP: MLP, spec_ops.MoE: MoE}
 
 
 def dropout(

@@ -11,12 +11,24 @@ from jaxllm.spec.model import ModelSpec
 from jaxllm.spec.ops import Attention
 from jaxllm.spec.table import layer_paths, model_table
 
-__all__ = ["attended_pairs", "flops", "kv_bytes_per_token", "num_params", "weight_bytes"]
+__all__ = [
+    "attended_pairs",
+    "flops",
+    "kv_bytes_per_token",
+    "num_active_params",
+    "num_params",
+    "weight_bytes",
+]
 
 
 def num_params(spec: ModelSpec) -> int:
     """Number of parameters; a tied head counts once."""
     return sum(d.size for _, d in flatten(model_table(spec)))
+
+
+def num_active_params(spec: ModelSpec) -> int:
+    """Number of parameters that one token uses: of experts the chosen ones, all others whole."""
+    return sum(round(d.size * d.active) for _, d in flatten(model_table(spec)))
 
 
 def weight_bytes(spec: ModelSpec, dtype_bytes: int) -> int:
@@ -74,7 +86,9 @@ def flops(spec: ModelSpec, tokens: int, past: int = 0, logits: int | None = None
       `matmul`, `attention`, `head` and their sum `total`.
     """
     body = sum(
-        2 * d.size for path, d in layer_paths(spec).items() if path.startswith("layers.") and d.std
+        2 * round(d.size * d.active)
+        for path, d in layer_paths(spec).items()
+        if path.startswith("layers.") and d.std
     )
     pairs = sum(
         4 * a.heads * a.head_dim * attended_pairs(a.mask, tokens, past) for a in _attentions(spec)

@@ -7,11 +7,11 @@ from typing import ClassVar, Literal
 
 from jaxllm.core.config import require
 from jaxllm.spec.mask import Causal, Mask
+from jaxllm.spec.mlp import MLP, Activation
+from jaxllm.spec.moe import MoE, Router
 from jaxllm.spec.rope import Rope
 
-__all__ = ["MLP", "Activation", "Attention", "Norm", "Op", "QKNorm"]
-
-Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
+__all__ = ["MLP", "Activation", "Attention", "MoE", "Norm", "Op", "QKNorm", "Router"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,18 +103,4 @@ class Attention:
         return self.head_dim**-0.5 if self.scale is None else self.scale
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MLP:
-    """Feed-forward: `down(act(gate x) * up x)` when gated, else `down(act(up x))`."""
-
-    kind: ClassVar[str] = "mlp"
-    width: int
-    activation: Activation = "silu"
-    gated: bool = True
-    bias: bool = False
-
-    def __post_init__(self) -> None:
-        require(self.width >= 1, f"mlp: width is positive, found {self.width}")
-
-
-Op = Attention | MLP
+Op = Attention | MLP | MoE

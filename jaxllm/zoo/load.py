@@ -153,7 +153,7 @@ def read_arrays(
 
     Args:
       checkpoint: the source.
-      dtype: numpy dtype of the leaves.
+      dtype: numpy dtype of the leaves but those that are wide.
       segments: how layers are stacked.
       fused: query/key/value and gate/up as one matrix each.
       matrices: how they are held, as `Policy.matrices` says.
@@ -162,7 +162,8 @@ def read_arrays(
     for path, definition in flatten(model_table(checkpoint.spec, segments, fused)):
         layers = unstacked_paths(path)
         stacked = len(layers) > 1 or definition.axes[0] == "layers"
-        out = np.empty(definition.hold(matrices).shape, dtype)
+        held = np.float32 if definition.wide else dtype
+        out = np.empty(definition.hold(matrices).shape, held)
         ours = out.transpose(np.argsort(definition.hold_order(matrices)))
         for i, layer in enumerate(layers):
             _fill(checkpoint, sources, layer, ours[i] if stacked else ours)
