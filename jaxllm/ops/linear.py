@@ -253,8 +253,8 @@ def is_adapted(leaf: Any) -> bool:
     return isinstance(leaf, AdaptedWeight)
 
 
-def expanded(leaf: Any, dtype: Any) -> Float[Array, "E D F"]:
-    """The values of experts of any kind of weight; an adapter, the first, is merged."""
+def expanded(leaf: Any, dtype: Any) -> Float[Array, "E ..."]:
+    """The values of experts' matrices or biases of any kind; an adapter, the first, is merged."""
     if isinstance(leaf, AdaptedWeight):
         a, b = (adapters[0].astype(jnp.float32) for adapters in (leaf.a, leaf.b))
         update = _product("EDR,ERF->EDF", a, b, jnp.float32)
