@@ -17,7 +17,7 @@ from jaxllm.core.sharding import partition_spec, with_axes
 from jaxllm.nn.remat import keep
 from jaxllm.ops import linear
 from jaxllm.ops.activation import mlp_hidden
-from jaxllm.ops.moe import Dispatch, mix, mix_own, mix_over
+from jaxllm.ops.moe import Dispatch, mix, mix_over, mix_own
 from jaxllm.ops.routing import Routing
 from jaxllm.spec.op_table import op_table
 from jaxllm.spec.ops import MoE

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 from jaxllm.ops.routing import Routing
 from jaxllm.typing import Slot
 
-__all__ = ["Dispatch", "Plan", "mix", "mix_own", "mix_over", "plan"]
+__all__ = ["Dispatch", "Plan", "mix", "mix_over", "mix_own", "plan"]
 
 Run = Callable[[Array, Array, Array], Array]
 """(rows [R, D], group of each row [R], rows of each group [E]) -> what the experts make of them."""

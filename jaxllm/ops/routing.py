@@ -109,7 +109,9 @@ def load_balance(
     chosen = loads(routing.experts, count, real)
     shares, tokens = jnp.sum(routing.shares * ones[..., None], axis=1), jnp.sum(ones, axis=1)
     if not by_row:
-        chosen, shares, tokens = (jnp.sum(x, axis=0, keepdims=True) for x in (chosen, shares, tokens))
+        chosen, shares, tokens = (
+            jnp.sum(x, axis=0, keepdims=True) for x in (chosen, shares, tokens)
+        )
     some = jnp.maximum(tokens, 1.0)
     active = routing.experts.shape[-1]
     each = count * jnp.sum(chosen * shares, axis=-1) / (active * some * some)

@@ -1,31 +1,19 @@
 """Experts over a mesh axis = one device, and experts of a bounded capacity."""
 
-import dataclasses
-
 import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from jaxllm.core.mesh import make_mesh
 from jaxllm.core.policy import Policy
 from jaxllm.core.sharding import named_sharding, shard
 from jaxllm.nn import api
-from jaxllm.state.step import Step, training_step
 from tests.contracts.specs import (
-    CLAMPED,
-    GROUPED,
-    SOFTMAX,
     SPECS,
     assert_close,
-    experts,
-    full,
     gradient,
     loss,
-    model,
     params,
     quick,
-    redraw,
     tokens,
 )
 

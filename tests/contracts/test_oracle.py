@@ -9,8 +9,8 @@ import pytest
 from jaxllm.spec.mask import allowed
 from jaxllm.spec.ops import MLP, Attention, MoE
 from tests.contracts.specs import NAMES, SPECS, assert_close, full, params, single, tokens
-from tests.ops.test_attention import oracle as attend
 from tests.ops.routing_oracle import moe
+from tests.ops.test_attention import oracle as attend
 from tests.ops.test_norm import FORMULAS
 from tests.ops.test_rope import rotated
 
