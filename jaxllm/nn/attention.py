@@ -64,9 +64,7 @@ class Attention(nn.Module):
         q = constrain(q, by_head, policy.rules)
         k, v = constrain(k, by_kv_head, policy.rules), constrain(v, by_kv_head, policy.rules)
         sinks = leaves["sinks"] if op.sinks else None
-        out, state = attend(
-            state, (q, k, v), step=step, op=op, sinks=sinks, implementation=policy.attention
-        )
+        out, state = attend(state, (q, k, v), step=step, op=op, sinks=sinks, policy=policy)
         out = keep(constrain(out, by_head, policy.rules), "attention")
         if op.gate:
             gate = leaves.product("out_gate", x, "BTD,DNH->BTNH")

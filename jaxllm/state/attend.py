@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxllm.core.policy import Policy
+from jaxllm.core.sharding import island, shards
 from jaxllm.errors import UnsupportedError
 from jaxllm.ops.attention import Scores, attention
 from jaxllm.ops.mask import Visibility
@@ -26,7 +29,7 @@ def attend(
     step: Step,
     op: Attention,
     sinks: Float[AnyArray, "N"] | None = None,
-    implementation: str = "auto",
+    policy: Policy,
 ) -> tuple[Float[Array, "B T N H"], Any]:
     """Remember the new keys and values, and attend over all that is remembered.
 
@@ -36,7 +39,7 @@ def attend(
       step: where the tokens stand.
       op: scale, soft-cap and mask.
       sinks: a logit a head that joins the softmax.
-      implementation: of softmax attention.
+      policy: implementation of softmax attention, and how arrays lie on a mesh.
 
     Returns:
       (what each query found, the new state).
@@ -56,8 +59,40 @@ def attend(
         see = _over_cache(k, step, op)
     keys, values = k.astype(q.dtype), v.astype(q.dtype)
     scores = Scores(scale=op.query_scale, softcap=op.softcap, sinks=sinks)
-    out = attention(q, keys, values, see, scores=scores, implementation=implementation)
-    return out, state
+    return _spread(q, keys, values, see, scores=scores, policy=policy), state
+
+
+def _spread(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    see: Visibility,
+    *,
+    scores: Scores,
+    policy: Policy,
+) -> Float[Array, "B T N H"]:
+    """Attention with rows and heads spread over the mesh: no device needs another's."""
+    parts = shards("heads", policy.rules)
+    if q.shape[2] % parts == 0 and k.shape[2] % parts:
+        # Fewer key heads than devices: each gets a copy of those that its queries read.
+        copies = next(c for c in range(2, parts + 1) if k.shape[2] * c % parts == 0)
+        copies = copies if q.shape[2] % (k.shape[2] * copies) == 0 else q.shape[2] // k.shape[2]
+        k, v = jnp.repeat(k, copies, axis=2), jnp.repeat(v, copies, axis=2)
+    rows = lambda x: ("batch", *[None] * (x.ndim - 1))  # noqa: E731
+    queries, keys = ("batch", None, "heads", None), ("batch", None, "kv_heads", None)
+    axes = (
+        queries,
+        keys,
+        keys,
+        jax.tree.map(rows, see),
+        jax.tree.map(lambda _: ("heads",), scores),
+    )
+
+    def one(q: Array, k: Array, v: Array, see: Visibility, scores: Scores) -> Array:
+        return attention(q, k, v, see, scores=scores, implementation=policy.attention)
+
+    shape = (*q.shape[:3], v.shape[-1])
+    return island(one, (q, k, v, see, scores), axes, out=(shape, queries), rules=policy.rules)
 
 
 def _sees_ahead(op: Attention) -> bool:

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxllm.core.policy import Policy
 from jaxllm.core.tree import Segment, segments_of
 from jaxllm.errors import UnsupportedError
 from jaxllm.spec.ops import Attention
@@ -103,7 +104,7 @@ def test_a_state_of_another_kind_is_refused():
     q = jnp.zeros((1, 1, 4, 8))
     op = Attention(heads=4, kv_heads=4, head_dim=8)
     with pytest.raises(UnsupportedError, match="dict"):
-        attend({}, (q, q, q), step=training_step(1, 1), op=op)
+        attend({}, (q, q, q), step=training_step(1, 1), op=op, policy=Policy())
 
 
 def test_a_mask_that_looks_ahead_sees_no_empty_slots():
@@ -115,7 +116,7 @@ def test_a_mask_that_looks_ahead_sees_no_empty_slots():
     poison = jnp.full((2, 8, 2, 4), jnp.nan)
     lengths = jnp.array([3, 2], jnp.int32)
     step = dense_step(jnp.zeros((2,), jnp.int32), 3, lengths=lengths)
-    run = quick(lambda state, qkv: attend(state, qkv, step=step, op=op))
+    run = quick(lambda state, qkv: attend(state, qkv, step=step, op=op, policy=Policy()))
     found, state = run(DenseKV(poison, poison), (q, k, v))
     seen = np.broadcast_to(np.arange(3) < np.array([3, 2])[:, None, None], (2, 3, 3))
     wanted = oracle(q, k, v, seen, op.query_scale)
