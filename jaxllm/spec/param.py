@@ -13,10 +13,10 @@ class ParamDef:
     """One leaf: its logical shape, the name of each dim, and how it is drawn at the start.
 
     `std` is the standard deviation of a normal draw; 0 with `fill` gives a constant. `inputs`
-    counts the contracted dims of a matrix (before the outputs, after layers and experts); it is 0 for
-    vectors and tables. `tied` marks an embedding table that is the head as well, `wide` a leaf that
-    is float32 whatever the run's dtype. A token uses a share `active` of the leaf: of experts, which
-    stand on a leading dim, the chosen ones.
+    counts the contracted dims of a matrix (before the outputs, after layers and experts); it is 0
+    for vectors and tables. `tied` marks an embedding table that is the head as well, `wide` a leaf
+    that is float32 whatever the run's dtype. A token uses a share `active` of the leaf: of experts,
+    which stand on a leading dim, the chosen ones.
     """
 
     shape: tuple[int, ...]

@@ -57,13 +57,15 @@ def test_the_loss_adds_what_layers_lose():
     batch.weights[1] = 0  # the sums of a loss are by weight
     batch = jax.tree.map(jnp.asarray, batch)
     weights = {"load_balance": 0.5, "sequence_balance": 0.25, "router_z": 0.125}
-    run = lambda **w: batch_loss(  # noqa: E731
+    run = lambda params, **w: batch_loss(  # noqa: E731
         SPEC, params, batch, policy=Policy(), options=LossOptions(**w), key=None
     )
-    none, found = run(**dict.fromkeys(weights, 0.0)), run(**weights)
+    both = quick(lambda p: (run(p, **dict.fromkeys(weights, 0.0)), run(p, **weights)))
+    none, found = both(params)
     assert none.loss == none.nll == found.nll
     step = training_step(*batch.tokens.shape)
-    losses = api.apply(SPEC, params, batch.tokens, step, policy=Policy())[2].losses
+    apply = quick(lambda p: api.apply(SPEC, p, batch.tokens, step, policy=Policy())[2])
+    losses = apply(params).losses
     wanted = sum(w * losses[name] for name, w in weights.items()) * batch.weights.sum()
     assert abs((found.loss - none.loss) / wanted - 1) < 1e-5
     assert losses["load_balance"] > 1.9  # at least 1 a layer
@@ -101,11 +103,12 @@ def bias_of(params):
 
 def loads_of(params, batch):
     step = training_step(*batch.tokens.shape)
-    stats = api.apply(SPEC, params, batch.tokens, step, policy=Policy())[2].stats
+    apply = quick(lambda p: api.apply(SPEC, p, batch.tokens, step, policy=Policy())[2])
+    stats = apply(params).stats
     return np.stack([stats[f"layers.{i}.moe.load"] for i in (0, 1)])
 
 
-@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("parts", [2, pytest.param(1, marks=pytest.mark.slow)])
 def test_the_bias_moves_by_its_rule_alone(parts):
     """From all rows of a step together, in whatever parts they were taken."""
     first, last, metrics = steps(1, parts=parts)
@@ -134,6 +137,7 @@ def test_no_optimizer_touches_the_bias():
     assert not np.any(bias_of(last))
 
 
+@pytest.mark.slow
 def test_a_step_that_is_not_taken_moves_no_bias():
     bad = optax.GradientTransformation(lambda p: None, lambda g, s, p: (g, s))
     step = quick(
