@@ -88,7 +88,7 @@ def hub_layers(config: dict[str, Any]) -> dict[str, Any]:
         out["sliding_window_pattern"] = 1 + config["layer_types"].index("full_attention")
     if kind == "cohere2":
         out |= {"sliding_window_pattern": 4, "use_qk_norm": False, "rotary_pct": 1.0}
-    if kind == "smollm3":
+    if kind in ("smollm3", "gpt_oss"):
         out["layer_types"] = config["layer_types"]
     return out
 

@@ -8,7 +8,7 @@ from typing import Any
 from jaxllm.core.tree import flatten
 from jaxllm.spec.mask import And, Causal, Chunk, Full, Mask, Or, Window, allowed
 from jaxllm.spec.model import ModelSpec
-from jaxllm.spec.ops import Attention
+from jaxllm.spec.ops import Attention, LatentAttention
 from jaxllm.spec.table import layer_paths, model_table
 
 __all__ = [
@@ -36,19 +36,33 @@ def weight_bytes(spec: ModelSpec, dtype_bytes: int) -> int:
     return num_params(spec) * dtype_bytes
 
 
-def _attentions(spec: ModelSpec) -> list[Attention]:
+def _attentions(spec: ModelSpec) -> list[Attention | LatentAttention]:
     return [
         named.op
         for layer in range(spec.num_layers)
         for sub in spec.block(layer).subs
         for named in sub.ops
-        if isinstance(named.op, Attention)
+        if isinstance(named.op, Attention | LatentAttention)
     ]
 
 
 def kv_bytes_per_token(spec: ModelSpec, dtype_bytes: int) -> int:
     """Bytes of keys and values that one token adds to the cache of all layers."""
-    return sum(2 * a.kv_heads * a.head_dim * dtype_bytes for a in _attentions(spec))
+    return sum(_kept(a) * dtype_bytes for a in _attentions(spec))
+
+
+def _kept(op: Attention | LatentAttention) -> int:
+    """Values that one token adds to a cache."""
+    if isinstance(op, LatentAttention):
+        return op.kv_rank + op.rope_dim
+    return 2 * op.kv_heads * op.head_dim
+
+
+def _dims(op: Attention | LatentAttention) -> int:
+    """Dims of all heads that a pair of tokens is multiplied over: scores and values."""
+    if isinstance(op, LatentAttention):
+        return op.heads * (op.query_dim + op.v_dim)
+    return 2 * op.heads * op.head_dim
 
 
 def attended_pairs(mask: Mask, tokens: int, past: int = 0) -> int:
@@ -90,9 +104,7 @@ def flops(spec: ModelSpec, tokens: int, past: int = 0, logits: int | None = None
         for path, d in layer_paths(spec).items()
         if path.startswith("layers.") and d.std
     )
-    pairs = sum(
-        4 * a.heads * a.head_dim * attended_pairs(a.mask, tokens, past) for a in _attentions(spec)
-    )
+    pairs = sum(2 * _dims(a) * attended_pairs(a.mask, tokens, past) for a in _attentions(spec))
     head = 2 * spec.width * spec.vocab * (tokens if logits is None else logits)
     parts = {"matmul": body * tokens, "attention": pairs, "head": head}
     return parts | {"total": math.fsum(parts.values())}

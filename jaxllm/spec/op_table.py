@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from jaxllm.spec.ops import MLP, Attention, MoE, Norm, Op
+from jaxllm.spec.ops import MLP, Attention, LatentAttention, MoE, Norm, Op
 from jaxllm.spec.param import ParamDef
 
 __all__ = ["norm_table", "op_table"]
@@ -61,6 +61,34 @@ def _qk_norm_table(op: Attention) -> dict[str, ParamDef]:
     }
 
 
+def _latent_attention(op: LatentAttention, width: int) -> dict[str, ParamDef]:
+    n, std = op.heads, width**-0.5
+    by_head = (None, "heads", "head_dim")
+    table: dict[str, ParamDef] = {}
+    if op.q_rank is None:
+        shape = (width, n, op.query_dim)
+        table["q"] = ParamDef(shape, ("width", "heads", "head_dim"), std, inputs=1)
+    else:
+        low = (op.q_rank, n, op.query_dim)
+        table["q_down"] = ParamDef((width, op.q_rank), ("width", None), std, inputs=1)
+        table["q_norm"] = ParamDef((op.q_rank,), (None,), fill=1.0)
+        table["q_up"] = ParamDef(low, by_head, op.q_rank**-0.5, inputs=1)
+    down, up = op.kv_rank + op.rope_dim, (op.kv_rank, n, op.nope_dim + op.v_dim)
+    table |= {
+        "kv_down": ParamDef((width, down), ("width", None), std, inputs=1),
+        "kv_norm": ParamDef((op.kv_rank,), (None,), fill=1.0),
+        "kv_up": ParamDef(up, by_head, op.kv_rank**-0.5, inputs=1),
+    }
+    out = (n, op.v_dim, width)
+    std = (n * op.v_dim) ** -0.5
+    table["o"] = ParamDef(out, ("heads", "head_dim", "width"), std, inputs=2)
+    if op.bias:
+        table |= {} if op.q_rank is None else {"q_down_bias": ParamDef((op.q_rank,), (None,))}
+        table["kv_down_bias"] = ParamDef((down,), (None,))
+        table["o_bias"] = ParamDef((width,), ("width",))
+    return table
+
+
 def _mlp(op: MLP, width: int) -> dict[str, ParamDef]:
     up = ParamDef((width, op.width), ("width", "ffn"), width**-0.5, inputs=1)
     table = {"gate": up} if op.gated else {}
@@ -89,6 +117,7 @@ def _moe(op: MoE, width: int) -> dict[str, ParamDef]:
 
 TABLES: dict[type, Callable[[Any, int], dict[str, ParamDef]]] = {
     Attention: _attention,
+    LatentAttention: _latent_attention,
     MLP: _mlp,
     MoE: _moe,
 }

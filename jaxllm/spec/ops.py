@@ -6,12 +6,23 @@ import dataclasses
 from typing import ClassVar, Literal
 
 from jaxllm.core.config import require
+from jaxllm.spec.latent import LatentAttention
 from jaxllm.spec.mask import Causal, Mask
 from jaxllm.spec.mlp import MLP, Activation
 from jaxllm.spec.moe import MoE, Router
 from jaxllm.spec.rope import Rope
 
-__all__ = ["MLP", "Activation", "Attention", "MoE", "Norm", "Op", "QKNorm", "Router"]
+__all__ = [
+    "MLP",
+    "Activation",
+    "Attention",
+    "LatentAttention",
+    "MoE",
+    "Norm",
+    "Op",
+    "QKNorm",
+    "Router",
+]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,4 +114,4 @@ class Attention:
         return self.head_dim**-0.5 if self.scale is None else self.scale
 
 
-Op = Attention | MLP | MoE
+Op = Attention | LatentAttention | MLP | MoE

@@ -13,13 +13,13 @@ from jaxllm.core.sharding import island, shards
 from jaxllm.errors import UnsupportedError
 from jaxllm.ops.attention import Scores, attention
 from jaxllm.ops.mask import Visibility
-from jaxllm.spec.mask import reach
+from jaxllm.spec.mask import Mask, reach
 from jaxllm.spec.ops import Attention
 from jaxllm.state.dense import DenseKV, write
 from jaxllm.state.step import Step
 from jaxllm.typing import AnyArray
 
-__all__ = ["attend"]
+__all__ = ["attend", "over_state", "spread"]
 
 
 def attend(
@@ -52,25 +52,23 @@ def attend(
             write(state.k, k, step.positions, aligned=step.aligned),
             write(state.v, v, step.positions, aligned=step.aligned),
         )
-    if state is None or step.fresh:
-        see = _among_new(step, op)
-    else:
+    see, cached = over_state(state, step, op.mask)
+    if cached:
         k, v = state.k, state.v
-        see = _over_cache(k, step, op)
     keys, values = k.astype(q.dtype), v.astype(q.dtype)
     scores = Scores(scale=op.query_scale, softcap=op.softcap, sinks=sinks)
-    return _spread(q, keys, values, see, scores=scores, policy=policy), state
+    return spread(q, keys, values, see, scores=scores, policy=policy), state
 
 
-def _spread(
+def spread(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
+    v: Float[Array, "B S K Hv"],
     see: Visibility,
     *,
     scores: Scores,
     policy: Policy,
-) -> Float[Array, "B T N H"]:
+) -> Float[Array, "B T N Hv"]:
     """Attention with rows and heads spread over the mesh: no device needs another's."""
     parts = shards("heads", policy.rules)
     if q.shape[2] % parts == 0 and k.shape[2] % parts:
@@ -95,34 +93,41 @@ def _spread(
     return island(one, (q, k, v, see, scores), axes, out=(shape, queries), rules=policy.rules)
 
 
-def _sees_ahead(op: Attention) -> bool:
-    return reach(op.mask)[1] != 0
+def over_state(state: Any, step: Step, mask: Mask) -> tuple[Visibility, bool]:
+    """(who sees whom, whether keys are those of the state) once the new ones are in it."""
+    if state is None or step.fresh:
+        return _among_new(step, mask), False
+    return _over_cache(jax.tree.leaves(state)[0].shape[:2], step, mask), True
 
 
-def _among_new(step: Step, op: Attention) -> Visibility:
+def _sees_ahead(mask: Mask) -> bool:
+    return reach(mask)[1] != 0
+
+
+def _among_new(step: Step, mask: Mask) -> Visibility:
     """The new tokens among themselves; padding is at the end, so a causal mask hides it."""
     return Visibility(
         step.positions,
         step.positions,
         step.segment_ids,
         step.segment_ids,
-        step.lengths if _sees_ahead(op) else None,
-        mask=op.mask,
+        step.lengths if _sees_ahead(mask) else None,
+        mask=mask,
         aligned=step.fresh,
     )
 
 
-def _over_cache(k: Float[Array, "B S K H"], step: Step, op: Attention) -> Visibility:
+def _over_cache(shape: tuple[int, int], step: Step, mask: Mask) -> Visibility:
     """The new tokens over all slots; slots past the sequence are never before a query."""
-    slots = jnp.arange(k.shape[1], dtype=step.positions.dtype)
+    slots = jnp.arange(shape[1], dtype=step.positions.dtype)
     lengths = None
-    if _sees_ahead(op):
+    if _sees_ahead(mask):
         new = step.positions.shape[1] if step.lengths is None else step.lengths
         lengths = (step.positions[:, 0] + new).astype(slots.dtype)
     return Visibility(
         step.positions,
-        jnp.broadcast_to(slots, k.shape[:2]),
+        jnp.broadcast_to(slots, shape),
         key_lengths=lengths,
-        mask=op.mask,
+        mask=mask,
         slots=True,
     )

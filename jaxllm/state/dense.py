@@ -13,10 +13,10 @@ from jaxtyping import Array, Float, Int
 
 from jaxllm.core.tree import Segment
 from jaxllm.spec.model import Block, ModelSpec
-from jaxllm.spec.ops import Attention
+from jaxllm.spec.ops import Attention, LatentAttention
 from jaxllm.typing import AnyArray, Slot
 
-__all__ = ["DenseKV", "Held", "dense_state", "grow", "state_axes", "write"]
+__all__ = ["DenseKV", "Held", "LatentKV", "dense_state", "grow", "state_axes", "write"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,13 +46,32 @@ class DenseKV:
     v: Slot
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LatentKV:
+    """What latent attention keeps: [B, S, R] normed vectors, [B, S, P] shared rotated keys."""
+
+    capacity_dim: ClassVar[int] = -2
+    latent: Slot
+    rotated: Slot
+
+
+def _latent(op: LatentAttention, batch: int, capacity: int) -> LatentKV:
+    axes = ("batch", "kv_length", None)
+    vectors, keys = (batch, capacity, op.kv_rank), (batch, capacity, op.rope_dim)
+    return LatentKV(Held(vectors, axes), Held(keys, axes))
+
+
 def _keys_and_values(op: Attention, batch: int, capacity: int) -> DenseKV:
     shape = (batch, capacity, op.kv_heads, op.head_dim)
     held = Held(shape, ("batch", "kv_length", "kv_heads", "head_dim"))
     return DenseKV(held, held)
 
 
-KINDS: dict[type, Callable[[Any, int, int], Any]] = {Attention: _keys_and_values}
+KINDS: dict[type, Callable[[Any, int, int], Any]] = {
+    Attention: _keys_and_values,
+    LatentAttention: _latent,
+}
 """(op, batch, capacity) -> the op's state with a `Held` for every array; others remember nothing.
 
 A class of state whose arrays have a slot a token says on which dim in `capacity_dim`.

@@ -2,8 +2,10 @@
 
 from jaxllm.zoo import (
     cohere2,
+    deepseek,
     gemma,
     gpt2,
+    gpt_oss,
     granite,
     llama,
     mixtral,
@@ -30,6 +32,8 @@ FAMILIES: dict[str, Family] = {
     "cohere2": cohere2.FAMILY,
     "gpt2": gpt2.FAMILY,
     "mixtral": mixtral.FAMILY,
+    "gpt_oss": gpt_oss.FAMILY,
+    "deepseek_v3": deepseek.FAMILY,
     "olmoe": olmoe.FAMILY,
     "qwen2_moe": qwen_moe.QWEN2_MOE,
     "qwen3_moe": qwen_moe.QWEN3_MOE,

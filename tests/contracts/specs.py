@@ -13,7 +13,7 @@ from jaxllm.core.tree import Segment, map_leaves, restack
 from jaxllm.nn import api
 from jaxllm.spec.mask import And, Causal, Chunk, Window
 from jaxllm.spec.model import Block, Embedding, Head, ModelSpec, NamedOp, Sub, sub
-from jaxllm.spec.ops import MLP, Attention, MoE, Norm, QKNorm, Router
+from jaxllm.spec.ops import MLP, Attention, LatentAttention, MoE, Norm, QKNorm, Router
 from jaxllm.spec.rope import LinearScaling, Llama3Scaling, Rope
 from jaxllm.spec.table import model_table
 from jaxllm.state.step import training_step
@@ -30,7 +30,7 @@ def model(*blocks: Block, layers: str, **changes: Any) -> ModelSpec:
     return ModelSpec(blocks=blocks, layers=layers, **(base | changes))
 
 
-def pre(name: str, attn: Attention, mlp: MLP, norm: Norm = RMS) -> Block:
+def pre(name: str, attn: Attention | LatentAttention, mlp: MLP, norm: Norm = RMS) -> Block:
     """A pre-norm layer."""
     return Block(name=name, subs=(sub("attn", attn, norm_in=norm), sub("mlp", mlp, norm_in=norm)))
 
@@ -160,6 +160,14 @@ SPECS: dict[str, ModelSpec] = {
         experts("E", SOFTMAX, norm=RMS),
         experts("S", GROUPED, shared=MLP(width=24, out_gate=True)),
         layers="E S*2",
+    ),
+    # Latent attention: queries from a short vector or not; a rope of pairs side by side or not.
+    "latent": model(
+        pre("A", LatentAttention(heads=4, kv_rank=12, q_rank=10, nope_dim=6, rope_dim=4, v_dim=5,
+                                 bias=True, rope=Rope(theta=100.0, layout="interleaved")), MLP48),
+        pre("B", LatentAttention(heads=2, kv_rank=16, nope_dim=8, rope_dim=6, v_dim=8, scale=0.4,
+                                 rope=NEAR, mask=LOCAL), MLP48),
+        layers="A B*2",
     ),
     # Softmax over the chosen; clamps, gain, offset and biases; weights on what goes in.
     "moe_clamped": model(

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxllm.spec.mask import allowed
-from jaxllm.spec.ops import MLP, Attention, MoE
+from jaxllm.spec.ops import MLP, Attention, LatentAttention, MoE
 from tests.contracts.specs import NAMES, SPECS, assert_close, full, params, single, tokens
 from tests.ops.routing_oracle import moe
 from tests.ops.test_attention import oracle as attend
@@ -61,6 +61,30 @@ def attention(op, w, x):
     return y + w["o_bias"] if op.out_bias else y
 
 
+def latent(op, w, x):
+    def normed(y, scale):
+        return y / np.sqrt((y**2).mean(-1, keepdims=True) + op.eps) * scale
+
+    def low(name):
+        return x @ w[name] + (w[f"{name}_bias"] if op.bias else 0)
+
+    places = np.broadcast_to(np.arange(x.shape[1]), x.shape[:2])
+    if op.q_rank is None:
+        q = np.einsum("btd,dnh->btnh", x, w["q"])
+    else:
+        q = np.einsum("btr,rnh->btnh", normed(low("q_down"), w["q_norm"]), w["q_up"])
+    vectors, shared = np.split(low("kv_down"), [op.kv_rank], axis=-1)
+    both = np.einsum("btr,rnh->btnh", normed(vectors, w["kv_norm"]), w["kv_up"])
+    q, turned = np.split(q, [op.nope_dim], axis=-1)
+    k, v = np.split(both, [op.nope_dim], axis=-1)
+    q = np.concatenate([q, rotated(turned, places, op.rope)], axis=-1)
+    shared = np.repeat(rotated(shared[:, :, None], places, op.rope), op.heads, axis=2)
+    k = np.concatenate([k, shared], axis=-1)
+    seen = allowed(op.mask, places[:, :, None], places[:, None, :])
+    out = attend(q, k, v, seen, op.query_scale, softcap=None, sinks=None)
+    return np.einsum("btnv,nvd->btd", out, w["o"]) + (w["o_bias"] if op.bias else 0)
+
+
 def mlp(op, w, x):
     def project(name, x):
         y = x @ w[name]
@@ -80,7 +104,7 @@ def mlp(op, w, x):
     return y / (1 + np.exp(-x @ w["out_gate"])) if op.out_gate else y
 
 
-OPS = {Attention: attention, MLP: mlp, MoE: moe}
+OPS = {Attention: attention, LatentAttention: latent, MLP: mlp, MoE: moe}
 
 
 def decode(spec, weights, ids):
@@ -160,6 +184,11 @@ FLAGS = [
     ("l2_after_rope", (*op(0), "qk_norm", "type"), "rms"),
     ("l2_after_rope", (*op(1), "qk_norm", "eps"), 1e-1),
     ("l2_after_rope", (*op(1), "rope"), None),
+    ("latent", (*op(0), "bias"), False),
+    ("latent", (*op(0), "eps"), 1e-2),
+    ("latent", (*op(0), "rope", "layout"), "half"),
+    ("latent", (*op(1), "scale"), None),
+    ("latent", (*op(1), "mask"), SPECS["mha"].blocks[0].subs[0].ops[0].op.mask),
     ("moe", (*op(0, 1), "active"), 1),
     ("moe", (*op(0, 1), "router", "renormalize"), False),
     ("moe", (*op(0, 1), "router", "scale"), 1.0),

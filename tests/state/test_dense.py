@@ -8,7 +8,7 @@ import pytest
 from jaxllm.core.policy import Policy
 from jaxllm.core.tree import Segment, segments_of
 from jaxllm.errors import UnsupportedError
-from jaxllm.spec.ops import Attention
+from jaxllm.spec.ops import Attention, LatentAttention
 from jaxllm.state.attend import attend
 from jaxllm.state.dense import DenseKV, dense_state, grow, state_axes, write
 from jaxllm.state.step import dense_step, training_step
@@ -27,9 +27,13 @@ def test_the_state_has_the_shape_of_the_layers(name):
         alone = single({"layers": state}, spec.num_layers)["layers"]
         for layer in range(spec.num_layers):
             ops = [named for sub in spec.block(layer).subs for named in sub.ops]
-            wanted = {n.name: n.op for n in ops if isinstance(n.op, Attention)}
+            wanted = {n.name: n.op for n in ops if isinstance(n.op, Attention | LatentAttention)}
             assert alone[str(layer)].keys() == wanted.keys()
             for key, op in wanted.items():
+                if isinstance(op, LatentAttention):
+                    shapes = [x.shape for x in jax.tree.leaves(alone[str(layer)][key])]
+                    assert shapes == [(3, 7, op.kv_rank), (3, 7, op.rope_dim)]
+                    continue
                 shape = (3, 7, op.kv_heads, op.head_dim)
                 assert alone[str(layer)][key].k.shape == shape
                 assert alone[str(layer)][key].v.shape == shape
@@ -41,7 +45,8 @@ def test_the_state_has_the_shape_of_the_layers(name):
         ):
             assert (array.shape, array.dtype) == (abstract.shape, abstract.dtype)
             assert len(names) == array.ndim
-            assert names[-4:] == ("batch", "kv_length", "kv_heads", "head_dim")
+            by_head = ("batch", "kv_length", "kv_heads", "head_dim")
+            assert names[-4:] == by_head or names[-3:] == ("batch", "kv_length", None)
             assert not array.any()
 
 
