@@ -64,7 +64,6 @@ MUTATIONS = {
     ("gpt_oss", "silu"): expert(gain=1.0),
     ("gpt_oss", "up not offset"): expert(up_offset=0.0),
     ("gpt_oss", "no biases of experts"): expert(bias=False),
-    ("gpt_oss", "no bias of the router"): router(bias=False),
     ("gpt_oss", "no sinks"): attn(sinks=False),
     ("gpt_oss", "full layers slide"): only("G", window(6)),
     ("gpt_oss", "yarn truncated"): attn(rope=truncated),
