@@ -53,7 +53,7 @@ def attend(
             write(state.v, v, step.positions, aligned=step.aligned),
         )
     see, cached = over_state(state, step, op.mask)
-    if cached:
+    if cached and state is not None:
         k, v = state.k, state.v
     keys, values = k.astype(q.dtype), v.astype(q.dtype)
     scores = Scores(scale=op.query_scale, softcap=op.softcap, sinks=sinks)

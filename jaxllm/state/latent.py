@@ -53,7 +53,7 @@ def attend_latent(
             write(one(state.rotated), one(rotated), step.positions, aligned=step.aligned)[:, :, 0],
         )
     see, cached = over_state(state, step, op.mask)
-    if cached:
+    if cached and state is not None:
         latent, rotated = (x.astype(q.dtype) for x in (state.latent, state.rotated))
     scores = Scores(scale=op.query_scale)
     absorbed = policy.latent == "absorbed" or (

@@ -31,7 +31,7 @@ def _read(config: ConfigReader) -> ModelSpec:
     sizes = decoder.read_sizes(config, context=131_072, head_dim=64)
     # The first files name the experts of a token twice, and the context before yarn.
     config.ignore(*experts.IGNORED, "experts_per_token", "initial_context_length")
-    every = [decoder.KINDS[i % 2 == 0] for i in range(sizes.layers)]
+    every: list[decoder.Kind] = [decoder.KINDS[i % 2 == 0] for i in range(sizes.layers)]
     kinds = decoder.read_kinds(config, every)
     window = decoder.window_of(config, kinds, 128)
     rope = read_rope(config, context=sizes.context, theta=150_000.0)
