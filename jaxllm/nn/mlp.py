@@ -22,7 +22,10 @@ __all__ = ["MLP"]
 
 
 class MLP(nn.Module):
-    """down(act(gate x) * up x) when gated, else down(act(up x)). Source: arXiv 2002.05202."""
+    """down(act(gate_scale gate x) * up x) when gated, else down(act(up x)).
+
+    Source: arXiv 2002.05202.
+    """
 
     op: spec_ops.MLP
     policy: Policy

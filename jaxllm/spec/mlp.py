@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from jaxllm.core.config import require
+from jaxllm.spec.activation import Activation
 
-__all__ = ["MLP", "Activation"]
-
-Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
+__all__ = ["MLP"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MLP:
-    """Feed-forward: `down(act(gate x) * up x)` when gated, else `down(act(up x))`.
+    """Feed-forward: `down(act(gate_scale gate x) * up x)` when gated, else `down(act(up x))`.
 
     Attributes:
       width: F.
@@ -23,6 +22,7 @@ class MLP:
       bias: on all projections.
       clamp: bound of what goes into the activation (from above) and of a gated `up x` (on both
         sides).
+      gate_scale: factor on what the gate's projection gives.
       gain: silu becomes x sigmoid(gain x).
       up_offset: added to a gated `up x` after the clamp.
       out_gate: the update is multiplied by sigmoid(x w), one number a token.
@@ -34,6 +34,7 @@ class MLP:
     gated: bool = True
     bias: bool = False
     clamp: float | None = None
+    gate_scale: float = 1.0
     gain: float = 1.0
     up_offset: float = 0.0
     out_gate: bool = False

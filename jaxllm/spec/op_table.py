@@ -7,6 +7,8 @@ from typing import Any
 
 from jaxllm.spec.ops import MLP, Attention, LatentAttention, MoE, Norm, Op
 from jaxllm.spec.param import ParamDef
+from jaxllm.spec.state_space import Convolution, SelectiveScan, StateSpaceDual
+from jaxllm.spec.state_space_table import convolution, selective_scan, state_space_dual
 
 __all__ = ["norm_table", "op_table"]
 
@@ -43,6 +45,13 @@ def _attention(op: Attention, width: int) -> dict[str, ParamDef]:
         table["out_gate"] = table["q"]
     if op.sinks:
         table["sinks"] = ParamDef((n,), ("heads",))
+    if op.global_projections:
+        own = [x for x in table if x.removesuffix("_bias") in ("q", "k", "v")]
+        table |= {f"{x[0]}_global{x[1:]}": table[x] for x in own}
+    if op.length_projection is not None:
+        length, rows = op.length_projection.length, op.length_projection.rows
+        sums = ParamDef((length, rows), (None, None), length**-0.5)
+        table |= {"k_length": sums, "v_length": sums}
     return table | _qk_norm_table(op)
 
 
@@ -120,4 +129,7 @@ TABLES: dict[type, Callable[[Any, int], dict[str, ParamDef]]] = {
     LatentAttention: _latent_attention,
     MLP: _mlp,
     MoE: _moe,
+    SelectiveScan: selective_scan,
+    StateSpaceDual: state_space_dual,
+    Convolution: convolution,
 }

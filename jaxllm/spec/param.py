@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Literal
 
-__all__ = ["ParamDef"]
+__all__ = ["Draw", "ParamDef"]
+
+Draw = tuple[Literal["log_steps", "log_uniform", "inverse_softplus"], float, float]
+"""`log_steps`: log(1), log(2), ... along the last dim. `log_uniform` low, high: logarithms of a
+uniform draw. `inverse_softplus` low, high: what softplus takes to a log-uniform draw."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,7 +21,8 @@ class ParamDef:
     counts the contracted dims of a matrix (before the outputs, after layers and experts); it is 0
     for vectors and tables. `tied` marks an embedding table that is the head as well, `wide` a leaf
     that is float32 whatever the run's dtype. A token uses a share `active` of the leaf: of experts,
-    which stand on a leading dim, the chosen ones.
+    which stand on a leading dim, the chosen ones. `draw` names another way than these, with its
+    numbers.
     """
 
     shape: tuple[int, ...]
@@ -27,6 +33,7 @@ class ParamDef:
     tied: bool = False
     wide: bool = False
     active: float = 1.0
+    draw: Draw | None = None
 
     @property
     def size(self) -> int:

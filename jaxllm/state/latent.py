@@ -52,7 +52,7 @@ def attend_latent(
             write(one(state.latent), one(latent), step.positions, aligned=step.aligned)[:, :, 0],
             write(one(state.rotated), one(rotated), step.positions, aligned=step.aligned)[:, :, 0],
         )
-    see, cached = over_state(state, step, op.mask)
+    see, cached = over_state(state, step, op)
     if cached and state is not None:
         latent, rotated = (x.astype(q.dtype) for x in (state.latent, state.rotated))
     scores = Scores(scale=op.query_scale)

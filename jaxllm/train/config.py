@@ -253,6 +253,10 @@ class RunConfig:
         )
         for name in ("balance_rate", "expert_capacity", "memory_gib"):
             require(getattr(self, name) >= 0, f"{name} is ≥ 0, found {getattr(self, name)}")
+        require(
+            self.spec.decodes and self.spec.head.logits,
+            "the loss is on the next token: an encoder would see it, and a body has no logits",
+        )
         check_tokenizer(self.tokenizer, self.spec.vocab)
         require(
             self.end_token is None or 0 <= self.end_token < self.spec.vocab,

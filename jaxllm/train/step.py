@@ -162,7 +162,8 @@ def batch_loss(
     )
     params = gather_ends(spec, params, policy)
     hidden, _, aux = api.apply(spec, params, batch.tokens, step, policy=policy)
-    head = {"embed": params["embed"]} if spec.head.tied else {"head": params["head"]}
+    groups = ("head", "head_norm", *(("embed",) if spec.head.tied else ()))
+    head = {name: params[name] for name in groups if name in params}
     head = jax.tree.map(lambda x: x.astype(policy.compute_dtype), head)  # once, not once a chunk
 
     def unembed(head: Any, rows: Any) -> Any:

@@ -11,16 +11,30 @@ import numpy as np
 from jaxllm.core.policy import Matrices, Policy
 from jaxllm.core.tree import Segment, map_leaves, restack
 from jaxllm.nn import api
-from jaxllm.spec.mask import And, Causal, Chunk, Window
+from jaxllm.spec.mask import And, Causal, Chunk, Global, Or, Window
 from jaxllm.spec.model import Block, Embedding, Head, ModelSpec, NamedOp, Sub, sub
-from jaxllm.spec.ops import MLP, Attention, LatentAttention, MoE, Norm, QKNorm, Router
+from jaxllm.spec.ops import (
+    MLP,
+    Attention,
+    Convolution,
+    LatentAttention,
+    MoE,
+    Norm,
+    QKNorm,
+    Router,
+    SelectiveScan,
+    StateSpaceDual,
+)
 from jaxllm.spec.rope import LinearScaling, Llama3Scaling, Rope
+from jaxllm.spec.state_space import GatedNorm
 from jaxllm.spec.table import model_table
 from jaxllm.state.step import training_step
+from tests.contracts.encoders import ENCODERS
 
 RMS, OFFSET, LAYER = Norm(), Norm(offset=1.0, eps=1e-6), Norm(type="layer", bias=True)
 LOCAL = And(first=Causal(), second=Window(left=2))
 CHUNKS = And(first=Causal(), second=Chunk(size=5))
+STREAMING = And(first=Causal(), second=Or(first=Window(left=2), second=Global(first=2)))
 NEAR = Rope(theta=100.0)
 
 
@@ -79,6 +93,21 @@ LLAMA3 = Rope(
     ),
 )
 PARTIAL = Rope(theta=100.0, fraction=0.5)
+SELECTIVE = SelectiveScan(channels=24, state=3, dt_rank=2, in_bias=True, inner_eps=1e-5)
+DUAL = StateSpaceDual(
+    heads=4,
+    head_dim=6,
+    state=5,
+    groups=2,
+    conv=3,
+    in_bias=True,
+    out_bias=True,
+    norm=GatedNorm(groups=2),
+    dt_min=0.3,
+    dt_max=2.0,
+    scales=(0.5, 1.5, 2.0, 1.25, 0.75),
+)
+BARE = StateSpaceDual(heads=4, head_dim=4, state=3, norm=None, conv_bias=False, activation="gelu")
 
 SPECS: dict[str, ModelSpec] = {
     "mha": model(pre("G", heads(4, 4, rope=INTERLEAVED), MLP48), layers="G*3"),
@@ -177,8 +206,35 @@ SPECS: dict[str, ModelSpec] = {
         layers="(E I)*2",
         head=Head(tied=True),
     ),
+    # Recurrences beside attention, norms inside, and layers of one op each.
+    "selective": model(
+        Block(
+            name="S",
+            subs=(sub("ssm", SELECTIVE, norm_in=RMS), sub("mlp", MLP(width=24), norm_in=RMS)),
+        ),
+        Block(name="A", subs=(sub("attn", heads(4, 2, rope=None), norm_in=RMS),)),
+        Block(name="C", subs=(sub("conv", Convolution(channels=32, bias=True), norm_in=RMS),)),
+        layers="(S A)*2 C",
+    ),
+    "dual": model(
+        Block(name="M", subs=(sub("ssm", DUAL, norm_in=RMS),)),
+        Block(
+            name="P",
+            subs=(
+                Sub(ops=(NamedOp(name="ssm", op=BARE, scale=0.5),
+                         NamedOp(name="attn", op=heads(4, 2), scale_in=1.5)), norm_in=RMS),
+                sub("mlp", MLP(width=24, gate_scale=0.5), norm_in=RMS),
+            ),
+        ),
+        layers="M*2 P",
+        head=Head(tied=True),
+    ),
+    # The first tokens stay in sight of a window.
+    "streaming": model(pre("G", heads(4, 2, mask=STREAMING), MLP48), layers="G*2"),
+    **ENCODERS,
 }  # fmt: skip
 NAMES = tuple(SPECS)
+DECODERS = tuple(name for name in NAMES if name not in ENCODERS)
 # No attention: quick to compile where the layers' work does not matter. Prefix and a unit of two.
 SMALL = model(
     *(Block(name=n, subs=(sub("mlp", PLAIN48, norm_in=RMS, norm_out=OFFSET),)) for n in "AB"),
