@@ -8,24 +8,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import jax
 import numpy as np
 
 from jaxllm.aot import counter
-from jaxllm.aot.program import abstract_like
 from jaxllm.aot.store import Store
 from jaxllm.core.config import nearest, require
 from jaxllm.core.policy import Policy
 from jaxllm.core.qarray import num_bytes
 from jaxllm.core.quantize import Scheme
-from jaxllm.core.tree import segments_of
 from jaxllm.errors import ConfigError, ShapeError
 from jaxllm.infer import programs
 from jaxllm.infer.embed import Text, embed, pooling_of, token_rows
 from jaxllm.infer.generate import Generator, Timings
 from jaxllm.infer.leaves import host_leaf, plain_leaf, quantized_paths
 from jaxllm.infer.open import open_source, run_policy
-from jaxllm.infer.programs import Setup, row_length
+from jaxllm.infer.programs import row_length
+from jaxllm.infer.ready import generator_of
 from jaxllm.infer.sampling import Sampling
 from jaxllm.quant.apply import INCLUDE, quantize_params
 from jaxllm.spec.model import ModelSpec, Pooling
@@ -34,10 +32,6 @@ from jaxllm.text.tokenizer import Tokenizer
 from jaxllm.zoo.load import save_checkpoint
 
 __all__ = ["Generation", "Model", "Prompt", "load"]
-
-COMPILER_OPTIONS = {"gpu": (("xla_gpu_command_buffer_scheduling_mode", "CONCURRENT"),)}
-"""Per-program options of XLA; this one lets independent kernels of a step overlap (+1.2 % on an
-H100 at batch 1, 2026-11-24)."""
 
 Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int] | np.ndarray
 """A string, a list of messages, or a list of token ids."""
@@ -99,7 +93,7 @@ def load(
     policy = policy or run_policy(dtype, mesh=mesh)
     kept = Store.default() if store else None
     opened = open_source(str(source), policy=policy, mesh=mesh, store=kept, packed=packed)
-    generator = _generator(opened.spec, opened.params, policy, mesh, kept)
+    generator = generator_of(opened.spec, opened.params, policy, mesh, kept)
     return Model(
         spec=opened.spec,
         params=opened.params,
@@ -109,27 +103,6 @@ def load(
         generator=generator,
         weights_stored=opened.stored,
     )
-
-
-def _generator(
-    spec: ModelSpec, params: Any, policy: Policy, mesh: Any, store: Store | None
-) -> Generator:
-    setup = Setup(
-        spec=spec,
-        policy=policy,
-        params=jax.tree.map(_abstract if mesh is None else abstract_like, params),
-        segments=segments_of(params["layers"]),
-        mesh=mesh,
-        options=COMPILER_OPTIONS.get(jax.default_backend(), ()),
-    )
-    on_cpu = jax.default_backend() == "cpu"
-    return Generator(
-        setup, params, store, tokens_per_call=4 if on_cpu else 8, ahead=0 if on_cpu else 1
-    )
-
-
-def _abstract(x: jax.Array) -> Any:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -382,7 +355,7 @@ class Model:
             rules=(tuple(include), tuple(exclude)),
             group_given=scheme.get("group") is not None,
         )
-        generator = _generator(self.spec, params, self.policy, setup.mesh, self.generator.store)
+        generator = generator_of(self.spec, params, self.policy, setup.mesh, self.generator.store)
         return dataclasses.replace(self, params=params, generator=generator)
 
     @property

@@ -19,7 +19,16 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from make_goldens import FOLDER, MAX_BYTES, provenance, redraw, sha256
+from make_goldens import (
+    FOLDER,
+    MAX_BYTES,
+    digest,
+    pack,
+    provenance,
+    redraw,
+    redraw_matrices,
+    sha256,
+)
 from tiny_encoders import ENCODERS, Encoder
 
 TEXTS = (
@@ -56,6 +65,7 @@ def write_model(folder: Path, tiny: Encoder, seed: int) -> Any:
     model = getattr(transformers, tiny.model)(config)
     redraw(model, seed)
     model.save_pretrained(folder)
+    redraw_matrices(folder, seed)
     if tiny.hub:
         path = folder / "config.json"
         path.write_text(json.dumps(hub_dialect(json.loads(path.read_text())), indent=2) + "\n")
@@ -110,12 +120,13 @@ def make_tiny(name: str) -> str:
         noise = float(max(errors.values()))
         about = provenance(
             config_sha256=sha256(folder / "config.json"),
-            weights_sha256=sha256(folder / "model.safetensors"),
+            weights_sha256=digest(folder),
             seed=seed,
             float32_noise=noise,
         )
         about["generator"] = "scripts/make_encoder_goldens.py"
         np.savez(folder / "encoder.npz", **held, **found, provenance=np.asarray(json.dumps(about)))
+        pack(folder, seed)
         size = sum(p.stat().st_size for p in folder.iterdir())
         assert size <= MAX_BYTES, f"{name} takes {size} bytes"
         shutil.rmtree(FOLDER / name, ignore_errors=True)

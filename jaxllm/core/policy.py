@@ -16,6 +16,7 @@ Matrices = Literal["canonical", "in_out", "out_in"]
 Codes = Literal["values", "planes"]
 Remat = Literal["none", "save_dots", "save_attention", "offload", "full"]
 AttentionKind = Literal["auto", "reference", "cudnn"]
+LatentKind = Literal["auto", "plain", "absorbed"]
 ScanKind = Literal["auto", "reference", "chunked"]
 
 
@@ -41,6 +42,10 @@ class Policy:
         other up to twice as fast, by device.
       codes: how four-bit values are held: in jax's own types, or as planes of nibbles in bytes,
         which a CPU unpacks five times faster.
+      latent: how latent attention reads what it remembers: keys and values `plain` for all heads,
+        `absorbed` into queries and outputs, or by the number of new tokens (`auto`).
+      expert_capacity: an expert takes at most this times its even share of a device's tokens, and
+        the others go without it; None drops nothing.
       dropout: rate on embeddings and residual updates, active when the step carries a key.
       taps: paths (`layers.3.mlp.down`, or `gram:layers.3.mlp.down`) whose inputs, or running Gram
         matrices of inputs, come back in `aux.taps`.
@@ -58,6 +63,8 @@ class Policy:
     fused: bool = False
     matrices: Matrices = "canonical"
     codes: Codes = "values"
+    latent: LatentKind = "auto"
+    expert_capacity: float | None = None
     dropout: float = 0.0
     taps: frozenset[str] = frozenset()
     rules: Rules = DEFAULT_RULES
@@ -66,6 +73,10 @@ class Policy:
     def __post_init__(self) -> None:
         for name in (self.param_dtype, self.compute_dtype, self.logit_dtype):
             dtype_of(name)
+        require(
+            self.expert_capacity is None or self.expert_capacity > 0,
+            f"expert_capacity is positive, found {self.expert_capacity}",
+        )
         require(0 <= self.dropout < 1, f"dropout is in [0, 1), found {self.dropout}")
         require(
             not (self.taps and self.fused),

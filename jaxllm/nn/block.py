@@ -15,8 +15,10 @@ from jaxllm.core.policy import Policy
 from jaxllm.core.sharding import constrain
 from jaxllm.nn.attention import Attention
 from jaxllm.nn.aux import Aux, LayerAux
+from jaxllm.nn.latent import LatentAttention
 from jaxllm.nn.leaf import Leaves
 from jaxllm.nn.mlp import MLP
+from jaxllm.nn.moe import MoE
 from jaxllm.nn.state_space import Convolution, SelectiveScan, StateSpaceDual
 from jaxllm.ops.norm import layer_norm, rms_norm
 from jaxllm.spec import ops as spec_ops
@@ -29,7 +31,9 @@ __all__ = ["Block", "Norm", "dropout"]
 
 MODULES = {
     spec_ops.Attention: Attention,
+    spec_ops.LatentAttention: LatentAttention,
     spec_ops.MLP: MLP,
+    spec_ops.MoE: MoE,
     spec_ops.SelectiveScan: SelectiveScan,
     spec_ops.StateSpaceDual: StateSpaceDual,
     spec_ops.Convolution: Convolution,

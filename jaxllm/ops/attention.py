@@ -55,11 +55,11 @@ class Scores:
 def reference(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
+    v: Float[Array, "B S K Hv"],
     see: Visibility,
     *,
     scores: Scores,
-) -> Float[Array, "B T N H"]:
+) -> Float[Array, "B T N Hv"]:
     """softmax(cap(scale q kT) + mask, sinks) v, statistics in float32.
 
     Args:
@@ -112,11 +112,11 @@ def _by_group(seen: Bool[AnyArray, "B n T S"], kv_heads: int) -> Bool[AnyArray, 
 def _cudnn(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
+    v: Float[Array, "B S K Hv"],
     see: Visibility,
     *,
     scores: Scores,
-) -> Float[Array, "B T N H"]:
+) -> Float[Array, "B T N Hv"]:
     """cuDNN's fused attention through `jax.nn.dot_product_attention`."""
     simple = see.query_segments is None and see.key_lengths is None
     simple = simple and isinstance(see.mask, Causal)
@@ -148,7 +148,7 @@ def _cudnn_obstacle(platform: str, dtype: str, head_dim: int, plain: bool) -> st
     if head_dim % 8 or head_dim > 256:
         return f"cudnn takes head widths that are multiples of 8 up to 256, not {head_dim}"
     if not plain:
-        return "cudnn has no soft-cap and no sinks"
+        return "cudnn has no soft-cap, no sinks, and one width of keys and values"
     return None
 
 
@@ -163,7 +163,7 @@ def choose(
       platform: `cpu`, `gpu` or `tpu`.
       dtype: name of q's dtype.
       head_dim: H.
-      plain: whether scores have neither soft-cap nor sinks.
+      plain: whether scores have neither soft-cap nor sinks, and keys and values one width.
 
     Raises:
       ConfigError: unknown name; UnsupportedError: a named choice that cannot be served.
@@ -186,12 +186,12 @@ def choose(
 def attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
+    v: Float[Array, "B S K Hv"],
     see: Visibility,
     *,
     scores: Scores,
     implementation: str = "auto",
-) -> Float[Array, "B T N H"]:
+) -> Float[Array, "B T N Hv"]:
     """Softmax attention of queries q over keys k and values v; see `reference`.
 
     Raises:
@@ -204,7 +204,7 @@ def attention(
         platform=jax.default_backend(),
         dtype=str(q.dtype),
         head_dim=q.shape[-1],
-        plain=scores.softcap is None and scores.sinks is None,
+        plain=scores.softcap is None and scores.sinks is None and q.shape[-1] == v.shape[-1],
     )
     if implementation == "auto":
         note_once(f"attention: {choice.name} ({choice.why})")

@@ -15,7 +15,7 @@ from jaxllm.core.qrows import row_blocks
 
 __all__ = ["quantized_product"]
 
-_TILE = 2**20
+_TILE = 2**19
 """Values that a CPU unpacks at a time: what its second cache level holds in float32."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 from jaxllm.core.config import require
@@ -93,7 +94,7 @@ def quantize_params(
     """
     fused = any(path.split(".")[-1] in FUSED for path, _ in flatten(params["layers"]))
     table = dict(flatten(model_table(spec, segments_of(params["layers"]), fused)))
-    matrices = [path for path, definition in table.items() if _is_matrix(definition)]
+    matrices = [path for path in table if _is_matrix(path, table[path])]
     include, exclude = rules
     _used(include, matrices, "include")
     _used(exclude, matrices, "exclude")
@@ -101,7 +102,7 @@ def quantize_params(
     def leaf(path: str, value: Any) -> Any:
         definition = table[path]
         plain = not isinstance(value, (QArray, AdaptedWeight))
-        if not (plain and _is_matrix(definition) and _chosen(path, include, exclude)):
+        if not (plain and _is_matrix(path, definition) and _chosen(path, include, exclude)):
             return value
         try:
             return _quantized(value, definition, scheme, policy, given=group_given)
@@ -111,17 +112,18 @@ def quantize_params(
     return map_leaves(leaf, params)
 
 
-def _is_matrix(definition: ParamDef) -> bool:
-    """Whether a leaf is a matrix or the embedding table."""
-    lead = int(definition.axes[0] == "layers")
-    return definition.std > 0 and (definition.inputs > 0 or definition.axes[lead] == "vocab")
+def _is_matrix(path: str, definition: ParamDef) -> bool:
+    """Whether a leaf is a matrix or the embedding table; what chooses experts stays exact."""
+    if path.endswith(".router"):
+        return False
+    table = definition.axes[0] == "vocab"
+    return definition.std > 0 and (definition.inputs > 0 or table)
 
 
 def _quantized(
     value: Any, definition: ParamDef, scheme: Scheme, policy: Policy, *, given: bool
 ) -> QArray:
-    lead = int(definition.axes[0] == "layers")
-    inputs = definition.inputs
+    lead, inputs = definition.lead, definition.inputs
     if isinstance(value, OutputsFirst):
         held = value.values
         dims = range(held.ndim)
@@ -129,10 +131,6 @@ def _quantized(
         canonical = (*dims[:lead], *dims[-count:], *dims[lead : held.ndim - count])
         value = held.transpose(canonical)
     shape = definition.shape[lead:]
-    width = shape[-1]
-    if inputs:
-        width = 1
-        for size in shape[:inputs]:
-            width *= size
+    width = math.prod(shape[:inputs]) if inputs else shape[-1]
     leaf = quantize_jit(value, scheme=_fitting(scheme, width, given), inputs=inputs, lead=lead)
     return as_planes(leaf) if policy.codes == "planes" else leaf

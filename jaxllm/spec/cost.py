@@ -10,13 +10,14 @@ import numpy as np
 from jaxllm.core.tree import flatten
 from jaxllm.spec.mask import And, Causal, Full, Mask, Row, Window, allowed, draws, parts
 from jaxllm.spec.model import ModelSpec
-from jaxllm.spec.ops import Attention
+from jaxllm.spec.ops import Attention, LatentAttention
 from jaxllm.spec.table import layer_paths, model_table
 
 __all__ = [
     "attended_pairs",
     "flops",
     "kv_bytes_per_token",
+    "num_active_params",
     "num_params",
     "recurrence_flops",
     "recurrent_bytes",
@@ -29,6 +30,11 @@ def num_params(spec: ModelSpec) -> int:
     return sum(d.size for _, d in flatten(model_table(spec)))
 
 
+def num_active_params(spec: ModelSpec) -> int:
+    """Number of parameters that one token uses: of experts the chosen ones, all others whole."""
+    return sum(round(d.size * d.active) for _, d in flatten(model_table(spec)))
+
+
 def weight_bytes(spec: ModelSpec, dtype_bytes: int) -> int:
     """Bytes of all parameters at `dtype_bytes` a value."""
     return num_params(spec) * dtype_bytes
@@ -39,13 +45,20 @@ def _ops(spec: ModelSpec) -> list[Any]:
     return [named.op for layer in layers for sub in spec.block(layer).subs for named in sub.ops]
 
 
-def _attentions(spec: ModelSpec) -> list[Attention]:
-    return [op for op in _ops(spec) if isinstance(op, Attention)]
+def _attentions(spec: ModelSpec) -> list[Attention | LatentAttention]:
+    return [op for op in _ops(spec) if isinstance(op, Attention | LatentAttention)]
 
 
 def kv_bytes_per_token(spec: ModelSpec, dtype_bytes: int) -> int:
     """Bytes of keys and values that one token adds to the cache of all layers."""
-    return sum(2 * a.kv_heads * a.head_dim * dtype_bytes for a in _attentions(spec))
+    return sum(_kept(a) * dtype_bytes for a in _attentions(spec))
+
+
+def _kept(op: Attention | LatentAttention) -> int:
+    """Values that one token adds to a cache."""
+    if isinstance(op, LatentAttention):
+        return op.kv_rank + op.rope_dim
+    return 2 * op.kv_heads * op.head_dim
 
 
 def recurrence_flops(spec: ModelSpec) -> int:
@@ -94,8 +107,11 @@ def _pairs(op: Attention, tokens: int, past: int) -> int:
     return op.heads * attended_pairs(op.mask, tokens, past)
 
 
-def _attention(op: Attention, tokens: int, past: int) -> int:
+def _attention(op: Attention | LatentAttention, tokens: int, past: int) -> int:
     """FLOPs of scores and sums, and of summing keys and values over the length."""
+    if isinstance(op, LatentAttention):
+        pairs = op.heads * attended_pairs(op.mask, tokens, past)
+        return 2 * (op.query_dim + op.v_dim) * pairs
     flops = 4 * op.head_dim * _pairs(op, tokens, past)
     if op.length_projection is not None:
         flops += 4 * tokens * op.length_projection.rows * op.kv_heads * op.head_dim
@@ -123,7 +139,11 @@ def flops(spec: ModelSpec, tokens: int, past: int = 0, logits: int | None = None
       `matmul`, `attention`, `recurrence` (with convolutions), `head` and their sum `total`.
     """
     paths = layer_paths(spec)
-    body = sum(2 * d.size for path, d in paths.items() if _is_matrix(spec, path, d.inputs))
+    body = sum(
+        2 * round(d.size * d.active)
+        for path, d in paths.items()
+        if _is_matrix(spec, path, d.inputs)
+    )
     pairs = sum(_attention(op, tokens, past) for op in _attentions(spec))
     last = spec.vocab + (0 if spec.head.transform is None else spec.width)
     count = (tokens if logits is None else logits) if spec.head.logits else 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from jaxllm.spec.ops import MLP, Attention, Norm, Op
+from jaxllm.spec.ops import MLP, Attention, LatentAttention, MoE, Norm, Op
 from jaxllm.spec.param import ParamDef
 from jaxllm.spec.state_space import Convolution, SelectiveScan, StateSpaceDual
 from jaxllm.spec.state_space_table import convolution, selective_scan, state_space_dual
@@ -70,6 +70,34 @@ def _qk_norm_table(op: Attention) -> dict[str, ParamDef]:
     }
 
 
+def _latent_attention(op: LatentAttention, width: int) -> dict[str, ParamDef]:
+    n, std = op.heads, width**-0.5
+    by_head = (None, "heads", "head_dim")
+    table: dict[str, ParamDef] = {}
+    if op.q_rank is None:
+        shape = (width, n, op.query_dim)
+        table["q"] = ParamDef(shape, ("width", "heads", "head_dim"), std, inputs=1)
+    else:
+        low = (op.q_rank, n, op.query_dim)
+        table["q_down"] = ParamDef((width, op.q_rank), ("width", None), std, inputs=1)
+        table["q_norm"] = ParamDef((op.q_rank,), (None,), fill=1.0)
+        table["q_up"] = ParamDef(low, by_head, op.q_rank**-0.5, inputs=1)
+    down, up = op.kv_rank + op.rope_dim, (op.kv_rank, n, op.nope_dim + op.v_dim)
+    table |= {
+        "kv_down": ParamDef((width, down), ("width", None), std, inputs=1),
+        "kv_norm": ParamDef((op.kv_rank,), (None,), fill=1.0),
+        "kv_up": ParamDef(up, by_head, op.kv_rank**-0.5, inputs=1),
+    }
+    out = (n, op.v_dim, width)
+    std = (n * op.v_dim) ** -0.5
+    table["o"] = ParamDef(out, ("heads", "head_dim", "width"), std, inputs=2)
+    if op.bias:
+        table |= {} if op.q_rank is None else {"q_down_bias": ParamDef((op.q_rank,), (None,))}
+        table["kv_down_bias"] = ParamDef((down,), (None,))
+        table["o_bias"] = ParamDef((width,), ("width",))
+    return table
+
+
 def _mlp(op: MLP, width: int) -> dict[str, ParamDef]:
     up = ParamDef((width, op.width), ("width", "ffn"), width**-0.5, inputs=1)
     table = {"gate": up} if op.gated else {}
@@ -79,12 +107,28 @@ def _mlp(op: MLP, width: int) -> dict[str, ParamDef]:
         bias = ParamDef((op.width,), ("ffn",))
         table |= {"gate_bias": bias} if op.gated else {}
         table |= {"up_bias": bias, "down_bias": ParamDef((width,), ("width",))}
+    if op.out_gate:
+        table["out_gate"] = ParamDef((width, 1), ("width", None), width**-0.5, inputs=1)
     return table
+
+
+def _moe(op: MoE, width: int) -> dict[str, ParamDef]:
+    """The router's leaves, and those of one expert with a leading dim E."""
+    table = {"router": ParamDef((width, op.experts), ("width", None), width**-0.5, inputs=1)}
+    if op.router.bias:
+        table["router_bias"] = ParamDef((op.experts,), (None,))
+    if op.router.balance_bias:
+        # Its steps are small beside it: bfloat16 would round them away.
+        table["balance_bias"] = ParamDef((op.experts,), (None,), wide=True)
+    experts = _mlp(op.mlp, width)
+    return table | {name: d.repeat(op.experts, op.active) for name, d in experts.items()}
 
 
 TABLES: dict[type, Callable[[Any, int], dict[str, ParamDef]]] = {
     Attention: _attention,
+    LatentAttention: _latent_attention,
     MLP: _mlp,
+    MoE: _moe,
     SelectiveScan: selective_scan,
     StateSpaceDual: state_space_dual,
     Convolution: convolution,

@@ -16,12 +16,12 @@ from jaxllm.errors import UnsupportedError
 from jaxllm.ops.attention import Scores, attention
 from jaxllm.ops.mask import Visibility
 from jaxllm.spec.mask import Global, Mask, draws, parts, reach
-from jaxllm.spec.ops import Attention
+from jaxllm.spec.ops import Attention, LatentAttention
 from jaxllm.state.dense import DenseKV, write
 from jaxllm.state.step import Step
 from jaxllm.typing import AnyArray
 
-__all__ = ["attend", "global_tokens"]
+__all__ = ["attend", "global_tokens", "over_state", "spread"]
 
 
 def attend(
@@ -48,7 +48,7 @@ def attend(
       (what each query found, the new state).
     """
     q, k, v = qkv
-    _check_rows(op, step, state)
+    see, cached = over_state(state, step, op)
     if state is not None and not isinstance(state, DenseKV):
         raise UnsupportedError(f"attention cannot read a {type(state).__name__}; use a dense state")
     if state is not None:
@@ -56,26 +56,23 @@ def attend(
             write(state.k, k, step.positions, aligned=step.aligned),
             write(state.v, v, step.positions, aligned=step.aligned),
         )
-    if state is None or step.fresh:
-        see = _among_new(step, op)
-    else:
+    if cached and state is not None:
         k, v = state.k, state.v
-        see = _over_cache(k, step, op)
     keys, values = k.astype(q.dtype), v.astype(q.dtype)
     heads = jnp.arange(op.heads, dtype=jnp.int32) if draws(op.mask) else None
     scores = Scores(scale=op.query_scale, softcap=op.softcap, sinks=sinks, heads=heads)
-    return _spread(q, keys, values, see, scores=scores, policy=policy), state
+    return spread(q, keys, values, see, scores=scores, policy=policy), state
 
 
-def _spread(
+def spread(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
+    v: Float[Array, "B S K Hv"],
     see: Visibility,
     *,
     scores: Scores,
     policy: Policy,
-) -> Float[Array, "B T N H"]:
+) -> Float[Array, "B T N Hv"]:
     """Attention with rows and heads spread over the mesh: no device needs another's."""
     parts = shards("heads", policy.rules)
     if q.shape[2] % parts == 0 and k.shape[2] % parts:
@@ -100,33 +97,52 @@ def _spread(
     return island(one, (q, k, v, see, scores), axes, out=(shape, queries), rules=policy.rules)
 
 
-def _sees_ahead(op: Attention) -> bool:
-    return reach(op.mask)[1] != 0
+def over_state(state: Any, step: Step, op: Attention | LatentAttention) -> tuple[Visibility, bool]:
+    """(who sees whom, whether keys are those of the state) once the new ones are in it.
+
+    Raises:
+      UnsupportedError: the mask is of whole rows, and a state or a packed row holds parts.
+    """
+    _check_rows(op, step, state)
+    if state is None or step.fresh:
+        return _among_new(step, op), False
+    return _over_cache(jax.tree.leaves(state)[0].shape[:2], step, op.mask), True
 
 
-def _check_rows(op: Attention, step: Step, state: Any) -> None:
+def _sees_ahead(mask: Mask) -> bool:
+    return reach(mask)[1] != 0
+
+
+def _rows(op: Attention | LatentAttention) -> int | None:
+    """Rows that a length projection makes of a sequence's keys."""
+    projection = op.length_projection if isinstance(op, Attention) else None
+    return None if projection is None else projection.rows
+
+
+def _check_rows(op: Attention | LatentAttention, step: Step, state: Any) -> None:
     """A state forgets marks and does not know where a row ends; nor do packed documents."""
     special = [part for part in parts(op.mask) if isinstance(part, Global)]
-    ends = draws(op.mask) or any(part.last for part in special)
-    ends = ends or op.length_projection is not None
-    what = "a length projection" if op.length_projection is not None else str(op.mask)
+    projected = _rows(op) is not None
+    ends = draws(op.mask) or any(part.last for part in special) or projected
+    what = "a length projection" if projected else str(op.mask)
     if state is not None and (ends or any(part.marked for part in special)):
         raise UnsupportedError(f"attention with {what} sees whole rows: give no state")
     if step.segment_ids is not None and ends:
         raise UnsupportedError(f"attention with {what} sees whole rows: do not pack documents")
 
 
-def _among_new(step: Step, op: Attention) -> Visibility:
+def _among_new(step: Step, op: Attention | LatentAttention) -> Visibility:
     """The new tokens among themselves; padding is at the end, so a causal mask hides it."""
-    if op.length_projection is not None:
-        rows = jnp.zeros((step.positions.shape[0], op.length_projection.rows), jnp.int32)
+    rows = _rows(op)
+    if rows is not None:
+        rows = jnp.zeros((step.positions.shape[0], rows), jnp.int32)
         return Visibility(step.positions, rows, mask=op.mask)
     return Visibility(
         step.positions,
         step.positions,
         step.segment_ids,
         step.segment_ids,
-        step.lengths if _sees_ahead(op) else None,
+        step.lengths if _sees_ahead(op.mask) else None,
         mask=op.mask,
         aligned=step.fresh,
         marks=step.marks,
@@ -134,18 +150,18 @@ def _among_new(step: Step, op: Attention) -> Visibility:
     )
 
 
-def _over_cache(k: Float[Array, "B S K H"], step: Step, op: Attention) -> Visibility:
+def _over_cache(shape: tuple[int, int], step: Step, mask: Mask) -> Visibility:
     """The new tokens over all slots; slots past the sequence are never before a query."""
-    slots = jnp.arange(k.shape[1], dtype=step.positions.dtype)
+    slots = jnp.arange(shape[1], dtype=step.positions.dtype)
     lengths = None
-    if _sees_ahead(op):
+    if _sees_ahead(mask):
         new = step.positions.shape[1] if step.lengths is None else step.lengths
         lengths = (step.positions[:, 0] + new).astype(slots.dtype)
     return Visibility(
         step.positions,
-        jnp.broadcast_to(slots, k.shape[:2]),
+        jnp.broadcast_to(slots, shape),
         key_lengths=lengths,
-        mask=op.mask,
+        mask=mask,
         slots=True,
     )
 

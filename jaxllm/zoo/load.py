@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-import functools
 import hashlib
 import itertools
 import json
@@ -16,19 +15,18 @@ import numpy as np
 
 from jaxllm.core import runtime
 from jaxllm.core.config import nearest
-from jaxllm.core.qarray import QArray
 from jaxllm.core.tree import Segment, flatten, unstacked_paths
 from jaxllm.errors import ConfigError, UnsupportedError, WeightsError
 from jaxllm.spec.model import ModelSpec
-from jaxllm.spec.table import FUSED, fused_part, layer_paths, model_table
+from jaxllm.spec.table import fused_part, layer_paths, model_table
 from jaxllm.zoo.families import FAMILIES
 from jaxllm.zoo.gguf import open_gguf
-from jaxllm.zoo.packed import METHOD, leaf_tensors, packed_layer, packed_leaf
+from jaxllm.zoo.packed import METHOD, fused_parts, packed_leaf, packed_tensors
 from jaxllm.zoo.quantized_files import open_packed
 from jaxllm.zoo.reader import Reader, TensorInfo
-from jaxllm.zoo.safetensors import TensorSource, array_info, open_safetensors, write_safetensors
+from jaxllm.zoo.safetensors import TensorSource, open_safetensors, write_safetensors
 from jaxllm.zoo.sentence import read_pooling, write_pooling
-from jaxllm.zoo.table import ConfigReader, Entry, Family
+from jaxllm.zoo.table import ConfigReader, Entry, Family, join
 
 __all__ = [
     "Checkpoint",
@@ -166,61 +164,44 @@ def read_arrays(
 
     Args:
       checkpoint: the source.
-      dtype: numpy dtype of the leaves.
+      dtype: numpy dtype of the leaves but those that are wide.
       segments: how layers are stacked.
       fused: query/key/value and gate/up as one matrix each.
       matrices: how they are held, as `Policy.matrices` says.
       packed: how quantized tensors are held, as `Policy.codes` says; empty for plain arrays. Where
         parts of one leaf are quantized in different ways, or only some are, it is plain.
     """
-    sources = {entry.path: entry for entry in checkpoint.entries}
+    sources: dict[str, list[Entry]] = {}
+    for entry in checkpoint.entries:
+        sources.setdefault(entry.path, []).append(entry)
     for path, definition in flatten(model_table(checkpoint.spec, segments, fused)):
         layers = unstacked_paths(path)
         stacked = len(layers) > 1 or definition.axes[0] == "layers"
-        one = definition.unstack() if stacked else definition
-        if packed and one.std:
-            parts = [_packed_parts(checkpoint, sources, layer) for layer in layers]
-            leaf = packed_layer(parts, one, stacked=stacked, planes=packed == "planes")
+        if packed and definition.std:
+            leaf = packed_leaf(checkpoint, sources, path, definition, planes=packed == "planes")
             if leaf is not None:
                 yield path, leaf
                 continue
-        out = np.empty(definition.hold(matrices).shape, dtype)
+        held = np.float32 if definition.wide else dtype
+        out = np.empty(definition.hold(matrices).shape, held)
         ours = out.transpose(np.argsort(definition.hold_order(matrices)))
         for i, layer in enumerate(layers):
             _fill(checkpoint, sources, layer, ours[i] if stacked else ours)
         yield path, out
 
 
-def _parts(path: str) -> list[str]:
-    """The unfused paths behind a possibly fused one; none where it is no fused one."""
-    parent, _, name = path.rpartition(".")
-    stem, bias = (name.removesuffix("_bias"), "_bias") if name.endswith("_bias") else (name, "")
-    return [f"{parent}.{part}{bias}" for part in FUSED.get(stem, ())]
-
-
-def _packed_parts(
-    checkpoint: Checkpoint, sources: dict[str, Entry], path: str
-) -> list[QArray | None]:
-    """The leaves behind one unstacked path; None at once where any is plain."""
-    paths = layer_paths(checkpoint.spec)
-    names = _parts(path) or [path]
-    found: list[QArray | None] = []
-    for name in names:
-        found.append(packed_leaf(checkpoint.reader, sources[name], paths[name]))
-        if found[-1] is None:
-            return [None]
-    return found
-
-
-def _fill(checkpoint: Checkpoint, sources: dict[str, Entry], path: str, out: np.ndarray) -> None:
+def _fill(
+    checkpoint: Checkpoint, sources: dict[str, list[Entry]], path: str, out: np.ndarray
+) -> None:
     """Fill the place of one unstacked (possibly fused) leaf."""
     paths = layer_paths(checkpoint.spec)
-    fused = _parts(path)
+    fused = fused_parts(path)
     for part in fused or [path]:
-        array = checkpoint.reader.read(sources[part].disk)
-        array = sources[part].to_ours(array, paths[part])
-        place = fused_part(checkpoint.spec, part)[1] if fused else ...
-        out[place] = array.astype(out.dtype, copy=False)
+        place = out[fused_part(checkpoint.spec, part)[1] if fused else ...]
+        for entry in sources[part]:
+            array = entry.to_ours(checkpoint.reader.read(entry.disk), paths[part])
+            at = ... if entry.index is None else entry.index
+            place[at] = array.astype(out.dtype, copy=False)
 
 
 def save_checkpoint(
@@ -248,29 +229,30 @@ def save_checkpoint(
     family, config = _writer(spec)
     paths = layer_paths(spec)
     pooling = spec.head.pooling
-    tag = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}[dtype]
-    width = 4 if tag == "F32" else 2
+    narrow = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}[dtype]
+    last: dict[str, Any] = {}
+
+    def leaf(path: str) -> Any:
+        if path not in last:  # experts, tensor by tensor, are those of one leaf
+            last.clear()
+            last[path] = read(path)
+        return last[path]
 
     facts: dict[str, Any] = {}
 
     def tensor(parts: list[Entry]) -> Iterator[TensorSource]:
         if all(entry.path in quantized for entry in parts):
-            leaves = [read(entry.path) for entry in parts]
-            arrays, facts[parts[0].disk] = leaf_tensors(parts, leaves, paths)
-            for name, array in arrays.items():
-                yield (
-                    f"{parts[0].disk}.{name}",
-                    array_info(array),
-                    functools.partial(np.asarray, array),
-                )
+            yield from packed_tensors(parts, leaf, paths, facts)
             return
-        shape = parts[0].disk_shape(paths[parts[0].path])
-        info = TensorInfo(shape, tag, int(np.prod(shape)) * width)
+        definition = paths[parts[0].path]
+        tag = "F32" if definition.wide else narrow
+        shape = parts[0].disk_shape(definition)
+        info = TensorInfo(shape, tag, int(np.prod(shape)) * (4 if tag == "F32" else 2))
         yield parts[0].disk, info, lambda: make(parts)
 
     def make(parts: list[Entry]) -> np.ndarray:
-        arrays = [entry.to_disk(read(entry.path), paths[entry.path]) for entry in parts]
-        return arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=parts[0].axis)
+        arrays = [entry.to_disk(leaf(entry.path), paths[entry.path]) for entry in parts]
+        return join(parts, arrays, parts[0].axis(paths[parts[0].path]))
 
     directory.mkdir(parents=True, exist_ok=True)
     tensors = itertools.chain.from_iterable(map(tensor, _by_tensor(family.names(spec))))
@@ -287,7 +269,9 @@ def save_checkpoint(
 
 def saved_paths(spec: ModelSpec) -> list[str]:
     """The unstacked paths that `save_checkpoint` reads, in its order."""
-    return [entry.path for parts in _by_tensor(_writer(spec)[0].names(spec)) for entry in parts]
+    groups = _by_tensor(_writer(spec)[0].names(spec))
+    paths = [entry.path for parts in groups for entry in parts]
+    return [path for i, path in enumerate(paths) if not i or path != paths[i - 1]]
 
 
 def _by_tensor(entries: list[Entry]) -> list[list[Entry]]:

@@ -6,8 +6,9 @@ Rows are cut, joined and put in order; no value is unpacked.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -19,12 +20,16 @@ from jaxllm.core.layouts import as_planes
 from jaxllm.core.packing import packed_arrays, packed_facts
 from jaxllm.core.qarray import QArray, dequantize
 from jaxllm.core.qrows import join_rows, take_rows
+from jaxllm.core.tree import unstacked_paths
 from jaxllm.errors import UnsupportedError
 from jaxllm.spec.param import ParamDef
+from jaxllm.spec.table import FUSED, layer_paths
+from jaxllm.zoo.packed_source import Source
 from jaxllm.zoo.reader import Reader, TensorInfo
+from jaxllm.zoo.safetensors import TensorSource, array_info
 from jaxllm.zoo.table import Entry
 
-__all__ = ["PackedReader", "leaf_tensors", "packed_layer", "packed_leaf"]
+__all__ = ["METHOD", "PackedReader", "fused_parts", "packed_leaf", "packed_tensors"]
 
 METHOD = "jaxllm"
 """`quant_method` of our own layout."""
@@ -32,33 +37,29 @@ METHOD = "jaxllm"
 
 @dataclass(frozen=True)
 class PackedReader:
-    """A reader in which some tensors are quantized; those it gives as [out, in] leaves.
+    """A reader in which some tensors are quantized; those it gives as leaves, outputs first.
 
     Attributes:
       base: the file's own reader.
       tensors: what a model finds: a quantized tensor under the name of the plain one.
       leaves: name -> what makes the leaf.
+      inputs_first: names of those whose plain tensor would be [in, out].
     """
 
     base: Reader
     tensors: Mapping[str, TensorInfo] = field(repr=False)
     leaves: Mapping[str, Callable[[], QArray]] = field(repr=False)
+    inputs_first: frozenset[str] = frozenset()
 
     @classmethod
-    def over(
-        cls,
-        base: Reader,
-        leaves: Mapping[str, tuple[tuple[int, ...], Callable[[], QArray]]],
-        used: set[str],
-    ) -> PackedReader:
-        """A reader with (logical shape, leaf) by name in place of the tensors `used`."""
-        tensors = {name: info for name, info in base.tensors.items() if name not in used}
-        tensors |= {
-            name: TensorInfo(shape, "quantized", math.prod(shape))
-            for name, (shape, _) in leaves.items()
-        }
-        makers = {name: make for name, (_, make) in leaves.items()}
-        return cls(base, MappingProxyType(tensors), MappingProxyType(makers))
+    def over(cls, source: Source) -> PackedReader:
+        """A reader with the leaves of a source in place of the tensors that they are made of."""
+        tensors = {n: info for n, info in source.reader.tensors.items() if n not in source.used}
+        for name, (shape, _) in source.leaves.items():
+            tensors[name] = TensorInfo(shape, "quantized", math.prod(shape))
+        makers = {name: make for name, (_, make) in source.leaves.items()}
+        turned = frozenset(source.inputs_first)
+        return cls(source.reader, MappingProxyType(tensors), MappingProxyType(makers), turned)
 
     @property
     def metadata(self) -> Mapping[str, Any]:
@@ -71,98 +72,154 @@ class PackedReader:
         return self.base.files
 
     def leaf(self, name: str) -> QArray | None:
-        """A quantized tensor as a leaf of numpy arrays, [out, in] held; None for a plain one."""
+        """A quantized tensor as a leaf of numpy arrays; None for a plain one."""
         return self.leaves[name]() if name in self.leaves else None
 
     def read(self, name: str) -> np.ndarray:
-        """A tensor as floats, [out, in] where it is a matrix."""
+        """A tensor as floats, as the plain one would be."""
         leaf = self.leaf(name)
         if leaf is None:
             return self.base.read(name)
         values = np.asarray(jax.jit(dequantize, static_argnums=1)(leaf, np.float32))
-        return values.swapaxes(-1, -2) if leaf.inputs else values
+        turned = bool(leaf.inputs) and name not in self.inputs_first
+        return values.swapaxes(-1, -2) if turned else values
 
 
-def _rows(entry: Entry, definition: ParamDef, outputs: int) -> np.ndarray:
-    """Which rows on disk are the leaf's, in its order."""
-    if entry.form in ("in_out", "conv", "same"):
-        raise UnsupportedError(f"{entry.disk}: a quantized tensor in the form {entry.form}")
-    if not definition.inputs:
-        return np.arange(outputs)
+def fused_parts(path: str) -> list[str]:
+    """The unfused paths behind a possibly fused one; none where it is no fused one."""
+    parent, _, name = path.rpartition(".")
+    stem, bias = (name.removesuffix("_bias"), "_bias") if name.endswith("_bias") else (name, "")
+    return [f"{parent}.{part}{bias}" for part in FUSED.get(stem, ())]
+
+
+def _thin(definition: ParamDef) -> ParamDef:
+    """A matrix of one input, whose values can be the numbers of its outputs."""
     thin = (1,) * definition.inputs + definition.shape[definition.inputs :]
-    one = dataclasses.replace(definition, shape=thin)
-    return entry.to_ours(np.arange(outputs)[:, None], one).reshape(-1)
+    return dataclasses.replace(definition, shape=thin)
 
 
-def packed_leaf(reader: Any, entry: Entry, definition: ParamDef) -> QArray | None:
-    """The leaf that an entry fills, or None where its tensor is not quantized."""
+def _of_entry(reader: Any, entry: Entry, definition: ParamDef) -> QArray | None:
+    """The leaf of one tensor: the whole matrix, one expert of it, or a stack of all."""
     give = getattr(reader, "leaf", None)
     leaf = None if give is None else give(entry.disk)
     if leaf is None:
         return None
-    rows = _rows(entry, definition, leaf.values.shape[-2])
-    if not np.array_equal(rows, np.arange(leaf.values.shape[-2])):
-        leaf = take_rows(leaf, rows)
-    shape = definition.shape
-    return dataclasses.replace(leaf, shape=shape, inputs=definition.inputs)
+    turned = entry.disk in getattr(reader, "inputs_first", ())
+    if entry.form in ("conv", "same") or (entry.form == "in_out") != turned:
+        raise UnsupportedError(f"{entry.disk}: is quantized, and no matrix [outputs, inputs]")
+    one = definition.unstack() if definition.lead else definition
+    outputs = np.arange(leaf.values.shape[-2])
+    if definition.inputs:
+        form = "linear" if turned else entry.form
+        alone = dataclasses.replace(entry, form=form, index=None)
+        rows = alone.to_ours(outputs[:, None], _thin(one)).reshape(-1)
+        leaf = leaf if np.array_equal(rows, outputs) else take_rows(leaf, rows)
+    return dataclasses.replace(leaf, shape=one.shape, inputs=one.inputs)
 
 
-def _kind(leaf: QArray) -> Any:
-    arrays, structure = jax.tree.flatten(leaf)
-    return structure, [(a.shape, str(a.dtype)) for a in arrays]
+def _stacked(leaves: Sequence[QArray]) -> QArray | None:
+    """Leaves on a new leading dim, or None where they differ in kind."""
 
+    def kind(leaf: QArray) -> Any:
+        arrays, structure = jax.tree.flatten(leaf)
+        return structure, [(a.shape, str(a.dtype)) for a in arrays]
 
-def packed_layer(
-    layers: list[list[QArray | None]], definition: ParamDef, *, stacked: bool, planes: bool
-) -> QArray | None:
-    """A leaf of the run's layout from its parts layer by layer, or None where it must be plain.
-
-    Args:
-      layers: for each layer the parts that are held as one.
-      definition: of the leaf of one layer, as it is held.
-      stacked: whether layers have a leading dim.
-      planes: four bits in layout version 2.
-
-    Raises:
-      UnsupportedError: the parts differ in a way that no joined leaf has.
-    """
-    found = [part for parts in layers for part in parts]
-    if any(part is None for part in found):
-        return None
-    leaves = []
-    for parts in layers:
-        whole: Any = parts[0]
-        if len(parts) > 1:
-            whole = join_rows(parts, definition.shape, definition.inputs)  # pyright: ignore
-        leaves.append(as_planes(whole) if planes else whole)
-    if not stacked:
-        return leaves[0]
-    if any(_kind(leaf) != _kind(leaves[0]) for leaf in leaves):
+    if any(kind(leaf) != kind(leaves[0]) for leaf in leaves):
         return None
     return jax.tree.map(lambda *arrays: np.stack(arrays), *leaves)
 
 
-def leaf_tensors(
-    parts: list[Entry], leaves: list[QArray], definitions: Mapping[str, ParamDef]
-) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """(arrays, facts) of the tensor that leaves of numpy arrays fill, in our layout on disk."""
+def _of_layer(
+    checkpoint: Any, sources: Mapping[str, list[Entry]], path: str, held: ParamDef
+) -> QArray | None:
+    """The (possibly fused) leaf of one layer; None where any of it is plain."""
+    paths = layer_paths(checkpoint.spec)
+    parts: list[QArray] = []
+    for part in fused_parts(path) or [path]:
+        found = []
+        for entry in sources[part]:
+            leaf = _of_entry(checkpoint.reader, entry, paths[part])
+            if leaf is None:
+                return None
+            found.append(leaf)
+        whole = _stacked(found) if sources[part][0].index is not None else found[0]
+        if whole is None:
+            return None
+        parts.append(whole)
+    if len(parts) == 1:
+        return parts[0]
+    one = held.unstack() if held.lead else held
+    return join_rows(parts, one.shape, one.inputs)
+
+
+def packed_leaf(
+    checkpoint: Any,
+    sources: Mapping[str, list[Entry]],
+    path: str,
+    definition: ParamDef,
+    *,
+    planes: bool,
+) -> QArray | None:
+    """A leaf in the run's layout, or None where it must be plain.
+
+    Args:
+      checkpoint: the source.
+      sources: unstacked path -> tensors.
+      path: in the run's layout.
+      definition: of that leaf.
+      planes: four bits in layout version 2.
+
+    Raises:
+      UnsupportedError: parts that differ in a way that no joined leaf has.
+    """
+    stacked = definition.axes[0] == "layers"
+    one = definition.unstack() if stacked else definition
+    leaves: list[QArray] = []
+    for layer in unstacked_paths(path):
+        leaf = _of_layer(checkpoint, sources, layer, one)
+        if leaf is None:
+            return None
+        leaves.append(as_planes(leaf) if planes else leaf)
+    return _stacked(leaves) if stacked else leaves[0]
+
+
+def packed_tensors(
+    parts: list[Entry],
+    read: Callable[[str], QArray],
+    definitions: Mapping[str, ParamDef],
+    facts: dict[str, Any],
+) -> Iterator[TensorSource]:
+    """The arrays of a quantized tensor in our layout on disk; their facts go into `facts`."""
     held = []
-    for entry, leaf in zip(parts, leaves, strict=True):
-        definition = definitions[entry.path]
+    for entry in parts:
+        definition, leaf = definitions[entry.path], read(entry.path)
+        if entry.index is not None:
+            at = entry.index
+            leaf = jax.tree.map(lambda a, at=at: a[at], leaf)
+        one = definition.unstack() if definition.lead else definition
         if definition.inputs:
-            outputs = definition.shape[definition.inputs :]
-            thin = (1,) * definition.inputs + outputs
-            one = dataclasses.replace(definition, shape=thin)
-            index = np.arange(math.prod(outputs)).reshape(thin)
-            rows = entry.to_disk(index, one).reshape(-1)
-            if not np.array_equal(rows, np.arange(len(rows))):
-                leaf = take_rows(leaf, rows)
+            thin = _thin(one)
+            numbers = np.arange(thin.size).reshape(thin.shape)
+            alone = dataclasses.replace(entry, form=_outputs_first(entry), index=None)
+            rows = alone.to_disk(numbers, thin).reshape(-1)
+            leaf = leaf if np.array_equal(rows, np.arange(len(rows))) else take_rows(leaf, rows)
         held.append(leaf)
     whole = held[0]
     if len(held) > 1:
         whole = join_rows(held, (whole.num_inputs, sum(x.num_outputs for x in held)), 1)
+        if parts[0].stride > 1:
+            count = whole.num_outputs
+            whole = take_rows(whole, np.arange(count).reshape(len(held), -1).T.reshape(-1))
     inputs = definitions[parts[0].path].inputs
     shape = (whole.num_inputs, whole.values.shape[-2])
-    shape = shape if inputs else shape[::-1]
-    whole = dataclasses.replace(whole, shape=shape, inputs=min(inputs, 1))
-    return packed_arrays(whole), packed_facts(whole)
+    whole = dataclasses.replace(
+        whole, shape=shape if inputs else shape[::-1], inputs=min(inputs, 1)
+    )
+    name = parts[0].disk
+    facts[name] = packed_facts(whole) | {"inputs_first": parts[0].form == "in_out"}
+    for part, array in packed_arrays(whole).items():
+        yield f"{name}.{part}", array_info(array), functools.partial(np.asarray, array)
+
+
+def _outputs_first(entry: Entry) -> Any:
+    return "linear" if entry.form == "in_out" else entry.form

@@ -33,6 +33,7 @@ class Source:
         self.where = where
         self.leaves: dict[str, tuple[tuple[int, ...], Callable[[], QArray]]] = {}
         self.used: set[str] = set()
+        self.inputs_first: set[str] = set()
         self.problems: list[str] = []
 
     def names(self, suffix: str) -> Iterable[str]:

@@ -11,6 +11,7 @@ from jaxllm.core.packing import unpacked, wanted_arrays
 from jaxllm.core.qarray import QArray
 from jaxllm.errors import UnsupportedError, WeightsError
 from jaxllm.zoo.packed import METHOD, PackedReader
+from jaxllm.zoo.packed_blocks import mxfp4
 from jaxllm.zoo.packed_bnb import bitsandbytes
 from jaxllm.zoo.packed_ints import awq, gptq
 from jaxllm.zoo.packed_scaled import compressed_tensors, fp8
@@ -30,8 +31,10 @@ def _own(source: Source, config: Mapping[str, Any]) -> None:
         if not source.have(*arrays):
             continue
 
-        shape = tuple(facts["shape"])
-        shape = shape[::-1] if facts["inputs"] else shape
+        shape, turned = tuple(facts["shape"]), bool(facts.get("inputs_first"))
+        shape = shape[::-1] if facts["inputs"] and not turned else shape
+        shape = source.shape(f"{name}.values")[:-2] + shape
+        source.inputs_first |= {name} if turned else set()
         source.add(name, shape, functools.partial(_own_leaf, source, name, facts), arrays)
 
 
@@ -46,6 +49,7 @@ METHODS: dict[str, Callable[[Source, Mapping[str, Any]], None]] = {
     "compressed-tensors": compressed_tensors,
     "fp8": fp8,
     "bitsandbytes": bitsandbytes,
+    "mxfp4": mxfp4,
 }
 """`quant_method` -> what finds a checkpoint's quantized tensors."""
 
@@ -72,4 +76,4 @@ def open_packed(reader: Reader, config: Any, where: str) -> PackedReader:
     source = Source(reader, where)
     METHODS[method](source, config)
     source.finish()
-    return PackedReader.over(reader, source.leaves, source.used)
+    return PackedReader.over(source)

@@ -17,8 +17,11 @@ from jaxllm.spec.ops import (
     MLP,
     Attention,
     Convolution,
+    LatentAttention,
+    MoE,
     Norm,
     QKNorm,
+    Router,
     SelectiveScan,
     StateSpaceDual,
 )
@@ -41,7 +44,7 @@ def model(*blocks: Block, layers: str, **changes: Any) -> ModelSpec:
     return ModelSpec(blocks=blocks, layers=layers, **(base | changes))
 
 
-def pre(name: str, attn: Attention, mlp: MLP, norm: Norm = RMS) -> Block:
+def pre(name: str, attn: Attention | LatentAttention, mlp: MLP, norm: Norm = RMS) -> Block:
     """A pre-norm layer."""
     return Block(name=name, subs=(sub("attn", attn, norm_in=norm), sub("mlp", mlp, norm_in=norm)))
 
@@ -51,6 +54,35 @@ def heads(count: int, kv: int, **changes: Any) -> Attention:
     return Attention(heads=count, kv_heads=kv, **({"head_dim": 8, "rope": NEAR} | changes))
 
 
+def experts(name: str, moe: MoE, norm: Norm = RMS, shared: MLP | None = None) -> Block:
+    """A pre-norm layer whose feed-forward is a mixture, beside an MLP for all tokens or not."""
+    ops = [NamedOp(name="moe", op=moe)]
+    if shared is not None:
+        ops.append(NamedOp(name="shared", op=shared))
+    attn = sub("attn", heads(4, 2), norm_in=norm)
+    return Block(name=name, subs=(attn, Sub(ops=tuple(ops), norm_in=norm)))
+
+
+SOFTMAX = MoE(experts=4, active=2, mlp=MLP(width=24), router=Router(renormalize=True, scale=1.5))
+GROUPED = MoE(
+    experts=8,
+    active=3,
+    mlp=MLP(width=16),
+    router=Router(
+        score="sigmoid",
+        renormalize=True,
+        scale=2.5,
+        groups=4,
+        groups_kept=2,
+        balance_bias=True,
+    ),
+)
+CLAMPED = MoE(
+    experts=4,
+    active=2,
+    mlp=MLP(width=16, bias=True, clamp=0.7, gain=1.702, up_offset=1.0),
+    router=Router(over_chosen=True, bias=True),
+)
 MLP48 = MLP(width=48)
 PLAIN48 = MLP(width=48, gated=False, bias=True, activation="gelu")
 INTERLEAVED = Rope(theta=100.0, layout="interleaved", scaling=LinearScaling(factor=2.0))
@@ -150,6 +182,29 @@ SPECS: dict[str, ModelSpec] = {
         pre("N", heads(4, 1, rope=None, qk_norm=QKNorm(type="layer", over="heads")), MLP48),
         pre("G", heads(4, 2, qk_norm=QKNorm(scale=False, after_rope=True), out_bias=True), MLP48),
         layers="N G*2",
+    ),
+    # Softmax over all and renormalised; sigmoid in groups with a balance bias, beside a gated MLP
+    # that all tokens share.
+    "moe": model(
+        experts("E", SOFTMAX, norm=RMS),
+        experts("S", GROUPED, shared=MLP(width=24, out_gate=True)),
+        layers="E S*2",
+    ),
+    # Latent attention: queries from a short vector or not; a rope of pairs side by side or not.
+    "latent": model(
+        pre("A", LatentAttention(heads=4, kv_rank=12, q_rank=10, nope_dim=6, rope_dim=4, v_dim=5,
+                                 bias=True, rope=Rope(theta=100.0, layout="interleaved")), MLP48),
+        pre("B", LatentAttention(heads=2, kv_rank=16, nope_dim=8, rope_dim=6, v_dim=8, scale=0.4,
+                                 rope=NEAR, mask=LOCAL), MLP48),
+        layers="A B*2",
+    ),
+    # Softmax over the chosen; clamps, gain, offset and biases; weights on what goes in.
+    "moe_clamped": model(
+        experts("E", CLAMPED),
+        experts("I", MoE(experts=4, active=2, mlp=MLP(width=16, gated=False, activation="relu2"),
+                         router=Router(score="sigmoid", weigh_inputs=True))),
+        layers="(E I)*2",
+        head=Head(tied=True),
     ),
     # Recurrences beside attention, norms inside, and layers of one op each.
     "selective": model(

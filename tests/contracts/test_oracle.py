@@ -8,9 +8,10 @@ import pytest
 
 from jaxllm.nn.api import Inputs
 from jaxllm.spec.mask import Causal, Row, allowed
-from jaxllm.spec.ops import MLP, Attention
+from jaxllm.spec.ops import MLP, Attention, LatentAttention, MoE
 from tests.contracts import recurrences
 from tests.contracts.specs import NAMES, SPECS, assert_close, full, params, runner, single, tokens
+from tests.ops.routing_oracle import moe
 from tests.ops.test_attention import oracle as attend
 from tests.ops.test_norm import FORMULAS
 from tests.ops.test_rope import rotated
@@ -82,18 +83,50 @@ def attention(op, w, x):
     return y + w["o_bias"] if op.out_bias else y
 
 
+def latent(op, w, x):
+    def normed(y, scale):
+        return y / np.sqrt((y**2).mean(-1, keepdims=True) + op.eps) * scale
+
+    def low(name):
+        return x @ w[name] + (w[f"{name}_bias"] if op.bias else 0)
+
+    places = np.broadcast_to(np.arange(x.shape[1]), x.shape[:2])
+    if op.q_rank is None:
+        q = np.einsum("btd,dnh->btnh", x, w["q"])
+    else:
+        q = np.einsum("btr,rnh->btnh", normed(low("q_down"), w["q_norm"]), w["q_up"])
+    vectors, shared = np.split(low("kv_down"), [op.kv_rank], axis=-1)
+    both = np.einsum("btr,rnh->btnh", normed(vectors, w["kv_norm"]), w["kv_up"])
+    q, turned = np.split(q, [op.nope_dim], axis=-1)
+    k, v = np.split(both, [op.nope_dim], axis=-1)
+    q = np.concatenate([q, rotated(turned, places, op.rope)], axis=-1)
+    shared = np.repeat(rotated(shared[:, :, None], places, op.rope), op.heads, axis=2)
+    k = np.concatenate([k, shared], axis=-1)
+    seen = allowed(op.mask, places[:, :, None], places[:, None, :])
+    out = attend(q, k, v, seen, op.query_scale, softcap=None, sinks=None)
+    return np.einsum("btnv,nvd->btd", out, w["o"]) + (w["o_bias"] if op.bias else 0)
+
+
 def mlp(op, w, x):
     def project(name, x):
         y = x @ w[name]
         return y + w[f"{name}_bias"] if op.bias else y
 
-    act = np.vectorize(FORMULAS[op.activation])
+    def act(x):
+        x = x if op.clamp is None else np.minimum(x, op.clamp)
+        gained = x / (1 + np.exp(-op.gain * x))
+        return gained if op.gain != 1 else np.vectorize(FORMULAS[op.activation])(x)
+
     if op.gated:
-        return project("down", act(op.gate_scale * project("gate", x)) * project("up", x))
-    return project("down", act(project("up", x)))
+        up = project("up", x)
+        up = up if op.clamp is None else np.clip(up, -op.clamp, op.clamp)
+        y = project("down", act(op.gate_scale * project("gate", x)) * (up + op.up_offset))
+    else:
+        y = project("down", act(project("up", x)))
+    return y / (1 + np.exp(-x @ w["out_gate"])) if op.out_gate else y
 
 
-OPS = {Attention: attention, MLP: mlp, **recurrences.OPS}
+OPS = {Attention: attention, LatentAttention: latent, MLP: mlp, MoE: moe, **recurrences.OPS}
 
 
 def decode(spec, weights, ids, types=0):
@@ -192,6 +225,28 @@ FLAGS = [
     ("l2_after_rope", (*op(0), "qk_norm", "type"), "rms"),
     ("l2_after_rope", (*op(1), "qk_norm", "eps"), 1e-1),
     ("l2_after_rope", (*op(1), "rope"), None),
+    ("latent", (*op(0), "bias"), False),
+    ("latent", (*op(0), "eps"), 1e-2),
+    ("latent", (*op(0), "rope", "layout"), "half"),
+    ("latent", (*op(1), "scale"), None),
+    ("latent", (*op(1), "mask"), SPECS["mha"].blocks[0].subs[0].ops[0].op.mask),
+    ("moe", (*op(0, 1), "active"), 1),
+    ("moe", (*op(0, 1), "router", "renormalize"), False),
+    ("moe", (*op(0, 1), "router", "scale"), 1.0),
+    ("moe", (*op(0, 1), "router", "score"), "sigmoid"),
+    ("moe", (*op(1, 1), "router", "score"), "softmax"),
+    ("moe", (*op(1, 1), "router", "groups_kept"), 3),
+    ("moe", (*op(1, 1), "router", "groups"), 2),
+    ("moe", (*op(1, 1), "router", "group_score"), "one"),
+    ("moe", (*op(1, 1), "router", "balance_bias"), False),
+    ("moe", (*op(1, 1, 1), "out_gate"), False),
+    ("moe_clamped", (*op(0, 1), "mlp", "clamp"), None),
+    ("moe_clamped", (*op(0, 1), "mlp", "gain"), 1.0),
+    ("moe_clamped", (*op(0, 1), "mlp", "up_offset"), 0.0),
+    ("moe_clamped", (*op(0, 1), "mlp", "bias"), False),
+    ("moe_clamped", (*op(0, 1), "router", "bias"), False),
+    ("moe_clamped", (*op(0, 1), "router", "over_chosen"), False),
+    ("moe_clamped", (*op(1, 1), "router", "weigh_inputs"), False),
     ("selective", (*op(0), "inner_eps"), 1e-2),
     ("selective", (*op(0), "activation"), "gelu"),
     ("dual", (*op(0), "scales", 0), 1.0),

@@ -37,9 +37,17 @@ LATER = (
     "phi3_partial_hub",
     "qwen3_window",
     "smollm3_hub",
+    *(
+        "deepseek_v3_hub",
+        "gpt_oss_hub",
+        "mixtral_hub",
+        "olmoe",
+        "olmoe_hub",
+        "qwen2_moe_hub",
+        "qwen3_moe",
+        "qwen3_moe_hub",
+    ),
 )
-# The reference's float32 and float64 differ most where states decay step after step.
-NOISY = ("falcon_h1", "jamba", "jamba_hub")
 SOON = tuple(name for name in NAMES if name not in LATER)
 LOGITS = {
     "default": SOON,
@@ -100,8 +108,7 @@ def same_bits(first, second):
 def test_there_is_something_to_check():
     assert len(NAMES) >= 24
     noise = {name: golden(name).provenance["float32_noise"] for name in NAMES}
-    assert {n for n, x in noise.items() if x > TOLERANCE / 5} <= set(NOISY)
-    assert max(noise.values()) < TOLERANCE / 2
+    assert {n for n, x in noise.items() if x > TOLERANCE / 5} == set()
 
 
 @pytest.mark.parametrize(("name", "layout"), pairs(LOGITS))

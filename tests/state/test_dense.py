@@ -8,7 +8,14 @@ import pytest
 from jaxllm.core.policy import Policy
 from jaxllm.core.tree import Segment, segments_of
 from jaxllm.errors import UnsupportedError
-from jaxllm.spec.ops import MLP, Attention, SelectiveScan, StateSpaceDual
+from jaxllm.spec.ops import (
+    MLP,
+    Attention,
+    LatentAttention,
+    MoE,
+    SelectiveScan,
+    StateSpaceDual,
+)
 from jaxllm.state.attend import attend
 from jaxllm.state.dense import DenseKV, dense_state, grow, state_axes, write
 from jaxllm.state.step import dense_step, training_step
@@ -27,9 +34,13 @@ def test_the_state_has_the_shape_of_the_layers(name):
         alone = single({"layers": state}, spec.num_layers)["layers"]
         for layer in range(spec.num_layers):
             ops = [named for sub in spec.block(layer).subs for named in sub.ops]
-            wanted = {n.name: n.op for n in ops if not isinstance(n.op, MLP)}
+            wanted = {n.name: n.op for n in ops if not isinstance(n.op, MLP | MoE)}
             assert alone[str(layer)].keys() == wanted.keys()
             for key, op in wanted.items():
+                if isinstance(op, LatentAttention):
+                    shapes = [x.shape for x in jax.tree.leaves(alone[str(layer)][key])]
+                    assert shapes == [(3, 7, op.kv_rank), (3, 7, op.rope_dim)]
+                    continue
                 if not isinstance(op, Attention):
                     check_recurrent(op, alone[str(layer)][key])
                     continue
