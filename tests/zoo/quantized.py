@@ -1,4 +1,4 @@
-"""Toy checkpoints in the published quantized formats, packed here from the formats' descriptions."""
+"""Toy checkpoints in published quantized formats, packed here from their descriptions."""
 
 import json
 from pathlib import Path
