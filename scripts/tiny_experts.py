@@ -1,8 +1,11 @@
 """The tiny models with experts of scripts/make_goldens.py."""
 
-from tiny_models import SMALL, Tiny
+from tiny_models import FACTORS, SMALL, Tiny
+from transformers import DeepseekV2Config as DeepseekV2
 from transformers import DeepseekV3Config as DeepseekV3
 from transformers import GptOssConfig as GptOss
+from transformers import GraniteMoeConfig as GraniteMoe
+from transformers import GraniteMoeSharedConfig as GraniteMoeShared
 from transformers import MixtralConfig as Mixtral
 from transformers import OlmoeConfig as Olmoe
 from transformers import Qwen2MoeConfig as Qwen2Moe
@@ -63,6 +66,41 @@ EXPERTS = {
         OSS | {"num_hidden_layers": 1, "swiglu_alpha": 1.3, "layer_types": ["full_attention"]},
         hub=True,
         dtype="bfloat16",
+    ),
+    "granite_moe": Tiny(GraniteMoe, MOE | FACTORS | {"num_local_experts": 5}),
+    "granite_moe_hub": Tiny(
+        GraniteMoe,
+        MOE
+        | FACTORS
+        | {
+            "num_hidden_layers": 1,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 3,
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+            "hidden_act": "gelu",
+        },
+        hub=True,
+    ),
+    "granite_moe_shared": Tiny(
+        GraniteMoeShared,
+        MOE | FACTORS | {"num_local_experts": 5, "shared_intermediate_size": 18},
+        hub=True,
+    ),
+    "deepseek_v2": Tiny(
+        DeepseekV2,
+        LATENT
+        | {
+            "rope_parameters": YARN,
+            "topk_method": "group_limited_greedy",
+            "routed_scaling_factor": 1.7,
+            "n_shared_experts": 2,
+        },
+    ),
+    "deepseek_v2_hub": Tiny(
+        DeepseekV2,
+        LATENT | {"q_lora_rank": None, "n_shared_experts": 1, "n_routed_experts": 5, "n_group": 1},
+        hub=True,
     ),
     "deepseek_v3": Tiny(DeepseekV3, LATENT | {"rope_parameters": YARN}),
     "deepseek_v3_hub": Tiny(

@@ -214,6 +214,8 @@ class Family:
       read_gguf: GGUF metadata -> spec; for `architectures` alone.
       gguf_names: (spec, architecture) -> entries of the GGUF layout.
       ignored: globs of tensors that carry nothing the model needs.
+      spare: a tensor by which a layer past the last shows that it predicts further tokens; such
+        layers are left out.
       prefix: of the names on disk, which files of the bare body lack.
       head_tensor: a tensor by which a file shows that it has a head of logits; it outweighs
         `architectures` in config.json. Empty where every file has one.
@@ -228,9 +230,18 @@ class Family:
     read_gguf: Callable[[ConfigReader, Mapping[str, Any]], ModelSpec] = _no_gguf
     gguf_names: Callable[[ModelSpec, str], list[Entry]] = _no_gguf
     ignored: tuple[str, ...] = ()
+    spare: str = ""
     prefix: str = ""
     head_tensor: str = ""
     older: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def spared(self, layers: int, tensors: Collection[str]) -> list[str]:
+        """Globs of the tensors of layers that predict further tokens, after so many layers."""
+        found = []
+        while self.spare and f"model.layers.{layers}.{self.spare}" in tensors:
+            found.append(f"model.layers.{layers}.*")
+            layers += 1
+        return found
 
     def locate(self, entry: Entry, tensors: Collection[str]) -> Entry:
         """The entry under the name that the file has: with the prefix or not, or an older one."""

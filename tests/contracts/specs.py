@@ -198,11 +198,13 @@ SPECS: dict[str, ModelSpec] = {
                                  rope=NEAR, mask=LOCAL), MLP48),
         layers="A B*2",
     ),
-    # Softmax over the chosen; clamps, gain, offset and biases; weights on what goes in.
+    # Softmax over the chosen; clamps, gain, offset and biases; weights on what goes in, and
+    # a latent width.
     "moe_clamped": model(
         experts("E", CLAMPED),
         experts("I", MoE(experts=4, active=2, mlp=MLP(width=16, gated=False, activation="relu2"),
-                         router=Router(score="sigmoid", weigh_inputs=True))),
+                         router=Router(score="sigmoid", weigh_inputs=True), latent=20,
+                         latent_bias=True)),
         layers="(E I)*2",
         head=Head(tied=True),
     ),

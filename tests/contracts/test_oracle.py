@@ -247,6 +247,7 @@ FLAGS = [
     ("moe_clamped", (*op(0, 1), "router", "bias"), False),
     ("moe_clamped", (*op(0, 1), "router", "over_chosen"), False),
     ("moe_clamped", (*op(1, 1), "router", "weigh_inputs"), False),
+    ("moe_clamped", (*op(1, 1), "latent_bias"), False),
     ("selective", (*op(0), "inner_eps"), 1e-2),
     ("selective", (*op(0), "activation"), "gelu"),
     ("dual", (*op(0), "scales", 0), 1.0),
