@@ -6,6 +6,7 @@ from transformers import DeepseekV3Config as DeepseekV3
 from transformers import GptOssConfig as GptOss
 from transformers import GraniteMoeConfig as GraniteMoe
 from transformers import GraniteMoeSharedConfig as GraniteMoeShared
+from transformers import Llama4TextConfig as Llama4
 from transformers import MixtralConfig as Mixtral
 from transformers import OlmoeConfig as Olmoe
 from transformers import Qwen2MoeConfig as Qwen2Moe
@@ -59,7 +60,35 @@ OSS = MOE | {
     },
 }
 
+LLAMA4 = MOE | {
+    "num_local_experts": 4,
+    "num_experts_per_tok": 1,
+    "head_dim": 10,
+    "intermediate_size": 14,
+    "intermediate_size_mlp": 18,
+    "num_hidden_layers": 4,
+    "interleave_moe_layer_step": 2,
+    "no_rope_layers": [1, 1, 0, 1],
+    "attention_chunk_size": 8,
+    "floor_scale": 6,
+    "attn_scale": 0.5,
+}
+
 EXPERTS = {
+    "llama4": Tiny(Llama4, LLAMA4),
+    "llama4_hub": Tiny(
+        Llama4,
+        LLAMA4
+        | {
+            "num_hidden_layers": 2,
+            "num_experts_per_tok": 2,
+            "interleave_moe_layer_step": 1,
+            "no_rope_layers": [1, 0],
+            "use_qk_norm": False,
+            "attn_temperature_tuning": False,
+        },
+        hub=True,
+    ),
     "gpt_oss": Tiny(GptOss, OSS),
     "gpt_oss_hub": Tiny(
         GptOss,

@@ -24,6 +24,7 @@ from jaxllm.spec.ops import (
     Router,
     SelectiveScan,
     StateSpaceDual,
+    Temperature,
 )
 from jaxllm.spec.rope import LinearScaling, Llama3Scaling, Rope
 from jaxllm.spec.state_space import GatedNorm
@@ -180,7 +181,8 @@ SPECS: dict[str, ModelSpec] = {
     ),
     "l2_after_rope": model(
         pre("N", heads(4, 1, rope=None, qk_norm=QKNorm(type="layer", over="heads")), MLP48),
-        pre("G", heads(4, 2, qk_norm=QKNorm(scale=False, after_rope=True), out_bias=True), MLP48),
+        pre("G", heads(4, 2, qk_norm=QKNorm(scale=False, after_rope=True), out_bias=True,
+                       temperature=Temperature(scale=0.5, period=3.0)), MLP48),
         layers="N G*2",
     ),
     # Softmax over all and renormalised; sigmoid in groups with a balance bias, beside a gated MLP

@@ -63,6 +63,9 @@ def attention(op, w, x):
             rotate(qk_norm(op.qk_norm, w.get(f"{n}_norm"), y))
             for n, y in zip("qk", (q, k), strict=True)
         )
+    if op.temperature is not None:
+        steps = np.floor((places + 1) / op.temperature.period)
+        q = q * (1 + op.temperature.scale * np.log(1 + steps))[:, :, None, None]
     seen = seen_by(op, x.shape[1])
     scale = 1 / math.sqrt(op.head_dim) if op.scale is None else op.scale
     seen = np.repeat(seen, len(x), axis=0)
@@ -225,6 +228,7 @@ FLAGS = [
     ("l2_after_rope", (*op(0), "qk_norm", "type"), "rms"),
     ("l2_after_rope", (*op(1), "qk_norm", "eps"), 1e-1),
     ("l2_after_rope", (*op(1), "rope"), None),
+    ("l2_after_rope", (*op(1), "temperature"), None),
     ("latent", (*op(0), "bias"), False),
     ("latent", (*op(0), "eps"), 1e-2),
     ("latent", (*op(0), "rope", "layout"), "half"),

@@ -7,12 +7,13 @@ import shutil
 import pytest
 
 from jaxllm.errors import ConfigError, WeightsError
+from jaxllm.spec.mask import And, Causal, Chunk
 from jaxllm.spec.ops import LatentAttention, MoE
 from jaxllm.zoo.load import open_checkpoint, saved_paths
 from tests.oracle.golden import NAMES, TOLERANCE, golden, relative, tensors
 from tests.oracle.mutate import FACTOR, attn, change, logits, only, subs, window
 
-STEMS = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "deepseek", "gpt_oss")
+STEMS = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "deepseek", "gpt_oss", "llama4")
 OURS = [name for name in NAMES if name.startswith(STEMS) or "_moe" in name]
 
 
@@ -91,6 +92,13 @@ MUTATIONS = {
     ("deepseek_v2", "rope pairs i, i + P/2"): latent(
         rope=lambda old: dataclasses.replace(old, layout="half")
     ),
+    ("llama4", "weights on what comes out"): router(weigh_inputs=False),
+    ("llama4", "softmax"): router(score="softmax"),
+    ("llama4", "two experts"): moe(active=2),
+    ("llama4", "no temperature"): attn(temperature=None),
+    ("llama4", "queries and keys not normed"): attn(qk_norm=None),
+    ("llama4", "chunks of 9"): only("S", attn(mask=And(first=Causal(), second=Chunk(size=9)))),
+    ("llama4", "no chunks"): only("C", attn(mask=Causal())),
     ("deepseek_v3", "softmax"): router(score="softmax"),
     ("deepseek_v3", "one group more"): router(groups_kept=3),
     ("deepseek_v3", "groups by one score"): router(group_score="one"),
@@ -152,6 +160,8 @@ PROBLEMS = {
     "too many of a hybrid's": ("jamba_moe", {"num_experts_per_tok": 6}, "active is 1 to 5"),
     "offset of experts": ("jamba_moe", {"expert_layer_offset": 2}, "not below expert_layer_period"),
     "shared experts": ("nemotron_h_moe", {"n_shared_experts": 2}, "n_shared_experts"),
+    "ropes": ("llama4", {"no_rope_layers": [1, 1]}, "no_rope_layers"),
+    "kinds beside ropes": ("llama4", {"layer_types": ["full_attention"] * 4}, "layer_types"),
     "odd rope": ("deepseek_v3", {"qk_rope_head_dim": 7}, "even number"),
     "unknown": ("deepseek_v3", {"index_topk": 4}, "unknown key 'index_topk'"),
 }

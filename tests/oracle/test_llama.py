@@ -44,6 +44,7 @@ LATER = (
         "deepseek_v2_hub",
         "deepseek_v3_hub",
         "gpt_oss_hub",
+        "llama4_hub",
         "granite_moe_hub",
         "granite_moe_shared",
         "mixtral_hub",
