@@ -147,14 +147,19 @@ SPECS: dict[str, ModelSpec] = {
         embedding=Embedding(positions=64),
         final_norm=None,
     ),
-    # Attention and feed-forward in one residual update, then a second, scaled one.
+    # Attention and feed-forward in one residual update, then a second, scaled, with a norm an op.
     "parallel": model(
         Block(
             name="P",
             subs=(
                 Sub(ops=(NamedOp(name="attn", op=heads(4, 2)), NamedOp(name="mlp", op=MLP48)),
                     norm_in=LAYER),
-                sub("more", MLP(width=16, gated=False, activation="relu2"), norm_in=RMS, scale=0.5),
+                Sub(
+                    ops=(NamedOp(name="more", op=MLP(width=16, gated=False, activation="relu2"),
+                                 norm_in=RMS),
+                         NamedOp(name="other", op=MLP(width=8), norm_in=LAYER)),
+                    scale=0.5,
+                ),
             ),
         ),
         layers="P*2",

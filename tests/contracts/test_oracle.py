@@ -146,8 +146,10 @@ def decode(spec, weights, ids, types=0):
         for sub in spec.block(layer).subs:
             name = sub.ops[0].name
             inner = norm(sub.norm_in, w.get(f"{name}_norm"), x)
+            own = {o.name: norm(o.norm_in, w.get(f"{o.name}_norm"), inner) for o in sub.ops}
             update = sum(
-                o.scale * OPS[type(o.op)](o.op, w[o.name], o.scale_in * inner) for o in sub.ops
+                o.scale * OPS[type(o.op)](o.op, w[o.name], o.scale_in * own[o.name])
+                for o in sub.ops
             )
             x = x + sub.scale * norm(sub.norm_out, w.get(f"{name}_out_norm"), update)
             x = norm(sub.norm_after, w.get(f"{name}_after_norm"), x)
@@ -215,6 +217,7 @@ FLAGS = [
     ("post_layernorm", ("blocks", 0, "subs", 0, "norm_after", "eps"), 1e-2),
     ("parallel", ("blocks", 0, "subs", 1, "scale"), 1.0),
     ("parallel", (*op(0, 1), "activation"), "relu"),
+    ("parallel", ("blocks", 0, "subs", 1, "ops", 1, "norm_in", "type"), "rms"),
     ("parallel", ("head", "scale"), 1.0),
     ("output_norm", ("final_norm", "type"), "rms"),
     ("capped_gated", (*op(0), "softcap"), 3.0),
