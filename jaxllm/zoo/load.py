@@ -138,7 +138,8 @@ def _check_tensors(checkpoint: Checkpoint) -> None:
             problems.append(f"{entry.disk} has dtype {tensors[entry.disk].dtype}, not a float")
     problems = list(dict.fromkeys(problems))  # leaves of one tensor find the same
     used = {entry.disk for entry in checkpoint.entries}
-    ignored = [*checkpoint.family.ignored]
+    spared = checkpoint.family.spared(checkpoint.spec.num_layers, tensors)
+    ignored = [*checkpoint.family.ignored, *spared]
     if checkpoint.spec.head.tied:
         ignored.append("lm_head.weight")
     for name in tensors:
