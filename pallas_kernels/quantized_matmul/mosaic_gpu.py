@@ -64,7 +64,7 @@ class Product:
 
     def step(self, _, w_smem, s_smem, x_smem, total, *, stage=None):
         """Adds what one tile of inputs gives to the sums [64, rows]."""
-        w = plgpu.load(w_smem, (), layout=None if self.interpret else _UPCAST[self.bits])
+        w = plgpu.load(w_smem, layout=None if self.interpret else _UPCAST[self.bits])
         if not self.interpret and self.bits == 4:  # values move between lanes while they are small
             w = plgpu.layout_cast(w, plgpu.Layout.WGMMA)
         w = w.astype(x_smem.dtype)
@@ -82,7 +82,7 @@ class Product:
             return acc[...]
 
         part = pl.run_scoped(product, plgpu.ACC((OUTPUTS, self.rows), jnp.float32))
-        scale = plgpu.load(s_smem, (0,), layout=None if self.interpret else ROW)
+        scale = plgpu.load(s_smem.at[0], layout=None if self.interpret else ROW)
         return total + part * lax.broadcast_in_dim(scale, part.shape, [0])
 
     def body(self, values, scale, x, out, out_smem, stage=None):
