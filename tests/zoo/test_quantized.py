@@ -22,6 +22,7 @@ from tests.cli.toy import write_toy
 from tests.oracle.golden import FOLDER
 from tests.zoo.quantized import awq, build, gptq, words, write
 
+slow = pytest.mark.slow
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32}
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}
 RANDOM = np.random.default_rng(1)
@@ -170,7 +171,9 @@ def test_wrong_configs_are_refused(tmp_path, name):
         open_checkpoint(tmp_path / "m")
 
 
-@pytest.mark.parametrize("format", ["int8", "int4", "nf4", "mxfp4", "fp8"])
+@pytest.mark.parametrize(
+    "format", ["int4", "nf4", *(pytest.param(f, marks=slow) for f in ("int8", "mxfp4", "fp8"))]
+)
 def test_quantize_save_load(tmp_path, format):
     """What is saved loads back bit-equal, through the store too; nothing else is touched."""
     model = jaxllm.load(write_toy(tmp_path / "m", width=128, ffn=256), store=False)
@@ -279,6 +282,7 @@ def test_blocks_over_the_ends_of_rows_are_refused(tmp_path):
         open_packed(open_safetensors(tmp_path), {"quant_method": "bitsandbytes"}, "config")
 
 
+@slow
 def test_experts_in_mxfp4(tmp_path):
     """The family's experts packed as the published files have them: gate and up in turns."""
     folder = tmp_path / "m"
