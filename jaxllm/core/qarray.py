@@ -211,7 +211,11 @@ def _spread(numbers: Array, per_block: Array, leaf: QArray, product: bool) -> Ar
 
 def _scaled(numbers: Array, leaf: QArray, scale: Array, offset: Any) -> Array:
     out = _spread(numbers, scale, leaf, True)
-    return out if offset is None else _spread(out, offset.astype(jnp.float32), leaf, False)
+    return (
+        out
+        if offset is None
+        else _spread(out, jnp.asarray(offset).astype(jnp.float32), leaf, False)
+    )
 
 
 def _dequantized_rows(leaf: QArray) -> Array:

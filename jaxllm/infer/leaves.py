@@ -39,6 +39,7 @@ def host_leaf(spec: ModelSpec, params: Any, path: str) -> Any:
     if not isinstance(leaf, QArray):
         return np.ascontiguousarray(leaf[cut])
     definition = layer_paths(spec)[path]
+    definition = definition.unstack() if definition.lead else definition
     outputs = leaf.shape[leaf.inputs :]
     rows = np.arange(leaf.num_outputs).reshape((1,) * leaf.inputs + outputs)[cut].reshape(-1)
     part = take_rows(leaf, rows)

@@ -51,6 +51,18 @@ def test_quantized_is_the_dequantized():
     assert np.abs(wanted - full(NAME)).max() > 0.05  # the rounding is felt
 
 
+@pytest.mark.parametrize("format", ["int8", "nf4", "fp8"])
+def test_formats_run_stacked_and_exported(format):
+    """In a scan over layers, and through a serialized program that takes the packed arrays."""
+    weights = restack(quantized(ALONE(), format=format), SPEC.segments)
+    wanted = logits(restack(dequantized(quantized(ALONE(), format=format)), SPEC.segments))
+    assert_close(logits(weights), wanted)
+    arrays, structure = jax.tree.flatten(weights)
+    run = jax.jit(lambda arrays, ids: forward(SPEC)(jax.tree.unflatten(structure, arrays), ids)[0])
+    blob = jax.export.export(run)(arrays, tokens(NAME)).serialize()
+    assert_close(jax.export.deserialize(blob).call(arrays, tokens(NAME)), wanted)
+
+
 def test_mixed_leaves_run_unrolled_and_in_runs():
     """Two layers plain among int4 ones: neighbours of one block and leaf type make one stack."""
     spec = SPECS["mha"]
