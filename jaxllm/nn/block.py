@@ -16,6 +16,7 @@ from jaxllm.core.sharding import constrain
 from jaxllm.nn.attention import Attention
 from jaxllm.nn.aux import Aux, LayerAux
 from jaxllm.nn.leaf import Leaves
+from jaxllm.nn.linear_attention import LinearAttention
 from jaxllm.nn.mlp import MLP
 from jaxllm.ops.norm import layer_norm, rms_norm
 from jaxllm.spec import ops as spec_ops
@@ -26,7 +27,11 @@ from jaxllm.state.step import Step
 
 __all__ = ["Block", "Norm", "dropout"]
 
-MODULES = {spec_ops.Attention: Attention, spec_ops.MLP: MLP}
+MODULES = {
+    spec_ops.Attention: Attention,
+    spec_ops.MLP: MLP,
+    spec_ops.LinearAttention: LinearAttention,
+}
 
 
 def dropout(

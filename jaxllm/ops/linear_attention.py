@@ -155,6 +155,9 @@ def add_ones(v: Float[Array, "B T N H"]) -> Float[Array, "B T N h"]:
     return jnp.concatenate([v, jnp.ones((*v.shape[:3], 1), v.dtype)], axis=-1)
 
 
-def divide(out: Float[Array, "B T N h"], eps: float) -> Float[Array, "B T N H"]:
-    """The reads of values over that of the ones: weights phi(q) phi(k) that sum to 1."""
-    return out[..., :-1] / (out[..., -1:] + eps)
+def divide(out: Float[Array, "B T N h"], least: float) -> Float[Array, "B T N H"]:
+    """The reads of values over that of the ones, which is `least` at least.
+
+    Weights phi(q) phi(k) then sum to 1 wherever their sum is no less.
+    """
+    return out[..., :-1] / jnp.maximum(out[..., -1:], np.asarray(least, out.dtype))

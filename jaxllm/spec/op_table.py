@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from jaxllm.spec.linear_attention import LinearAttention
+from jaxllm.spec.linear_attention_table import linear_attention
 from jaxllm.spec.ops import MLP, Attention, Norm, Op
 from jaxllm.spec.param import ParamDef
 
@@ -73,4 +75,8 @@ def _mlp(op: MLP, width: int) -> dict[str, ParamDef]:
     return table
 
 
-TABLES: dict[type, Callable[[Any, int], dict[str, ParamDef]]] = {Attention: _attention, MLP: _mlp}
+TABLES: dict[type, Callable[[Any, int], dict[str, ParamDef]]] = {
+    Attention: _attention,
+    MLP: _mlp,
+    LinearAttention: linear_attention,
+}

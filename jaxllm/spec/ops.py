@@ -6,13 +6,12 @@ import dataclasses
 from typing import ClassVar, Literal
 
 from jaxllm.core.config import require
+from jaxllm.spec.activation import Activation
+from jaxllm.spec.linear_attention import LinearAttention
 from jaxllm.spec.mask import Causal, Mask
 from jaxllm.spec.rope import Rope
 
 __all__ = ["MLP", "Activation", "Attention", "Norm", "Op", "QKNorm"]
-
-Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Norm:
@@ -117,4 +116,4 @@ class MLP:
         require(self.width >= 1, f"mlp: width is positive, found {self.width}")
 
 
-Op = Attention | MLP
+Op = Attention | MLP | LinearAttention

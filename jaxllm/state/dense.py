@@ -13,7 +13,9 @@ from jaxtyping import Array, Float, Int
 
 from jaxllm.core.tree import Segment
 from jaxllm.spec.model import Block, ModelSpec
+from jaxllm.spec.linear_attention import LinearAttention
 from jaxllm.spec.ops import Attention
+from jaxllm.state.recur import ConvTail, Recurrence
 from jaxllm.typing import AnyArray, Slot
 
 __all__ = ["DenseKV", "Held", "dense_state", "grow", "state_axes", "write"]
@@ -52,7 +54,32 @@ def _keys_and_values(op: Attention, batch: int, capacity: int) -> DenseKV:
     return DenseKV(held, held)
 
 
-KINDS: dict[type, Callable[[Any, int, int], Any]] = {Attention: _keys_and_values}
+def _linear(op: LinearAttention, batch: int, capacity: int) -> dict[str, Any]:
+    del capacity
+    heads, rows, columns = op.state_shape
+    axes = ("batch", "heads", None, None)
+    state: dict[str, Any] = {
+        "matrix": Recurrence(Held((batch, heads, rows, columns), axes, np.float32))
+    }
+    if op.feature == "favor":  # the greatest feature of a key so far, as a logarithm
+        peak = Held((batch, op.key_heads), ("batch", "kv_heads"), np.float32)
+        state["peak"] = Recurrence(peak)
+    if op.conv is not None:
+        key, value = (op.key_heads, op.key_dim), (op.heads, op.value_dim)
+        for name, axis, shape in (
+            ("query", "kv_heads", key),
+            ("key", "kv_heads", key),
+            ("value", "heads", value),
+        ):
+            axes = ("batch", None, axis, "head_dim")
+            state[name] = ConvTail(Held((batch, op.conv - 1, *shape), axes))
+    return state
+
+
+KINDS: dict[type, Callable[[Any, int, int], Any]] = {
+    Attention: _keys_and_values,
+    LinearAttention: _linear,
+}
 """(op, batch, capacity) -> the op's state with a `Held` for every array; others remember nothing.
 
 A class of state whose arrays have a slot a token says on which dim in `capacity_dim`.

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from jaxllm.spec.mask import allowed
-from jaxllm.spec.ops import MLP, Attention
+from jaxllm.spec.ops import MLP, Attention, LinearAttention
+from tests.contracts.linear import linear_attention
 from tests.contracts.specs import NAMES, SPECS, assert_close, full, params, single, tokens
 from tests.ops.test_attention import oracle as attend
 from tests.ops.test_norm import FORMULAS
@@ -71,7 +72,7 @@ def mlp(op, w, x):
     return project("down", act(project("up", x)))
 
 
-OPS = {Attention: attention, MLP: mlp}
+OPS = {Attention: attention, MLP: mlp, LinearAttention: linear_attention}
 
 
 def decode(spec, weights, ids):
@@ -151,6 +152,27 @@ FLAGS = [
     ("l2_after_rope", (*op(0), "qk_norm", "type"), "rms"),
     ("l2_after_rope", (*op(1), "qk_norm", "eps"), 1e-1),
     ("l2_after_rope", (*op(1), "rope"), None),
+    ("delta", (*op(0), "delta"), False),
+    ("delta", (*op(0), "decay"), None),
+    ("delta", (*op(0), "conv"), None),
+    ("delta", (*op(0), "activation"), None),
+    ("delta", (*op(0), "l2_eps"), 1e-1),
+    ("delta", (*op(0), "gate"), "sigmoid"),
+    ("delta", (*op(0), "scale"), 0.5),
+    ("delta", (*op(0), "out_norm"), None),
+    ("delta", (*op(0), "out_norm", "eps"), 1e-1),
+    ("delta", (*op(1), "beta_max"), 1.0),
+    ("delta", (*op(1), "decay", "form"), "sigmoid"),
+    ("delta", (*op(1), "gate"), "silu"),
+    ("kernels", (*op(0), "seed"), 1),
+    ("kernels", (*op(0), "features"), 23),
+    ("kernels", (*op(0), "normalizer"), 1e3),
+    ("kernels", (*op(1), "decay"), None),
+    ("kernels", (*op(1), "rope"), None),
+    ("kernels", (*op(1), "out_norm", "eps"), 1e-2),
+    ("kernels", (*op(2), "feature"), "relu"),
+    ("kernels", (*op(2), "feature"), "softmax"),
+    ("kernels", (*op(3), "decay", "temperature"), 16.0),
 ]
 
 
