@@ -78,7 +78,9 @@ def linear_attention(
     q, k, v = qkv
     heads, key_heads = v.shape[2], k.shape[2]
     if heads % key_heads:
-        raise ShapeError(f"linear attention: {heads} heads are no multiple of {key_heads} key heads")
+        raise ShapeError(
+            f"linear attention: {heads} heads are no multiple of {key_heads} key heads"
+        )
     dtype, wide = v.dtype, at_least_float32(v.dtype)
     q, k, v, log_decay, beta = _prepare((q, k, v), gates, heads // key_heads, wide)
     if state is None:

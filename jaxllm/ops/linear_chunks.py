@@ -84,9 +84,7 @@ def chunked(
             state = state * kept[..., None]
         return state + product("BNCM,BNCH->BNMH", writes, v), out
 
-    chunks = jax.tree.map(
-        lambda x: jnp.moveaxis(x, 2, 0), (reads, scores, writes, v, erased, kept)
-    )
+    chunks = jax.tree.map(lambda x: jnp.moveaxis(x, 2, 0), (reads, scores, writes, v, erased, kept))
     state, out = jax.lax.scan(one, state, chunks)
     out = out.transpose(1, 0, 3, 2, 4)  # chunks, B, N, C, H
     return out.reshape(out.shape[0], -1, *out.shape[3:])[:, :length], state

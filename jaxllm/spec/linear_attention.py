@@ -47,9 +47,7 @@ class GatedDecay:
     temperature: float = 16.0
 
     def __post_init__(self) -> None:
-        require(
-            self.rank is None or self.rank >= 1, f"decay: rank is positive, found {self.rank}"
-        )
+        require(self.rank is None or self.rank >= 1, f"decay: rank is positive, found {self.rank}")
         require(self.temperature > 0, f"decay: temperature is positive, found {self.temperature}")
 
 
@@ -192,7 +190,7 @@ class LinearAttention:
 
     @property
     def state_shape(self) -> tuple[int, int, int]:
-        """Heads, rows (features of a key) and columns (values, and a sum of weights) of the state."""
+        """Heads, rows (features of a key), columns (values, and a sum of weights) of the state."""
         rows = self.key_dim if self.features is None else self.features
         return self.heads, rows, self.value_dim + (self.normalizer is not None)
 

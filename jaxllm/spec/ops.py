@@ -13,6 +13,7 @@ from jaxllm.spec.rope import Rope
 
 __all__ = ["MLP", "Activation", "Attention", "Norm", "Op", "QKNorm"]
 
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Norm:
     """RMSNorm or LayerNorm with float32 statistics; the weight acts as `offset + scale`."""

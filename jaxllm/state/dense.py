@@ -12,8 +12,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxllm.core.tree import Segment
-from jaxllm.spec.model import Block, ModelSpec
 from jaxllm.spec.linear_attention import LinearAttention
+from jaxllm.spec.model import Block, ModelSpec
 from jaxllm.spec.ops import Attention
 from jaxllm.state.recur import ConvTail, Recurrence
 from jaxllm.typing import AnyArray, Slot

@@ -107,7 +107,9 @@ def test_gradients_are_the_slope_of_the_recurrence(decay, delta):
         weights = cast(weights, np.float64)
         wide = {how: slope(how, np.float64) for how in FORMS}
     for grads in wide.values():
-        found = sum(np.vdot(a, b) for a, b in zip(*map(jax.tree.leaves, (grads, move)), strict=True))
+        found = sum(
+            np.vdot(a, b) for a, b in zip(*map(jax.tree.leaves, (grads, move)), strict=True)
+        )
         assert abs(found / ((up - down) / 2e-5) - 1) < 1e-7
     leaves = [jax.tree.leaves(tree) for tree in (wide["chunked"], wide["recurrent"], narrow)]
     close(leaves[0], leaves[1], 1e-11)
@@ -139,9 +141,12 @@ def test_padding_leaves_the_matrix(decay, delta):
     length = 70
     given = inputs(length, decay, delta)
     real = np.arange(length)[None] < np.array([[33], [0]])
-    poison = lambda x: None if x is None else np.where(  # noqa: E731
-        real.reshape(B, length, *[1] * (x.ndim - 2)), x, np.nan
-    )
+
+    def poison(x):
+        if x is None:
+            return None
+        return np.where(real.reshape(B, length, *[1] * (x.ndim - 2)), x, np.nan)
+
     for how in FORMS:
         out, state = run(
             tuple(map(poison, given[0])), poison(given[1]), poison(given[2]), given[3],
