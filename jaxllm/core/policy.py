@@ -15,6 +15,7 @@ Layout = Literal["scan", "unrolled", "runs"]
 Matrices = Literal["canonical", "in_out", "out_in"]
 Remat = Literal["none", "save_dots", "save_attention", "offload", "full"]
 AttentionKind = Literal["auto", "reference", "cudnn"]
+ScanKind = Literal["auto", "reference", "chunked"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,6 +27,8 @@ class Policy:
       compute_dtype: dtype of activations and matmul inputs.
       logit_dtype: dtype of logits.
       attention: implementation of softmax attention; `auto` chooses and says what it took.
+      scan: implementation of recurrences (state space, linear attention): token by token
+        (`reference`) or in chunks.
       remat: what a backward pass recomputes inside a layer: nothing (`none`), all but the results
         of matrix products and of attention (`save_dots`), all but those of attention
         (`save_attention`), as `save_dots` with what is kept held in the host's memory (`offload`),
@@ -47,6 +50,7 @@ class Policy:
     compute_dtype: DtypeName = "float32"
     logit_dtype: DtypeName = "float32"
     attention: AttentionKind = "auto"
+    scan: ScanKind = "auto"
     remat: Remat = "none"
     layout: Layout = "scan"
     fused: bool = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from typing import Any
 
@@ -17,7 +18,7 @@ from jaxllm.nn import decoder
 from jaxllm.nn.aux import Aux
 from jaxllm.nn.decoder import Inputs
 from jaxllm.spec.model import ModelSpec
-from jaxllm.spec.param import ParamDef
+from jaxllm.spec.param import Draw, ParamDef
 from jaxllm.spec.table import model_table
 from jaxllm.state.step import Step
 from jaxllm.typing import AnyArray
@@ -77,11 +78,28 @@ def unembed(
 
 
 def _draw(path: str, definition: ParamDef, key: Array, dtype: Any) -> Array:
+    key = jax.random.fold_in(key, zlib.crc32(path.encode()))
+    if definition.draw is not None:
+        return _special(definition.draw, key, definition.shape).astype(dtype)
     if definition.std == 0:
         return jnp.full(definition.shape, definition.fill, dtype)
-    key = jax.random.fold_in(key, zlib.crc32(path.encode()))
     draw = jax.random.normal(key, definition.shape, jnp.float32)
     return (draw * definition.std).astype(dtype)
+
+
+def _special(draw: Draw, key: Array, shape: tuple[int, ...]) -> Array:
+    """A draw by name; see `Draw`."""
+    kind, low, high = draw
+    if kind == "log_steps":
+        steps = jnp.log(jnp.arange(1, shape[-1] + 1, dtype=jnp.float32))
+        return jax.lax.broadcast_in_dim(steps, shape, (len(shape) - 1,))
+    if kind == "log_uniform":
+        return jnp.log(jax.random.uniform(key, shape, jnp.float32, low, high))
+    if kind == "powers":
+        steps = jnp.geomspace(low, high, shape[-1], dtype=jnp.float32)
+        return jax.lax.broadcast_in_dim(steps, shape, (len(shape) - 1,))
+    x = jnp.exp(jax.random.uniform(key, shape, jnp.float32, math.log(low), math.log(high)))
+    return x + jnp.log(-jnp.expm1(-x))
 
 
 def init(

@@ -18,6 +18,7 @@ from jaxllm.nn.aux import Aux, LayerAux
 from jaxllm.nn.leaf import Leaves
 from jaxllm.nn.linear_attention import LinearAttention
 from jaxllm.nn.mlp import MLP
+from jaxllm.nn.state_space import Convolution, SelectiveScan, StateSpaceDual
 from jaxllm.ops.norm import layer_norm, rms_norm
 from jaxllm.spec import ops as spec_ops
 from jaxllm.spec.model import Block as BlockSpec
@@ -31,6 +32,9 @@ MODULES = {
     spec_ops.Attention: Attention,
     spec_ops.MLP: MLP,
     spec_ops.LinearAttention: LinearAttention,
+    spec_ops.SelectiveScan: SelectiveScan,
+    spec_ops.StateSpaceDual: StateSpaceDual,
+    spec_ops.Convolution: Convolution,
 }
 
 
@@ -97,7 +101,9 @@ class Block(nn.Module):
             for named in sub.ops:
                 module = MODULES[type(named.op)](named.op, self.policy, name=named.name)
                 held = None if state is None else state.get(named.name)
-                y, held = module(inner, step=step, state=held, aux=aux)
+                given = inner if named.scale_in == 1.0 else inner * named.scale_in
+                y, held = module(given, step=step, state=held, aux=aux)
+                y = y if named.scale == 1.0 else y * named.scale
                 if held is not None:
                     new_state[named.name] = held
                 updates.append(y)

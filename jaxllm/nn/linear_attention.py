@@ -63,7 +63,9 @@ class LinearAttention(nn.Module):
         v = v if op.normalizer is None else add_ones(v)
         gates = Gates(log_decay, self._beta(x, leaves), resets(step), real)
         matrix = initial(held.get("matrix"), step)
-        out, matrix = linear_attention((q, k, v), gates=gates, state=matrix)
+        out, matrix = linear_attention(
+            (q, k, v), gates=gates, state=matrix, implementation=self.policy.scan
+        )
         new["matrix"] = carry(held.get("matrix"), matrix)
         out = out if op.normalizer is None else divide(out, op.normalizer)
         out = keep(constrain(out, ("batch", "length", "heads", "head_dim"), self.policy.rules))

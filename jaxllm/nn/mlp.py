@@ -21,7 +21,10 @@ __all__ = ["MLP"]
 
 
 class MLP(nn.Module):
-    """down(act(gate x) * up x) when gated, else down(act(up x)). Source: arXiv 2002.05202."""
+    """down(act(gate_scale gate x) * up x) when gated, else down(act(up x)).
+
+    Source: arXiv 2002.05202.
+    """
 
     op: spec_ops.MLP
     policy: Policy
@@ -41,6 +44,7 @@ class MLP(nn.Module):
         )
         if op.gated:
             gate, up = (keep(y) for y in leaves.project("gate_up", x, "BTD,DF->BTF"))
+            gate = gate if op.gate_scale == 1.0 else gate * op.gate_scale
             hidden = activation(op.activation, gate) * up
         else:
             hidden = activation(op.activation, keep(leaves.product("up", x, "BTD,DF->BTF")))

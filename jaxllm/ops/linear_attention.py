@@ -27,7 +27,7 @@ from jaxllm.typing import AnyArray, Slot
 
 __all__ = ["IMPLEMENTATIONS", "Gates", "add_ones", "divide", "linear_attention"]
 
-IMPLEMENTATIONS = ("auto", "recurrent", "chunked")
+IMPLEMENTATIONS = ("auto", "reference", "chunked")
 
 
 @jax.tree_util.register_dataclass
@@ -87,9 +87,9 @@ def linear_attention(
         state = jnp.zeros((v.shape[0], heads, k.shape[-1], v.shape[-1]), wide)
     state = jnp.asarray(state).astype(wide)
     if implementation == "auto":
-        implementation = "recurrent" if v.shape[1] == 1 else "chunked"
-    if implementation == "recurrent":
-        out, state = recurrent((q, k, v), log_decay, beta, state)
+        implementation = "reference" if v.shape[1] == 1 else "chunked"
+    if implementation == "reference":
+        out, state = reference((q, k, v), log_decay, beta, state)
     else:
         narrow = jnp.dtype(dtype).itemsize < 4
         precision = jax.lax.Precision.DEFAULT if narrow else jax.lax.Precision.HIGHEST
@@ -124,7 +124,7 @@ def _expand(mask: Bool[Array, "B T 1"], like: Array) -> Array:
     return jax.lax.expand_dims(mask, range(3, like.ndim))
 
 
-def recurrent(
+def reference(
     qkv: tuple[Float[Array, "B T N M"], Float[Array, "B T N M"], Float[Array, "B T N H"]],
     log_decay: Float[Array, "B T N ..."] | None,
     beta: Float[Array, "B T N"] | None,

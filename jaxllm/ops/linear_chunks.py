@@ -38,7 +38,7 @@ def chunked(
     *,
     precision: jax.lax.Precision,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N M H"]]:
-    """What `recurrent` gives, for any T.
+    """What `reference` gives, for any T.
 
     Args:
       qkv: queries, keys, values, a key head a head.

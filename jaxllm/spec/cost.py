@@ -11,7 +11,15 @@ from jaxllm.spec.model import ModelSpec
 from jaxllm.spec.ops import Attention
 from jaxllm.spec.table import layer_paths, model_table
 
-__all__ = ["attended_pairs", "flops", "kv_bytes_per_token", "num_params", "weight_bytes"]
+__all__ = [
+    "attended_pairs",
+    "flops",
+    "kv_bytes_per_token",
+    "num_params",
+    "recurrence_flops",
+    "recurrent_bytes",
+    "weight_bytes",
+]
 
 
 def num_params(spec: ModelSpec) -> int:
@@ -24,19 +32,29 @@ def weight_bytes(spec: ModelSpec, dtype_bytes: int) -> int:
     return num_params(spec) * dtype_bytes
 
 
+def _ops(spec: ModelSpec) -> list[Any]:
+    layers = range(spec.num_layers)
+    return [named.op for layer in layers for sub in spec.block(layer).subs for named in sub.ops]
+
+
 def _attentions(spec: ModelSpec) -> list[Attention]:
-    return [
-        named.op
-        for layer in range(spec.num_layers)
-        for sub in spec.block(layer).subs
-        for named in sub.ops
-        if isinstance(named.op, Attention)
-    ]
+    return [op for op in _ops(spec) if isinstance(op, Attention)]
 
 
 def kv_bytes_per_token(spec: ModelSpec, dtype_bytes: int) -> int:
     """Bytes of keys and values that one token adds to the cache of all layers."""
     return sum(2 * a.kv_heads * a.head_dim * dtype_bytes for a in _attentions(spec))
+
+
+def recurrence_flops(spec: ModelSpec) -> int:
+    """Multiply-adds x 2 a token of the layers' recurrences beside their matrices."""
+    return sum(getattr(op, "recurrence_flops", 0) for op in _ops(spec))
+
+
+def recurrent_bytes(spec: ModelSpec, dtype_bytes: int) -> int:
+    """Bytes that a sequence takes however long it is: states in float32, tails of convolutions."""
+    ops = [op for op in _ops(spec) if hasattr(op, "tail_values")]
+    return sum(4 * op.state_values + dtype_bytes * op.tail_values for op in ops)
 
 
 def attended_pairs(mask: Mask, tokens: int, past: int = 0) -> int:
@@ -71,7 +89,7 @@ def flops(spec: ModelSpec, tokens: int, past: int = 0, logits: int | None = None
       logits: positions that are unembedded; all of them by default.
 
     Returns:
-      `matmul`, `attention`, `head` and their sum `total`.
+      `matmul` (with convolutions), `attention`, `recurrence`, `head` and their sum `total`.
     """
     body = sum(
         2 * d.size for path, d in layer_paths(spec).items() if path.startswith("layers.") and d.std
@@ -80,5 +98,6 @@ def flops(spec: ModelSpec, tokens: int, past: int = 0, logits: int | None = None
         4 * a.heads * a.head_dim * attended_pairs(a.mask, tokens, past) for a in _attentions(spec)
     )
     head = 2 * spec.width * spec.vocab * (tokens if logits is None else logits)
-    parts = {"matmul": body * tokens, "attention": pairs, "head": head}
+    recurrence = recurrence_flops(spec) * tokens
+    parts = {"matmul": body * tokens, "attention": pairs, "recurrence": recurrence, "head": head}
     return parts | {"total": math.fsum(parts.values())}

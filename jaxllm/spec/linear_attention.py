@@ -195,6 +195,19 @@ class LinearAttention:
         return self.heads, rows, self.value_dim + (self.normalizer is not None)
 
     @property
+    def state_values(self) -> int:
+        """Values of a sequence's state."""
+        peaks = self.key_heads if self.feature == "favor" else 0
+        return math.prod(self.state_shape) + peaks
+
+    @property
+    def tail_values(self) -> int:
+        """Values of a sequence's convolution tails."""
+        channels = 2 * self.key_heads * self.key_dim + self.heads * self.value_dim
+        return 0 if self.conv is None else (self.conv - 1) * channels
+
+    @property
     def recurrence_flops(self) -> int:
         """Multiply-adds x 2 a token beside the matrices: decay, delta, write and read."""
-        return 2 * math.prod(self.state_shape) * (2 + self.delta + (self.decay is not None))
+        decays = self.decay is not None or self.feature == "favor"
+        return 2 * math.prod(self.state_shape) * (2 + self.delta + decays)

@@ -40,19 +40,18 @@ def linear_attention(op: LinearAttention, width: int) -> dict[str, ParamDef]:
 def _decay(op: LinearAttention, width: int) -> dict[str, ParamDef]:
     if op.decay is None:
         return {}
-    by_head = ParamDef((op.heads,), ("heads",), fill=0.1)
     if not isinstance(op.decay, GatedDecay):
-        return {"rate": by_head}
+        slopes = ("powers", 2.0 ** (-8 / op.heads), 2.0**-8)
+        return {"rate": ParamDef((op.heads,), ("heads",), draw=slopes)}
     shape, axes = (op.heads,), ("heads",)
     if op.decay.over == "channel":
         shape, axes = (op.heads, op.key_dim), ("heads", "head_dim")
     whole = ParamDef((width, *shape), ("width", *axes), width**-0.5, inputs=1)
     table = _projection("decay", width, op.decay.rank, whole)
-    table["dt_bias"] = ParamDef(shape, axes, fill=-4.6)
-    if op.decay.form == "softplus":
-        table["a_log"] = ParamDef((op.heads,), ("heads",), fill=2.0)
-    else:
-        table["dt_bias"] = ParamDef(shape, axes)
+    if op.decay.form == "sigmoid":
+        return table | {"dt_bias": ParamDef(shape, axes)}
+    table["dt_bias"] = ParamDef(shape, axes, draw=("inverse_softplus", 1e-3, 1e-1))
+    table["a_log"] = ParamDef((op.heads,), ("heads",), draw=("log_uniform", 1.0, 16.0))
     return table
 
 

@@ -18,10 +18,12 @@ __all__ = ["Block", "Embedding", "Head", "ModelSpec", "NamedOp", "Sub", "sub"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NamedOp:
-    """An op and the name its parameters stand under."""
+    """An op, the name its parameters stand under, and factors on its input and output."""
 
     name: str
     op: Op
+    scale_in: float = 1.0
+    scale: float = 1.0
 
     def __post_init__(self) -> None:
         require(self.name.isidentifier(), f"op name {self.name!r} is no identifier")
@@ -31,8 +33,8 @@ class NamedOp:
 class Sub:
     """One residual update: x <- after(x + scale * out(sum of ops(in(x)))).
 
-    Several ops run in parallel on one input. Pre-LN sets `norm_in`, output-only `norm_out`,
-    sandwich both, post-LN `norm_after`.
+    Several ops run in parallel on one input, each with factors of its own. Pre-LN sets `norm_in`,
+    output-only `norm_out`, sandwich both, post-LN `norm_after`.
     """
 
     ops: tuple[NamedOp, ...]

@@ -9,6 +9,8 @@ from jaxllm.spec.linear_attention import LinearAttention
 from jaxllm.spec.linear_attention_table import linear_attention
 from jaxllm.spec.ops import MLP, Attention, Norm, Op
 from jaxllm.spec.param import ParamDef
+from jaxllm.spec.state_space import Convolution, SelectiveScan, StateSpaceDual
+from jaxllm.spec.state_space_table import convolution, selective_scan, state_space_dual
 
 __all__ = ["norm_table", "op_table"]
 
@@ -79,4 +81,7 @@ TABLES: dict[type, Callable[[Any, int], dict[str, ParamDef]]] = {
     Attention: _attention,
     MLP: _mlp,
     LinearAttention: linear_attention,
+    SelectiveScan: selective_scan,
+    StateSpaceDual: state_space_dual,
+    Convolution: convolution,
 }

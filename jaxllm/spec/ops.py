@@ -10,8 +10,20 @@ from jaxllm.spec.activation import Activation
 from jaxllm.spec.linear_attention import LinearAttention
 from jaxllm.spec.mask import Causal, Mask
 from jaxllm.spec.rope import Rope
+from jaxllm.spec.state_space import Convolution, SelectiveScan, StateSpaceDual
 
-__all__ = ["MLP", "Activation", "Attention", "Norm", "Op", "QKNorm"]
+__all__ = [
+    "MLP",
+    "Activation",
+    "Attention",
+    "Convolution",
+    "LinearAttention",
+    "Norm",
+    "Op",
+    "QKNorm",
+    "SelectiveScan",
+    "StateSpaceDual",
+]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,16 +117,17 @@ class Attention:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MLP:
-    """Feed-forward: `down(act(gate x) * up x)` when gated, else `down(act(up x))`."""
+    """Feed-forward: `down(act(gate_scale gate x) * up x)` when gated, else `down(act(up x))`."""
 
     kind: ClassVar[str] = "mlp"
     width: int
     activation: Activation = "silu"
     gated: bool = True
     bias: bool = False
+    gate_scale: float = 1.0
 
     def __post_init__(self) -> None:
         require(self.width >= 1, f"mlp: width is positive, found {self.width}")
 
 
-Op = Attention | MLP | LinearAttention
+Op = Attention | MLP | LinearAttention | SelectiveScan | StateSpaceDual | Convolution

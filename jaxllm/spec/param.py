@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Literal
 
-__all__ = ["ParamDef"]
+__all__ = ["Draw", "ParamDef"]
+
+Draw = tuple[Literal["log_steps", "log_uniform", "inverse_softplus", "powers"], float, float]
+"""`log_steps`: log(1), log(2), ... along the last dim. `log_uniform` low, high: logarithms of a
+uniform draw. `inverse_softplus` low, high: what softplus takes to a log-uniform draw. `powers`
+first, last: a geometric sequence along the last dim."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,7 +20,8 @@ class ParamDef:
 
     `std` is the standard deviation of a normal draw; 0 with `fill` gives a constant. `inputs`
     counts the contracted dims of a matrix (before the outputs, after a layers axis); it is 0 for
-    vectors and tables. `tied` marks an embedding table that is the head as well.
+    vectors and tables. `tied` marks an embedding table that is the head as well. `draw` names
+    another way than these, with its numbers.
     """
 
     shape: tuple[int, ...]
@@ -23,6 +30,7 @@ class ParamDef:
     fill: float = 0.0
     inputs: int = 0
     tied: bool = False
+    draw: Draw | None = None
 
     @property
     def size(self) -> int:

@@ -12,9 +12,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxllm.core.tree import Segment
-from jaxllm.spec.linear_attention import LinearAttention
 from jaxllm.spec.model import Block, ModelSpec
-from jaxllm.spec.ops import Attention
+from jaxllm.spec.ops import Attention, Convolution, LinearAttention, SelectiveScan, StateSpaceDual
 from jaxllm.state.recur import ConvTail, Recurrence
 from jaxllm.typing import AnyArray, Slot
 
@@ -76,9 +75,35 @@ def _linear(op: LinearAttention, batch: int, capacity: int) -> dict[str, Any]:
     return state
 
 
+def _selective(op: SelectiveScan, batch: int, capacity: int) -> dict[str, Any]:
+    del capacity
+    tail = Held((batch, op.conv - 1, op.channels), ("batch", None, "ffn"))
+    state = Held((batch, op.channels, op.state), ("batch", "ffn", None), np.float32)
+    return {"conv": ConvTail(tail), "scan": Recurrence(state)}
+
+
+def _dual(op: StateSpaceDual, batch: int, capacity: int) -> dict[str, Any]:
+    del capacity
+    heads, groups = (op.heads, op.head_dim), (op.groups, op.state)
+    x = Held((batch, op.conv - 1, *heads), ("batch", None, "heads", "head_dim"))
+    group = Held((batch, op.conv - 1, *groups), ("batch", None, "kv_heads", None))
+    axes = ("batch", "heads", "head_dim", None)
+    state = Held((batch, *heads, op.state), axes, np.float32)
+    tails = {"x": ConvTail(x), "b": ConvTail(group), "c": ConvTail(group)}
+    return {**tails, "scan": Recurrence(state)}
+
+
+def _convolution(op: Convolution, batch: int, capacity: int) -> dict[str, Any]:
+    del capacity
+    return {"conv": ConvTail(Held((batch, op.conv - 1, op.channels), ("batch", None, "ffn")))}
+
+
 KINDS: dict[type, Callable[[Any, int, int], Any]] = {
     Attention: _keys_and_values,
     LinearAttention: _linear,
+    SelectiveScan: _selective,
+    StateSpaceDual: _dual,
+    Convolution: _convolution,
 }
 """(op, batch, capacity) -> the op's state with a `Held` for every array; others remember nothing.
 

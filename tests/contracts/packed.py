@@ -20,6 +20,7 @@ from jaxllm.ops.loss import LossOptions
 from jaxllm.spec.model import ModelSpec
 from jaxllm.state.step import training_step
 from jaxllm.train.step import batch_loss
+from tests.contracts.specs import quick
 
 LENGTH = 16
 # Rows of a 16: documents of several sizes, one that fills a row, one that is cut in two.
@@ -48,7 +49,7 @@ def documents(folder: Any, vocab: int = 64) -> Packed:
     return Packed(shards, pack(shards.begins, LENGTH), LENGTH)
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "policy"))
+@functools.partial(quick, static_argnames=("spec", "policy"))
 def _pull(spec: ModelSpec, params: Any, batch: Batch, embeds: Any, *, policy: Policy) -> Any:
     """Gradient of the loss with respect to given embeddings."""
 
@@ -69,7 +70,7 @@ def _pull(spec: ModelSpec, params: Any, batch: Batch, embeds: Any, *, policy: Po
 def check_no_gradient_crosses(spec: ModelSpec, rows: Packed, policy: Policy) -> None:
     """Exactly zero outside of the document, and not zero inside of it."""
     batch = rows.consecutive(0, rows.count)
-    params = jax.jit(api.init, static_argnums=0)(spec, jax.random.key(0))
+    params = quick(api.init, static_argnums=0)(spec, jax.random.key(0))
     random = np.random.default_rng(1)
     embeds = random.standard_normal((*batch.tokens.shape, spec.width)).astype(np.float32)
     checked = 0
@@ -91,9 +92,9 @@ def check_no_gradient_crosses(spec: ModelSpec, rows: Packed, policy: Policy) -> 
 def losses(spec: ModelSpec, rows: Packed, policy: Policy) -> list[tuple[float, float]]:
     """(loss in its packed row, loss alone in a row) of every piece of a document."""
     batch = rows.consecutive(0, rows.count)
-    params = jax.jit(api.init, static_argnums=0)(spec, jax.random.key(0))
+    params = quick(api.init, static_argnums=0)(spec, jax.random.key(0))
 
-    @jax.jit
+    @quick
     def loss(batch: Batch) -> Any:
         return batch_loss(spec, params, batch, policy=policy, options=LossOptions(), key=None).loss
 

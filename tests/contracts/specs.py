@@ -14,8 +14,17 @@ from jaxllm.nn import api
 from jaxllm.spec.linear_attention import ConstantDecay, GatedDecay, LinearAttention, OutNorm
 from jaxllm.spec.mask import And, Causal, Chunk, Window
 from jaxllm.spec.model import Block, Embedding, Head, ModelSpec, NamedOp, Sub, sub
-from jaxllm.spec.ops import MLP, Attention, Norm, QKNorm
+from jaxllm.spec.ops import (
+    MLP,
+    Attention,
+    Convolution,
+    Norm,
+    QKNorm,
+    SelectiveScan,
+    StateSpaceDual,
+)
 from jaxllm.spec.rope import LinearScaling, Llama3Scaling, Rope
+from jaxllm.spec.state_space import GatedNorm
 from jaxllm.spec.table import model_table
 from jaxllm.state.step import training_step
 
@@ -59,6 +68,21 @@ LLAMA3 = Rope(
     ),
 )
 PARTIAL = Rope(theta=100.0, fraction=0.5)
+SELECTIVE = SelectiveScan(channels=24, state=3, dt_rank=2, in_bias=True, inner_eps=1e-5)
+DUAL = StateSpaceDual(
+    heads=4,
+    head_dim=6,
+    state=5,
+    groups=2,
+    conv=3,
+    in_bias=True,
+    out_bias=True,
+    norm=GatedNorm(groups=2),
+    dt_min=0.3,
+    dt_max=2.0,
+    scales=(0.5, 1.5, 2.0, 1.25, 0.75),
+)
+BARE = StateSpaceDual(heads=4, head_dim=4, state=3, norm=None, conv_bias=False, activation="gelu")
 
 SPECS: dict[str, ModelSpec] = {
     "mha": model(pre("G", heads(4, 4, rope=INTERLEAVED), MLP48), layers="G*3"),
@@ -152,6 +176,29 @@ SPECS: dict[str, ModelSpec] = {
                                                       temperature=2.0)), MLP48),
         pre("G", heads(4, 2), MLP48),
         layers="P R E A G",
+    ),
+    # Recurrences beside attention, norms inside, and layers of one op each.
+    "selective": model(
+        Block(
+            name="S",
+            subs=(sub("ssm", SELECTIVE, norm_in=RMS), sub("mlp", MLP(width=24), norm_in=RMS)),
+        ),
+        Block(name="A", subs=(sub("attn", heads(4, 2, rope=None), norm_in=RMS),)),
+        Block(name="C", subs=(sub("conv", Convolution(channels=32, bias=True), norm_in=RMS),)),
+        layers="(S A)*2 C",
+    ),
+    "dual": model(
+        Block(name="M", subs=(sub("ssm", DUAL, norm_in=RMS),)),
+        Block(
+            name="P",
+            subs=(
+                Sub(ops=(NamedOp(name="ssm", op=BARE, scale=0.5),
+                         NamedOp(name="attn", op=heads(4, 2), scale_in=1.5)), norm_in=RMS),
+                sub("mlp", MLP(width=24, gate_scale=0.5), norm_in=RMS),
+            ),
+        ),
+        layers="M*2 P",
+        head=Head(tied=True),
     ),
 }  # fmt: skip
 NAMES = tuple(SPECS)

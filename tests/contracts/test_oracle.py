@@ -8,6 +8,7 @@ import pytest
 
 from jaxllm.spec.mask import allowed
 from jaxllm.spec.ops import MLP, Attention, LinearAttention
+from tests.contracts import recurrences
 from tests.contracts.linear import linear_attention
 from tests.contracts.specs import NAMES, SPECS, assert_close, full, params, single, tokens
 from tests.ops.test_attention import oracle as attend
@@ -68,11 +69,11 @@ def mlp(op, w, x):
 
     act = np.vectorize(FORMULAS[op.activation])
     if op.gated:
-        return project("down", act(project("gate", x)) * project("up", x))
+        return project("down", act(op.gate_scale * project("gate", x)) * project("up", x))
     return project("down", act(project("up", x)))
 
 
-OPS = {Attention: attention, MLP: mlp, LinearAttention: linear_attention}
+OPS = {Attention: attention, MLP: mlp, LinearAttention: linear_attention, **recurrences.OPS}
 
 
 def decode(spec, weights, ids):
@@ -86,7 +87,9 @@ def decode(spec, weights, ids):
         for sub in spec.block(layer).subs:
             name = sub.ops[0].name
             inner = norm(sub.norm_in, w.get(f"{name}_norm"), x)
-            update = sum(OPS[type(o.op)](o.op, w[o.name], inner) for o in sub.ops)
+            update = sum(
+                o.scale * OPS[type(o.op)](o.op, w[o.name], o.scale_in * inner) for o in sub.ops
+            )
             x = x + sub.scale * norm(sub.norm_out, w.get(f"{name}_out_norm"), update)
             x = norm(sub.norm_after, w.get(f"{name}_after_norm"), x)
     x = norm(spec.final_norm, weights.get("final_norm"), x)
@@ -173,6 +176,22 @@ FLAGS = [
     ("kernels", (*op(2), "feature"), "relu"),
     ("kernels", (*op(2), "feature"), "softmax"),
     ("kernels", (*op(3), "decay", "temperature"), 16.0),
+    ("selective", (*op(0), "inner_eps"), 1e-2),
+    ("selective", (*op(0), "activation"), "gelu"),
+    ("dual", (*op(0), "scales", 0), 1.0),
+    ("dual", (*op(0), "scales", 1), 1.0),
+    ("dual", (*op(0), "scales", 2), 1.0),
+    ("dual", (*op(0), "scales", 3), 1.0),
+    ("dual", (*op(0), "scales", 4), 1.0),
+    ("dual", (*op(0), "dt_min"), 0.0),
+    ("dual", (*op(0), "dt_max"), None),
+    ("dual", (*op(0), "norm", "groups"), 1),
+    ("dual", (*op(0), "norm", "before_gate"), True),
+    ("dual", (*op(0), "norm", "eps"), 1e-2),
+    ("dual", (*op(1), "activation"), "silu"),
+    ("dual", ("blocks", 1, "subs", 0, "ops", 0, "scale"), 1.0),
+    ("dual", ("blocks", 1, "subs", 0, "ops", 1, "scale_in"), 1.0),
+    ("dual", (*op(1, 1), "gate_scale"), 1.0),
 ]
 
 

@@ -14,7 +14,7 @@ from tests.contracts.specs import quick
 B, N, K, M, H = 2, 4, 2, 5, 6
 DECAYS = ("none", "head", "channel")
 KINDS = list(itertools.product(DECAYS, (False, True)))
-FORMS = ("recurrent", "chunked")
+FORMS = ("reference", "chunked")
 
 
 def inputs(length, decay, delta, *, strength=1.0, seed=0):
@@ -111,7 +111,7 @@ def test_gradients_are_the_slope_of_the_recurrence(decay, delta):
             np.vdot(a, b) for a, b in zip(*map(jax.tree.leaves, (grads, move)), strict=True)
         )
         assert abs(found / ((up - down) / 2e-5) - 1) < 1e-7
-    leaves = [jax.tree.leaves(tree) for tree in (wide["chunked"], wide["recurrent"], narrow)]
+    leaves = [jax.tree.leaves(tree) for tree in (wide["chunked"], wide["reference"], narrow)]
     close(leaves[0], leaves[1], 1e-11)
     close(leaves[2], leaves[1], 2e-5)
 

@@ -3,13 +3,21 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 
 from jaxllm.core.tree import flatten
 from jaxllm.nn import api
-from jaxllm.spec.cost import attended_pairs, flops, kv_bytes_per_token, num_params, weight_bytes
+from jaxllm.spec.cost import (
+    attended_pairs,
+    flops,
+    kv_bytes_per_token,
+    num_params,
+    recurrent_bytes,
+    weight_bytes,
+)
 from jaxllm.spec.mask import And, Causal, Full, Or, Window, allowed
 from jaxllm.state.dense import dense_state
 from jaxllm.zoo.families import PRESETS
@@ -83,8 +91,20 @@ def test_flops_of_matrices_count_each_weight_once_a_token(name):
 
 
 @pytest.mark.parametrize("name", SPECS)
-def test_kv_bytes_are_those_of_the_state(name):
+def test_bytes_are_those_of_the_state(name):
     spec = SPECS[name]
     state = dense_state(spec, 2, 5, dtype=np.float32)
     held = sum(x.nbytes for x in jax.tree.leaves(state))
-    assert kv_bytes_per_token(spec, 4) == held / (2 * 5)
+    assert 2 * (5 * kv_bytes_per_token(spec, 4) + recurrent_bytes(spec, 4)) == held
+    half = dense_state(spec, 2, 5, dtype=jnp.bfloat16)  # recurrences stay in float32
+    held = sum(x.nbytes for x in jax.tree.leaves(half))
+    assert 2 * (5 * kv_bytes_per_token(spec, 2) + recurrent_bytes(spec, 2)) == held
+
+
+def test_a_recurrence_costs_the_same_at_every_token():
+    spec, op = SPECS["dual"], SPECS["dual"].blocks[0].subs[0].ops[0].op
+    alone = dataclasses.replace(spec, layers="M*2")
+    assert flops(alone, 7)["recurrence"] == 2 * 7 * 6 * op.heads * op.head_dim * op.state
+    found = flops(spec, 7, past=3)
+    assert found["total"] == sum(v for k, v in found.items() if k != "total")
+    assert flops(alone, 7) == flops(alone, 7, past=100)

@@ -7,7 +7,7 @@ import pytest
 
 from jaxllm.core.tree import Segment, segments_of
 from jaxllm.errors import UnsupportedError
-from jaxllm.spec.ops import Attention
+from jaxllm.spec.ops import MLP, Attention, LinearAttention, SelectiveScan, StateSpaceDual
 from jaxllm.state.attend import attend
 from jaxllm.state.dense import DenseKV, dense_state, grow, state_axes, write
 from jaxllm.state.step import dense_step, training_step
@@ -26,9 +26,12 @@ def test_the_state_has_the_shape_of_the_layers(name):
         alone = single({"layers": state}, spec.num_layers)["layers"]
         for layer in range(spec.num_layers):
             ops = [named for sub in spec.block(layer).subs for named in sub.ops]
-            wanted = {n.name: n.op for n in ops if isinstance(n.op, Attention)}
+            wanted = {n.name: n.op for n in ops if not isinstance(n.op, MLP)}
             assert alone[str(layer)].keys() == wanted.keys()
             for key, op in wanted.items():
+                if not isinstance(op, Attention):
+                    check_recurrent(op, alone[str(layer)][key])
+                    continue
                 shape = (3, 7, op.kv_heads, op.head_dim)
                 assert alone[str(layer)][key].k.shape == shape
                 assert alone[str(layer)][key].v.shape == shape
@@ -40,8 +43,40 @@ def test_the_state_has_the_shape_of_the_layers(name):
         ):
             assert (array.shape, array.dtype) == (abstract.shape, abstract.dtype)
             assert len(names) == array.ndim
-            assert names[-4:] == ("batch", "kv_length", "kv_heads", "head_dim")
+            assert "batch" in names[:2]
             assert not array.any()
+
+
+def check_recurrent(op, held):
+    """Tails of W - 1 inputs and a state in float32, whatever the capacity."""
+    if isinstance(op, LinearAttention):
+        shapes = {"matrix": (3, *op.state_shape)}
+        shapes |= {"peak": (3, op.key_heads)} if op.feature == "favor" else {}
+        if op.conv is not None:
+            shapes |= dict.fromkeys(("query", "key"), (3, op.conv - 1, op.key_heads, op.key_dim))
+            shapes["value"] = (3, op.conv - 1, op.heads, op.value_dim)
+        found = {name: jax.tree.leaves(part) for name, part in held.items()}
+        assert {name: part[0].shape for name, part in found.items()} == shapes
+    elif isinstance(op, StateSpaceDual):
+        assert held["x"].inputs.shape == (3, op.conv - 1, op.heads, op.head_dim)
+        for name in "bc":
+            assert held[name].inputs.shape == (3, op.conv - 1, op.groups, op.state)
+        assert held["scan"].values.shape == (3, op.heads, op.head_dim, op.state)
+    else:
+        assert held["conv"].inputs.shape == (3, op.conv - 1, op.channels)
+    if isinstance(op, SelectiveScan):
+        assert held["scan"].values.shape == (3, op.channels, op.state)
+
+
+def test_only_slots_follow_the_capacity_and_recurrences_stay_in_float32():
+    state = dense_state(SPECS["dual"], 2, 4, dtype=jnp.bfloat16)
+    bigger = grow(state, 9)
+    for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(bigger), strict=True):
+        assert a.dtype == b.dtype
+    scan = bigger["0:2"]["ssm"]["scan"].values
+    assert scan.dtype == np.float32 and scan is state["0:2"]["ssm"]["scan"].values
+    assert bigger["0:2"]["ssm"]["x"].inputs.dtype == jnp.bfloat16
+    assert bigger["2"]["attn"].k.shape[-3] == 9
 
 
 def test_writes_at_ragged_places():

@@ -1,0 +1,154 @@
+"""State space ops and the short convolution as modules: project, convolve, scan, project back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from jaxllm.core.policy import Policy
+from jaxllm.core.sharding import constrain
+from jaxllm.nn.aux import LayerAux
+from jaxllm.nn.leaf import Leaves
+from jaxllm.nn.remat import keep
+from jaxllm.ops.activation import activation
+from jaxllm.ops.linear import align
+from jaxllm.ops.norm import rms_norm
+from jaxllm.ops.ssm import Dual, Selective, dual_scan, gated_norm, selective_scan
+from jaxllm.spec import state_space as spec
+from jaxllm.spec.op_table import op_table
+from jaxllm.state import recur
+from jaxllm.state.step import Step
+
+__all__ = ["Convolution", "SelectiveScan", "StateSpaceDual"]
+
+
+def _leaves(module: Any, width: int, step: Step, aux: LayerAux) -> Leaves:
+    table = op_table(module.op, width)
+    return Leaves(module, table, policy=module.policy, aux=aux, adapter_ids=step.adapter_ids)
+
+
+def _convolve(leaves: Leaves, name: str, x: Array, tail: Any, step: Step) -> tuple[Array, Any]:
+    """x through the convolution of a name, with its bias where the op has one."""
+    bias = f"{name}_bias"
+    return recur.convolve(
+        tail, x, leaves[name], leaves[bias] if leaves.has(bias) else None, step=step
+    )
+
+
+def _steps(raw: Array, leaves: Leaves, step: Step, limits: tuple[float, float | None]) -> Array:
+    """Step sizes softplus(raw + offset) in float32, within limits; 0 at padding."""
+    offset = leaves["dt_offset"].astype(jnp.float32)
+    dt = jnp.clip(jax.nn.softplus(raw.astype(jnp.float32) + align(offset, raw)), *limits)
+    if step.lengths is None:
+        return dt
+    real = recur.real_tokens(step)[..., None]
+    return jnp.where(real, dt, jnp.zeros_like(dt))
+
+
+class SelectiveScan(nn.Module):
+    """out = W (silu(z) (c . h + d x)), h decaying by what each token says; see the spec."""
+
+    op: spec.SelectiveScan
+    policy: Policy
+
+    def _normed(self, x: Array, name: str, leaves: Leaves) -> Array:
+        eps = self.op.inner_eps
+        return x if eps is None else rms_norm(x, leaves[f"{name}_norm"], eps=eps)
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B T D"], *, step: Step, state: Any, aux: LayerAux
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """(x, the op's state) -> (update of x, new state)."""
+        op, rules, held = self.op, self.policy.rules, state or {}
+        leaves, names = _leaves(self, x.shape[-1], step, aux), ("batch", "length", "ffn")
+        x, z = (keep(leaves.product(n, x, "BTD,DI->BTI")) for n in ("x", "z"))
+        x, z = constrain(x, names, rules), constrain(z, names, rules)
+        x, tail = _convolve(leaves, "conv", x, held.get("conv"), step)
+        x = activation(op.activation, x)
+        low = self._normed(leaves.product("step", x, "BTI,IR->BTR"), "step", leaves)
+        b, c = (self._normed(leaves.product(n, x, "BTI,IM->BTM"), n, leaves) for n in ("b", "c"))
+        dt = _steps(keep(leaves.product("dt", low, "BTR,RI->BTI")), leaves, step, (0.0, None))
+        a = -jnp.exp(leaves["a_log"].astype(jnp.float32))
+        y, final = selective_scan(
+            Selective(x, dt, b, c, a, leaves["d"]),
+            recur.initial(held.get("scan"), step),
+            starts=recur.resets(step),
+            implementation=self.policy.scan,
+        )
+        y = constrain(y * jax.nn.silu(z), names, rules)
+        out = keep(leaves.product("o", y, "BTI,ID->BTD"))
+        if state is None:
+            return out, None
+        return out, {"conv": tail, "scan": recur.carry(held["scan"], final)}
+
+
+class StateSpaceDual(nn.Module):
+    """out = W norm(S c + d x, z), one decay a head and a matrix state S; see the spec."""
+
+    op: spec.StateSpaceDual
+    policy: Policy
+
+    def _project(self, x: Array, leaves: Leaves) -> list[Array]:
+        """z, x, b, c and the raw step sizes, scaled."""
+        rules = self.policy.rules
+        parts = []
+        for name, scale in zip(("z", "x", "b", "c", "dt"), self.op.scales, strict=True):
+            dims = {"z": "NH", "x": "NH", "b": "KM", "c": "KM", "dt": "N"}[name]
+            y = keep(leaves.product(name, x, f"BTD,D{dims}->BT{dims}"))
+            axis = "kv_heads" if name in "bc" else "heads"
+            y = constrain(y, ("batch", "length", axis, "head_dim")[: y.ndim], rules)
+            parts.append(y if scale == 1.0 else y * scale)
+        return parts
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B T D"], *, step: Step, state: Any, aux: LayerAux
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """(x, the op's state) -> (update of x, new state)."""
+        op, held = self.op, state or {}
+        leaves = _leaves(self, x.shape[-1], step, aux)
+        z, *convolved, raw = self._project(x, leaves)
+        new: dict[str, Any] = {}
+        for i, name in enumerate(("x", "b", "c")):
+            y, new[name] = _convolve(leaves, f"conv_{name}", convolved[i], held.get(name), step)
+            convolved[i] = activation(op.activation, y)
+        dt = _steps(raw, leaves, step, (op.dt_min, op.dt_max))
+        a = -jnp.exp(leaves["a_log"].astype(jnp.float32))
+        x, b, c = convolved
+        y, final = dual_scan(
+            Dual(x, dt, b, c, a, leaves["d"]),
+            recur.initial(held.get("scan"), step),
+            starts=recur.resets(step),
+            implementation=self.policy.scan,
+        )
+        y = gated_norm(y, z, None if op.norm is None else leaves["norm"], op.norm)
+        y = constrain(y, ("batch", "length", "heads", "head_dim"), self.policy.rules)
+        out = keep(leaves.product("o", y, "BTNH,NHD->BTD"))
+        if state is None:
+            return out, None
+        return out, {**new, "scan": recur.carry(held["scan"], final)}
+
+
+class Convolution(nn.Module):
+    """out = W (c conv(b x)) with b, c and x linear in the input."""
+
+    op: spec.Convolution
+    policy: Policy
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B T D"], *, step: Step, state: Any, aux: LayerAux
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """(x, the op's state) -> (update of x, new state)."""
+        leaves = _leaves(self, x.shape[-1], step, aux)
+        b, c, x = (keep(leaves.product(n, x, "BTD,DI->BTI")) for n in ("b", "c", "x"))
+        tail = None if state is None else state["conv"]
+        y, tail = _convolve(leaves, "conv", b * x, tail, step)
+        y = constrain(c * y, ("batch", "length", "ffn"), self.policy.rules)
+        out = keep(leaves.product("o", y, "BTI,ID->BTD"))
+        return out, None if state is None else {"conv": tail}
