@@ -25,22 +25,28 @@ import numpy as np
 import torch
 import transformers
 from smollm2_prompts import CHATS, PARAGRAPH
-from tiny_models import BASE, TINY, Tiny
+from tiny_experts import EXPERTS
+from tiny_models import BASE, Tiny
+from tiny_models import TINY as DENSE
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 FOLDER = Path(__file__).resolve().parents[1] / "tests/oracle/goldens"
 PROMPTS = (17, 28)  # tokens of the two rows' prompts; logits are of 28 tokens in both rows
 LENGTH, ANSWER = max(PROMPTS), 12
 LEAST_MARGIN = 2e-3  # of the largest logit, between the two best tokens of every greedy step
+TINY = DENSE | EXPERTS
+# The grouped products of experts take no float64.
+EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}
 MAX_BYTES, MAX_TOTAL_BYTES = 200_000, 8_000_000
 
 
 def redraw(model: Any, seed: int) -> None:
     """Draw every parameter and every stored buffer anew; the rope's table is not stored."""
     generator, stored = torch.Generator().manual_seed(seed), model.state_dict()
+    parameters = dict(model.named_parameters())
     names = [n for n, _ in (*model.named_parameters(), *model.named_buffers()) if n in stored]
     for name in names:
-        value = model.get_parameter(name) if name.endswith(("weight", "bias")) else stored[name]
+        value = parameters.get(name, stored[name])
         noise = torch.randn(value.shape, generator=generator)
         with torch.no_grad():
             value.copy_(noise / value.shape[-1] ** 0.5 if value.ndim > 1 else value + 0.3 * noise)
@@ -67,6 +73,8 @@ def hub_dialect(config: dict[str, Any]) -> dict[str, Any]:
     out["rope_scaling"] = None if kind == "default" else {key: kind, **rope}
     if out["model_type"] == "qwen2":  # as published: a window is named and not used
         out |= {"sliding_window": 16, "max_window_layers": 2, "use_sliding_window": False}
+    if out["model_type"] == "qwen3_moe":
+        out["num_experts"] = out.pop("num_local_experts")
     out |= hub_layers(config)
     if out.get("head_dim") == out["hidden_size"] // out["num_attention_heads"]:
         del out["head_dim"]
@@ -156,7 +164,7 @@ def write_gguf(path: Path, model: Any, kind: str) -> None:
 def write_model(folder: Path, tiny: Tiny, seed: int) -> Any:
     """Write a model's files and give the model that transformers reads from them, in float32."""
     config = tiny.config(**{k: v for k, v in (BASE | tiny.changes).items() if v is not ...})
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_config(config, **EAGER)
     redraw(model, seed)
     if tiny.gguf:
         write_gguf(folder / "model.gguf", model, tiny.gguf)
@@ -174,9 +182,7 @@ def write_model(folder: Path, tiny: Tiny, seed: int) -> Any:
     if tiny.hub:
         path = folder / "config.json"
         path.write_text(json.dumps(hub_dialect(json.loads(path.read_text())), indent=2) + "\n")
-    return AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager"
-    ).eval()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **EAGER).eval()
 
 
 def forget(model: Any) -> None:

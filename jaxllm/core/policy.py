@@ -39,6 +39,8 @@ class Policy:
       matrices: how matrices are held. `canonical` as the spec says; `in_out` also a tied
         embedding, as [D, V]; `out_in` as [out, in]. A product of one row reads the one or the
         other up to twice as fast, by device.
+      expert_capacity: an expert takes at most this times its even share of a device's tokens, and
+        the others go without it; None drops nothing.
       dropout: rate on embeddings and residual updates, active when the step carries a key.
       taps: paths (`layers.3.mlp.down`, or `gram:layers.3.mlp.down`) whose inputs, or running Gram
         matrices of inputs, come back in `aux.taps`.
@@ -55,6 +57,7 @@ class Policy:
     layout: Layout = "scan"
     fused: bool = False
     matrices: Matrices = "canonical"
+    expert_capacity: float | None = None
     dropout: float = 0.0
     taps: frozenset[str] = frozenset()
     rules: Rules = DEFAULT_RULES
@@ -63,6 +66,10 @@ class Policy:
     def __post_init__(self) -> None:
         for name in (self.param_dtype, self.compute_dtype, self.logit_dtype):
             dtype_of(name)
+        require(
+            self.expert_capacity is None or self.expert_capacity > 0,
+            f"expert_capacity is positive, found {self.expert_capacity}",
+        )
         require(0 <= self.dropout < 1, f"dropout is in [0, 1), found {self.dropout}")
         require(
             not (self.taps and self.fused),

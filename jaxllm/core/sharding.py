@@ -26,18 +26,21 @@ __all__ = [
 Rules = tuple[tuple[str, str | tuple[str, ...] | None], ...]
 
 DEFAULT_RULES: Rules = (
-    ("batch", ("data", "fsdp")),
+    ("batch", ("data", "fsdp", "expert")),
     ("vocab", "tensor"),
     ("width", "fsdp"),
     ("heads", "tensor"),
     ("kv_heads", "tensor"),
     ("ffn", "tensor"),
+    ("experts", "expert"),
     ("head_dim", None),
     ("layers", None),
     ("length", None),
     ("sequence", None),
 )
 """Data parallel batches, FSDP on the width, tensor parallel heads, ffn and vocabulary.
+
+Devices that split the experts among them split the batch as well: rows go to their experts.
 
 `length` names the tokens inside of an op, `sequence` those of the hidden states between ops.
 """

@@ -79,6 +79,7 @@ def unembed(
 
 def _draw(path: str, definition: ParamDef, key: Array, dtype: Any) -> Array:
     key = jax.random.fold_in(key, zlib.crc32(path.encode()))
+    dtype = jnp.float32 if definition.wide else dtype
     if definition.draw is not None:
         return _special(definition.draw, key, definition.shape).astype(dtype)
     if definition.std == 0:
@@ -117,7 +118,7 @@ def init(
     Args:
       spec: the model.
       key: random key.
-      dtype: of all leaves.
+      dtype: of all leaves but those that are wide.
       segments: how layers are stacked; canonical by default.
       fused: draw query/key/value and gate/up as one matrix each.
     """

@@ -18,6 +18,7 @@ from jaxllm.nn.aux import Aux, LayerAux
 from jaxllm.nn.leaf import Leaves
 from jaxllm.nn.linear_attention import LinearAttention
 from jaxllm.nn.mlp import MLP
+from jaxllm.nn.moe import MoE
 from jaxllm.nn.state_space import Convolution, SelectiveScan, StateSpaceDual
 from jaxllm.ops.norm import layer_norm, rms_norm
 from jaxllm.spec import ops as spec_ops
@@ -31,6 +32,7 @@ __all__ = ["Block", "Norm", "dropout"]
 MODULES = {
     spec_ops.Attention: Attention,
     spec_ops.MLP: MLP,
+    spec_ops.MoE: MoE,
     spec_ops.LinearAttention: LinearAttention,
     spec_ops.SelectiveScan: SelectiveScan,
     spec_ops.StateSpaceDual: StateSpaceDual,

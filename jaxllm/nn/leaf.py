@@ -57,6 +57,12 @@ class Leaves:
         """Whether the parameters hold a leaf of this name."""
         return self._module.has_variable("params", name)
 
+    @property
+    def names(self) -> list[str]:
+        """Names of all leaves, as they are held: projections of one input may stand as one."""
+        apart = all(self.has(name) for name in self._table)
+        return list(self._table if apart else fuse_table(self._table))
+
     def __getitem__(self, name: str) -> Any:
         """The leaf of a name, checked against the table.
 
@@ -76,21 +82,22 @@ class Leaves:
         return self[name].astype(self._policy.compute_dtype)
 
     def product(
-        self, name: str, x: Float[Array, "B T *inputs"], equation: str
+        self, name: str, x: Float[Array, "B T *inputs"], equation: str, *, dtype: Any = None
     ) -> Float[Array, "B T *outputs"]:
-        """x times the matrix `name`, plus its bias if the op has one."""
+        """x times the matrix `name`, plus its bias if the op has one, in the compute dtype."""
+        dtype = self._policy.compute_dtype if dtype is None else dtype
         operands = equation.split("->")[0].split(",")
         self._aux.tap(f"{self._module.name}.{name}", x, sum(c in operands[0] for c in operands[1]))
         y = linear.einsum(
             equation,
             x,
             self[name],
-            dtype=self._policy.compute_dtype,
+            dtype=dtype,
             adapter_ids=self._adapter_ids,
         )
         bias = f"{name}_bias"
         if bias in self._table or self.has(bias):
-            y = y + linear.align(self.vector(bias), y)
+            y = y + linear.align(self[bias].astype(dtype), y)
         return y
 
     def project(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 from flax import linen as nn
 from jaxtyping import Array, Float
 
@@ -12,7 +13,7 @@ from jaxllm.core.sharding import constrain
 from jaxllm.nn.aux import LayerAux
 from jaxllm.nn.leaf import Leaves
 from jaxllm.nn.remat import keep
-from jaxllm.ops.activation import activation
+from jaxllm.ops.activation import mlp_hidden
 from jaxllm.spec import ops as spec_ops
 from jaxllm.spec.op_table import op_table
 from jaxllm.state.step import Step
@@ -45,8 +46,11 @@ class MLP(nn.Module):
         if op.gated:
             gate, up = (keep(y) for y in leaves.project("gate_up", x, "BTD,DF->BTF"))
             gate = gate if op.gate_scale == 1.0 else gate * op.gate_scale
-            hidden = activation(op.activation, gate) * up
+            hidden = mlp_hidden(op, up, gate)
         else:
-            hidden = activation(op.activation, keep(leaves.product("up", x, "BTD,DF->BTF")))
+            hidden = mlp_hidden(op, keep(leaves.product("up", x, "BTD,DF->BTF")))
         hidden = constrain(hidden, ("batch", "length", "ffn"), self.policy.rules)
-        return keep(leaves.product("down", hidden, "BTF,FD->BTD")), state
+        out = keep(leaves.product("down", hidden, "BTF,FD->BTD"))
+        if op.out_gate:
+            out = out * jax.nn.sigmoid(keep(leaves.product("out_gate", x, "BTD,DO->BTO")))
+        return out, state

@@ -1,4 +1,4 @@
-"""Activations by name."""
+"""Activations by name, and what an MLP makes of its projections."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-__all__ = ["ACTIVATIONS", "activation"]
+from jaxllm.spec.mlp import MLP
+
+__all__ = ["ACTIVATIONS", "activation", "mlp_hidden"]
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
@@ -22,3 +24,21 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 def activation(name: str, x: Float[Array, "*dims"]) -> Float[Array, "*dims"]:
     """The named activation, elementwise."""
     return ACTIVATIONS[name](x)
+
+
+def mlp_hidden(
+    mlp: MLP, up: Float[Array, "*dims F"], gate: Float[Array, "*dims F"] | None = None
+) -> Float[Array, "*dims F"]:
+    """What an MLP's `down` gets: act(gate) * (up + offset), or act(up) without a gate.
+
+    Before, the clamp bounds the activation's input from above and a gated `up` on both sides.
+    """
+    x = up if gate is None else gate
+    if mlp.clamp is not None:
+        x = jnp.minimum(x, jnp.asarray(mlp.clamp, x.dtype))
+    x = activation(mlp.activation, x) if mlp.gain == 1 else x * jax.nn.sigmoid(x * mlp.gain)
+    if gate is None:
+        return x
+    if mlp.clamp is not None:
+        up = jnp.clip(up, -mlp.clamp, mlp.clamp)
+    return x * (up + mlp.up_offset if mlp.up_offset else up)

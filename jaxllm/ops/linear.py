@@ -20,9 +20,10 @@ from jaxllm.core.weights import (
     plain,
 )
 from jaxllm.errors import ShapeError
+from jaxllm.ops.grouped import grouped_product
 from jaxllm.typing import AnyArray
 
-__all__ = ["align", "dense", "einsum", "grouped", "take", "unembed"]
+__all__ = ["align", "dense", "einsum", "expanded", "grouped", "is_adapted", "take", "unembed"]
 
 
 def align(vector: Float[AnyArray, "..."], x: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -224,16 +225,38 @@ def unembed(
 
 
 def grouped(
-    x: Float[Array, "T D"], leaf: Any, group_sizes: Int[Array, "E"], *, dtype: Any
+    x: Float[Array, "T D"],
+    leaf: Any,
+    group_sizes: Int[Array, "E"],
+    *,
+    dtype: Any,
+    equal: bool = False,
 ) -> Float[Array, "T F"]:
     """Rows sorted by group times that group's matrix of leaf [E, D, F].
 
-    `group_sizes` are the rows of each group; rows past their sum give zeros.
+    Args:
+      x: rows in the order of their groups.
+      leaf: the weight of any kind.
+      group_sizes: rows of each group; rows past their sum give zeros.
+      dtype: compute dtype of both operands.
+      equal: promises that all groups have T / E rows: one batched product.
     """
+    w = expanded(leaf, dtype)
+    if equal:
+        rows = x.astype(dtype).reshape(w.shape[0], -1, x.shape[-1])
+        return _product("ECD,EDF->ECF", rows, w, dtype).reshape(-1, w.shape[-1])
+    return grouped_product(x.astype(dtype), w, group_sizes, precision=_precision(dtype))
+
+
+def is_adapted(leaf: Any) -> bool:
+    """Whether a weight brings adapters, of which rows may choose one each."""
+    return isinstance(leaf, AdaptedWeight)
+
+
+def expanded(leaf: Any, dtype: Any) -> Float[Array, "E ..."]:
+    """The values of experts' matrices or biases of any kind; an adapter, the first, is merged."""
     if isinstance(leaf, AdaptedWeight):
         a, b = (adapters[0].astype(jnp.float32) for adapters in (leaf.a, leaf.b))
         update = _product("EDR,ERF->EDF", a, b, jnp.float32)
-        leaf = dense(leaf.base, jnp.float32) + leaf.scale * update
-    return jax.lax.ragged_dot(
-        x.astype(dtype), dense(leaf, dtype), group_sizes, precision=_precision(dtype)
-    )
+        return (dense(leaf.base, jnp.float32) + leaf.scale * update).astype(dtype)
+    return dense(leaf, dtype)

@@ -15,6 +15,7 @@ __all__ = [
     "attended_pairs",
     "flops",
     "kv_bytes_per_token",
+    "num_active_params",
     "num_params",
     "recurrence_flops",
     "recurrent_bytes",
@@ -25,6 +26,11 @@ __all__ = [
 def num_params(spec: ModelSpec) -> int:
     """Number of parameters; a tied head counts once."""
     return sum(d.size for _, d in flatten(model_table(spec)))
+
+
+def num_active_params(spec: ModelSpec) -> int:
+    """Number of parameters that one token uses: of experts the chosen ones, all others whole."""
+    return sum(round(d.size * d.active) for _, d in flatten(model_table(spec)))
 
 
 def weight_bytes(spec: ModelSpec, dtype_bytes: int) -> int:
@@ -92,7 +98,9 @@ def flops(spec: ModelSpec, tokens: int, past: int = 0, logits: int | None = None
       `matmul` (with convolutions), `attention`, `recurrence`, `head` and their sum `total`.
     """
     body = sum(
-        2 * d.size for path, d in layer_paths(spec).items() if path.startswith("layers.") and d.std
+        2 * round(d.size * d.active)
+        for path, d in layer_paths(spec).items()
+        if path.startswith("layers.") and d.std
     )
     pairs = sum(
         4 * a.heads * a.head_dim * attended_pairs(a.mask, tokens, past) for a in _attentions(spec)

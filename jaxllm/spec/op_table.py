@@ -7,7 +7,7 @@ from typing import Any
 
 from jaxllm.spec.linear_attention import LinearAttention
 from jaxllm.spec.linear_attention_table import linear_attention
-from jaxllm.spec.ops import MLP, Attention, Norm, Op
+from jaxllm.spec.ops import MLP, Attention, MoE, Norm, Op
 from jaxllm.spec.param import ParamDef
 from jaxllm.spec.state_space import Convolution, SelectiveScan, StateSpaceDual
 from jaxllm.spec.state_space_table import convolution, selective_scan, state_space_dual
@@ -74,12 +74,27 @@ def _mlp(op: MLP, width: int) -> dict[str, ParamDef]:
         bias = ParamDef((op.width,), ("ffn",))
         table |= {"gate_bias": bias} if op.gated else {}
         table |= {"up_bias": bias, "down_bias": ParamDef((width,), ("width",))}
+    if op.out_gate:
+        table["out_gate"] = ParamDef((width, 1), ("width", None), width**-0.5, inputs=1)
     return table
+
+
+def _moe(op: MoE, width: int) -> dict[str, ParamDef]:
+    """The router's leaves, and those of one expert with a leading dim E."""
+    table = {"router": ParamDef((width, op.experts), ("width", None), width**-0.5, inputs=1)}
+    if op.router.bias:
+        table["router_bias"] = ParamDef((op.experts,), (None,))
+    if op.router.balance_bias:
+        # Its steps are small beside it: bfloat16 would round them away.
+        table["balance_bias"] = ParamDef((op.experts,), (None,), wide=True)
+    experts = _mlp(op.mlp, width)
+    return table | {name: d.repeat(op.experts, op.active) for name, d in experts.items()}
 
 
 TABLES: dict[type, Callable[[Any, int], dict[str, ParamDef]]] = {
     Attention: _attention,
     MLP: _mlp,
+    MoE: _moe,
     LinearAttention: linear_attention,
     SelectiveScan: selective_scan,
     StateSpaceDual: state_space_dual,

@@ -9,6 +9,8 @@ from jaxllm.core.config import require
 from jaxllm.spec.activation import Activation
 from jaxllm.spec.linear_attention import LinearAttention
 from jaxllm.spec.mask import Causal, Mask
+from jaxllm.spec.mlp import MLP
+from jaxllm.spec.moe import MoE, Router
 from jaxllm.spec.rope import Rope
 from jaxllm.spec.state_space import Convolution, SelectiveScan, StateSpaceDual
 
@@ -18,9 +20,11 @@ __all__ = [
     "Attention",
     "Convolution",
     "LinearAttention",
+    "MoE",
     "Norm",
     "Op",
     "QKNorm",
+    "Router",
     "SelectiveScan",
     "StateSpaceDual",
 ]
@@ -115,19 +119,4 @@ class Attention:
         return self.head_dim**-0.5 if self.scale is None else self.scale
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MLP:
-    """Feed-forward: `down(act(gate_scale gate x) * up x)` when gated, else `down(act(up x))`."""
-
-    kind: ClassVar[str] = "mlp"
-    width: int
-    activation: Activation = "silu"
-    gated: bool = True
-    bias: bool = False
-    gate_scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        require(self.width >= 1, f"mlp: width is positive, found {self.width}")
-
-
-Op = Attention | MLP | LinearAttention | SelectiveScan | StateSpaceDual | Convolution
+Op = Attention | MLP | MoE | LinearAttention | SelectiveScan | StateSpaceDual | Convolution

@@ -19,9 +19,11 @@ class ParamDef:
     """One leaf: its logical shape, the name of each dim, and how it is drawn at the start.
 
     `std` is the standard deviation of a normal draw; 0 with `fill` gives a constant. `inputs`
-    counts the contracted dims of a matrix (before the outputs, after a layers axis); it is 0 for
-    vectors and tables. `tied` marks an embedding table that is the head as well. `draw` names
-    another way than these, with its numbers.
+    counts the contracted dims of a matrix (before the outputs, after layers and experts); it is 0
+    for vectors and tables. `tied` marks an embedding table that is the head as well. `draw` names
+    another way than these, with its numbers. `wide` marks a leaf that is float32 whatever the run's
+    dtype. A token uses a share `active` of the leaf: of experts, which stand on a leading dim, the
+    chosen ones.
     """
 
     shape: tuple[int, ...]
@@ -31,6 +33,8 @@ class ParamDef:
     inputs: int = 0
     tied: bool = False
     draw: Draw | None = None
+    wide: bool = False
+    active: float = 1.0
 
     @property
     def size(self) -> int:
@@ -40,6 +44,16 @@ class ParamDef:
     def stack(self, repeats: int) -> ParamDef:
         """The same leaf stacked on a leading axis of layers."""
         return dataclasses.replace(self, shape=(repeats, *self.shape), axes=("layers", *self.axes))
+
+    def repeat(self, experts: int, active: int) -> ParamDef:
+        """The leaves of all experts, of which a token uses `active`, on a leading dim."""
+        shape, axes = (experts, *self.shape), ("experts", *self.axes)
+        return dataclasses.replace(self, shape=shape, axes=axes, active=active / experts)
+
+    @property
+    def lead(self) -> int:
+        """Number of leading dims that only count leaves: layers, experts."""
+        return sum(axis in ("layers", "experts") for axis in self.axes[:2])
 
     def hold(self, matrices: str) -> ParamDef:
         """The leaf as its array is held under `Policy.matrices`."""
@@ -57,7 +71,7 @@ class ParamDef:
             return dims
         if self.tied:
             return dims[::-1]
-        lead = int(self.axes[0] == "layers")
+        lead = self.lead
         stop = lead + self.inputs
         return (*dims[:lead], *dims[stop:], *dims[lead:stop])
 
@@ -65,6 +79,8 @@ class ParamDef:
         """Number of leading dims that the held array has at its end; 0 where it is as it is."""
         if self.tied:
             return int(matrices == "in_out")
+        if "experts" in self.axes:  # grouped products read them one way
+            return 0
         return self.inputs if matrices == "out_in" else 0
 
     def unstack(self) -> ParamDef:

@@ -6,11 +6,11 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int, Key
+from jaxtyping import Array, Bool, Int, Key
 
 from jaxllm.typing import AnyArray, Slot
 
-__all__ = ["Step", "dense_step", "sequence_lengths", "training_step"]
+__all__ = ["Step", "dense_step", "real_tokens", "sequence_lengths", "training_step"]
 
 
 @jax.tree_util.register_dataclass
@@ -20,7 +20,8 @@ class Step:
 
     Attributes:
       positions: [B, T] integers, the place of each token in its sequence.
-      segment_ids: [B, T] integers or None; packed documents see only their own.
+      segment_ids: [B, T] integers or None; packed documents see only their own. 0 is padding: it
+        enters no statistics.
       lengths: [B] integers or None; how many of the T tokens are real, the rest is padding.
       page_table: [B, P] integers or None; pages of a paged state.
       adapter_ids: [B] integers or None; 0 is no adapter.
@@ -75,6 +76,18 @@ def dense_step(
     """
     positions = start[:, None] + jnp.arange(length, dtype=jnp.int32)[None]
     return Step(positions, lengths=lengths, fresh=fresh, aligned=fresh or start.shape[0] == 1)
+
+
+def real_tokens(step: Step) -> Bool[Array, "B T"] | None:
+    """Which tokens are no padding, by lengths and segments; None for all."""
+    real = None
+    if step.lengths is not None:
+        slots = jnp.arange(step.positions.shape[1], dtype=step.lengths.dtype)
+        real = slots[None] < jnp.asarray(step.lengths)[:, None]
+    if step.segment_ids is not None:
+        inside = jnp.asarray(step.segment_ids) != 0
+        real = inside if real is None else real & inside
+    return real
 
 
 def sequence_lengths(step: Step) -> Int[Array, "B t"]:

@@ -335,6 +335,7 @@ def entries(
       spec: the model.
       names: path within a layer (or of an end) without `.scale` and `_bias` -> name on disk without
         `.weight` and `.bias`. Paths that share a name are parts of one tensor, in the order here.
+        A name with `{}` is that of an expert, by number.
       layer: prefix of a layer's tensors.
       form: of a layer's matrices.
     """
@@ -349,9 +350,15 @@ def entries(
         stem, kind = _stem(rest)
         disk = f"{prefix}{names[stem]}.{kind}"
         matrix: Form = form if prefix else "linear"
-        found.append(Entry(disk, path, matrix if definition.inputs else "plain"))
-        fan_in = math.prod(definition.shape[: definition.inputs])
-        outputs[disk][order[stem]] = path, definition.size // fan_in
+        entry = Entry(disk, path, matrix if definition.inputs else "plain")
+        if "{}" in disk:
+            experts = range(definition.shape[0])
+            found += [dataclasses.replace(entry, disk=disk.format(i), index=i) for i in experts]
+            continue
+        found.append(entry)
+        one = definition.shape[definition.lead :]
+        fan_in = math.prod(one[: definition.inputs])
+        outputs[disk][order[stem]] = path, math.prod(one) // fan_in
     return [_with_part(entry, outputs[entry.disk]) for entry in found]
 
 
@@ -365,7 +372,7 @@ def _stem(path: str) -> tuple[str, str]:
 
 def _with_part(entry: Entry, outputs: Mapping[int, tuple[str, int]]) -> Entry:
     """The entry with its place in a tensor that several leaves fill."""
-    if len(outputs) == 1:
+    if len(outputs) <= 1:
         return entry
     total = sum(size for _, size in outputs.values())
     start = 0

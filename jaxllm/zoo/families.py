@@ -1,6 +1,19 @@
 """The families that are read and written: one literal dict."""
 
-from jaxllm.zoo import cohere2, gemma, gpt2, granite, llama, olmo2, phi3, qwen3, smollm3
+from jaxllm.zoo import (
+    cohere2,
+    gemma,
+    gpt2,
+    granite,
+    llama,
+    mixtral,
+    olmo2,
+    olmoe,
+    phi3,
+    qwen3,
+    qwen_moe,
+    smollm3,
+)
 from jaxllm.zoo.table import Family
 
 __all__ = ["FAMILIES", "PRESETS"]
@@ -16,6 +29,10 @@ FAMILIES: dict[str, Family] = {
     "phi3": phi3.FAMILY,
     "cohere2": cohere2.FAMILY,
     "gpt2": gpt2.FAMILY,
+    "mixtral": mixtral.FAMILY,
+    "olmoe": olmoe.FAMILY,
+    "qwen2_moe": qwen_moe.QWEN2_MOE,
+    "qwen3_moe": qwen_moe.QWEN3_MOE,
 }
 
 PRESETS = {**llama.PRESETS}

@@ -23,7 +23,7 @@ from jaxllm.zoo.gguf import open_gguf
 from jaxllm.zoo.reader import Reader, TensorInfo
 from jaxllm.zoo.safetensors import open_safetensors
 from jaxllm.zoo.safetensors_writer import write_safetensors
-from jaxllm.zoo.table import ConfigReader, Entry, Family
+from jaxllm.zoo.table import ConfigReader, Entry, Family, join
 
 __all__ = [
     "Checkpoint",
@@ -153,33 +153,39 @@ def read_arrays(
 
     Args:
       checkpoint: the source.
-      dtype: numpy dtype of the leaves.
+      dtype: numpy dtype of the leaves but those that are wide.
       segments: how layers are stacked.
       fused: query/key/value and gate/up as one matrix each.
       matrices: how they are held, as `Policy.matrices` says.
     """
-    sources = {entry.path: entry for entry in checkpoint.entries}
+    sources: dict[str, list[Entry]] = {}
+    for entry in checkpoint.entries:
+        sources.setdefault(entry.path, []).append(entry)
     for path, definition in flatten(model_table(checkpoint.spec, segments, fused)):
         layers = unstacked_paths(path)
         stacked = len(layers) > 1 or definition.axes[0] == "layers"
-        out = np.empty(definition.hold(matrices).shape, dtype)
+        held = np.float32 if definition.wide else dtype
+        out = np.empty(definition.hold(matrices).shape, held)
         ours = out.transpose(np.argsort(definition.hold_order(matrices)))
         for i, layer in enumerate(layers):
             _fill(checkpoint, sources, layer, ours[i] if stacked else ours)
         yield path, out
 
 
-def _fill(checkpoint: Checkpoint, sources: dict[str, Entry], path: str, out: np.ndarray) -> None:
+def _fill(
+    checkpoint: Checkpoint, sources: dict[str, list[Entry]], path: str, out: np.ndarray
+) -> None:
     """Fill the place of one unstacked (possibly fused) leaf."""
     paths = layer_paths(checkpoint.spec)
     parent, _, name = path.rpartition(".")
     stem, bias = (name.removesuffix("_bias"), "_bias") if name.endswith("_bias") else (name, "")
     fused = [f"{parent}.{part}{bias}" for part in FUSED.get(stem, ())]
     for part in fused or [path]:
-        array = checkpoint.reader.read(sources[part].disk)
-        array = sources[part].to_ours(array, paths[part])
-        place = fused_part(checkpoint.spec, part)[1] if fused else ...
-        out[place] = array.astype(out.dtype, copy=False)
+        place = out[fused_part(checkpoint.spec, part)[1] if fused else ...]
+        for entry in sources[part]:
+            array = entry.to_ours(checkpoint.reader.read(entry.disk), paths[part])
+            at = ... if entry.index is None else entry.index
+            place[at] = array.astype(out.dtype, copy=False)
 
 
 def save_checkpoint(
@@ -204,17 +210,25 @@ def save_checkpoint(
     """
     family, config = _writer(spec)
     paths = layer_paths(spec)
-    tag = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}[dtype]
-    width = 4 if tag == "F32" else 2
+    narrow = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}[dtype]
+    last: dict[str, np.ndarray] = {}
+
+    def leaf(path: str) -> np.ndarray:
+        if path not in last:  # experts, tensor by tensor, are those of one leaf
+            last.clear()
+            last[path] = read(path)
+        return last[path]
 
     def tensor(parts: list[Entry]) -> tuple[str, TensorInfo, Callable[[], np.ndarray]]:
-        shape = parts[0].disk_shape(paths[parts[0].path])
-        info = TensorInfo(shape, tag, int(np.prod(shape)) * width)
+        definition = paths[parts[0].path]
+        tag = "F32" if definition.wide else narrow
+        shape = parts[0].disk_shape(definition)
+        info = TensorInfo(shape, tag, int(np.prod(shape)) * (4 if tag == "F32" else 2))
         return parts[0].disk, info, lambda: make(parts)
 
     def make(parts: list[Entry]) -> np.ndarray:
-        arrays = [entry.to_disk(read(entry.path), paths[entry.path]) for entry in parts]
-        return arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=parts[0].axis)
+        arrays = [entry.to_disk(leaf(entry.path), paths[entry.path]) for entry in parts]
+        return join(parts, arrays, parts[0].axis(paths[parts[0].path]))
 
     directory.mkdir(parents=True, exist_ok=True)
     tensors = map(tensor, _by_tensor(family.names(spec)))
@@ -227,7 +241,9 @@ def save_checkpoint(
 
 def saved_paths(spec: ModelSpec) -> list[str]:
     """The unstacked paths that `save_checkpoint` reads, in its order."""
-    return [entry.path for parts in _by_tensor(_writer(spec)[0].names(spec)) for entry in parts]
+    groups = _by_tensor(_writer(spec)[0].names(spec))
+    paths = [entry.path for parts in groups for entry in parts]
+    return [path for i, path in enumerate(paths) if not i or path != paths[i - 1]]
 
 
 def _by_tensor(entries: list[Entry]) -> list[list[Entry]]:

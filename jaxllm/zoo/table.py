@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -14,7 +14,7 @@ from jaxllm.errors import ConfigError, UnsupportedError
 from jaxllm.spec.model import ModelSpec
 from jaxllm.spec.param import ParamDef
 
-__all__ = ["ConfigReader", "Entry", "Family", "Form"]
+__all__ = ["ConfigReader", "Entry", "Family", "Form", "join"]
 
 Form = Literal["linear", "plain", "interleaved", "in_out"]
 _MISSING = object()
@@ -90,61 +90,83 @@ class Entry:
     `in_out` is [in, out] on disk as here.
 
     Several leaves may fill one tensor: each is then a `part` (first output, number of outputs of
-    the whole tensor), as q, k and v in `qkv_proj`.
+    the whole tensor), as q, k and v in `qkv_proj`, and has every `stride`-th output from its first
+    on. Several tensors may fill one leaf of experts: each is then the expert `index` of it. Where
+    the tensor has all experts, it has a leading dim for them, before those of one.
     """
 
     disk: str
     path: str
     form: Form = "linear"
     part: tuple[int, int] | None = None
+    stride: int = 1
+    index: int | None = None
+
+    def _own(self, definition: ParamDef) -> ParamDef:
+        """What of the leaf stands in the tensor: one expert, or all of it."""
+        return definition if self.index is None else definition.unstack()
 
     def part_shape(self, definition: ParamDef) -> tuple[int, ...]:
         """Shape of this leaf on disk: matrices [out, in], vectors flat, tables as they are."""
-        if not definition.std:
-            return (definition.size,)
-        if not definition.inputs:
-            return definition.shape
-        fan_in = math.prod(definition.shape[: definition.inputs])
-        shape = (definition.size // fan_in, fan_in)
-        return shape[::-1] if self.form == "in_out" else shape
+        own = self._own(definition)
+        stack, one = own.shape[: own.lead], own.shape[own.lead :]
+        if not own.std:
+            return (*stack, math.prod(one))
+        if not own.inputs:
+            return own.shape
+        fan_in = math.prod(one[: own.inputs])
+        shape = (math.prod(one) // fan_in, fan_in)
+        return (*stack, *(shape[::-1] if self.form == "in_out" else shape))
 
-    @property
-    def axis(self) -> int:
+    def axis(self, definition: ParamDef) -> int:
         """The dim of outputs on disk, on which parts are joined."""
-        return -1 if self.form == "in_out" else 0
+        own = self._own(definition)
+        return own.lead + int(self.form == "in_out" and own.inputs > 0)
 
     def disk_shape(self, definition: ParamDef) -> tuple[int, ...]:
         """Shape of the whole tensor on disk."""
         shape = list(self.part_shape(definition))
         if self.part is not None:
-            shape[self.axis] = self.part[1]
+            shape[self.axis(definition)] = self.part[1]
         return tuple(shape)
 
     def to_ours(self, array: np.ndarray, definition: ParamDef) -> np.ndarray:
-        """From the whole tensor on disk to the canonical leaf."""
+        """From the whole tensor on disk to the canonical leaf, or to the expert `index` of it."""
+        own = self._own(definition)
         if self.part is not None:
-            start = self.part[0]
-            stop = start + self.part_shape(definition)[self.axis]
-            array = array[:, start:stop] if self.axis else array[start:stop]
+            axis, start = self.axis(definition), self.part[0]
+            stop = start + self.part_shape(definition)[axis] * self.stride
+            array = array[(slice(None),) * axis + (slice(start, stop, self.stride),)]
         if self.form == "interleaved":
-            head_dim = definition.shape[-1]
+            head_dim = own.shape[-1]
             paired = array.reshape(-1, head_dim // 2, 2, *array.shape[1:])
             array = paired.swapaxes(1, 2).reshape(array.shape)
-        if self.form in ("linear", "interleaved") and array.ndim == 2:
-            array = array.T
-        return array.reshape(definition.shape)
+        if self.form in ("linear", "interleaved") and array.ndim == own.lead + 2:
+            array = array.swapaxes(-1, -2)
+        return array.reshape(own.shape)
 
     def to_disk(self, array: np.ndarray, definition: ParamDef) -> np.ndarray:
         """From the canonical leaf to its part on disk; the inverse of `to_ours`."""
-        shape = self.part_shape(definition)
-        if self.form in ("linear", "interleaved") and len(shape) == 2:
-            out = array.reshape(shape[1], shape[0]).T
+        array = array if self.index is None else array[self.index]
+        lead, shape = self._own(definition).lead, self.part_shape(definition)
+        if self.form in ("linear", "interleaved") and len(shape) == lead + 2:
+            out = array.reshape(*shape[:lead], shape[-1], shape[-2]).swapaxes(-1, -2)
         else:
             out = array.reshape(shape)
         if self.form == "interleaved":
             halves = out.reshape(-1, 2, array.shape[-1] // 2, *out.shape[1:])
             out = halves.swapaxes(1, 2).reshape(out.shape)
         return np.ascontiguousarray(out)
+
+
+def join(parts: Sequence[Entry], arrays: Sequence[np.ndarray], axis: int) -> np.ndarray:
+    """A tensor from what `to_disk` gives for each of its parts, in their order."""
+    if len(arrays) == 1:
+        return arrays[0]
+    if parts[0].stride == 1:
+        return np.concatenate(arrays, axis=axis)
+    turns = np.stack(arrays, axis=axis + 1)
+    return turns.reshape(*turns.shape[:axis], -1, *turns.shape[axis + 2 :])
 
 
 def _no_gguf(*_: Any) -> Any:

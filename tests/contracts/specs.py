@@ -18,8 +18,10 @@ from jaxllm.spec.ops import (
     MLP,
     Attention,
     Convolution,
+    MoE,
     Norm,
     QKNorm,
+    Router,
     SelectiveScan,
     StateSpaceDual,
 )
@@ -50,6 +52,35 @@ def heads(count: int, kv: int, **changes: Any) -> Attention:
     return Attention(heads=count, kv_heads=kv, **({"head_dim": 8, "rope": NEAR} | changes))
 
 
+def experts(name: str, moe: MoE, norm: Norm = RMS, shared: MLP | None = None) -> Block:
+    """A pre-norm layer whose feed-forward is a mixture, beside an MLP for all tokens or not."""
+    ops = [NamedOp(name="moe", op=moe)]
+    if shared is not None:
+        ops.append(NamedOp(name="shared", op=shared))
+    attn = sub("attn", heads(4, 2), norm_in=norm)
+    return Block(name=name, subs=(attn, Sub(ops=tuple(ops), norm_in=norm)))
+
+
+SOFTMAX = MoE(experts=4, active=2, mlp=MLP(width=24), router=Router(renormalize=True, scale=1.5))
+GROUPED = MoE(
+    experts=8,
+    active=3,
+    mlp=MLP(width=16),
+    router=Router(
+        score="sigmoid",
+        renormalize=True,
+        scale=2.5,
+        groups=4,
+        groups_kept=2,
+        balance_bias=True,
+    ),
+)
+CLAMPED = MoE(
+    experts=4,
+    active=2,
+    mlp=MLP(width=16, bias=True, clamp=0.7, gain=1.702, up_offset=1.0),
+    router=Router(over_chosen=True, bias=True),
+)
 MLP48 = MLP(width=48)
 PLAIN48 = MLP(width=48, gated=False, bias=True, activation="gelu")
 
@@ -198,6 +229,21 @@ SPECS: dict[str, ModelSpec] = {
             ),
         ),
         layers="M*2 P",
+        head=Head(tied=True),
+    ),
+    # Softmax over all and renormalised; sigmoid in groups with a balance bias, beside a gated MLP
+    # that all tokens share.
+    "moe": model(
+        experts("E", SOFTMAX, norm=RMS),
+        experts("S", GROUPED, shared=MLP(width=24, out_gate=True)),
+        layers="E S*2",
+    ),
+    # Softmax over the chosen; clamps, gain, offset and biases; weights on what goes in.
+    "moe_clamped": model(
+        experts("E", CLAMPED),
+        experts("I", MoE(experts=4, active=2, mlp=MLP(width=16, gated=False, activation="relu2"),
+                         router=Router(score="sigmoid", weigh_inputs=True))),
+        layers="(E I)*2",
         head=Head(tied=True),
     ),
 }  # fmt: skip

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 from jaxllm.spec.mask import allowed
-from jaxllm.spec.ops import MLP, Attention, LinearAttention
+from jaxllm.spec.ops import MLP, Attention, LinearAttention, MoE
 from tests.contracts import recurrences
 from tests.contracts.linear import linear_attention
 from tests.contracts.specs import NAMES, SPECS, assert_close, full, params, single, tokens
+from tests.ops.routing_oracle import moe
 from tests.ops.test_attention import oracle as attend
 from tests.ops.test_norm import FORMULAS
 from tests.ops.test_rope import rotated
@@ -67,13 +68,27 @@ def mlp(op, w, x):
         y = x @ w[name]
         return y + w[f"{name}_bias"] if op.bias else y
 
-    act = np.vectorize(FORMULAS[op.activation])
+    def act(x):
+        x = x if op.clamp is None else np.minimum(x, op.clamp)
+        gained = x / (1 + np.exp(-op.gain * x))
+        return gained if op.gain != 1 else np.vectorize(FORMULAS[op.activation])(x)
+
     if op.gated:
-        return project("down", act(op.gate_scale * project("gate", x)) * project("up", x))
-    return project("down", act(project("up", x)))
+        up = project("up", x)
+        up = up if op.clamp is None else np.clip(up, -op.clamp, op.clamp)
+        y = project("down", act(op.gate_scale * project("gate", x)) * (up + op.up_offset))
+    else:
+        y = project("down", act(project("up", x)))
+    return y / (1 + np.exp(-x @ w["out_gate"])) if op.out_gate else y
 
 
-OPS = {Attention: attention, MLP: mlp, LinearAttention: linear_attention, **recurrences.OPS}
+OPS = {
+    Attention: attention,
+    MLP: mlp,
+    MoE: moe,
+    LinearAttention: linear_attention,
+    **recurrences.OPS,
+}
 
 
 def decode(spec, weights, ids):
@@ -192,6 +207,23 @@ FLAGS = [
     ("dual", ("blocks", 1, "subs", 0, "ops", 0, "scale"), 1.0),
     ("dual", ("blocks", 1, "subs", 0, "ops", 1, "scale_in"), 1.0),
     ("dual", (*op(1, 1), "gate_scale"), 1.0),
+    ("moe", (*op(0, 1), "active"), 1),
+    ("moe", (*op(0, 1), "router", "renormalize"), False),
+    ("moe", (*op(0, 1), "router", "scale"), 1.0),
+    ("moe", (*op(0, 1), "router", "score"), "sigmoid"),
+    ("moe", (*op(1, 1), "router", "score"), "softmax"),
+    ("moe", (*op(1, 1), "router", "groups_kept"), 3),
+    ("moe", (*op(1, 1), "router", "groups"), 2),
+    ("moe", (*op(1, 1), "router", "group_score"), "one"),
+    ("moe", (*op(1, 1), "router", "balance_bias"), False),
+    ("moe", (*op(1, 1, 1), "out_gate"), False),
+    ("moe_clamped", (*op(0, 1), "mlp", "clamp"), None),
+    ("moe_clamped", (*op(0, 1), "mlp", "gain"), 1.0),
+    ("moe_clamped", (*op(0, 1), "mlp", "up_offset"), 0.0),
+    ("moe_clamped", (*op(0, 1), "mlp", "bias"), False),
+    ("moe_clamped", (*op(0, 1), "router", "bias"), False),
+    ("moe_clamped", (*op(0, 1), "router", "over_chosen"), False),
+    ("moe_clamped", (*op(1, 1), "router", "weigh_inputs"), False),
 ]
 
 

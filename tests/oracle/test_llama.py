@@ -28,6 +28,7 @@ LATER = (
     "phi3_partial_hub",
     "qwen3_window",
     "smollm3_hub",
+    *("mixtral_hub", "olmoe", "olmoe_hub", "qwen2_moe_hub", "qwen3_moe", "qwen3_moe_hub"),
 )
 SOON = tuple(name for name in NAMES if name not in LATER)
 LOGITS = {

@@ -14,11 +14,14 @@ from jaxllm.spec.cost import (
     attended_pairs,
     flops,
     kv_bytes_per_token,
+    num_active_params,
     num_params,
     recurrent_bytes,
     weight_bytes,
 )
 from jaxllm.spec.mask import And, Causal, Full, Or, Window, allowed
+from jaxllm.spec.op_table import op_table
+from jaxllm.spec.ops import MoE
 from jaxllm.state.dense import dense_state
 from jaxllm.zoo.families import PRESETS
 from tests.contracts.specs import SPECS, params
@@ -81,13 +84,27 @@ def test_flops(mask):
     assert flops(spec, 5, past=2, logits=1)["head"] == 2 * 32 * 64
 
 
+def used(op):
+    """Values of an op that one token meets: of experts those that are chosen, all others whole."""
+    if isinstance(op, MoE):
+        return 32 * op.experts + op.active * used(op.mlp)
+    return sum(d.size for d in op_table(op, 32).values() if d.std)
+
+
 @pytest.mark.parametrize("name", SPECS)
 def test_flops_of_matrices_count_each_weight_once_a_token(name):
     spec = SPECS[name]
-    matrices = sum(
-        d.size for path, d in flatten(api.model_table(spec)) if path.startswith("layers") and d.std
-    )
+    layers = [s for i in range(spec.num_layers) for s in spec.block(i).subs]
+    matrices = sum(used(named.op) for part in layers for named in part.ops)
     assert flops(spec, 3)["matmul"] == 2 * 3 * matrices
+
+
+def test_active_parameters():
+    """All but the experts that a token does not go to."""
+    spec = SPECS["moe"]
+    idle = 3 * 32 * 24 * (4 - 2) + 2 * 3 * 32 * 16 * (8 - 3)
+    assert num_params(spec) - num_active_params(spec) == idle
+    assert num_active_params(SPECS["mha"]) == num_params(SPECS["mha"])
 
 
 @pytest.mark.parametrize("name", SPECS)
