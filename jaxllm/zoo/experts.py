@@ -48,9 +48,19 @@ class Mixed:
         return decoder.Parts(self.attns, self.norms, self.mlp or self.moe.mlp, self.norm)
 
 
-def layer(name: str, attn: Any, norm: Norm, ffn: MoE | MLP, shared: MLP | None = None) -> Block:
-    """A pre-norm layer; a mixture stands as `moe`, beside the MLP `shared` of all tokens."""
-    first = sub("attn", attn, norm_in=norm)
+def layer(
+    name: str,
+    attn: Any,
+    norm: Norm,
+    ffn: MoE | MLP,
+    shared: MLP | None = None,
+    mixer: str = "attn",
+) -> Block:
+    """A pre-norm layer; a mixture stands as `moe`, beside the MLP `shared` of all tokens.
+
+    What mixes tokens stands as `mixer`.
+    """
+    first = sub(mixer, attn, norm_in=norm)
     if isinstance(ffn, MLP):
         return Block(name=name, subs=(first, sub("mlp", ffn, norm_in=norm)))
     ops = [NamedOp(name="moe", op=ffn)]

@@ -8,9 +8,11 @@ from jaxllm.zoo import (
     llama,
     mixtral,
     olmo2,
+    olmo_hybrid,
     olmoe,
     phi3,
     qwen3,
+    qwen3_next,
     qwen_moe,
     smollm3,
 )
@@ -33,6 +35,8 @@ FAMILIES: dict[str, Family] = {
     "olmoe": olmoe.FAMILY,
     "qwen2_moe": qwen_moe.QWEN2_MOE,
     "qwen3_moe": qwen_moe.QWEN3_MOE,
+    "qwen3_next": qwen3_next.FAMILY,
+    "olmo_hybrid": olmo_hybrid.FAMILY,
 }
 
 PRESETS = {**llama.PRESETS}

@@ -99,7 +99,17 @@ def _open_directory(path: Path) -> Checkpoint:
     reader, entries = open_safetensors(path), family.names(spec)
     if not any(name.startswith(family.prefix) for name in reader.tensors):
         entries = [dataclasses.replace(e, disk=e.disk.removeprefix(family.prefix)) for e in entries]
+    entries = [_found(entry, family, reader) for entry in entries]
     return Checkpoint(path, spec, reader, tuple(entries), family)
+
+
+def _found(entry: Entry, family: Family, reader: Reader) -> Entry:
+    """The entry under the name that the file has it by."""
+    names = [entry.disk.replace(a, b) for a, b in family.aliases if a in entry.disk]
+    other = next((name for name in names if name in reader.tensors), None)
+    if other is None or entry.disk in reader.tensors:
+        return entry
+    return dataclasses.replace(entry, disk=other)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:

@@ -16,7 +16,7 @@ from jaxllm.spec.param import ParamDef
 
 __all__ = ["ConfigReader", "Entry", "Family", "Form", "join"]
 
-Form = Literal["linear", "plain", "interleaved", "in_out"]
+Form = Literal["linear", "plain", "interleaved", "in_out", "conv"]
 _MISSING = object()
 
 
@@ -87,12 +87,15 @@ class Entry:
 
     Forms: `plain` is a reshape; `linear` is [out, in] on disk and [*in, *out] here; `interleaved`
     is `linear` (or a bias) whose rotary rows are paired 2i, 2i + 1 on disk and i, i + H/2 here;
-    `in_out` is [in, out] on disk as here.
+    `in_out` is [in, out] on disk as here; `conv` is [channels, 1, W] on disk and [W, *channels]
+    here.
 
     Several leaves may fill one tensor: each is then a `part` (first output, number of outputs of
     the whole tensor), as q, k and v in `qkv_proj`, and has every `stride`-th output from its first
-    on. Several tensors may fill one leaf of experts: each is then the expert `index` of it. Where
-    the tensor has all experts, it has a leading dim for them, before those of one.
+    on. With `groups` the tensor is so many equal stretches of outputs, and a part is of each of
+    them, as a head's queries beside its gate. Several tensors may fill one leaf of experts: each is
+    then the expert `index` of it. Where the tensor has all experts, it has a leading dim for them,
+    before those of one.
     """
 
     disk: str
@@ -100,6 +103,7 @@ class Entry:
     form: Form = "linear"
     part: tuple[int, int] | None = None
     stride: int = 1
+    groups: int = 1
     index: int | None = None
 
     def _own(self, definition: ParamDef) -> ParamDef:
@@ -112,6 +116,8 @@ class Entry:
         stack, one = own.shape[: own.lead], own.shape[own.lead :]
         if not own.std:
             return (*stack, math.prod(one))
+        if self.form == "conv":
+            return (math.prod(one[1:]), 1, one[0])
         if not own.inputs:
             return own.shape
         fan_in = math.prod(one[: own.inputs])
@@ -127,7 +133,7 @@ class Entry:
         """Shape of the whole tensor on disk."""
         shape = list(self.part_shape(definition))
         if self.part is not None:
-            shape[self.axis(definition)] = self.part[1]
+            shape[self.axis(definition)] = self.part[1] * self.groups
         return tuple(shape)
 
     def to_ours(self, array: np.ndarray, definition: ParamDef) -> np.ndarray:
@@ -135,8 +141,14 @@ class Entry:
         own = self._own(definition)
         if self.part is not None:
             axis, start = self.axis(definition), self.part[0]
-            stop = start + self.part_shape(definition)[axis] * self.stride
-            array = array[(slice(None),) * axis + (slice(start, stop, self.stride),)]
+            size = self.part_shape(definition)[axis]
+            stop = start + size // self.groups * self.stride
+            shape = array.shape
+            array = array.reshape(*shape[:axis], self.groups, -1, *shape[axis + 1 :])
+            array = array[(slice(None),) * (axis + 1) + (slice(start, stop, self.stride),)]
+            array = array.reshape(*shape[:axis], size, *shape[axis + 1 :])
+        if self.form == "conv":
+            return array[:, 0].T.reshape(own.shape)
         if self.form == "interleaved":
             head_dim = own.shape[-1]
             paired = array.reshape(-1, head_dim // 2, 2, *array.shape[1:])
@@ -149,6 +161,8 @@ class Entry:
         """From the canonical leaf to its part on disk; the inverse of `to_ours`."""
         array = array if self.index is None else array[self.index]
         lead, shape = self._own(definition).lead, self.part_shape(definition)
+        if self.form == "conv":
+            return np.ascontiguousarray(array.reshape(shape[2], -1).T[:, None])
         if self.form in ("linear", "interleaved") and len(shape) == lead + 2:
             out = array.reshape(*shape[:lead], shape[-1], shape[-2]).swapaxes(-1, -2)
         else:
@@ -163,6 +177,11 @@ def join(parts: Sequence[Entry], arrays: Sequence[np.ndarray], axis: int) -> np.
     """A tensor from what `to_disk` gives for each of its parts, in their order."""
     if len(arrays) == 1:
         return arrays[0]
+    if parts[0].groups > 1:
+        groups = parts[0].groups
+        cut = [a.reshape(*a.shape[:axis], groups, -1, *a.shape[axis + 1 :]) for a in arrays]
+        whole = np.concatenate(cut, axis=axis + 1)
+        return whole.reshape(*whole.shape[:axis], -1, *whole.shape[axis + 2 :])
     if parts[0].stride == 1:
         return np.concatenate(arrays, axis=axis)
     turns = np.stack(arrays, axis=axis + 1)
@@ -187,6 +206,7 @@ class Family:
       gguf_names: (spec, architecture) -> entries of the GGUF layout.
       ignored: globs of tensors that carry nothing the model needs.
       prefix: of the names on disk, which files of the bare body lack.
+      aliases: (part of a name on disk, what other files of the family say for it).
     """
 
     model_types: tuple[str, ...]
@@ -198,3 +218,4 @@ class Family:
     gguf_names: Callable[[ModelSpec, str], list[Entry]] = _no_gguf
     ignored: tuple[str, ...] = ()
     prefix: str = ""
+    aliases: tuple[tuple[str, str], ...] = ()
