@@ -97,7 +97,9 @@ def favor(
     of_q = of_q - jax.lax.stop_gradient(of_q.max(axis=-1, keepdims=True))
     top = jax.lax.stop_gradient(of_k.max(axis=-1))
     top = jnp.where(real[..., None], top, np.asarray(jnp.finfo(wide).min, wide))
-    first = jnp.zeros((q.shape[0], q.shape[2]), wide) if before is None else before.astype(wide)
+    first = (
+        jnp.zeros((q.shape[0], q.shape[2]), wide) if before is None else jnp.asarray(before, wide)
+    )
     peak = jnp.maximum(_running_max(top, first, starts), np.asarray(jnp.finfo(wide).min, wide))
     earlier = jnp.concatenate([first[:, None], peak[:, :-1]], axis=1)
     shrink = jnp.minimum(earlier - peak, np.zeros((), wide))

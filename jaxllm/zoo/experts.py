@@ -8,7 +8,7 @@ from typing import Any
 
 from jaxllm.spec.model import Block, ModelSpec, NamedOp, Sub, sub
 from jaxllm.spec.moe import MoE
-from jaxllm.spec.ops import MLP, Norm
+from jaxllm.spec.ops import MLP, LinearAttention, Norm
 from jaxllm.zoo import decoder
 from jaxllm.zoo.table import ConfigReader
 
@@ -90,6 +90,8 @@ def mixed_of(spec: ModelSpec) -> Mixed | None:
             case _:
                 return None
     if not moes or spec.final_norm is None:
+        return None
+    if any(isinstance(op, LinearAttention) for op in attns.values()):
         return None
     norms = {name: norm for part in spec.blocks[0].subs for name, norm in part.norms.items()}
     sparse = [name in moes for name in spec.pattern.names]

@@ -116,8 +116,8 @@ def _write(spec: ModelSpec) -> dict[str, Any] | None:
         return None
     rope = write_rope(parts.attn.rope, context=spec.context)
     if parts.attn.rope is None:
-        rope = {"max_position_embeddings": spec.context}
-        rope["rope_parameters"] = {"rope_theta": None, "rope_type": "default"}
+        none = {"rope_theta": None, "rope_type": "default"}
+        rope = {"max_position_embeddings": spec.context, "rope_parameters": none}
     return {
         **hybrid.write_sizes(spec, "OlmoHybrid", parts),
         **rope,

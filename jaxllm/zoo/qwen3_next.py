@@ -123,7 +123,7 @@ def _read(config: ConfigReader) -> ModelSpec:
         attn = Attention(
             **decoder.heads_of(sizes), qk_norm=QKNorm(eps=eps, offset=1.0), gate=True, rope=rope
         )
-        mixers = {"full_attention": ("attn", attn)}
+        mixers: dict[str, tuple[str, Any]] = {"full_attention": ("attn", attn)}
         mixers["linear_attention"] = ("linear", LinearAttention(**linear))
         dense = MLP(width=sizes.ffn, activation=activation)
         parts = {name: pair for pair, name in _BLOCKS.items()}

@@ -13,6 +13,13 @@ from safetensors.numpy import load_file
 FOLDER = Path(__file__).with_name("goldens")
 NAMES = tuple(sorted(path.parent.name for path in FOLDER.glob("*/golden.npz")))
 TOLERANCE = 1e-5  # relative; the reference's own float32 noise is up to 1.4e-6 (in each golden)
+HYBRIDS = ("qwen3_next", "olmo_hybrid")
+"""Recurrences carry rounding on: their noise is up to 2.5e-5, and the tolerance 1e-4."""
+
+
+def tolerance(name: str) -> float:
+    """Of the logits of a golden, relative."""
+    return 10 * TOLERANCE if name.startswith(HYBRIDS) else TOLERANCE
 
 
 @dataclass(frozen=True)

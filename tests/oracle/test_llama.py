@@ -12,7 +12,7 @@ import pytest
 
 import jaxllm
 from jaxllm.core.policy import Policy
-from tests.oracle.golden import NAMES, TOLERANCE, golden, relative, tensors
+from tests.oracle.golden import NAMES, TOLERANCE, golden, relative, tensors, tolerance
 
 POLICIES = {"default": None, "scan": Policy(layout="scan", fused=False)}
 SAFETENSORS = [name for name in NAMES if golden(name).source.is_dir()]
@@ -28,6 +28,7 @@ LATER = (
     "phi3_partial_hub",
     "qwen3_window",
     "smollm3_hub",
+    *("olmo_hybrid_nope", "qwen3_next_hub"),
     *("mixtral_hub", "olmoe", "olmoe_hub", "qwen2_moe_hub", "qwen3_moe", "qwen3_moe_hub"),
 )
 SOON = tuple(name for name in NAMES if name not in LATER)
@@ -55,6 +56,8 @@ GREEDY = {
         "gemma2",
         "cohere2",
         "gpt2",
+        "qwen3_next",
+        "olmo_hybrid",
         "llama_dynamic_hub",
         "llama_longrope_hub",
     ),
@@ -87,7 +90,8 @@ def same_bits(first, second):
 
 def test_there_is_something_to_check():
     assert len(NAMES) >= 24
-    assert sum(golden(name).provenance["float32_noise"] > TOLERANCE / 5 for name in NAMES) == 0
+    noise = {name: golden(name).provenance["float32_noise"] / tolerance(name) for name in NAMES}
+    assert {name: part for name, part in noise.items() if part > 0.3} == {}
 
 
 @pytest.mark.parametrize(("name", "layout"), pairs(LOGITS))
@@ -95,7 +99,7 @@ def test_logits(name, layout):
     want = golden(name)
     error = relative(load(want.source, layout).logits(want.ids), want.logits)
     print(f"{name} {layout}: {error:.2e}")
-    assert error < TOLERANCE
+    assert error < tolerance(name)
 
 
 @pytest.mark.parametrize(("name", "layout"), pairs(GREEDY))

@@ -7,7 +7,7 @@ import pytest
 
 from jaxllm.core.tree import Segment, segments_of
 from jaxllm.errors import UnsupportedError
-from jaxllm.spec.ops import MLP, Attention, LinearAttention, SelectiveScan, StateSpaceDual
+from jaxllm.spec.ops import MLP, Attention, LinearAttention, MoE, SelectiveScan, StateSpaceDual
 from jaxllm.state.attend import attend
 from jaxllm.state.dense import DenseKV, dense_state, grow, state_axes, write
 from jaxllm.state.step import dense_step, training_step
@@ -26,7 +26,7 @@ def test_the_state_has_the_shape_of_the_layers(name):
         alone = single({"layers": state}, spec.num_layers)["layers"]
         for layer in range(spec.num_layers):
             ops = [named for sub in spec.block(layer).subs for named in sub.ops]
-            wanted = {n.name: n.op for n in ops if not isinstance(n.op, MLP)}
+            wanted = {n.name: n.op for n in ops if not isinstance(n.op, MLP | MoE)}
             assert alone[str(layer)].keys() == wanted.keys()
             for key, op in wanted.items():
                 if not isinstance(op, Attention):
