@@ -20,11 +20,12 @@ from jaxllm.core.tree import layer_tree, segments_of
 from jaxllm.core.weights import plain
 from jaxllm.errors import ConfigError, ShapeError
 from jaxllm.infer import programs
+from jaxllm.infer.embed import Text, embed, pooling_of, token_rows
 from jaxllm.infer.generate import Generator, Timings
 from jaxllm.infer.open import open_source, run_policy
-from jaxllm.infer.programs import Setup, bucket
+from jaxllm.infer.programs import Setup, row_length
 from jaxllm.infer.sampling import Sampling
-from jaxllm.spec.model import ModelSpec
+from jaxllm.spec.model import ModelSpec, Pooling
 from jaxllm.spec.table import fused_part
 from jaxllm.text.answer import Answer
 from jaxllm.text.tokenizer import Tokenizer
@@ -162,12 +163,37 @@ class Model:
         """
         ids = self._ids(tokens)
         batch, length = ids.shape
-        size = length if self.spec.follows_length else bucket(length)
+        exact = self.spec.follows_length and self.spec.decodes
+        size = length if exact else row_length(self.spec, length)
         padded = np.zeros((batch, size), np.int32)
         padded[:, :length] = ids
         program = programs.logits(self.generator.setup, batch=batch, length=padded.shape[1])
-        out = self.generator.executable(program)(self.params, padded)
+        lengths = () if self.spec.decodes else (np.full((batch,), length, np.int32),)
+        out = self.generator.executable(program)(self.params, padded, *lengths)
         return np.asarray(out)[:, :length]
+
+    def embed(
+        self, texts: Text | Sequence[Text], *, pooling: Pooling | str | None = None
+    ) -> np.ndarray:
+        """One vector a text.
+
+        Args:
+          texts: strings or lists of token ids, in any number; a single one gives one row.
+          pooling: `mean`, `cls`, `last` or a `Pooling`, in place of the model's own. An encoder
+            without its own takes the mean over a text's tokens, without scaling it.
+
+        Returns:
+          float32 [B, D]. Strings are cut to `pooling.max_tokens`, or the model's context.
+
+        Raises:
+          ConfigError: a decoder without pooling, strings without a tokenizer; ShapeError: ids that
+            are none or too many.
+        """
+        if isinstance(texts, str) or (len(texts) and isinstance(texts[0], (int, np.integer))):
+            texts = [cast("Text", texts)]
+        how = pooling_of(self.spec, pooling)
+        rows = token_rows(cast("Sequence[Text]", texts), self.tokenizer, self.spec, how)
+        return embed(self.generator, rows, how)
 
     def _ids(self, tokens: Any) -> np.ndarray:
         ids = np.asarray(tokens)
@@ -233,8 +259,10 @@ class Model:
             `presence_penalty`, `frequency_penalty`, `seed`; see `Sampling`.
 
         Raises:
-          ConfigError: an option out of its range; CapacityError: the prompt exceeds the context.
+          UnsupportedError: the model is an encoder; ConfigError: an option out of its range;
+            CapacityError: the prompt exceeds the context.
         """
+        programs.check_decodes(self.spec)
         options = _sampling(sampling, "max_tokens", "stop", "raw")
         stops = [stop] if isinstance(stop, str) else list(stop)
         ids = self.prompt_ids(prompt, raw=raw)
@@ -284,6 +312,7 @@ class Model:
 
         Takes what `stream` takes, without `stop`; row i draws with seed + i.
         """
+        programs.check_decodes(self.spec)
         options = _sampling(sampling, "max_tokens", "raw")
         rows = [self.prompt_ids(p, raw=raw) for p in prompts]
         answers = [Answer(self.tokenizer, self.eos_ids, []) for _ in rows]

@@ -4,7 +4,7 @@ B batch            T new tokens (queries)   S keys in context     N query heads
 K key/value heads  G = N / K                H head width          D model width
 F ffn width        V vocabulary             E experts             A experts active a token
 L stacked layers   P pages                  Z tokens a page       R adapter rank
-M state width      C chunk
+M state width      C chunk              Hv value width, where it is not H
 
 A *mesh axis* is called an axis, a *tensor dimension* a dim; counts are `num_*`; units stand in the
 name (`_ms`, `_bytes`, `_tokens`).

@@ -5,8 +5,9 @@
 Cases of two devices are measured when they are named.
 
 bfloat16 matmuls on random tokens. Each case runs in a process of its own, through the very programs
-that `jaxllm train` compiles; those of float32 state twice: compiled cold, then from the store. A
-peer is transformers with torch.compile and fused AdamW on the same card. One JSON line each.
+that `jaxllm train` compiles; those of float32 state and of several devices twice: compiled cold,
+then from the store. A peer is transformers with torch.compile and fused AdamW on the same card. One
+JSON line each.
 
 Model FLOPs of a step: 6 x parameters x tokens + 6 x layers x rows x length^2 x attention width.
 """
@@ -177,9 +178,9 @@ def measure(shape: str, changes: dict[str, Any]) -> dict[str, Any]:
     program = planned.step
     if options is not None:
         program = dataclasses.replace(program, options=options)
-    step = program.load(store) if mesh is None else program.compile()
+    step = program.load(store)
     ready = time.perf_counter() - start
-    init = planned.init.load(store) if mesh is None else planned.init.compile()
+    init = planned.init.load(store)
     state = init(np.uint32(0))
     ids = np.random.default_rng(0).integers(0, config.spec.vocab, (2, rows, length + 1))
     ids = ids.astype(np.int32)
@@ -269,7 +270,8 @@ def main() -> None:
             arguments = ["-c", code, PEERS[name], *numbers]
         else:
             arguments = [__file__, "--out", "-", "--case", name]
-        for start in ("cold", "from the store") if "float32" in name else ("cold",):
+        twice = "float32" in name or name in MESHES
+        for start in ("cold", "from the store") if twice else ("cold",):
             found = run_python(arguments, cache, options.timeout)
             say({"bench": f"train step {name}", "start": start} | found)
 

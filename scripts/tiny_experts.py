@@ -1,6 +1,8 @@
 """The tiny models with experts of scripts/make_goldens.py."""
 
 from tiny_models import SMALL, Tiny
+from transformers import DeepseekV3Config as DeepseekV3
+from transformers import GptOssConfig as GptOss
 from transformers import MixtralConfig as Mixtral
 from transformers import OlmoeConfig as Olmoe
 from transformers import Qwen2MoeConfig as Qwen2Moe
@@ -11,7 +13,73 @@ __all__ = ["EXPERTS"]
 MOE = SMALL | {"intermediate_size": 20, "num_experts_per_tok": 2}
 MANY = MOE | {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 12}
 
+LATENT = MOE | {
+    "num_key_value_heads": 4,
+    "moe_intermediate_size": 10,
+    "n_routed_experts": 6,
+    "n_group": 3,
+    "topk_group": 2,
+    "num_experts_per_tok": 3,
+    "kv_lora_rank": 12,
+    "q_lora_rank": 10,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 5,
+    "first_k_dense_replace": 1,
+    "rms_norm_eps": 1e-5,
+}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "beta_fast": 4.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 0.8,
+}
+
+OSS = MOE | {
+    "num_local_experts": 5,
+    "head_dim": 16,
+    "intermediate_size": 14,
+    "sliding_window": 6,
+    "swiglu_limit": 0.8,
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 1.5e4,
+        "factor": 4.0,
+        "original_max_position_embeddings": 64,
+        "beta_fast": 4.0,
+        "beta_slow": 1.0,
+        "truncate": False,
+    },
+}
+
 EXPERTS = {
+    "gpt_oss": Tiny(GptOss, OSS),
+    "gpt_oss_hub": Tiny(
+        GptOss,
+        OSS | {"num_hidden_layers": 1, "swiglu_alpha": 1.3, "layer_types": ["full_attention"]},
+        hub=True,
+        dtype="bfloat16",
+    ),
+    "deepseek_v3": Tiny(DeepseekV3, LATENT | {"rope_parameters": YARN}),
+    "deepseek_v3_hub": Tiny(
+        DeepseekV3,
+        LATENT
+        | {
+            "q_lora_rank": None,
+            "n_group": 1,
+            "topk_group": 1,
+            "n_shared_experts": 2,
+            "norm_topk_prob": False,
+            "routed_scaling_factor": 1.5,
+            "rope_interleave": False,
+            "attention_bias": True,
+        },
+        hub=True,
+    ),
     "mixtral": Tiny(Mixtral, MOE | {"num_local_experts": 4, "sliding_window": None}),
     "mixtral_hub": Tiny(
         Mixtral,

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from golden_ropes import LINEAR, LLAMA3, MODELS
+from tiny_hybrids import HYBRIDS
 from transformers import Cohere2Config as Cohere2
 from transformers import Gemma2Config as Gemma2
 from transformers import Gemma3TextConfig as Gemma3
@@ -87,6 +88,8 @@ class Tiny:
       dtype: of the tensors on disk.
       shard: size of a shard, or None for one file.
       gguf: types of the matrices in a GGUF file, which stands in place of config and safetensors.
+      cache: take the greedy answer with a cache; without where the reference's decode step goes
+        without what its whole pass does.
     """
 
     config: Any
@@ -95,6 +98,7 @@ class Tiny:
     dtype: str = "float32"
     shard: str | None = None
     gguf: str | None = None
+    cache: bool = True
 
 
 TINY = {
@@ -274,3 +278,4 @@ TINY = {
         hub=True,
     ),
 }
+TINY |= {name: Tiny(**fields) for name, fields in HYBRIDS.items()}

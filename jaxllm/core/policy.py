@@ -15,6 +15,7 @@ Layout = Literal["scan", "unrolled", "runs"]
 Matrices = Literal["canonical", "in_out", "out_in"]
 Remat = Literal["none", "save_dots", "save_attention", "offload", "full"]
 AttentionKind = Literal["auto", "reference", "cudnn"]
+LatentKind = Literal["auto", "plain", "absorbed"]
 ScanKind = Literal["auto", "reference", "chunked"]
 
 
@@ -39,6 +40,8 @@ class Policy:
       matrices: how matrices are held. `canonical` as the spec says; `in_out` also a tied
         embedding, as [D, V]; `out_in` as [out, in]. A product of one row reads the one or the
         other up to twice as fast, by device.
+      latent: how latent attention reads what it remembers: keys and values `plain` for all heads,
+        `absorbed` into queries and outputs, or by the number of new tokens (`auto`).
       expert_capacity: an expert takes at most this times its even share of a device's tokens, and
         the others go without it; None drops nothing.
       dropout: rate on embeddings and residual updates, active when the step carries a key.
@@ -57,6 +60,7 @@ class Policy:
     layout: Layout = "scan"
     fused: bool = False
     matrices: Matrices = "canonical"
+    latent: LatentKind = "auto"
     expert_capacity: float | None = None
     dropout: float = 0.0
     taps: frozenset[str] = frozenset()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from jaxllm.core.config import require
@@ -15,6 +15,7 @@ __all__ = [
     "Row",
     "Rules",
     "constrain",
+    "island",
     "mesh_axes",
     "named_sharding",
     "partition_spec",
@@ -132,6 +133,35 @@ def constrain(x: Any, axes: tuple[str | None, ...], rules: Rules) -> Any:
     return jax.lax.with_sharding_constraint(
         x, partition_spec(axes, rules, dict(mesh.shape), x.shape)
     )
+
+
+def island(function: Callable[..., Any], args: Any, axes: Any, *, out: Any, rules: Rules) -> Any:
+    """function(*args) under the mesh that is set, each device on its own part of every array.
+
+    For kernels, which XLA cannot split. Without a mesh it is a plain call.
+
+    Args:
+      function: of arrays (or trees of them) that needs no other device's part.
+      args: its arguments.
+      axes: logical axes of every array of `args`: the same trees with tuples of names.
+      out: (shape, axes) of the one array that comes out.
+      rules: logical axis -> mesh axes.
+    """
+    import jax
+
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return function(*args)
+    sizes = dict(mesh.shape)
+    lie = lambda x, names: partition_spec(names, rules, sizes, x.shape)  # noqa: E731
+    shape, names = out
+    split = jax.shard_map(
+        function,
+        in_specs=jax.tree.map(lie, args, axes),
+        out_specs=partition_spec(names, rules, sizes, shape),
+        check_vma=False,  # a kernel does not say over which axes its results vary
+    )
+    return split(*args)
 
 
 def shards(axis: str, rules: Rules) -> int:

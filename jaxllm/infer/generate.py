@@ -98,8 +98,10 @@ class Generator:
           timings: filled in as it goes.
 
         Raises:
+          UnsupportedError: the model is an encoder.
           CapacityError: a prompt leaves no room for a token in the model's context.
         """
+        programs.check_decodes(self.setup.spec)
         timings = timings or Timings()
         lengths = [len(p) for p in prompts]
         self._check(lengths, max_tokens)
@@ -175,6 +177,8 @@ class _Run:
         setup, params = self.generator.setup, self.generator.params
         longest = max(self.lengths)
         self.capacity = bucket(longest + min(self.limit, 128), 256)
+        if not setup.spec.has_slots:
+            self.capacity = 1  # of any size, so that every length shares the programs
         start = 0
         while start < longest:
             size = min(longest - start, PREFILL_TOKENS)
@@ -203,8 +207,10 @@ class _Run:
         return ids, new
 
     def _reserve(self, tokens: int) -> None:
-        """Make room for `tokens` tokens a row, doubling as needed."""
+        """Make room for `tokens` tokens a row, doubling as needed; a state without slots has it."""
         wanted = self.capacity
+        if not self.generator.setup.spec.has_slots:
+            return
         while wanted < tokens:
             wanted *= 2
         if wanted > self.capacity and self.state is not None:

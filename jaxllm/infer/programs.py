@@ -19,18 +19,55 @@ from jaxllm.core.policy import Policy
 from jaxllm.core.precision import dtype_of
 from jaxllm.core.sharding import named_sharding
 from jaxllm.core.tree import Segment
+from jaxllm.errors import UnsupportedError
 from jaxllm.infer.sampling import Mode, Sampling
 from jaxllm.ops.sampling import History
-from jaxllm.spec.model import ModelSpec
+from jaxllm.spec.model import ModelSpec, Pooling
 from jaxllm.state.dense import dense_state, state_axes
 from jaxllm.typing import Slot
 
-__all__ = ["Setup", "Tail", "bucket", "decode", "grow", "logits", "prefill", "score"]
+__all__ = [
+    "Setup",
+    "Tail",
+    "bucket",
+    "check_decodes",
+    "decode",
+    "embed",
+    "grow",
+    "logits",
+    "prefill",
+    "row_length",
+    "score",
+]
 
 
 def bucket(length: int, least: int = 16) -> int:
     """The smallest power of two that holds `length` and `least`."""
     return 1 << (max(length, least) - 1).bit_length()
+
+
+def check_decodes(spec: ModelSpec) -> None:
+    """Refuse an encoder, whose tokens see those after them.
+
+    Raises:
+      UnsupportedError: it is one.
+    """
+    if not spec.decodes:
+        raise UnsupportedError(
+            "this model is an encoder: its tokens see those after them, so it neither generates "
+            "nor predicts the next token; use embed, or logits of masked tokens"
+        )
+
+
+def row_length(spec: ModelSpec, tokens: int) -> int:
+    """Tokens to which rows are padded, so that few programs serve all lengths.
+
+    A power of two within the context; where a rope or a mask follows the length, as few more
+    tokens as it allows.
+    """
+    if spec.length_unit is not None:
+        return -(-tokens // spec.length_unit) * spec.length_unit
+    return max(tokens, min(bucket(tokens), spec.context))
 
 
 @jax.tree_util.register_dataclass
@@ -199,7 +236,16 @@ def grow(setup: Setup, *, batch: int, capacity: int, to: int) -> Program:
 
 
 def logits(setup: Setup, *, batch: int, length: int) -> Program:
-    """All logits: (params, ids [B, T]) -> [B, T, V] float32."""
+    """All logits: (params, ids [B, T]) -> [B, T, V] float32; an encoder takes lengths [B] as well.
+
+    Raises:
+      UnsupportedError: the model is a body without a head.
+    """
+    if not setup.spec.head.logits:
+        raise UnsupportedError(
+            "this model is a body without a head and has no logits; use embed, or load a "
+            "checkpoint with a head"
+        )
 
     def build() -> Any:
         from jaxllm.infer.steps import all_logits
@@ -208,13 +254,35 @@ def logits(setup: Setup, *, batch: int, length: int) -> Program:
 
     axes = ("batch", "length", "vocab")
     out = setup.array((batch, length, setup.spec.vocab), np.float32, axes)
+    new = (setup.ints(batch, length), *([] if setup.spec.decodes else [setup.ints(batch)]))
+    return setup.program(f"logits-b{batch}-t{length}", build, (setup.params, *new), out=out)
+
+
+def embed(setup: Setup, *, batch: int, length: int, pooling: Pooling) -> Program:
+    """One vector a row: (params, ids [B, T], lengths [B]) -> [B, D] float32."""
+
+    def build() -> Any:
+        from jaxllm.infer.steps import pooled
+
+        return pooled(setup, pooling)
+
+    unit = "-unit" if pooling.normalize else ""
     return setup.program(
-        f"logits-b{batch}-t{length}", build, (setup.params, setup.ints(batch, length)), out=out
+        f"embed-{pooling.by}{unit}-b{batch}-t{length}",
+        build,
+        (setup.params, setup.ints(batch, length), setup.ints(batch)),
+        depends={"by": pooling.by, "normalize": pooling.normalize},
+        out=setup.array((batch, setup.spec.width), np.float32, ("batch", None)),
     )
 
 
 def score(setup: Setup, *, batch: int, length: int) -> Program:
-    """Negative log likelihoods: (params, ids [B, T]) -> [B, T-1] float32 of each next token."""
+    """Negative log likelihoods: (params, ids [B, T]) -> [B, T-1] float32 of each next token.
+
+    Raises:
+      UnsupportedError: the model is an encoder.
+    """
+    check_decodes(setup.spec)
 
     def build() -> Any:
         from jaxllm.infer.steps import next_token_nll

@@ -13,9 +13,10 @@ from jaxllm.infer.programs import Setup, Tail
 from jaxllm.infer.sampling import Mode
 from jaxllm.nn import api
 from jaxllm.ops.sampling import History, penalize, remember, sample
+from jaxllm.spec.model import Pooling
 from jaxllm.state.step import Step, dense_step, training_step
 
-__all__ = ["all_logits", "decode_steps", "next_token_nll", "prefill_step"]
+__all__ = ["all_logits", "decode_steps", "next_token_nll", "pooled", "prefill_step"]
 
 
 def _zeros(abstract: Any) -> Any:
@@ -97,10 +98,33 @@ def decode_steps(setup: Setup, *, mode: Mode, tokens: int) -> Callable[..., Any]
 def all_logits(setup: Setup) -> Callable[..., Any]:
     """See `programs.logits`."""
 
-    def run(params: Any, ids: jax.Array) -> jax.Array:
-        hidden, _, _ = _forward(setup, params, ids, training_step(*ids.shape), None)
+    def run(params: Any, ids: jax.Array, lengths: Any = None) -> jax.Array:
+        step = dataclasses.replace(training_step(*ids.shape), lengths=lengths)
+        hidden, _, _ = _forward(setup, params, ids, step, None)
         out = api.unembed(setup.spec, params, hidden, policy=setup.policy)
         return out.astype(jnp.float32)
+
+    return run
+
+
+def pooled(setup: Setup, pooling: Pooling) -> Callable[..., Any]:
+    """See `programs.embed`; the mean is over real tokens, in float32."""
+
+    def run(params: Any, ids: jax.Array, lengths: jax.Array) -> jax.Array:
+        step = dataclasses.replace(training_step(*ids.shape), lengths=lengths)
+        hidden, _, _ = _forward(setup, params, ids, step, None)
+        hidden = hidden.astype(jnp.float32)
+        if pooling.by == "mean":
+            real = jnp.arange(ids.shape[1], dtype=lengths.dtype)[None] < lengths[:, None]
+            total = jnp.sum(jnp.where(real[..., None], hidden, 0.0), axis=1)
+            out = total / lengths[:, None].astype(jnp.float32)
+        else:
+            place = jnp.zeros_like(lengths) if pooling.by == "cls" else lengths - 1
+            out = jnp.take_along_axis(hidden, place[:, None, None], axis=1)[:, 0]
+        if pooling.normalize:
+            length = jnp.sqrt(jnp.sum(jnp.square(out), axis=-1, keepdims=True))
+            out = out / jnp.maximum(length, 1e-12)
+        return out
 
     return run
 

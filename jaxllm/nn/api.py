@@ -78,8 +78,8 @@ def unembed(
 
 
 def _draw(path: str, definition: ParamDef, key: Array, dtype: Any) -> Array:
-    key = jax.random.fold_in(key, zlib.crc32(path.encode()))
     dtype = jnp.float32 if definition.wide else dtype
+    key = jax.random.fold_in(key, zlib.crc32(path.encode()))
     if definition.draw is not None:
         return _special(definition.draw, key, definition.shape).astype(dtype)
     if definition.std == 0:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
@@ -13,11 +15,13 @@ from jaxllm.core.sharding import constrain
 from jaxllm.nn.aux import LayerAux
 from jaxllm.nn.leaf import Leaves
 from jaxllm.nn.remat import keep
+from jaxllm.ops.linformer import project_length
 from jaxllm.ops.norm import qk_norm
 from jaxllm.ops.rope import apply_rope
 from jaxllm.spec import ops as spec_ops
+from jaxllm.spec.mask import Full
 from jaxllm.spec.op_table import op_table
-from jaxllm.state.attend import attend
+from jaxllm.state.attend import attend, global_tokens
 from jaxllm.state.step import Step, sequence_lengths
 
 __all__ = ["Attention"]
@@ -37,6 +41,16 @@ class Attention(nn.Module):
         """Queries or keys as the spec norms them."""
         assert self.op.qk_norm is not None
         return qk_norm(x, leaves[name] if self.op.qk_norm.scale else None, self.op.qk_norm)
+
+    def _global_rows(self, x: Array, out: Array, *, step: Step, leaves: Leaves) -> Array:
+        """`out` with the rows of global queries replaced: these see all, by projections apart."""
+        special = global_tokens(self.op.mask, step)
+        if special is None:
+            return out
+        q, k, v = (leaves.product(f"{n}_global", x, "BTD,DNH->BTNH") for n in "qkv")
+        whole = dataclasses.replace(self.op, mask=Full(), global_projections=False)
+        found, _ = attend(None, (q, k, v), step=step, op=whole, policy=self.policy)
+        return jnp.where(special[:, :, None, None], found, out)
 
     @nn.compact
     def __call__(
@@ -64,9 +78,12 @@ class Attention(nn.Module):
         q = constrain(q, by_head, policy.rules)
         k, v = constrain(k, by_kv_head, policy.rules), constrain(v, by_kv_head, policy.rules)
         sinks = leaves["sinks"] if op.sinks else None
-        out, state = attend(
-            state, (q, k, v), step=step, op=op, sinks=sinks, implementation=policy.attention
-        )
+        if op.length_projection is not None:
+            k = project_length(k, leaves["k_length"], step.lengths)
+            v = project_length(v, leaves["v_length"], step.lengths)
+        out, state = attend(state, (q, k, v), step=step, op=op, sinks=sinks, policy=policy)
+        if op.global_projections:
+            out = self._global_rows(x, out, step=step, leaves=leaves)
         out = keep(constrain(out, by_head, policy.rules), "attention")
         if op.gate:
             gate = leaves.product("out_gate", x, "BTD,DNH->BTNH")

@@ -15,6 +15,7 @@ from jaxllm.core.policy import Policy
 from jaxllm.core.sharding import constrain
 from jaxllm.nn.attention import Attention
 from jaxllm.nn.aux import Aux, LayerAux
+from jaxllm.nn.latent import LatentAttention
 from jaxllm.nn.leaf import Leaves
 from jaxllm.nn.linear_attention import LinearAttention
 from jaxllm.nn.mlp import MLP
@@ -31,6 +32,7 @@ __all__ = ["Block", "Norm", "dropout"]
 
 MODULES = {
     spec_ops.Attention: Attention,
+    spec_ops.LatentAttention: LatentAttention,
     spec_ops.MLP: MLP,
     spec_ops.MoE: MoE,
     spec_ops.LinearAttention: LinearAttention,

@@ -12,12 +12,13 @@ from jaxtyping import Array, Float, Int
 from jaxllm.core.config import require
 from jaxllm.core.policy import Policy
 from jaxllm.core.sharding import constrain
-from jaxllm.errors import ShapeError
+from jaxllm.errors import ShapeError, UnsupportedError
 from jaxllm.nn.aux import Aux
 from jaxllm.nn.block import Norm, dropout
 from jaxllm.nn.leaf import checked
 from jaxllm.nn.stack import Carry, run
 from jaxllm.ops import linear
+from jaxllm.ops.activation import activation
 from jaxllm.spec.model import ModelSpec
 from jaxllm.spec.table import model_table
 from jaxllm.state.step import Step
@@ -38,11 +39,13 @@ class Inputs:
       ids: [B, T] integers; what stands at marked positions is ignored.
       embeds: [B, T, D] or None.
       is_embed: [B, T] booleans or None; where to take `embeds`.
+      types: [B, T] integers or None; types of the tokens, 0 for all by default.
     """
 
     ids: Slot
     embeds: Slot | None = None
     is_embed: Slot | None = None
+    types: Slot | None = None
 
 
 def _end(spec: ModelSpec, params: Any, group: str, name: str) -> Any:
@@ -70,12 +73,30 @@ def embed(
         x = jnp.where(inputs.is_embed[..., None], inputs.embeds.astype(x.dtype), x)
     if spec.embedding.positions is not None:
         # Padding may stand past the end; a row that is no number would reach the real tokens.
-        places = jnp.clip(step.positions, 0, spec.embedding.positions - 1)
+        places = step.positions + spec.embedding.position_offset
+        places = jnp.clip(places, 0, spec.embedding.positions - 1)
         table = _end(spec, params, "embed", "positions")
         x = x + linear.take(table, places, dtype=policy.compute_dtype)
+    x = _add_types(spec, params, inputs, x)
+    if spec.embedding.norm is not None:
+        norm = Norm(spec.embedding.norm, policy)
+        x = jnp.asarray(norm.apply({"params": params.get("embed_norm", {})}, x))
     key = None if step.key is None else jax.random.fold_in(step.key, EMBED_KEY)
     x = dropout(x, policy.dropout, key)
     return constrain(x, ("batch", "sequence", None), policy.rules)
+
+
+def _add_types(
+    spec: ModelSpec, params: Any, inputs: Inputs, x: Float[Array, "B T D"]
+) -> Float[Array, "B T D"]:
+    """x with the rows of the tokens' types added."""
+    if spec.embedding.types is None:
+        if inputs.types is not None:
+            raise ShapeError("inputs: this model has no token types; leave `types` out")
+        return x
+    table = _end(spec, params, "embed", "types")
+    types = jnp.zeros(x.shape[:2], jnp.int32) if inputs.types is None else inputs.types
+    return x + linear.take(table, types, dtype=x.dtype)
 
 
 def decode(
@@ -94,6 +115,23 @@ def decode(
     return hidden, state, carry.aux
 
 
+def _transform(
+    spec: ModelSpec, params: Any, hidden: Float[Array, "B T D"], policy: Policy
+) -> Float[Array, "B T D"]:
+    """Hidden states as the head wants them: norm(act(x W + b)) where it transforms them."""
+    transform = spec.head.transform
+    if transform is None:
+        return hidden
+    kernel = _end(spec, params, "head", "dense")
+    out = linear.einsum("BTD,DE->BTE", hidden, kernel, dtype=policy.compute_dtype)
+    if transform.bias:
+        bias = jnp.asarray(_end(spec, params, "head", "dense_bias"))
+        out = out + linear.align(bias.astype(out.dtype), out)
+    norm = Norm(transform.norm, policy)
+    out = norm.apply({"params": params.get("head_norm", {})}, activation(transform.activation, out))
+    return jnp.asarray(out)
+
+
 def logits(
     spec: ModelSpec,
     params: Any,
@@ -102,6 +140,9 @@ def logits(
     adapter_ids: Int[AnyArray, "B"] | None = None,
 ) -> Float[Array, "B T V"]:
     """Logits of hidden states, in the logit dtype."""
+    if not spec.head.logits:
+        raise UnsupportedError("this model is a body without a head: it has no logits")
+    hidden = _transform(spec, params, hidden, policy)
     tied = spec.head.tied
     out = linear.unembed(
         hidden,
@@ -111,6 +152,9 @@ def logits(
         out_dtype=policy.logit_dtype,
         adapter_ids=adapter_ids,
     )
+    if spec.head.bias:
+        bias = jnp.asarray(_end(spec, params, "head", "bias"))
+        out = out + linear.align(bias.astype(out.dtype), out)
     if spec.head.scale != 1.0:
         out = out * jnp.asarray(spec.head.scale, out.dtype)
     if spec.head.softcap is not None:

@@ -23,8 +23,8 @@ from jaxllm.ops.rope import apply_rope
 from jaxllm.spec import linear_attention as spec
 from jaxllm.spec.op_table import op_table
 from jaxllm.spec.ops import QKNorm
-from jaxllm.state.recur import carry, convolve, initial, real_tokens, resets, sequence_starts
-from jaxllm.state.step import Step, sequence_lengths
+from jaxllm.state.recur import carry, convolve, initial, resets, sequence_starts
+from jaxllm.state.step import Step, real_tokens, sequence_lengths
 
 __all__ = ["LinearAttention"]
 
@@ -53,7 +53,6 @@ class LinearAttention(nn.Module):
         )
         held = state or {}
         (q, k, v), new = self._inputs(x, leaves, held, step)
-        real = None if step.lengths is None else real_tokens(step)
         log_decay = self._log_decay(x, leaves)
         if op.feature == "favor":
             q, k, log_decay, new["peak"] = self._favor(q, k, log_decay, held.get("peak"), step)
@@ -61,7 +60,7 @@ class LinearAttention(nn.Module):
             q, k = (FEATURES[op.feature](y) for y in (q, k))
             q = q * op.query_scale
         v = v if op.normalizer is None else add_ones(v)
-        gates = Gates(log_decay, self._beta(x, leaves), resets(step), real)
+        gates = Gates(log_decay, self._beta(x, leaves), resets(step), real_tokens(step))
         matrix = initial(held.get("matrix"), step)
         out, matrix = linear_attention(
             (q, k, v), gates=gates, state=matrix, implementation=self.policy.scan

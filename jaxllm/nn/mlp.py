@@ -45,7 +45,6 @@ class MLP(nn.Module):
         )
         if op.gated:
             gate, up = (keep(y) for y in leaves.project("gate_up", x, "BTD,DF->BTF"))
-            gate = gate if op.gate_scale == 1.0 else gate * op.gate_scale
             hidden = mlp_hidden(op, up, gate)
         else:
             hidden = mlp_hidden(op, keep(leaves.product("up", x, "BTD,DF->BTF")))

@@ -21,7 +21,7 @@ from jaxllm.ops.ssm import Dual, Selective, dual_scan, gated_norm, selective_sca
 from jaxllm.spec import state_space as spec
 from jaxllm.spec.op_table import op_table
 from jaxllm.state import recur
-from jaxllm.state.step import Step
+from jaxllm.state.step import Step, real_tokens
 
 __all__ = ["Convolution", "SelectiveScan", "StateSpaceDual"]
 
@@ -43,10 +43,8 @@ def _steps(raw: Array, leaves: Leaves, step: Step, limits: tuple[float, float | 
     """Step sizes softplus(raw + offset) in float32, within limits; 0 at padding."""
     offset = leaves["dt_offset"].astype(jnp.float32)
     dt = jnp.clip(jax.nn.softplus(raw.astype(jnp.float32) + align(offset, raw)), *limits)
-    if step.lengths is None:
-        return dt
-    real = recur.real_tokens(step)[..., None]
-    return jnp.where(real, dt, jnp.zeros_like(dt))
+    real = real_tokens(step)
+    return dt if real is None else jnp.where(real[..., None], dt, jnp.zeros_like(dt))
 
 
 class SelectiveScan(nn.Module):

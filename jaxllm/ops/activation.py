@@ -29,11 +29,12 @@ def activation(name: str, x: Float[Array, "*dims"]) -> Float[Array, "*dims"]:
 def mlp_hidden(
     mlp: MLP, up: Float[Array, "*dims F"], gate: Float[Array, "*dims F"] | None = None
 ) -> Float[Array, "*dims F"]:
-    """What an MLP's `down` gets: act(gate) * (up + offset), or act(up) without a gate.
+    """What an MLP's `down` gets: act(gate_scale gate) * (up + offset), or act(up) without a gate.
 
     Before, the clamp bounds the activation's input from above and a gated `up` on both sides.
     """
     x = up if gate is None else gate
+    x = x if gate is None or mlp.gate_scale == 1.0 else x * mlp.gate_scale
     if mlp.clamp is not None:
         x = jnp.minimum(x, jnp.asarray(mlp.clamp, x.dtype))
     x = activation(mlp.activation, x) if mlp.gain == 1 else x * jax.nn.sigmoid(x * mlp.gain)

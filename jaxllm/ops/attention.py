@@ -11,14 +11,14 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from jaxllm.core.config import nearest
 from jaxllm.core.logging import note_once
 from jaxllm.errors import ConfigError, ShapeError, UnsupportedError
 from jaxllm.ops.mask import Visibility, visible
 from jaxllm.spec.mask import Causal
-from jaxllm.typing import Slot
+from jaxllm.typing import AnyArray, Slot
 
 _WIDE = jnp.float32
 
@@ -42,21 +42,24 @@ class Scores:
       scale: static, factor.
       softcap: static; scores become softcap * tanh(scores / softcap).
       sinks: [N], a logit a head that takes its share of the softmax and gives nothing.
+      heads: [N] integers, the numbers of the heads that are here, for masks that each draws for
+        itself; None where all are here.
     """
 
     scale: float = dataclasses.field(metadata={"static": True})
     softcap: float | None = dataclasses.field(default=None, metadata={"static": True})
     sinks: Slot | None = None
+    heads: Slot | None = None
 
 
 def reference(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
+    v: Float[Array, "B S K Hv"],
     see: Visibility,
     *,
     scores: Scores,
-) -> Float[Array, "B T N H"]:
+) -> Float[Array, "B T N Hv"]:
     """softmax(cap(scale q kT) + mask, sinks) v, statistics in float32.
 
     Args:
@@ -72,9 +75,9 @@ def reference(
     batch, length, heads, width = q.shape
     kv_heads = k.shape[2]
     exact = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
-    seen = visible(see)
+    seen = visible(see, scores.heads)
     if not see.aligned:  # slots that nobody sees may hold anything, NaN too
-        v = jnp.where(jnp.any(seen, axis=1)[:, :, None, None], v, jnp.zeros_like(v))
+        v = jnp.where(jnp.any(seen, axis=(1, 2))[:, :, None, None], v, jnp.zeros_like(v))
     # Batched products of plain matrices [G * T, H] x [S, H]: what every backend does best.
     q = q.reshape(batch, length, kv_heads, -1, width).transpose(0, 2, 3, 1, 4)
     q = q.reshape(batch, kv_heads, -1, width)
@@ -83,7 +86,7 @@ def reference(
     dots = dots.reshape(batch, kv_heads, -1, length, dots.shape[-1]) * scores.scale
     if scores.softcap is not None:
         dots = scores.softcap * jnp.tanh(dots / scores.softcap)
-    dots = jnp.where(seen[:, None, None], dots, -jnp.inf)
+    dots = jnp.where(_by_group(seen, kv_heads), dots, -jnp.inf)
     peak = jnp.max(dots, axis=-1, keepdims=True)
     if scores.sinks is not None:
         sinks = scores.sinks.astype(_WIDE).reshape(1, kv_heads, -1, 1, 1)
@@ -100,21 +103,27 @@ def reference(
     return out.astype(v.dtype)
 
 
+def _by_group(seen: Bool[AnyArray, "B n T S"], kv_heads: int) -> Bool[AnyArray, "B k g T S"]:
+    """A mask of one or of all query heads, these in groups by key head."""
+    batch, heads, *rest = seen.shape
+    return seen[:, None] if heads == 1 else seen.reshape(batch, kv_heads, -1, *rest)
+
+
 def _cudnn(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
+    v: Float[Array, "B S K Hv"],
     see: Visibility,
     *,
     scores: Scores,
-) -> Float[Array, "B T N H"]:
+) -> Float[Array, "B T N Hv"]:
     """cuDNN's fused attention through `jax.nn.dot_product_attention`."""
     simple = see.query_segments is None and see.key_lengths is None
     simple = simple and isinstance(see.mask, Causal)
     whole = simple and see.aligned
     one = simple and see.slots and q.shape[1] == 1
     lengths = see.query_positions[:, 0] + 1 if one else None  # reads the filled slots only
-    mask = None if whole or one else visible(see)[:, None]
+    mask = None if whole or one else visible(see, scores.heads)
     with jax.numpy_dtype_promotion("standard"):
         return jax.nn.dot_product_attention(
             q,
@@ -139,7 +148,7 @@ def _cudnn_obstacle(platform: str, dtype: str, head_dim: int, plain: bool) -> st
     if head_dim % 8 or head_dim > 256:
         return f"cudnn takes head widths that are multiples of 8 up to 256, not {head_dim}"
     if not plain:
-        return "cudnn has no soft-cap and no sinks"
+        return "cudnn has no soft-cap, no sinks, and one width of keys and values"
     return None
 
 
@@ -154,7 +163,7 @@ def choose(
       platform: `cpu`, `gpu` or `tpu`.
       dtype: name of q's dtype.
       head_dim: H.
-      plain: whether scores have neither soft-cap nor sinks.
+      plain: whether scores have neither soft-cap nor sinks, and keys and values one width.
 
     Raises:
       ConfigError: unknown name; UnsupportedError: a named choice that cannot be served.
@@ -177,12 +186,12 @@ def choose(
 def attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
+    v: Float[Array, "B S K Hv"],
     see: Visibility,
     *,
     scores: Scores,
     implementation: str = "auto",
-) -> Float[Array, "B T N H"]:
+) -> Float[Array, "B T N Hv"]:
     """Softmax attention of queries q over keys k and values v; see `reference`.
 
     Raises:
@@ -195,7 +204,7 @@ def attention(
         platform=jax.default_backend(),
         dtype=str(q.dtype),
         head_dim=q.shape[-1],
-        plain=scores.softcap is None and scores.sinks is None,
+        plain=scores.softcap is None and scores.sinks is None and q.shape[-1] == v.shape[-1],
     )
     if implementation == "auto":
         note_once(f"attention: {choice.name} ({choice.why})")

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-__all__ = ["Decays", "decay_sums", "decays_between", "in_chunks", "out_of_chunks", "same_sequence"]
+__all__ = [
+    "Decays",
+    "decay_sums",
+    "decays_between",
+    "in_chunks",
+    "out_of_chunks",
+    "over_chunks",
+    "over_tokens",
+    "same_sequence",
+]
 
 _GRID = 1024.0
 _FLOOR = -104.0  # exp of it is 0 in float32
@@ -26,6 +38,28 @@ def out_of_chunks(y: Array, length: int) -> Array:
     """[T / C, B, C, ...] -> [B, T, ...]: the inverse of `in_chunks`."""
     y = jnp.moveaxis(y, 0, 1)
     return y.reshape(y.shape[0], -1, *y.shape[3:])[:, :length]
+
+
+def over_tokens(
+    step: Callable[[Array, Any], tuple[Array, Array]], initial: Array, tokens: Any
+) -> tuple[Array, Array]:
+    """([B, T, ...] of what `step` gives for each token, the last state): a loop without chunks."""
+    by_time = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), tokens)
+    if jax.tree.leaves(by_time)[0].shape[0] == 1:
+        final, y = step(initial, jax.tree.map(lambda x: x[0], by_time))
+        return y[:, None], final
+    final, y = jax.lax.scan(step, initial, by_time)
+    return jnp.moveaxis(y, 0, 1), final
+
+
+def over_chunks(
+    body: Callable[[Array, Any], tuple[Array, Array]], initial: Array, tokens: Any, size: int
+) -> tuple[Array, Array]:
+    """As `over_tokens`, `size` tokens a time; the backward pass computes a chunk again."""
+    length = jax.tree.leaves(tokens)[0].shape[1]
+    chunks = jax.tree.map(lambda x: in_chunks(x, size), tokens)
+    final, y = jax.lax.scan(jax.checkpoint(body), initial, chunks)
+    return out_of_chunks(y, length), final
 
 
 def decay_sums(log_decay: Float[Array, "B C N"], same: Bool[Array, "b C C"]) -> Decays:

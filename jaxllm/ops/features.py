@@ -75,7 +75,7 @@ def favor(
     *,
     before: Float[AnyArray, "B K"] | None = None,
     starts: Bool[AnyArray, "B T"],
-    real: Bool[AnyArray, "B T"],
+    real: Bool[AnyArray, "B T"] | None = None,
 ) -> Favor:
     """Positive random features exp(w x - |x|^2 / 2) / sqrt(m), whose products mean exp(q k).
 
@@ -89,22 +89,24 @@ def favor(
       weights: of `projection`.
       before: `peak` of the tokens before; zeros by default.
       starts: tokens that begin a sequence.
-      real: tokens that are no padding; the features of others are 0.
+      real: tokens that are no padding; the features of others are 0. None for all.
     """
     wide = at_least_float32(q.dtype)
     root = len(weights) ** 0.5
     of_q, of_k = (_exponents(x.astype(wide), jnp.asarray(weights, wide)) for x in (q, k))
     of_q = of_q - jax.lax.stop_gradient(of_q.max(axis=-1, keepdims=True))
     top = jax.lax.stop_gradient(of_k.max(axis=-1))
-    top = jnp.where(real[..., None], top, np.asarray(jnp.finfo(wide).min, wide))
+    least = np.asarray(jnp.finfo(wide).min, wide)
+    top = top if real is None else jnp.where(real[..., None], top, least)
     first = (
         jnp.zeros((q.shape[0], q.shape[2]), wide) if before is None else jnp.asarray(before, wide)
     )
-    peak = jnp.maximum(_running_max(top, first, starts), np.asarray(jnp.finfo(wide).min, wide))
+    peak = jnp.maximum(_running_max(top, first, starts), least)
     earlier = jnp.concatenate([first[:, None], peak[:, :-1]], axis=1)
     shrink = jnp.minimum(earlier - peak, np.zeros((), wide))
-    nothing = np.asarray(-np.inf, wide)
-    of_k = jnp.where(real[..., None, None], of_k - peak[..., None], nothing)
+    of_k = of_k - peak[..., None]
+    if real is not None:
+        of_k = jnp.where(real[..., None, None], of_k, np.asarray(-np.inf, wide))
     return Favor(jnp.exp(of_q) / root, jnp.exp(of_k) / root, shrink, peak[:, -1])
 
 

@@ -23,7 +23,18 @@ from jaxllm.errors import ShapeError
 from jaxllm.ops.grouped import grouped_product
 from jaxllm.typing import AnyArray
 
-__all__ = ["align", "dense", "einsum", "expanded", "grouped", "is_adapted", "take", "unembed"]
+__all__ = [
+    "absorbed",
+    "align",
+    "dense",
+    "einsum",
+    "expanded",
+    "grouped",
+    "is_adapted",
+    "precision",
+    "take",
+    "unembed",
+]
 
 
 def align(vector: Float[AnyArray, "..."], x: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -38,7 +49,8 @@ def dense(leaf: Any, dtype: Any) -> Float[Array, "..."]:
     return jnp.asarray(plain(leaf)).astype(dtype)
 
 
-def _precision(dtype: Any) -> jax.lax.Precision:
+def precision(dtype: Any) -> jax.lax.Precision:
+    """Of products with operands of a dtype: float32 takes no shortcut."""
     wide = jnp.dtype(dtype) == jnp.float32
     return jax.lax.Precision.HIGHEST if wide else jax.lax.Precision.DEFAULT
 
@@ -51,7 +63,7 @@ def _product(equation: str, x: Array, w: Any, out_dtype: Any) -> Array:
 
 def _contract(equation: str, x: Array, w: Array, out_dtype: Any) -> Array:
     return jnp.einsum(
-        equation, x, w, precision=_precision(x.dtype), preferred_element_type=out_dtype
+        equation, x, w, precision=precision(x.dtype), preferred_element_type=out_dtype
     )
 
 
@@ -245,7 +257,24 @@ def grouped(
     if equal:
         rows = x.astype(dtype).reshape(w.shape[0], -1, x.shape[-1])
         return _product("ECD,EDF->ECF", rows, w, dtype).reshape(-1, w.shape[-1])
-    return grouped_product(x.astype(dtype), w, group_sizes, precision=_precision(dtype))
+    return grouped_product(x.astype(dtype), w, group_sizes, precision=precision(dtype))
+
+
+def absorbed(
+    leaf: Any, dims: int, *, dtype: Any
+) -> tuple[Float[Array, "R N H"], Float[Array, "R N V"]]:
+    """A weight [R, N, H + V] of any kind as those of its first `dims` outputs a head and the rest.
+
+    Latent attention multiplies queries by the one and what it finds by the other; an adapter, the
+    first, is merged.
+    """
+    if isinstance(leaf, AdaptedWeight):
+        a, b = (jnp.asarray(x)[0].astype(jnp.float32) for x in (leaf.a, leaf.b))
+        update = _product("RK,KNH->RNH", a, b, jnp.float32)
+        whole = (dense(leaf.base, jnp.float32) + leaf.scale * update).astype(dtype)
+    else:
+        whole = dense(leaf, dtype)
+    return whole[..., :dims], whole[..., dims:]
 
 
 def is_adapted(leaf: Any) -> bool:
@@ -256,7 +285,7 @@ def is_adapted(leaf: Any) -> bool:
 def expanded(leaf: Any, dtype: Any) -> Float[Array, "E ..."]:
     """The values of experts' matrices or biases of any kind; an adapter, the first, is merged."""
     if isinstance(leaf, AdaptedWeight):
-        a, b = (adapters[0].astype(jnp.float32) for adapters in (leaf.a, leaf.b))
+        a, b = (jnp.asarray(x)[0].astype(jnp.float32) for x in (leaf.a, leaf.b))
         update = _product("EDR,ERF->EDF", a, b, jnp.float32)
         return (dense(leaf.base, jnp.float32) + leaf.scale * update).astype(dtype)
     return dense(leaf, dtype)

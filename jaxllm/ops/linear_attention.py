@@ -22,6 +22,7 @@ from jaxtyping import Array, Bool, Float
 from jaxllm.core.config import nearest
 from jaxllm.core.precision import at_least_float32
 from jaxllm.errors import ConfigError, ShapeError
+from jaxllm.ops.chunks import over_tokens
 from jaxllm.ops.linear_chunks import chunked
 from jaxllm.typing import AnyArray, Slot
 
@@ -143,13 +144,7 @@ def reference(
         state = state + k[..., None] * v[..., None, :]
         return state, jnp.sum(state * q[..., None], axis=2)
 
-    if qkv[2].shape[1] == 1:
-        only = jax.tree.map(lambda x: x[:, 0], (*qkv, log_decay, beta))
-        state, out = one(state, only)
-        return out[:, None], state
-    tokens = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (*qkv, log_decay, beta))
-    state, out = jax.lax.scan(one, state, tokens)
-    return jnp.moveaxis(out, 0, 1), state
+    return over_tokens(one, state, (*qkv, log_decay, beta))
 
 
 def add_ones(v: Float[Array, "B T N H"]) -> Float[Array, "B T N h"]:

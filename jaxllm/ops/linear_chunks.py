@@ -22,6 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from jaxllm.ops.chunks import over_chunks
+
 __all__ = ["CHUNK", "chunked"]
 
 CHUNK = 64
@@ -47,63 +49,71 @@ def chunked(
       state: the matrices before.
       precision: of the matrix products.
     """
-    length = qkv[2].shape[1]
-    size = _chunk_size(length)
-    q, k, v, decay, beta = jax.tree.map(
-        lambda x: _split(x, size), (*qkv, log_decay, beta), is_leaf=lambda x: x is None
-    )
+    size = _chunk_size(qkv[2].shape[1])
 
     def product(equation: str, a: Array, b: Array) -> Array:
         return jnp.einsum(equation, a, b, precision=precision)
 
-    pairs = _pairs(decay, k, product)
-    reads, writes, kept = q, k, None
-    keys_in = k
-    if decay is not None:
-        wide = decay if decay.ndim == k.ndim else decay[..., None]
-        since = jnp.exp(_sums(wide, -2))
-        reads, keys_in = q * since, k * since
-        writes = k * jnp.exp(_sums_after(wide, -2))
-        kept = since[..., -1, :]
-    scores = pairs(q, k, True)
-    erased = None
-    if beta is not None:
-        beta = beta[..., None]
-        right = jnp.concatenate([beta * v, beta * keys_in], axis=-1)
-        right = jax.lax.linalg.triangular_solve(
-            beta * pairs(k, k, False), right, left_side=True, lower=True, unit_diagonal=True
-        )
-        v, erased = right[..., : v.shape[-1]], right[..., v.shape[-1] :]
-
     def one(state: Array, chunk: Any) -> tuple[Array, Array]:
-        reads, scores, writes, v, erased, kept = chunk
-        if erased is not None:
-            v = v - product("BNCM,BNMH->BNCH", erased, state)
-        out = product("BNCM,BNMH->BNCH", reads, state) + product("BNCc,BNcH->BNCH", scores, v)
+        q, k, v, decay, beta = jax.tree.map(lambda x: jnp.moveaxis(x, 2, 1), chunk)
+        pairs = _pairs(decay, k, product)
+        reads, writes, kept, keys_in = q, k, None, k
+        if decay is not None:
+            wide = decay if decay.ndim == k.ndim else decay[..., None]
+            since = jnp.exp(_sums(wide, -2))
+            reads, keys_in = q * since, k * since
+            writes = k * jnp.exp(_sums_after(wide, -2))
+            kept = since[..., -1, :]
+        if beta is not None:
+            beta = beta[..., None]
+            v = beta * (v - product("BNCM,BNMH->BNCH", keys_in, state))
+            v = product("BNCc,BNcH->BNCH", _inverse(beta * pairs(k, k, False)), v)
+        out = product("BNCM,BNMH->BNCH", reads, state)
+        out = out + product("BNCc,BNcH->BNCH", pairs(q, k, True), v)
         if kept is not None:
             state = state * kept[..., None]
-        return state + product("BNCM,BNCH->BNMH", writes, v), out
+        state = state + product("BNCM,BNCH->BNMH", writes, v)
+        return state, jnp.moveaxis(out, 1, 2)
 
-    chunks = jax.tree.map(lambda x: jnp.moveaxis(x, 2, 0), (reads, scores, writes, v, erased, kept))
-    state, out = jax.lax.scan(one, state, chunks)
-    out = out.transpose(1, 0, 3, 2, 4)  # chunks, B, N, C, H
-    return out.reshape(out.shape[0], -1, *out.shape[3:])[:, :length], state
+    return over_chunks(one, state, (*qkv, log_decay, beta), size)
+
+
+@jax.custom_jvp
+def _inverse(below: Float[Array, "*dims C C"]) -> Float[Array, "*dims C C"]:
+    """(I + below)^-1 of matrices with zeros on and above the diagonal, in matrix products alone.
+
+    Blocks on the diagonal double until they are the whole: the inverse of [[A, 0], [B, D]] has
+    -D^-1 B A^-1 below. A triangular solve is a call of LAPACK a matrix on a CPU, whose threads
+    fight over the cores.
+    """
+    size = below.shape[-1]
+    place = np.arange(size)
+    inverse = jnp.broadcast_to(jnp.eye(size, dtype=below.dtype), below.shape)
+    width = 1
+    while width < size:
+        block = place // width
+        joined = (block[:, None] % 2 == 1) & (block[:, None] == block[None] + 1)
+        joined = jax.lax.expand_dims(joined, range(below.ndim - 2))
+        part = jnp.where(joined, below, np.zeros((), below.dtype))
+        inverse = inverse - _exact(_exact(inverse, part), inverse)
+        width *= 2
+    return inverse
+
+
+@_inverse.defjvp
+def _inverse_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    inverse = _inverse(*primals)
+    return inverse, -_exact(_exact(inverse, tangents[0]), inverse)
+
+
+def _exact(a: Array, b: Array) -> Array:
+    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
 
 
 def _chunk_size(length: int) -> int:
     if length <= BLOCK:
         return length
     return min(CHUNK, -(-length // BLOCK) * BLOCK)
-
-
-def _split(x: Array | None, size: int) -> Array | None:
-    """[B, T, N, ...] -> [B, N, chunks, C, ...], zeros at the end: they leave the matrix."""
-    if x is None:
-        return None
-    missing = -x.shape[1] % size
-    x = jnp.pad(x, ((0, 0), (0, missing), *[(0, 0)] * (x.ndim - 2)))
-    x = x.reshape(x.shape[0], -1, size, *x.shape[2:])
-    return jnp.moveaxis(x, 3, 1)
 
 
 def _sums(x: Array, axis: int) -> Array:
@@ -136,8 +146,8 @@ def _lower(x: Array, diagonal: bool) -> Array:
 def _pairs(
     decay: Array | None, k: Array, product: Callable[..., Array]
 ) -> Callable[[Array, Array, bool], Array]:
-    """(a, b, diagonal) -> (a . b) of every chunk [B, N, chunks, C, C], lower triangles."""
-    plain = lambda a, b: product("BNnCM,BNncM->BNnCc", a, b)  # noqa: E731
+    """(a, b, diagonal) -> (a . b) of a chunk [B, N, C, C], lower triangles."""
+    plain = lambda a, b: product("BNCM,BNcM->BNCc", a, b)  # noqa: E731
     if decay is None:
         return lambda a, b, diagonal: _lower(plain(a, b), diagonal)
     if decay.ndim < k.ndim:
@@ -148,19 +158,19 @@ def _pairs(
 
 
 def _by_channel(
-    decay: Float[Array, "B N n C M"], product: Callable[..., Array]
+    decay: Float[Array, "B N C M"], product: Callable[..., Array]
 ) -> Callable[[Array, Array], Array]:
     """Products weighed channel by channel, in blocks.
 
     Of two blocks a_i takes its decay since its block began and b_j that up to there; within a block
     every pair takes its own.
     """
-    size = decay.shape[3]
+    size = decay.shape[2]
     width = min(BLOCK, size)
     count = size // width
 
     def cut(x: Array) -> Array:
-        return x.reshape(*x.shape[:3], count, width, x.shape[-1])
+        return x.reshape(*x.shape[:2], count, width, x.shape[-1])
 
     g = cut(decay)
     since = jnp.exp(_sums(g, -2))
@@ -169,17 +179,17 @@ def _by_channel(
     skipped = jnp.moveaxis(_whole_blocks(totals), -3, -1)  # [..., a, b, M]
     ahead = _sums_after(g, -2)[..., None, :, :, :] + skipped[..., :, :, None, :]
     before = np.tri(count, k=-1, dtype=bool)[:, :, None, None]
-    before = jax.lax.expand_dims(before, range(3))
+    before = jax.lax.expand_dims(before, range(2))
     ahead = jnp.exp(jnp.where(before, ahead, -np.asarray(np.inf, decay.dtype)))
     within = jnp.exp(jnp.moveaxis(_between(jnp.moveaxis(g, -1, -2)), -3, -1))  # [..., C, c, M]
-    same = jax.lax.expand_dims(np.eye(count, dtype=bool)[:, None, :, None], range(3))
+    same = jax.lax.expand_dims(np.eye(count, dtype=bool)[:, None, :, None], range(2))
 
     def blocks(a: Array, b: Array) -> Array:
         a, b = cut(a), cut(b)
-        far = product("BNnACM,BNnAbcM->BNnACbc", a * since, b[..., None, :, :, :] * ahead)
+        far = product("BNACM,BNAbcM->BNACbc", a * since, b[..., None, :, :, :] * ahead)
         near = jnp.sum(a[..., :, None, :] * b[..., None, :, :] * within, axis=-1)
         out = jnp.where(same, near[..., :, :, None, :], far)
-        return out.reshape(*out.shape[:3], size, size)
+        return out.reshape(*out.shape[:2], size, size)
 
     return blocks
 

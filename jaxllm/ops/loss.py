@@ -30,11 +30,24 @@ class LossOptions:
       label_smoothing: share e of the target spread evenly over the vocabulary.
       z_loss: weight of log(Z)^2, which keeps logits from drifting.
       chunk_tokens: tokens whose logits exist at one time (in training, on each device).
+      load_balance: weight of the experts' balance loss, summed over layers (`ops/routing.py` says
+        how it is scaled); models without experts have none.
+      sequence_balance: weight of the same within each row.
+      router_z: weight of the squared log-sum-exp of routers' logits, summed over layers.
     """
 
     label_smoothing: float = 0.0
     z_loss: float = 0.0
     chunk_tokens: int = 1024
+    load_balance: float = 0.01
+    sequence_balance: float = 0.0
+    router_z: float = 0.0
+
+    @property
+    def aux(self) -> dict[str, float]:
+        """Weights of what layers lose, by name."""
+        names = ("load_balance", "sequence_balance", "router_z")
+        return {name: getattr(self, name) for name in names}
 
 
 @jax.tree_util.register_dataclass
@@ -43,14 +56,16 @@ class LossSums:
     """Sums over tokens, float32 scalars; divide by `weight` for means.
 
     Attributes:
-      loss: what is minimised: smoothed cross-entropy plus z-loss.
+      loss: what is minimised: smoothed cross-entropy plus z-loss, and what layers lose.
       nll: plain negative log likelihood.
       weight: sum of the tokens' weights.
+      stats: path -> array, what layers count, such as tokens of each expert.
     """
 
     loss: Slot
     nll: Slot
     weight: Slot
+    stats: dict[str, Slot] = dataclasses.field(default_factory=dict)
 
 
 Unembed = Callable[[Any, Any], Any]

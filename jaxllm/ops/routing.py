@@ -151,4 +151,5 @@ def balance_step(
     Source: arXiv 2408.15664.
     """
     error = jnp.mean(load, axis=-1, keepdims=True) - load
-    return (bias.astype(jnp.float32) + rate * jnp.sign(error)).astype(bias.dtype)
+    moved = jnp.asarray(bias).astype(jnp.float32) + rate * jnp.sign(error)
+    return moved.astype(bias.dtype)

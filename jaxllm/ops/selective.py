@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jaxllm.ops.chunks import in_chunks, out_of_chunks
+from jaxllm.ops.chunks import over_chunks, over_tokens
 from jaxllm.ops.linear import align
 from jaxllm.typing import Slot
 
@@ -68,25 +68,18 @@ def selective_loop(
         return h, _out(c, h)
 
     tokens = (inputs.x, inputs.dt, inputs.b, inputs.c, starts)
-    tokens = jax.tree.map(lambda z: jnp.moveaxis(z, 1, 0), tokens)
-    if inputs.x.shape[1] == 1:
-        final, y = step(initial, jax.tree.map(lambda z: z[0], tokens))
-        return y[:, None], final
-    final, y = jax.lax.scan(step, initial, tokens)
-    return jnp.moveaxis(y, 0, 1), final
+    return over_tokens(step, initial, tokens)
 
 
 def selective_chunked(
     inputs: Selective, initial: Float[Array, "B I M"], starts: Bool[Array, "B T"] | None
 ) -> Result:
     """Chunk by chunk, an associative scan in each; the backward pass computes a chunk again."""
-    length = inputs.x.shape[1]
-    size = min(CHUNK, length)
+    size = min(CHUNK, inputs.x.shape[1])
 
     def combine(left: Any, right: Any) -> Any:
         return left[0] * right[0], right[0] * left[1] + right[1]
 
-    @jax.checkpoint
     def body(h: Array, chunk: Any) -> tuple[Array, Array]:
         x, dt, b, c, begins = chunk
         decay, entering = _decay_and_input(x, dt, b, inputs.a)
@@ -100,5 +93,4 @@ def selective_chunked(
         return states[:, -1], _out(c, states)
 
     tokens = (inputs.x, inputs.dt, inputs.b, inputs.c, starts)
-    final, y = jax.lax.scan(body, initial, jax.tree.map(lambda z: in_chunks(z, size), tokens))
-    return out_of_chunks(y, length), final
+    return over_chunks(body, initial, tokens, size)

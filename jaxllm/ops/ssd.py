@@ -12,8 +12,8 @@ from jaxtyping import Array, Bool, Float
 from jaxllm.ops.chunks import (
     decay_sums,
     decays_between,
-    in_chunks,
-    out_of_chunks,
+    over_chunks,
+    over_tokens,
     same_sequence,
 )
 from jaxllm.typing import Slot
@@ -71,12 +71,7 @@ def dual_loop(
         return state, jnp.sum(state * c[:, :, None, :], axis=-1)
 
     tokens = (inputs.x, inputs.dt, inputs.b, inputs.c, starts)
-    tokens = jax.tree.map(lambda z: jnp.moveaxis(z, 1, 0), tokens)
-    if inputs.x.shape[1] == 1:
-        final, y = step(initial, jax.tree.map(lambda z: z[0], tokens))
-        return y[:, None], final
-    final, y = jax.lax.scan(step, initial, tokens)
-    return jnp.moveaxis(y, 0, 1), final
+    return over_tokens(step, initial, tokens)
 
 
 def dual_chunked(
@@ -87,19 +82,18 @@ def dual_chunked(
     The state is carried in float32; products take operands of x's dtype. The backward pass computes
     a chunk again.
     """
-    length, groups = inputs.x.shape[1], inputs.b.shape[2]
-    size, dtype = min(CHUNK, length), inputs.x.dtype
+    groups = inputs.b.shape[2]
+    size, dtype = min(CHUNK, inputs.x.shape[1]), inputs.x.dtype
 
     def split(x: Array, dim: int) -> Array:
         return x.reshape(*x.shape[:dim], groups, -1, *x.shape[dim + 1 :])
 
-    @jax.checkpoint
     def body(state: Array, chunk: Any) -> tuple[Array, Array]:
         x, dt, b, c, begins = chunk
         same = same_sequence(begins, size)
         sums = decay_sums(dt * inputs.a[None, None], same)
-        to, since = ([s[:, :, None] for s in sums], [s[:, None] for s in sums])
-        between = decays_between(tuple(to), tuple(since))  # [B, i, j, N]
+        to = sums[0][:, :, None], sums[1][:, :, None]
+        between = decays_between(to, (sums[0][:, None], sums[1][:, None]))  # [B, i, j, N]
         between = jnp.where(same[..., None], between, jnp.zeros_like(between))
         entering = (dt[..., None] * x.astype(jnp.float32)).astype(dtype)
         seen = _einsum("BIKM,BJKM->BIJK", c, b)[..., None] * split(between, 3)
@@ -118,5 +112,4 @@ def dual_chunked(
         return held + new.reshape(state.shape), (y + past).reshape(x.shape)
 
     tokens = (inputs.x, inputs.dt, inputs.b, inputs.c, starts)
-    final, y = jax.lax.scan(body, initial, jax.tree.map(lambda z: in_chunks(z, size), tokens))
-    return out_of_chunks(y, length), final
+    return over_chunks(body, initial, tokens, size)

@@ -40,6 +40,16 @@ def _choose(table: dict[str, Callable[..., Any]], name: str, tokens: int) -> Cal
     return table[name]
 
 
+def _run(
+    run: Callable[..., Any], inputs: Any, initial: Array, starts: Any, d: AnyArray
+) -> tuple[Array, Array]:
+    """(y with d x that passes by the state, in x's dtype; the final state)."""
+    x = inputs.x
+    y, final = run(inputs, initial, None if starts is None else jnp.asarray(starts))
+    skip = x.astype(jnp.float32) * align(d.astype(jnp.float32), x)
+    return (y + skip).astype(x.dtype), final
+
+
 def selective_scan(
     inputs: Selective,
     initial: Float[Array, "B I M"] | None = None,
@@ -65,9 +75,7 @@ def selective_scan(
     if initial is None:
         initial = jnp.zeros((x.shape[0], *inputs.a.shape), jnp.float32)
     run = _choose(SELECTIVE, implementation, x.shape[1])
-    y, final = run(inputs, initial, None if starts is None else jnp.asarray(starts))
-    skip = x.astype(jnp.float32) * align(inputs.d.astype(jnp.float32), x)
-    return (y + skip).astype(x.dtype), final
+    return _run(run, inputs, initial, starts, inputs.d)
 
 
 def dual_scan(
@@ -95,9 +103,7 @@ def dual_scan(
     if initial is None:
         initial = jnp.zeros((x.shape[0], *x.shape[2:], inputs.b.shape[-1]), jnp.float32)
     run = _choose(DUAL, implementation, x.shape[1])
-    y, final = run(inputs, initial, None if starts is None else jnp.asarray(starts))
-    skip = x.astype(jnp.float32) * inputs.d.astype(jnp.float32)[None, None, :, None]
-    return (y + skip).astype(x.dtype), final
+    return _run(run, inputs, initial, starts, inputs.d[:, None])
 
 
 def gated_norm(

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
+
 from jaxllm.core.tree import flatten
-from jaxllm.spec.mask import And, Causal, Chunk, Full, Mask, Or, Window, allowed
+from jaxllm.spec.mask import And, Causal, Full, Mask, Row, Window, allowed, draws, parts
 from jaxllm.spec.model import ModelSpec
-from jaxllm.spec.ops import Attention
+from jaxllm.spec.ops import Attention, LatentAttention
 from jaxllm.spec.table import layer_paths, model_table
 
 __all__ = [
@@ -43,17 +45,24 @@ def _ops(spec: ModelSpec) -> list[Any]:
     return [named.op for layer in layers for sub in spec.block(layer).subs for named in sub.ops]
 
 
-def _attentions(spec: ModelSpec) -> list[Attention]:
-    return [op for op in _ops(spec) if isinstance(op, Attention)]
+def _attentions(spec: ModelSpec) -> list[Attention | LatentAttention]:
+    return [op for op in _ops(spec) if isinstance(op, Attention | LatentAttention)]
 
 
 def kv_bytes_per_token(spec: ModelSpec, dtype_bytes: int) -> int:
     """Bytes of keys and values that one token adds to the cache of all layers."""
-    return sum(2 * a.kv_heads * a.head_dim * dtype_bytes for a in _attentions(spec))
+    return sum(_kept(a) * dtype_bytes for a in _attentions(spec))
+
+
+def _kept(op: Attention | LatentAttention) -> int:
+    """Values that one token adds to a cache."""
+    if isinstance(op, LatentAttention):
+        return op.kv_rank + op.rope_dim
+    return 2 * op.kv_heads * op.head_dim
 
 
 def recurrence_flops(spec: ModelSpec) -> int:
-    """Multiply-adds x 2 a token of the layers' recurrences beside their matrices."""
+    """Multiply-adds x 2 a token of the layers' recurrences and convolutions."""
     return sum(getattr(op, "recurrence_flops", 0) for op in _ops(spec))
 
 
@@ -63,10 +72,11 @@ def recurrent_bytes(spec: ModelSpec, dtype_bytes: int) -> int:
     return sum(4 * op.state_values + dtype_bytes * op.tail_values for op in ops)
 
 
-def attended_pairs(mask: Mask, tokens: int, past: int = 0) -> int:
+def attended_pairs(mask: Mask, tokens: int, past: int = 0, heads: int = 1) -> int:
     """Number of (query, key) pairs a mask admits for `tokens` new tokens after `past` others.
 
-    Exact for causal, full and window masks; a union or intersection is counted key by key.
+    Exact; tokens that only a step marks as global or prefix are none. Of a mask with draws it is
+    the sum over `heads`, of others that of one head.
     """
     total = past + tokens
     match mask:
@@ -81,8 +91,39 @@ def attended_pairs(mask: Mask, tokens: int, past: int = 0) -> int:
             | And(first=Window(left=left), second=Causal())
         ):
             return attended_pairs(Window(left=left, right=0), tokens, past)
-        case And() | Or() | Chunk():
-            return sum(bool(allowed(mask, q, k)) for q in range(past, total) for k in range(total))
+    keys = np.arange(total)
+    head = np.arange(heads)[:, None] if draws(mask) else None
+    row = Row(length=total, head=head, heads=heads)
+    seen = (allowed(mask, np.full_like(keys, q), keys, row) for q in range(past, total))
+    return sum(int(np.sum(x)) for x in seen)
+
+
+def _pairs(op: Attention, tokens: int, past: int) -> int:
+    """(query, key) pairs over all heads."""
+    if op.length_projection is not None:
+        return op.heads * tokens * op.length_projection.rows
+    if draws(op.mask):
+        return attended_pairs(op.mask, tokens, past, op.heads)
+    return op.heads * attended_pairs(op.mask, tokens, past)
+
+
+def _attention(op: Attention | LatentAttention, tokens: int, past: int) -> int:
+    """FLOPs of scores and sums, and of summing keys and values over the length."""
+    if isinstance(op, LatentAttention):
+        pairs = op.heads * attended_pairs(op.mask, tokens, past)
+        return 2 * (op.query_dim + op.v_dim) * pairs
+    flops = 4 * op.head_dim * _pairs(op, tokens, past)
+    if op.length_projection is not None:
+        flops += 4 * tokens * op.length_projection.rows * op.kv_heads * op.head_dim
+    return flops
+
+
+def _is_matrix(spec: ModelSpec, path: str, inputs: int) -> bool:
+    """Whether a leaf multiplies every token; those of marked tokens alone are not counted."""
+    if not path.startswith("layers.") or not inputs:
+        return False
+    marked = any(getattr(part, "marked", False) for mask in spec.masks for part in parts(mask))
+    return not (marked and "_global" in path)
 
 
 def flops(spec: ModelSpec, tokens: int, past: int = 0, logits: int | None = None) -> dict[str, Any]:
@@ -92,20 +133,24 @@ def flops(spec: ModelSpec, tokens: int, past: int = 0, logits: int | None = None
       spec: the model.
       tokens: new tokens T.
       past: tokens already in the cache.
-      logits: positions that are unembedded; all of them by default.
+      logits: positions that are unembedded; all of them by default, none without a head.
 
     Returns:
-      `matmul` (with convolutions), `attention`, `recurrence`, `head` and their sum `total`.
+      `matmul`, `attention`, `recurrence` (with convolutions), `head` and their sum `total`.
     """
+    paths = layer_paths(spec)
     body = sum(
         2 * round(d.size * d.active)
-        for path, d in layer_paths(spec).items()
-        if path.startswith("layers.") and d.std
+        for path, d in paths.items()
+        if _is_matrix(spec, path, d.inputs)
     )
-    pairs = sum(
-        4 * a.heads * a.head_dim * attended_pairs(a.mask, tokens, past) for a in _attentions(spec)
-    )
-    head = 2 * spec.width * spec.vocab * (tokens if logits is None else logits)
-    recurrence = recurrence_flops(spec) * tokens
-    parts = {"matmul": body * tokens, "attention": pairs, "recurrence": recurrence, "head": head}
-    return parts | {"total": math.fsum(parts.values())}
+    pairs = sum(_attention(op, tokens, past) for op in _attentions(spec))
+    last = spec.vocab + (0 if spec.head.transform is None else spec.width)
+    count = (tokens if logits is None else logits) if spec.head.logits else 0
+    found = {
+        "matmul": body * tokens,
+        "attention": pairs,
+        "recurrence": recurrence_flops(spec) * tokens,
+        "head": 2 * spec.width * last * count,
+    }
+    return found | {"total": math.fsum(found.values())}

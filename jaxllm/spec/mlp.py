@@ -8,7 +8,7 @@ from typing import ClassVar
 from jaxllm.core.config import require
 from jaxllm.spec.activation import Activation
 
-__all__ = ["MLP", "Activation"]
+__all__ = ["MLP"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,7 +22,7 @@ class MLP:
       bias: on all projections.
       clamp: bound of what goes into the activation (from above) and of a gated `up x` (on both
         sides).
-      gate_scale: factor on the gate's projection.
+      gate_scale: factor on what the gate's projection gives.
       gain: silu becomes x sigmoid(gain x).
       up_offset: added to a gated `up x` after the clamp.
       out_gate: the update is multiplied by sigmoid(x w), one number a token.

@@ -5,15 +5,27 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from typing import Any
+import math
+from typing import Any, Literal
 
 from jaxllm.core.config import from_dict, nearest, require, to_dict
 from jaxllm.core.tree import Segment
 from jaxllm.errors import ConfigError
-from jaxllm.spec.ops import Norm, Op
+from jaxllm.spec.mask import Blocks, Mask, decodes, draws, parts
+from jaxllm.spec.ops import Activation, Attention, Norm, Op
 from jaxllm.spec.pattern import Pattern, parse
 
-__all__ = ["Block", "Embedding", "Head", "ModelSpec", "NamedOp", "Sub", "sub"]
+__all__ = [
+    "Block",
+    "Embedding",
+    "Head",
+    "ModelSpec",
+    "NamedOp",
+    "Pooling",
+    "Sub",
+    "Transform",
+    "sub",
+]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,34 +93,93 @@ class Block:
 class Embedding:
     """Token embedding; rows are multiplied by `scale`.
 
-    With `positions` a learned row a position is added: a table of so many rows.
+    Attributes:
+      scale: of the rows of tokens.
+      positions: rows of a table of learned positions, of which one is added a token.
+      position_offset: row of position 0; the rows before it stand for padding.
+      types: rows of a table of token types, of which one is added (`Inputs.types`, else row 0).
+      norm: of the sum.
     """
 
     scale: float = 1.0
     positions: int | None = None
+    position_offset: int = 0
+    types: int | None = None
+    norm: Norm | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("positions", "types"):
+            rows = getattr(self, name)
+            require(rows is None or rows >= 1, f"embedding: {name} is positive, found {rows}")
+        require(
+            self.position_offset >= 0,
+            f"embedding: position_offset is ≥ 0, found {self.position_offset}",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Transform:
+    """What a head does before the logits: norm(act(x W + b)), as BERT's."""
+
+    norm: Norm
+    activation: Activation = "gelu"
+    bias: bool = True
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pooling:
+    """From the hidden states of a text to one vector.
+
+    Attributes:
+      by: the mean over its tokens, that of the first token (`cls`), or of the last.
+      normalize: whether the vector is scaled to length 1.
+      max_tokens: texts are cut to so many tokens, or to the model's context.
+    """
+
+    by: Literal["mean", "cls", "last"] = "mean"
+    normalize: bool = False
+    max_tokens: int | None = None
 
     def __post_init__(self) -> None:
         require(
-            self.positions is None or self.positions >= 1,
-            f"embedding: positions is positive, found {self.positions}",
+            self.max_tokens is None or self.max_tokens >= 1,
+            f"pooling: max_tokens is positive, found {self.max_tokens}",
         )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Head:
-    """From hidden states to logits: tied to the embedding or with a matrix of its own."""
+    """From hidden states to logits: tied to the embedding or with a matrix of its own.
+
+    Attributes:
+      tied: whether the embedding's table is the matrix.
+      scale: of the logits.
+      softcap: logits become softcap * tanh(logits / softcap).
+      bias: of the logits.
+      transform: of the hidden states before the matrix.
+      logits: False for a body without a head.
+      pooling: of `Model.embed`.
+    """
 
     tied: bool = False
     scale: float = 1.0
     softcap: float | None = None
+    bias: bool = False
+    transform: Transform | None = None
+    logits: bool = True
+    pooling: Pooling | None = None
 
     def __post_init__(self) -> None:
         require(self.softcap is None or self.softcap > 0, "head: softcap is positive")
+        require(
+            self.logits or not (self.tied or self.bias or self.transform),
+            "head: without logits it is not tied and has neither bias nor transform",
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    """A decoder: vocabulary, width, named blocks, and the pattern in which layers use them."""
+    """A decoder or encoder: vocabulary, width, named blocks, and the pattern of its layers."""
 
     vocab: int
     width: int
@@ -126,8 +197,9 @@ class ModelSpec:
         )
         learned = self.embedding.positions
         require(
-            learned is None or learned >= self.context,
-            f"spec: context {self.context} is over the {learned} learned positions",
+            learned is None or learned >= self.context + self.embedding.position_offset,
+            f"spec: context {self.context} is over the {learned} learned positions, of which "
+            f"{self.embedding.position_offset} come before the first",
         )
         names = [b.name for b in self.blocks]
         require(len(set(names)) == len(names), f"spec: block names used twice in {names}")
@@ -150,10 +222,40 @@ class ModelSpec:
         return len(self.pattern.names)
 
     @property
+    def has_slots(self) -> bool:
+        """Whether a layer remembers token by token, so that its state grows with the text."""
+        ops = [o.op for b in self.blocks for s in b.subs for o in s.ops]
+        return any(isinstance(op, Attention) for op in ops)
+
+    @property
     def follows_length(self) -> bool:
         """Whether tokens are rotated by how long their sequence is: padding would count."""
         ropes = [getattr(o.op, "rope", None) for b in self.blocks for s in b.subs for o in s.ops]
         return any(rope is not None and rope.follows_length for rope in ropes)
+
+    @functools.cached_property
+    def masks(self) -> tuple[Mask, ...]:
+        """Masks of the attentions, each once."""
+        ops = [o.op for b in self.blocks for s in b.subs for o in s.ops]
+        return tuple(dict.fromkeys(op.mask for op in ops if isinstance(op, Attention)))
+
+    @property
+    def decodes(self) -> bool:
+        """Whether it can generate: no token sees a later one. False for an encoder."""
+        return all(decodes(mask) for mask in self.masks)
+
+    @property
+    def length_unit(self) -> int | None:
+        """Tokens of which a row's length must be a multiple where masks look at its end, or None.
+
+        Padding up to more than the next multiple would change what such a mask admits.
+        """
+        sizes = []
+        for mask in self.masks:
+            blocks = [p for p in parts(mask) if isinstance(p, Blocks)]
+            if draws(mask) or any(getattr(p, "last", 0) for p in parts(mask)):
+                sizes.append(math.lcm(*(b.size for b in blocks)) if blocks else 1)
+        return math.lcm(*sizes) if sizes else None
 
     def block(self, layer: int) -> Block:
         """The block that a layer uses."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from jaxllm.spec.linear_attention import LinearAttention
 from jaxllm.spec.linear_attention_table import linear_attention
-from jaxllm.spec.ops import MLP, Attention, MoE, Norm, Op
+from jaxllm.spec.ops import MLP, Attention, LatentAttention, MoE, Norm, Op
 from jaxllm.spec.param import ParamDef
 from jaxllm.spec.state_space import Convolution, SelectiveScan, StateSpaceDual
 from jaxllm.spec.state_space_table import convolution, selective_scan, state_space_dual
@@ -47,6 +47,13 @@ def _attention(op: Attention, width: int) -> dict[str, ParamDef]:
         table["out_gate"] = table["q"]
     if op.sinks:
         table["sinks"] = ParamDef((n,), ("heads",))
+    if op.global_projections:
+        own = [x for x in table if x.removesuffix("_bias") in ("q", "k", "v")]
+        table |= {f"{x[0]}_global{x[1:]}": table[x] for x in own}
+    if op.length_projection is not None:
+        length, rows = op.length_projection.length, op.length_projection.rows
+        sums = ParamDef((length, rows), (None, None), length**-0.5)
+        table |= {"k_length": sums, "v_length": sums}
     return table | _qk_norm_table(op)
 
 
@@ -63,6 +70,34 @@ def _qk_norm_table(op: Attention) -> dict[str, ParamDef]:
         "q_norm": ParamDef((op.heads, h), ("heads", "head_dim"), fill=one),
         "k_norm": ParamDef((op.kv_heads, h), ("kv_heads", "head_dim"), fill=one),
     }
+
+
+def _latent_attention(op: LatentAttention, width: int) -> dict[str, ParamDef]:
+    n, std = op.heads, width**-0.5
+    by_head = (None, "heads", "head_dim")
+    table: dict[str, ParamDef] = {}
+    if op.q_rank is None:
+        shape = (width, n, op.query_dim)
+        table["q"] = ParamDef(shape, ("width", "heads", "head_dim"), std, inputs=1)
+    else:
+        low = (op.q_rank, n, op.query_dim)
+        table["q_down"] = ParamDef((width, op.q_rank), ("width", None), std, inputs=1)
+        table["q_norm"] = ParamDef((op.q_rank,), (None,), fill=1.0)
+        table["q_up"] = ParamDef(low, by_head, op.q_rank**-0.5, inputs=1)
+    down, up = op.kv_rank + op.rope_dim, (op.kv_rank, n, op.nope_dim + op.v_dim)
+    table |= {
+        "kv_down": ParamDef((width, down), ("width", None), std, inputs=1),
+        "kv_norm": ParamDef((op.kv_rank,), (None,), fill=1.0),
+        "kv_up": ParamDef(up, by_head, op.kv_rank**-0.5, inputs=1),
+    }
+    out = (n, op.v_dim, width)
+    std = (n * op.v_dim) ** -0.5
+    table["o"] = ParamDef(out, ("heads", "head_dim", "width"), std, inputs=2)
+    if op.bias:
+        table |= {} if op.q_rank is None else {"q_down_bias": ParamDef((op.q_rank,), (None,))}
+        table["kv_down_bias"] = ParamDef((down,), (None,))
+        table["o_bias"] = ParamDef((width,), ("width",))
+    return table
 
 
 def _mlp(op: MLP, width: int) -> dict[str, ParamDef]:
@@ -93,6 +128,7 @@ def _moe(op: MoE, width: int) -> dict[str, ParamDef]:
 
 TABLES: dict[type, Callable[[Any, int], dict[str, ParamDef]]] = {
     Attention: _attention,
+    LatentAttention: _latent_attention,
     MLP: _mlp,
     MoE: _moe,
     LinearAttention: linear_attention,

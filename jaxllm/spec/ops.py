@@ -7,8 +7,9 @@ from typing import ClassVar, Literal
 
 from jaxllm.core.config import require
 from jaxllm.spec.activation import Activation
+from jaxllm.spec.latent import LatentAttention
 from jaxllm.spec.linear_attention import LinearAttention
-from jaxllm.spec.mask import Causal, Mask
+from jaxllm.spec.mask import Blocks, Causal, Full, Global, Mask, parts
 from jaxllm.spec.mlp import MLP
 from jaxllm.spec.moe import MoE, Router
 from jaxllm.spec.rope import Rope
@@ -19,6 +20,8 @@ __all__ = [
     "Activation",
     "Attention",
     "Convolution",
+    "LatentAttention",
+    "LengthProjection",
     "LinearAttention",
     "MoE",
     "Norm",
@@ -65,6 +68,23 @@ class QKNorm:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class LengthProjection:
+    """Keys and values of up to `length` tokens become `rows` weighted sums of them (Linformer).
+
+    Source: arXiv 2006.04768.
+    """
+
+    length: int
+    rows: int
+
+    def __post_init__(self) -> None:
+        require(
+            1 <= self.rows <= self.length,
+            f"length projection: rows are 1 to length, found {self.rows} of {self.length}",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Attention:
     """Softmax attention: MHA (kv_heads = heads), GQA, MQA (kv_heads = 1).
 
@@ -81,6 +101,9 @@ class Attention:
       gate: the heads' outputs are multiplied by sigmoid(x W_gate).
       rope: rotation of queries and keys; None for none.
       mask: which keys a query sees.
+      global_projections: queries that a `Global` mask makes global use query, key and value
+        projections of their own, over all keys (Longformer).
+      length_projection: keys and values are summed over the length; for a `Full` mask alone.
     """
 
     kind: ClassVar[str] = "attention"
@@ -96,6 +119,8 @@ class Attention:
     gate: bool = False
     rope: Rope | None = Rope()
     mask: Mask = Causal()
+    global_projections: bool = False
+    length_projection: LengthProjection | None = None
 
     def __post_init__(self) -> None:
         require(
@@ -112,6 +137,21 @@ class Attention:
         )
         if self.rope is not None:
             self.rope.check(self.head_dim)
+        if self.global_projections:
+            self._check_global()
+        require(
+            self.length_projection is None or self.mask == Full(),
+            "attention: a length_projection mixes all positions; its mask must be Full",
+        )
+
+    def _check_global(self) -> None:
+        nested = {p for b in parts(self.mask) if isinstance(b, Blocks) for p in parts(b.mask)}
+        plain = [p for p in parts(self.mask) if isinstance(p, Global) and p not in nested]
+        require(
+            bool(plain) and self.rope is None and self.qk_norm is None and not self.sinks,
+            "attention: global_projections need a mask with Global positions outside of Blocks, "
+            "and no rope, qk_norm or sinks",
+        )
 
     @property
     def query_scale(self) -> float:
@@ -119,4 +159,13 @@ class Attention:
         return self.head_dim**-0.5 if self.scale is None else self.scale
 
 
-Op = Attention | MLP | MoE | LinearAttention | SelectiveScan | StateSpaceDual | Convolution
+Op = (
+    Attention
+    | LatentAttention
+    | MLP
+    | MoE
+    | LinearAttention
+    | SelectiveScan
+    | StateSpaceDual
+    | Convolution
+)

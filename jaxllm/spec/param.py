@@ -20,10 +20,10 @@ class ParamDef:
 
     `std` is the standard deviation of a normal draw; 0 with `fill` gives a constant. `inputs`
     counts the contracted dims of a matrix (before the outputs, after layers and experts); it is 0
-    for vectors and tables. `tied` marks an embedding table that is the head as well. `draw` names
-    another way than these, with its numbers. `wide` marks a leaf that is float32 whatever the run's
-    dtype. A token uses a share `active` of the leaf: of experts, which stand on a leading dim, the
-    chosen ones.
+    for vectors and tables. `tied` marks an embedding table that is the head as well, `wide` a leaf
+    that is float32 whatever the run's dtype. A token uses a share `active` of the leaf: of experts,
+    which stand on a leading dim, the chosen ones. `draw` names another way than these, with its
+    numbers.
     """
 
     shape: tuple[int, ...]
@@ -32,9 +32,9 @@ class ParamDef:
     fill: float = 0.0
     inputs: int = 0
     tied: bool = False
-    draw: Draw | None = None
     wide: bool = False
     active: float = 1.0
+    draw: Draw | None = None
 
     @property
     def size(self) -> int:

@@ -55,8 +55,9 @@ class SelectiveScan:
 
     @property
     def recurrence_flops(self) -> int:
-        """Multiply-adds x 2 a token beside the matrices: decay, input and output of the state."""
-        return 6 * self.state_values
+        """Multiply-adds x 2 a token beside the matrices: the state's decay, input and output, and
+        the convolution."""
+        return 6 * self.state_values + 2 * self.conv * self.channels
 
     @property
     def state_values(self) -> int:
@@ -146,8 +147,9 @@ class StateSpaceDual:
 
     @property
     def recurrence_flops(self) -> int:
-        """Multiply-adds x 2 a token beside the matrices: decay, input and output of the state."""
-        return 6 * self.state_values
+        """Multiply-adds x 2 a token beside the matrices: the state's decay, input and output, and
+        the convolution."""
+        return 6 * self.state_values + 2 * self.conv * self.convolved
 
     @property
     def state_values(self) -> int:
@@ -157,7 +159,12 @@ class StateSpaceDual:
     @property
     def tail_values(self) -> int:
         """Values of a sequence's convolution tails."""
-        return (self.conv - 1) * (self.heads * self.head_dim + 2 * self.groups * self.state)
+        return (self.conv - 1) * self.convolved
+
+    @property
+    def convolved(self) -> int:
+        """Channels of the convolutions: x, b and c."""
+        return self.heads * self.head_dim + 2 * self.groups * self.state
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -180,6 +187,11 @@ class Convolution:
             min(self.channels, self.conv) >= 1,
             f"convolution: channels and conv are positive, found {self}",
         )
+
+    @property
+    def recurrence_flops(self) -> int:
+        """Multiply-adds x 2 a token beside the matrices: the convolution."""
+        return 2 * self.conv * self.channels
 
     @property
     def state_values(self) -> int:

@@ -112,18 +112,39 @@ def model_table(
         },
         "layers": layers,
     }
-    if spec.embedding.positions is not None:
-        shape = (spec.embedding.positions, spec.width)
-        table["embed"]["positions"] = ParamDef(shape, (None, "width"), spec.width**-0.5)
+    table["embed"] |= _embed_tables(spec)
+    if spec.embedding.norm is not None:
+        table["embed_norm"] = norm_table(spec.embedding.norm, spec.width)
     if spec.final_norm is not None:
         table["final_norm"] = norm_table(spec.final_norm, spec.width)
-    if not spec.head.tied:
-        table["head"] = {
-            "kernel": ParamDef(
-                (spec.width, spec.vocab), ("width", "vocab"), spec.width**-0.5, inputs=1
-            )
-        }
-    return table
+    return table | _head_tables(spec)
+
+
+def _embed_tables(spec: ModelSpec) -> dict[str, ParamDef]:
+    """Tables whose rows are added to those of the tokens."""
+    rows = {"positions": spec.embedding.positions, "types": spec.embedding.types}
+    std = spec.width**-0.5
+    return {
+        name: ParamDef((count, spec.width), (None, "width"), std)
+        for name, count in rows.items()
+        if count is not None
+    }
+
+
+def _head_tables(spec: ModelSpec) -> dict[str, dict[str, ParamDef]]:
+    """Leaves of the head, none where it has none."""
+    head, width, std = spec.head, spec.width, spec.width**-0.5
+    leaves, out = {}, {}
+    if head.logits and not head.tied:
+        leaves["kernel"] = ParamDef((width, spec.vocab), ("width", "vocab"), std, inputs=1)
+    if head.bias:
+        leaves["bias"] = ParamDef((spec.vocab,), ("vocab",))
+    if head.transform is not None:
+        leaves["dense"] = ParamDef((width, width), ("width", None), std, inputs=1)
+        if head.transform.bias:
+            leaves["dense_bias"] = ParamDef((width,), ("width",))
+        out["head_norm"] = norm_table(head.transform.norm, width)
+    return out | ({"head": leaves} if leaves else {})
 
 
 def _layer_table(spec: ModelSpec, layer: int, fused: bool) -> dict[str, dict[str, ParamDef]]:

@@ -13,11 +13,18 @@ from jaxtyping import Array, Float, Int
 
 from jaxllm.core.tree import Segment
 from jaxllm.spec.model import Block, ModelSpec
-from jaxllm.spec.ops import Attention, Convolution, LinearAttention, SelectiveScan, StateSpaceDual
+from jaxllm.spec.ops import (
+    Attention,
+    Convolution,
+    LatentAttention,
+    LinearAttention,
+    SelectiveScan,
+    StateSpaceDual,
+)
 from jaxllm.state.recur import ConvTail, Recurrence
 from jaxllm.typing import AnyArray, Slot
 
-__all__ = ["DenseKV", "Held", "dense_state", "grow", "state_axes", "write"]
+__all__ = ["DenseKV", "Held", "LatentKV", "dense_state", "grow", "state_axes", "write"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +52,22 @@ class DenseKV:
     capacity_dim: ClassVar[int] = -3
     k: Slot
     v: Slot
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LatentKV:
+    """What latent attention keeps: [B, S, R] normed vectors, [B, S, P] shared rotated keys."""
+
+    capacity_dim: ClassVar[int] = -2
+    latent: Slot
+    rotated: Slot
+
+
+def _latent(op: LatentAttention, batch: int, capacity: int) -> LatentKV:
+    axes = ("batch", "kv_length", None)
+    vectors, keys = (batch, capacity, op.kv_rank), (batch, capacity, op.rope_dim)
+    return LatentKV(Held(vectors, axes), Held(keys, axes))
 
 
 def _keys_and_values(op: Attention, batch: int, capacity: int) -> DenseKV:
@@ -100,6 +123,7 @@ def _convolution(op: Convolution, batch: int, capacity: int) -> dict[str, Any]:
 
 KINDS: dict[type, Callable[[Any, int, int], Any]] = {
     Attention: _keys_and_values,
+    LatentAttention: _latent,
     LinearAttention: _linear,
     SelectiveScan: _selective,
     StateSpaceDual: _dual,

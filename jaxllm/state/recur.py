@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float
 
 from jaxllm.errors import UnsupportedError
 from jaxllm.ops.conv import causal_conv, next_tail
-from jaxllm.state.step import Step
+from jaxllm.state.step import Step, real_tokens
 from jaxllm.typing import AnyArray, Slot
 
 __all__ = [
@@ -27,7 +27,6 @@ __all__ = [
     "carry",
     "convolve",
     "initial",
-    "real_tokens",
     "resets",
     "sequence_starts",
 ]
@@ -49,13 +48,9 @@ class Recurrence:
     values: Slot
 
 
-def real_tokens(step: Step) -> Bool[Array, "B T"]:
-    """Which tokens are real: those within `lengths`."""
-    batch, length = step.positions.shape
-    if step.lengths is None:
-        return jnp.ones((batch, length), bool)
-    places = jnp.arange(length, dtype=jnp.asarray(step.lengths).dtype)[None]
-    return places < step.lengths[:, None]
+def _real(step: Step) -> Bool[Array, "B T"]:
+    real = real_tokens(step)
+    return jnp.ones(step.positions.shape, bool) if real is None else real
 
 
 def sequence_starts(step: Step) -> Bool[Array, "B T"]:
@@ -66,7 +61,7 @@ def sequence_starts(step: Step) -> Bool[Array, "B T"]:
     else:
         ids = jnp.asarray(step.segment_ids)
         rest = ids[:, 1:] != ids[:, :-1]
-    return jnp.concatenate([first, rest], axis=1) & real_tokens(step)
+    return jnp.concatenate([first, rest], axis=1) & _real(step)
 
 
 def resets(step: Step) -> Bool[Array, "B T"] | None:

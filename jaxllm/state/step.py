@@ -26,6 +26,7 @@ class Step:
       page_table: [B, P] integers or None; pages of a paged state.
       adapter_ids: [B] integers or None; 0 is no adapter.
       key: random key for dropout, or None.
+      marks: [B, T] booleans or None; tokens that a mask makes global, or that form the prefix.
       fresh: static; positions are 0..T-1 in every row and nothing is remembered before them.
       aligned: static; all rows stand at the same positions.
     """
@@ -36,6 +37,7 @@ class Step:
     page_table: Slot | None = None
     adapter_ids: Slot | None = None
     key: Slot | None = None
+    marks: Slot | None = None
     fresh: bool = dataclasses.field(default=False, metadata={"static": True})
     aligned: bool = dataclasses.field(default=False, metadata={"static": True})
 

@@ -126,6 +126,28 @@ class Tokenizer:
                 "UTF-8 before encoding it"
             ) from None
 
+    def encode_cut(self, text: str, max_tokens: int) -> list[int]:
+        """The token ids of a text, cut at its end so that with special tokens they are so many.
+
+        Raises:
+            ConfigError: `max_tokens` does not hold the special tokens; or see `encode`.
+        """
+        ids = self.encode(text)
+        if len(ids) <= max_tokens:
+            return ids
+        special = self.backend.num_special_tokens_to_add(False)
+        if max_tokens <= special:
+            raise ConfigError(
+                f"max_tokens {max_tokens} must be over the {special} special tokens of a text"
+            )
+        if max_tokens not in self._cutters:
+            from tokenizers import Tokenizer as Backend
+
+            cutter = Backend.from_str(self.backend.to_str())
+            cutter.enable_truncation(max_tokens)
+            self._cutters[max_tokens] = cutter
+        return self._cutters[max_tokens].encode(text).ids
+
     def decode(self, ids: Iterable[SupportsIndex], *, skip_special: bool = True) -> str:
         """The text of token ids; invalid UTF-8 becomes U+FFFD, ids that no token has are left out.
 
@@ -216,6 +238,11 @@ class Tokenizer:
         backend = Backend.from_str(self.backend.to_str())
         backend.encode_special_tokens = True
         return backend
+
+    @functools.cached_property
+    def _cutters(self) -> dict[int, Any]:
+        """Backends that cut to a number of tokens; the switch is not per call."""
+        return {}
 
     def _parts(self) -> dict[str, Any]:
         """The fields by name, with JSON types but for the backend."""

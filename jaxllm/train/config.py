@@ -159,6 +159,10 @@ class RunConfig:
       fused: train query/key/value and gate/up as one matrix each: fewer and larger products. The
         exported model has them apart.
       logit_dtype: of logits in the loss; its statistics are float32 anyhow.
+      balance_rate: by how much a step moves the balance bias of each expert, towards equal loads;
+        for models that have them.
+      expert_capacity: tokens of an expert on a device, as a multiple of its even share; those past
+        it go without the expert. 0 drops none.
       dropout: rate on embeddings and residual updates.
       remat: what the backward pass recomputes; `auto` compiles policies from the fastest on and
         takes the first that fits into a device's memory.
@@ -211,6 +215,8 @@ class RunConfig:
     logit_dtype: Literal["float32", "bfloat16"] = "float32"
     layout: Literal["scan", "unrolled"] = "scan"
     fused: bool = False
+    balance_rate: float = 1e-3
+    expert_capacity: float = 0.0
     dropout: float = 0.0
     remat: Remat | Literal["auto"] = "none"
     memory_gib: float = 0.0
@@ -245,7 +251,12 @@ class RunConfig:
             not (self.fused and parse_mesh(self.mesh).get("tensor", 1) > 1),
             "fused projections cannot be split over a tensor axis; set fused=False",
         )
-        require(self.memory_gib >= 0, f"memory_gib is ≥ 0, found {self.memory_gib}")
+        for name in ("balance_rate", "expert_capacity", "memory_gib"):
+            require(getattr(self, name) >= 0, f"{name} is ≥ 0, found {getattr(self, name)}")
+        require(
+            self.spec.decodes and self.spec.head.logits,
+            "the loss is on the next token: an encoder would see it, and a body has no logits",
+        )
         check_tokenizer(self.tokenizer, self.spec.vocab)
         require(
             self.end_token is None or 0 <= self.end_token < self.spec.vocab,

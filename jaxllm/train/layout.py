@@ -30,7 +30,7 @@ def gather_ends(spec: ModelSpec, params: Any, policy: Policy) -> Any:
     full rematerialization"), and in the loss it would gather the head once a chunk.
     """
     whole = lay_out(spec, params, with_axes(policy.rules, width=None))
-    return params | {name: whole[name] for name in ("embed", "head") if name in params}
+    return params | {name: whole[name] for name in ("embed", "head", "head_norm") if name in params}
 
 
 def lay_out(spec: ModelSpec, tree: Any, rules: Rules) -> Any:

@@ -269,6 +269,7 @@ class _Run:
             "grad_norm": float(metrics.grad_norm),
             "lr": float(metrics.learning_rate),
         }
+        row |= {name: float(value) for name, value in metrics.router.items()}
         tokens = config.batch * config.length
         flops = self.needed.pop(step)
         row |= self.meter.step(tokens, flops, skipped=int(metrics.bad_steps) > 0)

@@ -11,14 +11,14 @@ from jaxllm.core.logging import note_once
 from jaxllm.core.mesh import parse_mesh
 from jaxllm.core.sharding import ROWS, mesh_axes
 from jaxllm.spec.model import ModelSpec
-from jaxllm.spec.ops import MLP, Attention
+from jaxllm.spec.ops import MLP, Attention, MoE
 
 if TYPE_CHECKING:
     from jaxllm.train.config import RunConfig
 
 __all__ = ["check_mesh", "note_whole"]
 
-TRAINS = ("data", "fsdp", "tensor")
+TRAINS = ("data", "fsdp", "expert", "tensor")
 """Mesh axes that training takes; the others may have size 1."""
 
 
@@ -30,7 +30,7 @@ def _split_by_tensor(spec: ModelSpec) -> Iterator[tuple[str, int]]:
                 match named.op:
                     case Attention(heads=heads):
                         yield f"{named.name} in block {block.name} has {heads} heads", heads
-                    case MLP(width=width):
+                    case MLP(width=width) | MoE(mlp=MLP(width=width)):
                         yield f"{named.name} in block {block.name} is {width} wide", width
 
 
@@ -65,6 +65,18 @@ def _check_width(config: RunConfig, sizes: dict[str, int]) -> None:
         )
 
 
+def _check_experts(config: RunConfig, shards: int) -> None:
+    """Experts lie on the devices of an axis in equal numbers."""
+    ops = [named.op for block in config.spec.blocks for part in block.subs for named in part.ops]
+    counts = {op.experts for op in ops if isinstance(op, MoE)}
+    require(bool(counts), f"mesh {config.mesh!r} has the axis expert, but the model has no experts")
+    for count in sorted(counts):
+        require(
+            count % shards == 0,
+            f"{count} experts are no multiple of expert={shards} in mesh {config.mesh!r}",
+        )
+
+
 def check_mesh(config: RunConfig) -> None:
     """Raise a ConfigError unless rows, width, heads and ffn divide by the axes that split them.
 
@@ -73,12 +85,16 @@ def check_mesh(config: RunConfig) -> None:
     sizes = parse_mesh(config.mesh)
     used = {name for name, size in sizes.items() if size > 1}
     require(used <= set(TRAINS), f"mesh {config.mesh!r}: training takes {', '.join(TRAINS)}")
-    shards = sizes.get("data", 1) * sizes.get("fsdp", 1)
+    axes = ("data", "fsdp", "expert") if sizes.get("expert", 1) > 1 else ("data", "fsdp")
+    shards = math.prod(sizes.get(axis, 1) for axis in axes)
     rows = config.batch // config.accumulate
     require(
         rows % shards == 0,
-        f"{rows} rows at a time are no multiple of data x fsdp = {shards} in {config.mesh!r}",
+        f"{rows} rows at a time are no multiple of {' x '.join(axes)} = {shards} in "
+        f"{config.mesh!r}",
     )
+    if sizes.get("expert", 1) > 1:
+        _check_experts(config, sizes["expert"])
     require(
         not sizes or "fsdp" in sizes or config.sharding in ("replicated", "zero3"),
         f"sharding {config.sharding!r} splits over the axis fsdp, which mesh {config.mesh!r} "

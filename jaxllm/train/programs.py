@@ -67,6 +67,7 @@ def run_policy(config: RunConfig) -> Policy:
         param_dtype=config.param_dtype,
         compute_dtype=config.dtype,
         dropout=config.dropout,
+        expert_capacity=config.expert_capacity or None,
         remat=cast(Remat, config.remat),
         logit_dtype=config.logit_dtype,
         layout=config.layout,
@@ -91,6 +92,7 @@ def plan_programs(config: RunConfig, mesh: Any) -> Planned:
         "steps": config.steps,
         "accumulate": config.accumulate,
         "loss_scale": None if scaling is None else to_dict(scaling),
+        "balance_rate": config.balance_rate,
         "spike": None if config.spike is None else to_dict(config.spike),
     }
 
@@ -110,7 +112,7 @@ def plan_programs(config: RunConfig, mesh: Any) -> Planned:
         return init_state(spec, optimizer, seed, policy=policy, scale=scale)
 
     def evaluate(params: Any, batch: Batch) -> Any:
-        quiet = dataclasses.replace(policy, dropout=0.0)
+        quiet = dataclasses.replace(policy, dropout=0.0, expert_capacity=None)
         sums = batch_loss(spec, params, batch, policy=quiet, options=config.loss, key=None)
         return sums.nll, sums.weight
 
@@ -134,6 +136,7 @@ def plan_programs(config: RunConfig, mesh: Any) -> Planned:
         parts=config.accumulate,
         loss_scale=scaling,
         spike=config.spike,
+        balance_rate=config.balance_rate,
     )
     return Planned(
         init=program("init", initial, (seed,), out),

@@ -23,6 +23,9 @@ def line(row: dict[str, Any], steps: int) -> str:
     say("loss", "loss {:.4f}")
     say("grad_norm", "grad norm {:.3f}")
     say("lr", "lr {:.2e}")
+    say("load_entropy", "load entropy {:.3f}")
+    say("max_violation", "max violation {:.2f}")
+    say("dropped", "dropped {:,.0f}")
     say("tokens_per_s", "{:,.0f} tokens/s")
     say("step_ms", "{:,.1f} ms")
     if row.get("mfu") is not None:

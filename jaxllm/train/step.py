@@ -21,6 +21,7 @@ from jaxllm.ops.loss import LossOptions, LossSums, cross_entropy
 from jaxllm.spec.model import ModelSpec
 from jaxllm.state.step import training_step
 from jaxllm.train.config import LossScale, SpikeRule
+from jaxllm.train.experts import move_biases, router_metrics
 from jaxllm.train.layout import gather_ends, lay_gradients
 from jaxllm.train.optimizer import map_moments
 from jaxllm.train.spike import judge, no_spikes
@@ -73,6 +74,7 @@ class Metrics:
       learning_rate: of this step.
       loss_scale: that this step was taken with.
       spikes: steps left out by the spike rule in all.
+      router: how evenly experts are used, by name; empty without experts.
     """
 
     loss: Slot
@@ -83,6 +85,7 @@ class Metrics:
     bad_steps: Slot
     skipped: Slot
     spikes: Slot
+    router: dict[str, Slot]
 
 
 def init_state(
@@ -158,8 +161,9 @@ def batch_loss(
         *batch.tokens.shape, segment_ids=batch.segment_ids, positions=batch.positions, key=key
     )
     params = gather_ends(spec, params, policy)
-    hidden, _, _ = api.apply(spec, params, batch.tokens, step, policy=policy)
-    head = {"embed": params["embed"]} if spec.head.tied else {"head": params["head"]}
+    hidden, _, aux = api.apply(spec, params, batch.tokens, step, policy=policy)
+    groups = ("head", "head_norm", *(("embed",) if spec.head.tied else ()))
+    head = {name: params[name] for name in groups if name in params}
     head = jax.tree.map(lambda x: x.astype(policy.compute_dtype), head)  # once, not once a chunk
 
     def unembed(head: Any, rows: Any) -> Any:
@@ -168,13 +172,17 @@ def batch_loss(
     # A chunk has a piece of every row: as many tokens on each device as without a mesh.
     chunk = options.chunk_tokens * shards("batch", policy.rules)
     options = dataclasses.replace(options, chunk_tokens=chunk)
-    return cross_entropy(unembed, head, hidden, batch.targets, batch.weights, options=options)
+    sums = cross_entropy(unembed, head, hidden, batch.targets, batch.weights, options=options)
+    # Layers lose means over tokens: times the weight, they are sums like the others.
+    lost = [weight * aux.losses[name] for name, weight in options.aux.items() if name in aux.losses]
+    loss = sum((sums.weight * x for x in lost), start=sums.loss)
+    return dataclasses.replace(sums, loss=loss, stats=aux.stats)
 
 
 def _gradients(
     state: TrainState, batch: Batch, key: Any, *, parts: int, of: Callable[..., LossSums]
-) -> tuple[Any, Any, Any]:
-    """(gradient of the mean loss, mean loss, mean nll), the rows taken in `parts` parts.
+) -> tuple[Any, Any, Any, Any]:
+    """(gradient of the mean loss, mean loss, mean nll, stats), the rows taken in `parts` parts.
 
     The gradient is that of the scaled loss, divided by the scale at the end.
     """
@@ -182,25 +190,25 @@ def _gradients(
 
     def mean(params: Any, part: Batch, key: Any) -> Any:
         sums = of(params, part, key)
-        return scale * sums.loss / total, (sums.loss / total, sums.nll / total)
+        return scale * sums.loss / total, (sums.loss / total, sums.nll / total, sums.stats)
 
     take = jax.value_and_grad(mean, has_aux=True)
     down = lambda grads: jax.tree.map(lambda g: g / scale.astype(g.dtype), grads)  # noqa: E731
     if parts == 1:
-        (_, (loss, nll)), grads = take(params, batch, key)
-        return down(grads), loss, nll
+        (_, (loss, nll, stats)), grads = take(params, batch, key)
+        return down(grads), loss, nll, stats
     split = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
 
     def body(carry: Any, part: Any) -> Any:
         rows, index = part
-        (_, (loss, nll)), grads = take(params, rows, jax.random.fold_in(key, index))
-        return jax.tree.map(lambda c, x: c + x.astype(c.dtype), carry, (grads, loss, nll)), None
+        (_, (loss, nll, stats)), grads = take(params, rows, jax.random.fold_in(key, index))
+        return jax.tree.map(lambda c, x: c + x.astype(c.dtype), carry, (grads, loss, nll)), stats
 
     zero = jnp.zeros((), jnp.float32)
     start = (jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params), zero, zero)
     indices = jnp.arange(parts, dtype=jnp.uint32)
-    (grads, loss, nll), _ = jax.lax.scan(body, start, (split, indices))
-    return down(grads), loss, nll
+    (grads, loss, nll), stats = jax.lax.scan(body, start, (split, indices))
+    return down(grads), loss, nll, jax.tree.map(lambda x: jnp.sum(x, axis=0), stats)
 
 
 def _rescale(state: TrainState, fine: Any, rule: LossScale | None) -> tuple[Any, Any]:
@@ -224,6 +232,7 @@ def train_step(
     parts: int = 1,
     loss_scale: LossScale | None = None,
     spike: SpikeRule | None = None,
+    balance_rate: float = 0.0,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The function of one step: (state, batch) -> (state, metrics).
 
@@ -236,6 +245,7 @@ def train_step(
       parts: gradient accumulation; the loss is the mean over all parts' tokens together.
       loss_scale: dynamic loss scaling, for float16; None keeps the state's scale.
       spike: which finite steps are left out; None takes them all.
+      balance_rate: by how much balance biases of routers move.
     """
 
     def of(params: Any, batch: Batch, key: Any) -> LossSums:
@@ -245,12 +255,13 @@ def train_step(
 
     def run(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-        grads, loss, nll = _gradients(state, batch, key, parts=parts, of=of)
+        grads, loss, nll, stats = _gradients(state, batch, key, parts=parts, of=of)
         with jax.numpy_dtype_promotion("standard"):
             norm = optax.tree.norm(grads)
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
             rate = jnp.asarray(schedule(state.step), jnp.float32)
+        params = move_biases(params, state.params, stats, balance_rate)
         fine = jnp.isfinite(norm) & jnp.isfinite(loss)
         taken, spikes = fine, state.spikes
         if spike is not None:
@@ -273,6 +284,7 @@ def train_step(
             good,
             spikes,
         )
-        return state, Metrics(loss, nll, norm, rate, used, bad, skipped, spikes.total)
+        router = router_metrics(stats)
+        return state, Metrics(loss, nll, norm, rate, used, bad, skipped, spikes.total, router)
 
     return run

@@ -125,13 +125,16 @@ class Sizes:
     ffn: int
 
 
-def read_sizes(config: ConfigReader, *, context: int, head_dim: int | None = None) -> Sizes:
+def read_sizes(
+    config: ConfigReader, *, context: int, head_dim: int | None = None, ffn: int | None = None
+) -> Sizes:
     """Read the sizes, and let pass the keys that change nothing.
 
     Args:
       config: reader of config.json; problems are left with it.
       context: tokens, where the file names none.
       head_dim: where the file names none; hidden_size over the number of heads by default.
+      ffn: intermediate_size, where the file may go without.
     """
     config.ignore(*IGNORED_KEYS)
     width = config.take("hidden_size", int)
@@ -145,7 +148,7 @@ def read_sizes(config: ConfigReader, *, context: int, head_dim: int | None = Non
         heads=heads,
         kv_heads=config.take("num_key_value_heads", int, heads),
         head_dim=config.take("head_dim", int, head_dim or width // max(heads, 1)),
-        ffn=config.take("intermediate_size", int),
+        ffn=config.take("intermediate_size", int, *(() if ffn is None else (ffn,))),
     )
 
 
@@ -276,13 +279,13 @@ class Parts:
       norm: the final one.
     """
 
-    attns: dict[str, Attention]
+    attns: dict[str, Any]
     norms: dict[str, Norm]
     mlp: MLP
     norm: Norm
 
     @property
-    def attn(self) -> Attention:
+    def attn(self) -> Any:
         """The first block's."""
         return next(iter(self.attns.values()))
 

@@ -1,4 +1,4 @@
-"""What families with experts share: layers that have them, specs taken apart and together."""
+"""What families with experts share: which layers have them, and specs taken apart."""
 
 from __future__ import annotations
 
@@ -12,7 +12,16 @@ from jaxllm.spec.ops import MLP, LinearAttention, Norm
 from jaxllm.zoo import decoder
 from jaxllm.zoo.table import ConfigReader
 
-__all__ = ["IGNORED", "NORMS", "Mixed", "layer", "mixed_of", "numbered", "read_sparse", "shared_of"]
+__all__ = [
+    "IGNORED",
+    "NORMS",
+    "Mixed",
+    "dense_layers",
+    "layer",
+    "mixed_of",
+    "numbered",
+    "read_sparse",
+]
 
 IGNORED = ("output_router_logits", "router_aux_loss_coef", "router_jitter_noise")
 """Keys of training alone."""
@@ -113,11 +122,6 @@ def numbered(config: ConfigReader, key: str, layers: int) -> list[int]:
         config.problem(f"{key} is {found!r}; it must be a list of numbers from 0 to {layers - 1}")
         return []
     return found
-
-
-def shared_of(mixed: Mixed) -> MLP:
-    """The MLP of all tokens, or a stand-in whose config will not match."""
-    return mixed.shared or mixed.moe.mlp
 
 
 def dense_layers(sparse: Sequence[bool]) -> list[int]:

@@ -11,7 +11,7 @@ from jaxllm.zoo import decoder
 from jaxllm.zoo.rope import read_rope, write_rope
 from jaxllm.zoo.table import ConfigReader, Family
 
-__all__ = ["FAMILY"]
+__all__ = ["FAMILY", "divisor_of"]
 
 
 def _read(config: ConfigReader) -> ModelSpec:
@@ -49,7 +49,7 @@ def _read(config: ConfigReader) -> ModelSpec:
     return config.finish(make)
 
 
-def _divisor(scale: float) -> float:
+def divisor_of(scale: float) -> float:
     """The number whose inverse is exactly the scale; the inverse of an inverse may be one off."""
     found = 1 / scale
     near = (round(found, 9), found, math.nextafter(found, 0), math.nextafter(found, math.inf))
@@ -71,7 +71,7 @@ def _write(spec: ModelSpec) -> dict[str, Any] | None:
         "embedding_multiplier": spec.embedding.scale,
         "attention_multiplier": parts.attn.query_scale,
         "residual_multiplier": spec.blocks[0].subs[0].scale,
-        "logits_scaling": _divisor(spec.head.scale),
+        "logits_scaling": divisor_of(spec.head.scale),
     }
 
 

@@ -10,7 +10,7 @@ from jaxllm.spec.linear_attention import LinearAttention
 from jaxllm.spec.model import ModelSpec
 from jaxllm.spec.moe import MoE
 from jaxllm.spec.ops import MLP, Attention, Norm
-from jaxllm.zoo.decoder import entries as plain_entries
+from jaxllm.zoo import recurrent
 from jaxllm.zoo.table import ConfigReader, Entry
 
 __all__ = ["KINDS", "Hybrid", "entries", "hybrid_of", "read_kinds", "write_sizes"]
@@ -121,22 +121,14 @@ def write_sizes(spec: ModelSpec, name: str, parts: Hybrid) -> dict[str, Any]:
 
 
 def entries(spec: ModelSpec, names: Mapping[str, str], groups: Mapping[str, int]) -> list[Entry]:
-    """Entries of all leaves, convolutions and interleaved projections among them.
+    """As `recurrent.entries`, with projections that stand interleaved in one tensor.
 
     Args:
       spec: the model.
-      names: as in `decoder.entries`; a name that begins with `=` is a tensor's whole name.
+      names: of the tensors.
       groups: name on disk -> in how many stretches of outputs its tensor falls.
     """
-    found = []
-    for entry in plain_entries(spec, names):
-        if "=" in entry.disk:  # model.layers.0.=linear_attn.dt_bias.bias
-            disk = entry.disk.replace("=", "").rpartition(".")[0]
-            entry = dataclasses.replace(entry, disk=disk)
-        if ".conv_" in entry.path:
-            entry = dataclasses.replace(entry, form="conv")
-        found.append(_in_groups(entry, groups))
-    return _conv_parts(spec, found)
+    return [_in_groups(entry, groups) for entry in recurrent.entries(spec, names)]
 
 
 def _in_groups(entry: Entry, groups: Mapping[str, int]) -> Entry:
@@ -145,16 +137,3 @@ def _in_groups(entry: Entry, groups: Mapping[str, int]) -> Entry:
         return entry
     start, total = entry.part
     return dataclasses.replace(entry, part=(start // count, total // count), groups=count)
-
-
-def _conv_parts(spec: ModelSpec, found: list[Entry]) -> list[Entry]:
-    """Parts of a convolution's kernel count channels, and not the values of its W rows."""
-    ops = [o.op for b in spec.blocks for s in b.subs for o in s.ops]
-    width = next((op.conv for op in ops if isinstance(op, LinearAttention)), None) or 1
-    out = []
-    for entry in found:
-        if entry.form == "conv" and entry.part is not None:
-            start, total = entry.part
-            entry = dataclasses.replace(entry, part=(start // width, total // width))
-        out.append(entry)
-    return out

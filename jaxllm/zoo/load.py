@@ -23,6 +23,7 @@ from jaxllm.zoo.gguf import open_gguf
 from jaxllm.zoo.reader import Reader, TensorInfo
 from jaxllm.zoo.safetensors import open_safetensors
 from jaxllm.zoo.safetensors_writer import write_safetensors
+from jaxllm.zoo.sentence import read_pooling, write_pooling
 from jaxllm.zoo.table import ConfigReader, Entry, Family, join
 
 __all__ = [
@@ -95,21 +96,17 @@ def _open_directory(path: Path) -> Checkpoint:
     family = _family(kind, lambda f: f.model_types, f"{path / 'config.json'}: model_type")
     if "quantization_config" in config:
         raise UnsupportedError(f"{path / 'config.json'}: quantization_config is not supported yet")
+    reader = None
+    if family.head_tensor:
+        reader = open_safetensors(path)
+        kind = "ForMaskedLM" if family.head_tensor in reader.tensors else "Model"
+        config["architectures"] = [kind]
     spec = family.read(ConfigReader(config, str(path / "config.json")))
-    reader, entries = open_safetensors(path), family.names(spec)
-    if not any(name.startswith(family.prefix) for name in reader.tensors):
-        entries = [dataclasses.replace(e, disk=e.disk.removeprefix(family.prefix)) for e in entries]
-    entries = [_found(entry, family, reader) for entry in entries]
+    reader = reader or open_safetensors(path)
+    entries = [family.locate(entry, reader.tensors) for entry in family.names(spec)]
+    if (pooling := read_pooling(path, spec.width)) is not None:
+        spec = dataclasses.replace(spec, head=dataclasses.replace(spec.head, pooling=pooling))
     return Checkpoint(path, spec, reader, tuple(entries), family)
-
-
-def _found(entry: Entry, family: Family, reader: Reader) -> Entry:
-    """The entry under the name that the file has it by."""
-    names = [entry.disk.replace(a, b) for a, b in family.aliases if a in entry.disk]
-    other = next((name for name in names if name in reader.tensors), None)
-    if other is None or entry.disk in reader.tensors:
-        return entry
-    return dataclasses.replace(entry, disk=other)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -220,6 +217,7 @@ def save_checkpoint(
     """
     family, config = _writer(spec)
     paths = layer_paths(spec)
+    pooling = spec.head.pooling
     narrow = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}[dtype]
     last: dict[str, np.ndarray] = {}
 
@@ -243,6 +241,8 @@ def save_checkpoint(
     directory.mkdir(parents=True, exist_ok=True)
     tensors = map(tensor, _by_tensor(family.names(spec)))
     write_safetensors(directory, tensors, metadata={"format": "pt"})
+    if pooling is not None:
+        write_pooling(directory, pooling, spec.width)
     config["torch_dtype"] = dtype
     if eos_ids:
         config["eos_token_id"] = eos_ids[0] if len(eos_ids) == 1 else list(eos_ids)
@@ -266,6 +266,7 @@ def _by_tensor(entries: list[Entry]) -> list[list[Entry]]:
 
 def _writer(spec: ModelSpec) -> tuple[Family, dict[str, Any]]:
     """The family that can say a spec, and the config.json in which it does."""
+    spec = dataclasses.replace(spec, head=dataclasses.replace(spec.head, pooling=None))
     for family in FAMILIES.values():
         config = family.write(spec)
         if config is not None and _same_spec(family, config, spec):

@@ -32,8 +32,8 @@ _NAMES = (
         "linear.conv_query": "linear_attn.q_conv1d",
         "linear.conv_key": "linear_attn.k_conv1d",
         "linear.conv_value": "linear_attn.v_conv1d",
-        "linear.a_log": "=linear_attn.A_log",
-        "linear.dt": "=linear_attn.dt_bias",
+        "linear.a_log": "linear_attn.A_log=",
+        "linear.dt": "linear_attn.dt_bias=",
         "linear.out_norm": "linear_attn.o_norm",
         "linear.out": "linear_attn.o_proj",
     }
@@ -138,8 +138,8 @@ FAMILY = Family(
     read=_read,
     write=_write,
     names=_names,
-    aliases=(
-        ("attention_layer_norm", "input_layernorm"),
-        ("feedforward_layer_norm", "post_attention_layernorm"),
-    ),
+    older={
+        ".attention_layer_norm.weight": ".input_layernorm.weight",
+        ".feedforward_layer_norm.weight": ".post_attention_layernorm.weight",
+    },
 )

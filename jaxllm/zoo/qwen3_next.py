@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-from jaxllm.errors import ConfigError
 from jaxllm.spec.linear_attention import GatedDecay, LinearAttention, OutNorm
 from jaxllm.spec.model import Block, Head, ModelSpec
 from jaxllm.spec.moe import MoE, Router
@@ -48,8 +46,8 @@ _LINEAR = {
     "linear.conv_query": "linear_attn.conv1d",
     "linear.conv_key": "linear_attn.conv1d",
     "linear.conv_value": "linear_attn.conv1d",
-    "linear.a_log": "=linear_attn.A_log",
-    "linear.dt": "=linear_attn.dt_bias",
+    "linear.a_log": "linear_attn.A_log=",
+    "linear.dt": "linear_attn.dt_bias=",
     "linear.out_norm": "linear_attn.norm",
     "linear.out": "linear_attn.out_proj",
 }
@@ -80,8 +78,7 @@ def _experts(config: ConfigReader, activation: Any) -> tuple[MoE, MLP] | None:
     router = Router(renormalize=config.take("norm_topk_prob", bool, True))
     if not count:
         return None
-    moe = _made(
-        config,
+    moe = config.attempt(
         lambda: MoE(
             experts=count,
             active=active,
@@ -89,17 +86,8 @@ def _experts(config: ConfigReader, activation: Any) -> tuple[MoE, MLP] | None:
             router=router,
         ),
     )
-    beside = _made(config, lambda: MLP(width=shared, activation=activation, out_gate=True))
+    beside = config.attempt(lambda: MLP(width=shared, activation=activation, out_gate=True))
     return None if moe is None or beside is None else (moe, beside)
-
-
-def _made(config: ConfigReader, make: Callable[[], Any]) -> Any:
-    """What `make` makes, or None where its contradiction became a problem."""
-    try:
-        return make()
-    except ConfigError as error:
-        config.problem(str(error))
-        return None
 
 
 def _read(config: ConfigReader) -> ModelSpec:

@@ -56,7 +56,9 @@ def _read2(config: ConfigReader) -> ModelSpec:
     sizes = decoder.read_sizes(config, context=32_768)
     used = config.take("use_sliding_window", bool, False)
     last = config.take("max_window_layers", int, 28)
-    default = [decoder.KINDS[used and i % 2 == 0 and i < last] for i in range(sizes.layers)]
+    default: list[Kind] = [
+        decoder.KINDS[used and i % 2 == 0 and i < last] for i in range(sizes.layers)
+    ]
     kinds = decoder.read_kinds(config, default)
     window = decoder.window_of(config, kinds, 4096)
     if "sliding_attention" in kinds and not used:

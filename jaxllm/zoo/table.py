@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -16,7 +16,7 @@ from jaxllm.spec.param import ParamDef
 
 __all__ = ["ConfigReader", "Entry", "Family", "Form", "join"]
 
-Form = Literal["linear", "plain", "interleaved", "in_out", "conv"]
+Form = Literal["linear", "plain", "interleaved", "in_out", "same", "conv"]
 _MISSING = object()
 
 
@@ -51,6 +51,25 @@ class ConfigReader:
     def has(self, key: str) -> bool:
         """Whether the config names a key, be it null."""
         return key in self._data
+
+    def auto(self, key: str) -> bool:
+        """Whether a key says `auto`, or nothing."""
+        self._seen.add(key)
+        return self._data.get(key) in (None, "auto")
+
+    def fixed(self, **values: Any) -> None:
+        """Keys of which one value is known; another is a problem."""
+        for key, value in values.items():
+            if (found := self.take(key, type(value), value)) != value:
+                self.problem(f"{key} is {found!r}; supported is {value!r}")
+
+    def attempt[T](self, make: Callable[[], T]) -> T | None:
+        """What `make` makes, or None where its contradiction became a problem."""
+        try:
+            return make()
+        except ConfigError as error:
+            self.problem(str(error))
+            return None
 
     def ignore(self, *keys: str) -> None:
         """Keys that do not change what the model computes at inference."""
@@ -87,8 +106,8 @@ class Entry:
 
     Forms: `plain` is a reshape; `linear` is [out, in] on disk and [*in, *out] here; `interleaved`
     is `linear` (or a bias) whose rotary rows are paired 2i, 2i + 1 on disk and i, i + H/2 here;
-    `in_out` is [in, out] on disk as here; `conv` is [channels, 1, W] on disk and [W, *channels]
-    here.
+    `in_out` is [in, out] on disk as here, `same` has our shape there too; `conv` is a depthwise
+    convolution, [channels, 1, W] on disk and [W, *channels] here.
 
     Several leaves may fill one tensor: each is then a `part` (first output, number of outputs of
     the whole tensor), as q, k and v in `qkv_proj`, and has every `stride`-th output from its first
@@ -113,11 +132,13 @@ class Entry:
     def part_shape(self, definition: ParamDef) -> tuple[int, ...]:
         """Shape of this leaf on disk: matrices [out, in], vectors flat, tables as they are."""
         own = self._own(definition)
+        if self.form == "same":
+            return own.shape
+        if self.form == "conv":
+            return (own.size // own.shape[0], 1, own.shape[0])
         stack, one = own.shape[: own.lead], own.shape[own.lead :]
         if not own.std:
             return (*stack, math.prod(one))
-        if self.form == "conv":
-            return (math.prod(one[1:]), 1, one[0])
         if not own.inputs:
             return own.shape
         fan_in = math.prod(one[: own.inputs])
@@ -147,24 +168,24 @@ class Entry:
             array = array.reshape(*shape[:axis], self.groups, -1, *shape[axis + 1 :])
             array = array[(slice(None),) * (axis + 1) + (slice(start, stop, self.stride),)]
             array = array.reshape(*shape[:axis], size, *shape[axis + 1 :])
-        if self.form == "conv":
-            return array[:, 0].T.reshape(own.shape)
         if self.form == "interleaved":
             head_dim = own.shape[-1]
             paired = array.reshape(-1, head_dim // 2, 2, *array.shape[1:])
             array = paired.swapaxes(1, 2).reshape(array.shape)
         if self.form in ("linear", "interleaved") and array.ndim == own.lead + 2:
             array = array.swapaxes(-1, -2)
+        if self.form == "conv":
+            array = array[:, 0].T
         return array.reshape(own.shape)
 
     def to_disk(self, array: np.ndarray, definition: ParamDef) -> np.ndarray:
         """From the canonical leaf to its part on disk; the inverse of `to_ours`."""
         array = array if self.index is None else array[self.index]
         lead, shape = self._own(definition).lead, self.part_shape(definition)
-        if self.form == "conv":
-            return np.ascontiguousarray(array.reshape(shape[2], -1).T[:, None])
         if self.form in ("linear", "interleaved") and len(shape) == lead + 2:
             out = array.reshape(*shape[:lead], shape[-1], shape[-2]).swapaxes(-1, -2)
+        elif self.form == "conv":
+            out = array.reshape(shape[2], shape[0]).T[:, None]
         else:
             out = array.reshape(shape)
         if self.form == "interleaved":
@@ -206,7 +227,9 @@ class Family:
       gguf_names: (spec, architecture) -> entries of the GGUF layout.
       ignored: globs of tensors that carry nothing the model needs.
       prefix: of the names on disk, which files of the bare body lack.
-      aliases: (part of a name on disk, what other files of the family say for it).
+      head_tensor: a tensor by which a file shows that it has a head of logits; it outweighs
+        `architectures` in config.json. Empty where every file has one.
+      older: endings of names -> what they are in early files.
     """
 
     model_types: tuple[str, ...]
@@ -218,4 +241,14 @@ class Family:
     gguf_names: Callable[[ModelSpec, str], list[Entry]] = _no_gguf
     ignored: tuple[str, ...] = ()
     prefix: str = ""
-    aliases: tuple[tuple[str, str], ...] = ()
+    head_tensor: str = ""
+    older: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def locate(self, entry: Entry, tensors: Collection[str]) -> Entry:
+        """The entry under the name that the file has: with the prefix or not, or an older one."""
+        bare = entry.disk.removeprefix(self.prefix)
+        names = [entry.disk, self.prefix + bare, bare]
+        for new, old in self.older.items():
+            names += [n.removesuffix(new) + old for n in names if n.endswith(new)]
+        disk = next((name for name in names if name in tensors), entry.disk)
+        return dataclasses.replace(entry, disk=disk)

@@ -12,12 +12,13 @@ from jaxllm.core.policy import Matrices, Policy
 from jaxllm.core.tree import Segment, map_leaves, restack
 from jaxllm.nn import api
 from jaxllm.spec.linear_attention import ConstantDecay, GatedDecay, LinearAttention, OutNorm
-from jaxllm.spec.mask import And, Causal, Chunk, Window
+from jaxllm.spec.mask import And, Causal, Chunk, Global, Or, Window
 from jaxllm.spec.model import Block, Embedding, Head, ModelSpec, NamedOp, Sub, sub
 from jaxllm.spec.ops import (
     MLP,
     Attention,
     Convolution,
+    LatentAttention,
     MoE,
     Norm,
     QKNorm,
@@ -29,10 +30,12 @@ from jaxllm.spec.rope import LinearScaling, Llama3Scaling, Rope
 from jaxllm.spec.state_space import GatedNorm
 from jaxllm.spec.table import model_table
 from jaxllm.state.step import training_step
+from tests.contracts.encoders import ENCODERS
 
 RMS, OFFSET, LAYER = Norm(), Norm(offset=1.0, eps=1e-6), Norm(type="layer", bias=True)
 LOCAL = And(first=Causal(), second=Window(left=2))
 CHUNKS = And(first=Causal(), second=Chunk(size=5))
+STREAMING = And(first=Causal(), second=Or(first=Window(left=2), second=Global(first=2)))
 NEAR = Rope(theta=100.0)
 
 
@@ -42,7 +45,7 @@ def model(*blocks: Block, layers: str, **changes: Any) -> ModelSpec:
     return ModelSpec(blocks=blocks, layers=layers, **(base | changes))
 
 
-def pre(name: str, attn: Attention, mlp: MLP, norm: Norm = RMS) -> Block:
+def pre(name: str, attn: Attention | LatentAttention, mlp: MLP, norm: Norm = RMS) -> Block:
     """A pre-norm layer."""
     return Block(name=name, subs=(sub("attn", attn, norm_in=norm), sub("mlp", mlp, norm_in=norm)))
 
@@ -208,6 +211,29 @@ SPECS: dict[str, ModelSpec] = {
         pre("G", heads(4, 2), MLP48),
         layers="P R E A G",
     ),
+    # Softmax over all and renormalised; sigmoid in groups with a balance bias, beside a gated MLP
+    # that all tokens share.
+    "moe": model(
+        experts("E", SOFTMAX, norm=RMS),
+        experts("S", GROUPED, shared=MLP(width=24, out_gate=True)),
+        layers="E S*2",
+    ),
+    # Latent attention: queries from a short vector or not; a rope of pairs side by side or not.
+    "latent": model(
+        pre("A", LatentAttention(heads=4, kv_rank=12, q_rank=10, nope_dim=6, rope_dim=4, v_dim=5,
+                                 bias=True, rope=Rope(theta=100.0, layout="interleaved")), MLP48),
+        pre("B", LatentAttention(heads=2, kv_rank=16, nope_dim=8, rope_dim=6, v_dim=8, scale=0.4,
+                                 rope=NEAR, mask=LOCAL), MLP48),
+        layers="A B*2",
+    ),
+    # Softmax over the chosen; clamps, gain, offset and biases; weights on what goes in.
+    "moe_clamped": model(
+        experts("E", CLAMPED),
+        experts("I", MoE(experts=4, active=2, mlp=MLP(width=16, gated=False, activation="relu2"),
+                         router=Router(score="sigmoid", weigh_inputs=True))),
+        layers="(E I)*2",
+        head=Head(tied=True),
+    ),
     # Recurrences beside attention, norms inside, and layers of one op each.
     "selective": model(
         Block(
@@ -231,23 +257,12 @@ SPECS: dict[str, ModelSpec] = {
         layers="M*2 P",
         head=Head(tied=True),
     ),
-    # Softmax over all and renormalised; sigmoid in groups with a balance bias, beside a gated MLP
-    # that all tokens share.
-    "moe": model(
-        experts("E", SOFTMAX, norm=RMS),
-        experts("S", GROUPED, shared=MLP(width=24, out_gate=True)),
-        layers="E S*2",
-    ),
-    # Softmax over the chosen; clamps, gain, offset and biases; weights on what goes in.
-    "moe_clamped": model(
-        experts("E", CLAMPED),
-        experts("I", MoE(experts=4, active=2, mlp=MLP(width=16, gated=False, activation="relu2"),
-                         router=Router(score="sigmoid", weigh_inputs=True))),
-        layers="(E I)*2",
-        head=Head(tied=True),
-    ),
+    # The first tokens stay in sight of a window.
+    "streaming": model(pre("G", heads(4, 2, mask=STREAMING), MLP48), layers="G*2"),
+    **ENCODERS,
 }  # fmt: skip
 NAMES = tuple(SPECS)
+DECODERS = tuple(name for name in NAMES if name not in ENCODERS)
 # No attention: quick to compile where the layers' work does not matter. Prefix and a unit of two.
 SMALL = model(
     *(Block(name=n, subs=(sub("mlp", PLAIN48, norm_in=RMS, norm_out=OFFSET),)) for n in "AB"),

@@ -32,7 +32,6 @@ def placed(spec, weights, mesh):
 def test_experts_over_an_axis_are_those_of_one_device(name, axes):
     spec, mesh = SPECS[name], make_mesh(MESHES[axes])
     weights = placed(spec, params(name), mesh)
-    assert weights["layers"][spec.segments[-1].key]
     ids = tokens(name)
     lie = named_sharding(mesh, ("batch", None), Policy().rules, ids.shape)
     assert "expert" in lie.spec[0]

@@ -6,11 +6,12 @@ import math
 import numpy as np
 import pytest
 
-from jaxllm.spec.mask import allowed
-from jaxllm.spec.ops import MLP, Attention, LinearAttention, MoE
+from jaxllm.nn.api import Inputs
+from jaxllm.spec.mask import Causal, Row, allowed
+from jaxllm.spec.ops import MLP, Attention, LatentAttention, LinearAttention, MoE
 from tests.contracts import recurrences
 from tests.contracts.linear import linear_attention
-from tests.contracts.specs import NAMES, SPECS, assert_close, full, params, single, tokens
+from tests.contracts.specs import NAMES, SPECS, assert_close, full, params, runner, single, tokens
 from tests.ops.routing_oracle import moe
 from tests.ops.test_attention import oracle as attend
 from tests.ops.test_norm import FORMULAS
@@ -34,12 +35,21 @@ def qk_norm(spec, scale, x):
     return y * (spec.offset + scale) if spec.scale else y
 
 
+def seen_by(op, length):
+    """Who sees whom [1, N, T, S]."""
+    places, head = np.arange(length), np.arange(op.heads)
+    row = Row(length=length, head=head[:, None, None], heads=op.heads)
+    seen = allowed(op.mask, places[None, :, None], places[None, None, :], row)
+    return np.broadcast_to(seen, (op.heads, length, length))[None]
+
+
 def attention(op, w, x):
     def project(name):
         y = np.einsum("btd,dnh->btnh", x, w[name])
         return y + w[f"{name}_bias"] if op.qkv_bias else y
 
     q, k, v = project("q"), project("k"), project("v")
+    length = x.shape[1]
     places = np.broadcast_to(np.arange(x.shape[1]), x.shape[:2])
     rotate = lambda y: y if op.rope is None else rotated(y, places, op.rope)  # noqa: E731
     if op.qk_norm is None:
@@ -54,13 +64,48 @@ def attention(op, w, x):
             rotate(qk_norm(op.qk_norm, w.get(f"{n}_norm"), y))
             for n, y in zip("qk", (q, k), strict=True)
         )
-    seen = allowed(op.mask, places[:, :, None], places[:, None, :])
+    seen = seen_by(op, x.shape[1])
     scale = 1 / math.sqrt(op.head_dim) if op.scale is None else op.scale
+    seen = np.repeat(seen, len(x), axis=0)
+    if op.length_projection is not None:
+        k, v = (
+            np.einsum("btkh,tr->brkh", y, w[f"{n}_length"][:length])
+            for y, n in ((k, "k"), (v, "v"))
+        )
+        seen = np.ones((*seen.shape[:3], k.shape[1]), bool)
     out = attend(q, k, v, seen, scale, softcap=op.softcap, sinks=w["sinks"] if op.sinks else None)
+    if op.global_projections:
+        first = op.mask.second.first
+        q, k, v = project("q_global"), project("k_global"), project("v_global")
+        out[:, :first] = attend(q, k, v, np.ones((len(x), length, length), bool), scale)[:, :first]
     if op.gate:
         out = out / (1 + np.exp(-np.einsum("btd,dnh->btnh", x, w["out_gate"])))
     y = np.einsum("btnh,nhd->btd", out, w["o"])
     return y + w["o_bias"] if op.out_bias else y
+
+
+def latent(op, w, x):
+    def normed(y, scale):
+        return y / np.sqrt((y**2).mean(-1, keepdims=True) + op.eps) * scale
+
+    def low(name):
+        return x @ w[name] + (w[f"{name}_bias"] if op.bias else 0)
+
+    places = np.broadcast_to(np.arange(x.shape[1]), x.shape[:2])
+    if op.q_rank is None:
+        q = np.einsum("btd,dnh->btnh", x, w["q"])
+    else:
+        q = np.einsum("btr,rnh->btnh", normed(low("q_down"), w["q_norm"]), w["q_up"])
+    vectors, shared = np.split(low("kv_down"), [op.kv_rank], axis=-1)
+    both = np.einsum("btr,rnh->btnh", normed(vectors, w["kv_norm"]), w["kv_up"])
+    q, turned = np.split(q, [op.nope_dim], axis=-1)
+    k, v = np.split(both, [op.nope_dim], axis=-1)
+    q = np.concatenate([q, rotated(turned, places, op.rope)], axis=-1)
+    shared = np.repeat(rotated(shared[:, :, None], places, op.rope), op.heads, axis=2)
+    k = np.concatenate([k, shared], axis=-1)
+    seen = allowed(op.mask, places[:, :, None], places[:, None, :])
+    out = attend(q, k, v, seen, op.query_scale, softcap=None, sinks=None)
+    return np.einsum("btnv,nvd->btd", out, w["o"]) + (w["o_bias"] if op.bias else 0)
 
 
 def mlp(op, w, x):
@@ -84,6 +129,7 @@ def mlp(op, w, x):
 
 OPS = {
     Attention: attention,
+    LatentAttention: latent,
     MLP: mlp,
     MoE: moe,
     LinearAttention: linear_attention,
@@ -91,12 +137,15 @@ OPS = {
 }
 
 
-def decode(spec, weights, ids):
+def decode(spec, weights, ids, types=0):
     """Logits [B, T, V] in float64."""
     table = weights["embed"]["table"]
     x = table[ids] * spec.embedding.scale
     if spec.embedding.positions is not None:
-        x = x + weights["embed"]["positions"][: ids.shape[1]]
+        x = x + weights["embed"]["positions"][spec.embedding.position_offset :][: ids.shape[1]]
+    if spec.embedding.types is not None:
+        x = x + weights["embed"]["types"][types]
+    x = norm(spec.embedding.norm, weights.get("embed_norm"), x)
     for layer in range(spec.num_layers):
         w = weights["layers"][str(layer)]
         for sub in spec.block(layer).subs:
@@ -108,13 +157,27 @@ def decode(spec, weights, ids):
             x = x + sub.scale * norm(sub.norm_out, w.get(f"{name}_out_norm"), update)
             x = norm(sub.norm_after, w.get(f"{name}_after_norm"), x)
     x = norm(spec.final_norm, weights.get("final_norm"), x)
-    logits = x @ (table.T if spec.head.tied else weights["head"]["kernel"]) * spec.head.scale
+    head = weights.get("head", {})
+    if spec.head.transform is not None:
+        x = x @ head["dense"] + head.get("dense_bias", 0)
+        act = np.vectorize(FORMULAS[spec.head.transform.activation])
+        x = norm(spec.head.transform.norm, weights["head_norm"], act(x))
+    logits = x @ (table.T if spec.head.tied else head["kernel"])
+    logits = (logits + (head["bias"] if spec.head.bias else 0)) * spec.head.scale
     cap = spec.head.softcap
     return logits if cap is None else cap * np.tanh(logits / cap)
 
 
 def wide(tree):
     return {k: wide(v) if isinstance(v, dict) else v.astype(np.float64) for k, v in tree.items()}
+
+
+def test_token_types_are_what_the_spec_says():
+    name = "bert"
+    types = np.random.default_rng(3).integers(0, 2, tokens(name).shape).astype(np.int32)
+    found, _ = runner(name)(params(name), Inputs(tokens(name), types=types))
+    weights = wide(single(params(name), SPECS[name].num_layers))
+    assert_close(found, decode(SPECS[name], weights, tokens(name), types))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -191,22 +254,11 @@ FLAGS = [
     ("kernels", (*op(2), "feature"), "relu"),
     ("kernels", (*op(2), "feature"), "softmax"),
     ("kernels", (*op(3), "decay", "temperature"), 16.0),
-    ("selective", (*op(0), "inner_eps"), 1e-2),
-    ("selective", (*op(0), "activation"), "gelu"),
-    ("dual", (*op(0), "scales", 0), 1.0),
-    ("dual", (*op(0), "scales", 1), 1.0),
-    ("dual", (*op(0), "scales", 2), 1.0),
-    ("dual", (*op(0), "scales", 3), 1.0),
-    ("dual", (*op(0), "scales", 4), 1.0),
-    ("dual", (*op(0), "dt_min"), 0.0),
-    ("dual", (*op(0), "dt_max"), None),
-    ("dual", (*op(0), "norm", "groups"), 1),
-    ("dual", (*op(0), "norm", "before_gate"), True),
-    ("dual", (*op(0), "norm", "eps"), 1e-2),
-    ("dual", (*op(1), "activation"), "silu"),
-    ("dual", ("blocks", 1, "subs", 0, "ops", 0, "scale"), 1.0),
-    ("dual", ("blocks", 1, "subs", 0, "ops", 1, "scale_in"), 1.0),
-    ("dual", (*op(1, 1), "gate_scale"), 1.0),
+    ("latent", (*op(0), "bias"), False),
+    ("latent", (*op(0), "eps"), 1e-2),
+    ("latent", (*op(0), "rope", "layout"), "half"),
+    ("latent", (*op(1), "scale"), None),
+    ("latent", (*op(1), "mask"), SPECS["mha"].blocks[0].subs[0].ops[0].op.mask),
     ("moe", (*op(0, 1), "active"), 1),
     ("moe", (*op(0, 1), "router", "renormalize"), False),
     ("moe", (*op(0, 1), "router", "scale"), 1.0),
@@ -224,6 +276,44 @@ FLAGS = [
     ("moe_clamped", (*op(0, 1), "router", "bias"), False),
     ("moe_clamped", (*op(0, 1), "router", "over_chosen"), False),
     ("moe_clamped", (*op(1, 1), "router", "weigh_inputs"), False),
+    ("selective", (*op(0), "inner_eps"), 1e-2),
+    ("selective", (*op(0), "activation"), "gelu"),
+    ("dual", (*op(0), "scales", 0), 1.0),
+    ("dual", (*op(0), "scales", 1), 1.0),
+    ("dual", (*op(0), "scales", 2), 1.0),
+    ("dual", (*op(0), "scales", 3), 1.0),
+    ("dual", (*op(0), "scales", 4), 1.0),
+    ("dual", (*op(0), "dt_min"), 0.0),
+    ("dual", (*op(0), "dt_max"), None),
+    ("dual", (*op(0), "norm", "groups"), 1),
+    ("dual", (*op(0), "norm", "before_gate"), True),
+    ("dual", (*op(0), "norm", "eps"), 1e-2),
+    ("dual", (*op(1), "activation"), "silu"),
+    ("dual", ("blocks", 1, "subs", 0, "ops", 0, "scale"), 1.0),
+    ("dual", ("blocks", 1, "subs", 0, "ops", 1, "scale_in"), 1.0),
+    ("dual", (*op(1, 1), "gate_scale"), 1.0),
+    ("bert", ("embedding", "position_offset"), 2),
+    ("bert", ("embedding", "norm", "eps"), 1e-2),
+    ("bert", ("embedding", "types"), None),
+    ("bert", ("head", "bias"), False),
+    ("bert", ("head", "transform"), None),
+    ("bert", ("head", "transform", "activation"), "silu"),
+    ("bert", (*op(0), "mask"), Causal()),
+    ("modernbert", ("embedding", "norm"), None),
+    ("modernbert", (*op(1), "mask", "right"), 1),
+    ("modernbert", (*op(1), "rope", "theta"), 1000.0),
+    ("modernbert", ("layers",), "F L G L"),
+    ("modernbert", (*op(2, 1), "activation"), "silu"),
+    ("modernbert", ("head", "transform", "norm", "eps"), 1e-2),
+    ("longformer", (*op(0), "global_projections"), False),
+    ("longformer", (*op(0), "mask", "second", "first"), 1),
+    ("bigbird", (*op(0), "mask", "mask", "second", "second", "seed"), 4),
+    ("bigbird", (*op(0), "mask", "mask", "second", "second", "count"), 2),
+    ("bigbird", (*op(0), "mask", "mask", "second", "first", "last"), 0),
+    ("bigbird", (*op(0), "mask", "size"), 2),
+    ("linformer", (*op(0), "length_projection"), None),
+    ("streaming", (*op(0), "mask", "second", "second", "first"), 1),
+    ("prefix", (*op(0), "mask", "second", "first"), 3),
 ]
 
 

@@ -1,5 +1,6 @@
 """Full forward = prefill + decode = chunked prefill, ragged rows and padding included."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,11 +9,12 @@ import numpy as np
 import pytest
 
 from jaxllm.core.policy import Policy
+from jaxllm.errors import ShapeError, UnsupportedError
 from jaxllm.nn import api
 from jaxllm.state.dense import dense_state
 from jaxllm.state.step import dense_step, training_step
 from tests.contracts.specs import (
-    NAMES,
+    DECODERS,
     SPECS,
     assert_close,
     full,
@@ -69,7 +71,7 @@ def decode_rest(name: str, state, start: np.ndarray) -> None:
         start = start + 1
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", DECODERS)
 def test_prefill_then_decode_is_the_full_forward(name):
     ids, zero = garbled(tokens(name), 0, 8, LENGTHS), np.zeros_like(LENGTHS)
     logits, state = program(name, True)(params(name), empty(name), ids, zero, LENGTHS)
@@ -77,7 +79,7 @@ def test_prefill_then_decode_is_the_full_forward(name):
     decode_rest(name, state, LENGTHS)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", DECODERS)
 def test_chunked_prefill_is_the_full_forward(name):
     ids, state, start = tokens(name), empty(name), np.zeros_like(LENGTHS)
     for first in (0, 4):
@@ -121,3 +123,41 @@ def test_packed_documents_see_their_own_only():
     logits, _ = runner(name)(params(name), packed, step)
     assert_close(logits[0, :5], wanted[0, :5])
     assert_close(logits[0, 5:], wanted[1, :7])
+
+
+def test_a_prefix_is_taken_in_at_once_and_then_decoded():
+    """Rows of at least its length: its tokens see each other, those after it see back alone."""
+    name, lengths = "prefix", np.array([8, 5, 4, 4], np.int32)
+    ids, zero = garbled(tokens(name), 0, 8, lengths), np.zeros_like(lengths)
+    logits, state = program(name, True)(params(name), empty(name), ids, zero, lengths)
+    check_rows(logits, name, zero, lengths)
+    decode_rest(name, state, lengths)
+
+
+@pytest.mark.parametrize("name", ["bigbird", "linformer"])
+def test_masks_of_whole_rows_take_no_state(name):
+    ids, zero = tokens(name), np.zeros_like(LENGTHS)
+    with pytest.raises(UnsupportedError, match="whole rows"):
+        program(name, True)(params(name), empty(name), ids, zero, None)
+    with pytest.raises(UnsupportedError, match="do not pack"):
+        runner(name)(params(name), ids, training_step(*ids.shape, segment_ids=np.ones_like(ids)))
+
+
+@pytest.mark.parametrize("name", ["bert", "modernbert", "longformer", "linformer"])
+def test_padding_of_an_encoder_changes_nothing(name):
+    """Noise past each row's length is seen by none of its tokens."""
+    spec, lengths = SPECS[name], np.array([12, 7, 5, 3], np.int32)
+    noisy = garbled(tokens(name), 0, 12, lengths)
+    step = dataclasses.replace(training_step(4, 12), lengths=lengths)
+    logits, _ = runner(name)(params(name), noisy, step)
+    for row, length in enumerate(lengths):
+        alone, _ = runner(name)(params(name), tokens(name)[row : row + 1, :length])
+        assert_close(logits[row, :length], alone[0])
+    assert not spec.decodes
+
+
+def test_token_types_that_a_model_does_not_know_are_an_error():
+    name = "mha"
+    ids, types = tokens(name), np.zeros_like(tokens(name))
+    with pytest.raises(ShapeError, match="no token types"):
+        runner(name)(params(name), api.Inputs(ids, types=types))

@@ -12,24 +12,42 @@ import pytest
 
 import jaxllm
 from jaxllm.core.policy import Policy
-from tests.oracle.golden import NAMES, TOLERANCE, golden, relative, tensors, tolerance
+from tests.oracle.golden import NAMES, TOLERANCE, golden, relative, tensors
 
 POLICIES = {"default": None, "scan": Policy(layout="scan", fused=False)}
 SAFETENSORS = [name for name in NAMES if golden(name).source.is_dir()]
 # Every program costs a second to compile: the plain run holds one of each kind, --slow all pairs.
 # One golden of each later family is in the plain run, those of the other dialect are slow.
 LATER = (
+    "bamba_hub",
     "cohere2_hub",
+    "falcon_h1_hub",
     "gemma2_hub",
     "gemma3_hub",
     "gpt2_hub",
     "granite_hub",
+    "granite_hybrid",
+    "granite_hybrid_hub",
+    "jamba_hub",
+    "lfm2_hub",
+    "mamba_hub",
+    "mamba2_hub",
+    "nemotron_h_hub",
     "olmo2_hub",
     "phi3_partial_hub",
     "qwen3_window",
     "smollm3_hub",
     *("olmo_hybrid_nope", "qwen3_next_hub"),
-    *("mixtral_hub", "olmoe", "olmoe_hub", "qwen2_moe_hub", "qwen3_moe", "qwen3_moe_hub"),
+    *(
+        "deepseek_v3_hub",
+        "gpt_oss_hub",
+        "mixtral_hub",
+        "olmoe",
+        "olmoe_hub",
+        "qwen2_moe_hub",
+        "qwen3_moe",
+        "qwen3_moe_hub",
+    ),
 )
 SOON = tuple(name for name in NAMES if name not in LATER)
 LOGITS = {
@@ -60,6 +78,8 @@ GREEDY = {
         "olmo_hybrid",
         "llama_dynamic_hub",
         "llama_longrope_hub",
+        "jamba",
+        "mamba2",
     ),
     "scan": ("llama_mqa", "llama_odd", "mistral_window"),
 }
@@ -90,8 +110,8 @@ def same_bits(first, second):
 
 def test_there_is_something_to_check():
     assert len(NAMES) >= 24
-    noise = {name: golden(name).provenance["float32_noise"] / tolerance(name) for name in NAMES}
-    assert {name: part for name, part in noise.items() if part > 0.3} == {}
+    noise = {name: golden(name).provenance["float32_noise"] for name in NAMES}
+    assert {n for n, x in noise.items() if x > TOLERANCE / 5} == set()
 
 
 @pytest.mark.parametrize(("name", "layout"), pairs(LOGITS))
@@ -99,7 +119,7 @@ def test_logits(name, layout):
     want = golden(name)
     error = relative(load(want.source, layout).logits(want.ids), want.logits)
     print(f"{name} {layout}: {error:.2e}")
-    assert error < tolerance(name)
+    assert error < TOLERANCE
 
 
 @pytest.mark.parametrize(("name", "layout"), pairs(GREEDY))

@@ -33,11 +33,11 @@ IDS = np.asarray([PARAGRAPH["ids"], PARAGRAPH["ids"][::-1]], np.int32)
 @pytest.fixture(scope="module")
 def source():
     """The GGUF file that the golden numbers were made from."""
-    entry = CATALOGUE[NAME]
-    path = Path(os.environ["JAXLLM_REAL_CACHE"]) / "models" / NAME / entry.gguf_name
+    (file,) = CATALOGUE[NAME].files
+    path = Path(os.environ["JAXLLM_REAL_CACHE"]) / "models" / NAME / file.name
     if not path.exists():
         pytest.skip(f"{path} is not there: jaxllm pull {NAME}")
-    assert entry.gguf_sha256 == GOLDEN["provenance"]["gguf_sha256"]
+    assert file.sha256 == GOLDEN["provenance"]["gguf_sha256"]
     return path
 
 

@@ -19,12 +19,14 @@ from jaxllm.spec.cost import (
     recurrent_bytes,
     weight_bytes,
 )
-from jaxllm.spec.mask import And, Causal, Full, Or, Window, allowed
+from jaxllm.spec.mask import And, Blocks, Causal, Full, Global, Or, Random, Row, Window, allowed
+from jaxllm.spec.model import Head
 from jaxllm.spec.op_table import op_table
 from jaxllm.spec.ops import MoE
 from jaxllm.state.dense import dense_state
 from jaxllm.zoo.families import PRESETS
 from tests.contracts.specs import SPECS, params
+from tests.oracle.mutate import change
 from tests.spec.test_model import masks
 
 
@@ -45,7 +47,8 @@ def test_num_params_of_a_published_model():
 def pairs(mask, tokens, past):
     total = past + tokens
     query, key = np.arange(past, total)[:, None], np.arange(total)[None]
-    return int(np.sum(allowed(mask, query, key)))
+    seen = allowed(mask, query, key, Row(length=total))
+    return int(np.sum(np.broadcast_to(seen, (tokens, total))))
 
 
 @settings(max_examples=80, deadline=None)
@@ -88,7 +91,7 @@ def used(op):
     """Values of an op that one token meets: of experts those that are chosen, all others whole."""
     if isinstance(op, MoE):
         return 32 * op.experts + op.active * used(op.mlp)
-    return sum(d.size for d in op_table(op, 32).values() if d.std)
+    return sum(d.size for d in op_table(op, 32).values() if d.inputs)
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -121,7 +124,50 @@ def test_bytes_are_those_of_the_state(name):
 def test_a_recurrence_costs_the_same_at_every_token():
     spec, op = SPECS["dual"], SPECS["dual"].blocks[0].subs[0].ops[0].op
     alone = dataclasses.replace(spec, layers="M*2")
-    assert flops(alone, 7)["recurrence"] == 2 * 7 * 6 * op.heads * op.head_dim * op.state
+    state = 6 * op.heads * op.head_dim * op.state
+    convolutions = 2 * op.conv * (op.heads * op.head_dim + 2 * op.groups * op.state)
+    assert flops(alone, 7)["recurrence"] == 2 * 7 * (state + convolutions)
     found = flops(spec, 7, past=3)
     assert found["total"] == sum(v for k, v in found.items() if k != "total")
     assert flops(alone, 7) == flops(alone, 7, past=100)
+
+
+def test_pairs_of_draws_are_counted_head_by_head():
+    """A block sees three, the two ends and one by draw; the ends see all: 10 blocks of 2."""
+    mask = Blocks(
+        size=2,
+        mask=Or(
+            first=Or(first=Window(left=1, right=1), second=Global(first=1, last=1)),
+            second=Random(count=1),
+        ),
+    )
+    seen = 2 * 10 + 2 * 5 + 6 * 6  # the ends; the second and the last but one; the others
+    assert attended_pairs(mask, 20, heads=3) == 3 * 4 * seen
+    spec = SPECS["bigbird"]
+    draws = 10 * 1  # a block is a token there
+    op = spec.block(0).subs[0].ops[0].op
+    wanted = op.heads * (2 * 12 + 2 * 4 + 8 * 5 + draws)
+    assert flops(spec, 12)["attention"] == 2 * 4 * op.head_dim * wanted
+
+
+def test_flops_of_a_length_projection():
+    """Scores and sums over the rows; and the sums of keys and of values."""
+    spec = SPECS["linformer"]
+    rows, tokens, heads = 5, 12, 4 * 8
+    assert flops(spec, tokens)["attention"] == 2 * (
+        4 * heads * tokens * rows + 4 * tokens * rows * heads
+    )
+
+
+def test_flops_of_heads():
+    assert flops(SPECS["bert"], 3)["head"] == 3 * 2 * 32 * (64 + 32)
+    body = dataclasses.replace(SPECS["bert"], head=Head(logits=False))
+    assert flops(body, 3)["head"] == 0
+    assert num_params(body) == num_params(SPECS["bert"]) - 64 - 32 * 32 - 3 * 32
+
+
+def test_projections_of_marked_tokens_are_not_counted():
+    base = SPECS["longformer"]
+    op = base.block(0).subs[0].ops[0].op
+    marked = change(base, type(op), mask=Or(first=op.mask.first, second=Global()))
+    assert flops(base, 3)["matmul"] - flops(marked, 3)["matmul"] == 2 * 3 * 2 * 3 * 32 * 32

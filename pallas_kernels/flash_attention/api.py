@@ -1,0 +1,155 @@
+"""`flash_attention`: checks, the choice of an implementation, and its derivative."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from typing import Any
+
+import jax
+
+from pallas_kernels.errors import UnsupportedError
+from pallas_kernels.flash_attention import cudnn, hopper
+from pallas_kernels.flash_attention.problem import Extras, Spec, Window, pose
+from pallas_kernels.flash_attention.reference import reference
+
+__all__ = ["IMPLEMENTATIONS", "Choice", "explain", "flash_attention"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """An implementation and why it was taken."""
+
+    name: str
+    why: str
+
+
+def _always(*_) -> None:
+    return None
+
+
+# name -> (run(q, k, v, extras, spec=...) -> (out, lse or None), obstacle(q, k, v, extras, spec))
+IMPLEMENTATIONS = {
+    "mosaic_gpu": (hopper.attention, hopper.obstacle),
+    "cudnn": (cudnn.attention, cudnn.obstacle),
+    "reference": (reference, _always),
+}
+_ORDER = tuple(IMPLEMENTATIONS)
+
+
+def _choose(implementation: str, q, k, v, extras: Extras, spec: Spec, lse: bool) -> Choice:
+    def obstacle(name: str) -> str | None:
+        if name == "cudnn" and lse:
+            return "it returns no log-sum"
+        return IMPLEMENTATIONS[name][1](q, k, v, extras, spec)
+
+    if implementation == "auto":
+        reasons = []
+        for name in _ORDER:
+            # Off the device a kernel could be lowered, but not run.
+            away = name != "reference" and jax.default_backend() != "gpu"
+            reason = "there is no CUDA device" if away else obstacle(name)
+            if reason is None:
+                return Choice(name, "; ".join(reasons) or "the fastest")
+            reasons.append(f"not {name}: {reason}")
+    if implementation not in IMPLEMENTATIONS:
+        names = ("auto", *IMPLEMENTATIONS)
+        near = difflib.get_close_matches(implementation, names, n=1)
+        raise UnsupportedError(
+            f"flash_attention {implementation!r} is unknown; "
+            + (f"did you mean {near[0]!r}? " if near else "")
+            + f"there are {', '.join(names)}"
+        )
+    reason = obstacle(implementation)
+    if reason is not None:
+        raise UnsupportedError(
+            f"flash_attention {implementation!r}: {reason}; use 'auto' or 'reference'"
+        )
+    return Choice(implementation, "named")
+
+
+def explain(q: jax.Array, k: jax.Array, v: jax.Array, **options) -> Choice:
+    """Which implementation `flash_attention` takes for a call, and why.
+
+    Args:
+      q, k, v: arrays or `jax.ShapeDtypeStruct`.
+      options: as for `flash_attention`.
+
+    Raises:
+      ShapeError, UnsupportedError: as `flash_attention`.
+    """
+    implementation = options.pop("implementation", "auto")
+    lse = options.pop("return_lse", False)
+    defaults = dict.fromkeys(
+        ("window", "segment_ids", "softcap", "scale", "sinks", "query_lengths", "key_lengths")
+    )
+    given: dict[str, Any] = {"causal": False, "query_offset": None} | defaults | options
+    spec, extras = pose(q, k, v, **given)
+    return _choose(implementation, q, k, v, extras, spec, lse)
+
+
+def flash_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    causal: bool = False,
+    window: Window | None = None,
+    segment_ids: jax.Array | tuple[jax.Array, jax.Array] | None = None,
+    softcap: float | None = None,
+    scale: float | None = None,
+    sinks: jax.Array | None = None,
+    query_lengths: jax.Array | None = None,
+    key_lengths: jax.Array | None = None,
+    query_offset: int | jax.Array | None = None,
+    return_lse: bool = False,
+    implementation: str = "auto",
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """softmax(cap(scale q kT) + mask) v, row by row, with its gradient.
+
+    Query i stands at key position i + query_offset. Under `causal` it sees keys up to there; under
+    `window` keys from `left` before to `right` after; always only keys inside of `key_lengths` and
+    of its own segment. A row that sees nothing gives zeros.
+
+    Args:
+      q: [B, T, N, H].
+      k: [B, S, K, H], N a multiple of K: query head n reads kv head n // (N / K).
+      v: [B, S, K, Hv]; Hv may differ from H.
+      causal: no key after the query's position.
+      window: (left, right), each a count of keys from 0 on, or None for all.
+      segment_ids: integers [B, T] for both sides, or (queries [B, T], keys [B, S]).
+      softcap: above 0; scores become softcap * tanh(scores / softcap).
+      scale: above 0; default 1 / sqrt(H).
+      sinks: [N], a logit a head that joins the softmax's sum and gives nothing.
+      query_lengths: integers [B]; rows from there on give zeros.
+      key_lengths: integers [B]; what lies from there on is never seen and may be NaN.
+      query_offset: int or integers [B]; default: the last query stands at the last key (of the
+        lengths, where given).
+      return_lse: also return the log of each row's softmax sum, the sink's share included.
+      implementation: `auto`, or a name of `IMPLEMENTATIONS`.
+
+    Returns:
+      out [B, T, N, Hv] in v's dtype; with `return_lse` also lse [B, N, T], float32.
+
+    Raises:
+      ShapeError: arguments that do not fit. UnsupportedError: a named implementation that cannot
+        serve the call, with the reason.
+    """
+    spec, extras = pose(
+        q,
+        k,
+        v,
+        causal=causal,
+        window=window,
+        segment_ids=segment_ids,
+        softcap=softcap,
+        scale=scale,
+        sinks=sinks,
+        query_lengths=query_lengths,
+        key_lengths=key_lengths,
+        query_offset=query_offset,
+    )
+    choice = _choose(implementation, q, k, v, extras, spec, return_lse)
+    run = IMPLEMENTATIONS[choice.name][0]
+    out, lse = run(q, k, v, extras, spec=spec)
+    return (out, lse) if return_lse else out

@@ -1,0 +1,389 @@
+# Types of jax's Mosaic GPU objects are not public.
+# pyright: reportPrivateImportUsage=false, reportAbstractUsage=false, reportIndexIssue=false, reportAttributeAccessIssue=false, reportCallIssue=false
+"""The Hopper forward: one warpgroup loads, two compute (Pallas, Mosaic GPU backend).
+
+A tile is `consumers * block_q` rows of one query head. The memory warpgroup brings q once and the
+key and value blocks in turn into shared memory with TMA; each consumer warpgroup holds its rows'
+output in registers and walks over the blocks from the last to the first, so that the blocks which
+need a mask come first under a causal mask. Inside of a consumer the scores of the next block are
+multiplied while the softmax of this one runs; the two consumers take turns at the tensor core.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.flash_attention.pieces import (
+    CONSUMERS,
+    LOG2E,
+    ROW,
+    Shape,
+    Spare,
+    along,
+    capped,
+    drain,
+    keeper,
+    named_barrier,
+    pad,
+    swizzled,
+)
+from pallas_kernels.flash_attention.problem import Extras, Spec
+from pallas_kernels.flash_attention.ranges import Walk
+
+__all__ = ["Tiles", "forward"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tiles:
+    """How the forward is cut and scheduled; any choice gives the same result up to rounding.
+
+    Attributes:
+      block_q: rows of one consumer warpgroup, a multiple of 64.
+      block_kv: keys of one step, a multiple of 64 (32 and 16 also lower).
+      stages: key and value blocks in flight.
+      persistent: as many programs as processors, each walking over many tiles.
+      turns: consumers take turns at issuing products: True by memory barriers, "named" by the
+        hardware's numbered ones (not in the interpreter).
+      share: the output leaves through q's memory, where there is no room for its own; the next
+        tile's q then comes later. Needs H = Hv.
+    """
+
+    block_q: int = 64
+    block_kv: int = 128
+    stages: int = 2
+    persistent: bool = True
+    turns: bool | str = False
+    share: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Softmax:
+    """The online softmax of one consumer's rows; statistics in units of log2 e."""
+
+    spec: Spec
+
+    def step(self, scores, peak, total, keep):
+        """(weights, peak, total, factor of what was summed before)."""
+        scores, factor = capped(scores, self.spec)
+        if keep is not None:
+            scores = jnp.where(keep, scores, -jnp.inf)
+        new_peak = jnp.maximum(peak, jnp.max(scores, axis=1) * factor)
+        base = new_peak
+        if keep is not None:  # a row may have seen nothing yet
+            base = jnp.where(new_peak == -jnp.inf, 0.0, new_peak)
+        decay = jnp.exp2(peak - base)
+        weights = jnp.exp2(scores * factor - along(base, scores.shape, 0))
+        total = total * decay + jnp.sum(weights, axis=1)
+        return weights, new_peak, total, decay
+
+
+@dataclasses.dataclass(frozen=True)
+class Forward:
+    """One compiled kernel: static facts of a call and its tiles."""
+
+    shape: Shape
+    walk: Walk
+    tiles: Tiles
+    ctas: int
+
+    # ---- the warpgroup that loads -------------------------------------------------------------
+
+    def load(self, refs, smem, full, free):
+        rows, keys = self.walk.tile, self.walk.block
+
+        def tile(index, step):
+            batch, row, head = self.shape.tile(self.walk, index)
+            kv_head = lax.div(head, self.shape.group)
+            low, _, _, high = self.walk.bounds(batch, row, refs)
+
+            def bring(name, block, slot):
+                plgpu.barrier_wait(free[name].at[slot])
+                where = refs[name].at[batch, pl.ds(block * keys, keys), kv_head]
+                plgpu.copy_gmem_to_smem(where, smem[name].at[slot], full[name].at[slot])
+
+            def one(i, _):
+                slot = lax.rem(step + i, self.tiles.stages)
+                bring("k", high - 1 - i, slot)
+
+                @pl.when(i == 0)
+                def _():
+                    plgpu.barrier_wait(free["q"])
+                    where = refs["q"].at[batch, pl.ds(row * rows, rows), head]
+                    plgpu.copy_gmem_to_smem(where, smem["q"], full["q"])
+
+                bring("v", high - 1 - i, slot)
+
+            lax.fori_loop(0, high - low, one, None)
+            return step + (high - low)
+
+        self.shape.for_tiles(self.walk, self.ctas, tile, jnp.int32(0))
+        drain(free)
+
+    # ---- the warpgroups that compute ----------------------------------------------------------
+
+    def start(self, refs, batch, head):
+        """Peak and sum of the softmax before any key: nothing, or the head's sink."""
+        vector = functools.partial(jnp.full, (self.tiles.block_q,), dtype=jnp.float32)
+        peak, total = vector(-jnp.inf), vector(0.0)
+        if "sinks" in self.walk.names:
+            peak, total = vector(0.0) + refs["sinks"][batch, head] * LOG2E, vector(1.0)
+        return plgpu.layout_cast(peak, ROW), plgpu.layout_cast(total, ROW)
+
+    def compute(self, refs, smem, full, free, turn):
+        tiles, walk = self.tiles, self.walk
+        wg = lax.axis_index("wg")
+        q_smem = smem["q"].at[pl.ds(wg * tiles.block_q, tiles.block_q)]
+        softmax, spare = Softmax(walk.spec), Spare.of(smem, wg)
+        shape = (tiles.block_q, tiles.block_kv)
+
+        for name in ("k", "v"):
+            for slot in range(tiles.stages):
+                plgpu.barrier_arrive(free[name].at[slot])
+        plgpu.barrier_arrive(free["q"])
+
+        def take_turn():
+            if tiles.turns == "named":
+                named_barrier("sync", wg + 8, 256)
+            elif tiles.turns:
+                plgpu.barrier_wait(turn.at[wg])
+
+        def pass_turn():
+            if tiles.turns == "named":
+                named_barrier("arrive", 9 - wg, 256)
+            elif tiles.turns:
+                plgpu.barrier_arrive(turn.at[1 - wg])
+
+        if tiles.turns:
+            pl.when(wg == 1)(pass_turn)
+
+        def tile(index, step):
+            batch, row, head = self.shape.tile(self.walk, index)
+            first_row = row * walk.tile + wg * tiles.block_q
+            low, full_low, full_high, high = walk.bounds(batch, row, refs)
+            keep = keeper(walk, refs, batch, (first_row, tiles.block_q))
+            slot_of = lambda i: lax.rem(step + i, tiles.stages)  # noqa: E731
+            start = self.start(refs, batch, head)
+
+            def seen(i, masked):
+                return keep((high - 1 - i) * tiles.block_kv) if masked else None
+
+            def await_keys(i):
+                """Waits for the keys of step i, if there is one.
+
+                It stands before the wait for the products: the branch keeps the assembler from
+                moving the softmax behind that wait, where nothing would run beside it.
+                """
+
+                @pl.when(i < high - low)
+                def _():
+                    plgpu.barrier_wait(full["k"].at[slot_of(i)])
+
+            def first():
+                """The last block, which nothing runs beside."""
+                slot = slot_of(0)
+                plgpu.barrier_wait(full["q"])
+                await_keys(0)
+                take_turn()
+
+                def product(scores):
+                    plgpu.wgmma(scores, q_smem, smem["k"].at[slot].T)
+                    pass_turn()
+                    return scores[...]
+
+                scores = pl.run_scoped(product, plgpu.ACC(shape, jnp.float32))
+                plgpu.barrier_arrive(free["k"].at[slot])
+                weights, peak, total, _ = softmax.step(scores, *start, seen(0, walk.masked))
+                await_keys(1)
+                return peak, total, weights.astype(self.shape.dtype)
+
+            def walk_blocks(acc):
+                """Sums over the blocks; returns them with peak and total."""
+
+                def other(i, carry, masked):
+                    """Block high - 1 - i: its scores, and the product of the block before."""
+                    peak, total, weights = carry
+                    slot, before = slot_of(i), slot_of(i - 1)
+
+                    def products(scores):
+                        take_turn()
+                        plgpu.wgmma(scores, q_smem, smem["k"].at[slot].T)
+                        plgpu.barrier_wait(full["v"].at[before])
+                        spare.add(acc, weights, smem["v"].at[before])
+                        pass_turn()
+                        return plgpu.wgmma_accumulator_load(scores, wait_n=1)
+
+                    scores = pl.run_scoped(products, plgpu.ACC(shape, jnp.float32))
+                    plgpu.barrier_arrive(free["k"].at[slot])
+                    weights, *rest = softmax.step(scores, peak, total, seen(i, masked))
+                    weights, peak, total, decay = lax.optimization_barrier((weights, *rest))
+                    await_keys(i + 1)
+                    plgpu.wgmma_wait(0)
+                    plgpu.barrier_arrive(free["v"].at[before])
+                    acc[...] = acc[...] * along(decay, acc.shape, 0)
+                    return peak, total, weights.astype(self.shape.dtype)
+
+                carry, done = first(), jnp.int32(1)
+                ends = [(high - full_high, True), (high - full_low, False), (high - low, True)]
+                if not walk.masked:
+                    ends = ends[1:2]
+                elif not walk.leading:
+                    ends = ends[:2]
+                for end, masked in ends:
+                    end = jnp.maximum(end, done)
+                    carry = lax.fori_loop(done, end, functools.partial(other, masked=masked), carry)
+                    done = end
+                peak, total, weights = carry
+                if not tiles.share:
+                    plgpu.barrier_arrive(free["q"])
+                slot = slot_of(high - low - 1)
+                plgpu.barrier_wait(full["v"].at[slot])
+                spare.add(acc, weights, smem["v"].at[slot])
+                plgpu.wgmma_wait(0)
+                plgpu.barrier_arrive(free["v"].at[slot])
+                return acc[...], peak, total
+
+            of_sums = (tiles.block_q, self.shape.value_width)
+            sums = spare.zeroed(walk_blocks, of_sums)
+            o_smem = q_smem if tiles.share else smem["o"].at[wg]
+            self.finish(refs, o_smem, smem["lse"].at[wg], (batch, first_row, head), sums)
+            if tiles.share:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                plgpu.barrier_arrive(free["q"])
+            return step + (high - low)
+
+        self.shape.for_tiles(self.walk, self.ctas, tile, jnp.int32(0))
+        if tiles.turns:  # the last turn, which nobody took
+            pl.when(wg == 0)(take_turn)
+
+        plgpu.wait_smem_to_gmem(0)
+
+    def finish(self, refs, o_smem, lse_smem, place, sums):
+        """Divides by the softmax's sum and stores the tile and its log-sum."""
+        batch, first_row, head = place
+        out, peak, total = sums
+        rows = pl.ds(first_row, self.tiles.block_q)
+        some = total > 0.0
+        inverse = jnp.where(some, 1.0 / total, 0.0)
+        lse = jnp.where(some, peak * (1.0 / LOG2E) + jnp.log(total), -jnp.inf)
+        if not self.tiles.share:  # the tile before may still be on its way out
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        o_smem[...] = (out * along(inverse, out.shape, 0)).astype(self.shape.dtype)
+        lse_smem[...] = lse
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(o_smem, refs["o"].at[batch, rows, head], commit_group=False)
+        plgpu.copy_smem_to_gmem(lse_smem, refs["lse"].at[batch, head, rows], commit_group=False)
+        plgpu.commit_smem_to_gmem_group()
+
+    # ---- the kernel ---------------------------------------------------------------------------
+
+    def body(self, refs):
+        tiles = self.tiles
+        stages, width, value_width = tiles.stages, self.shape.width, self.shape.value_width
+        smem = {
+            "q": swizzled((CONSUMERS * tiles.block_q, width), self.shape.dtype),
+            "k": swizzled((stages, tiles.block_kv, width), self.shape.dtype),
+            "v": swizzled((stages, tiles.block_kv, value_width), self.shape.dtype),
+            "lse": plgpu.SMEM((CONSUMERS, tiles.block_q), jnp.float32),
+        }
+        square = (tiles.block_q, tiles.block_kv)
+        sums = (tiles.block_q, value_width)
+        smem |= Spare.kinds(self.shape.interpret, self.shape.dtype, square, sums)
+        if not tiles.share:
+            smem["o"] = swizzled((CONSUMERS, tiles.block_q, value_width), self.shape.dtype)
+        full = {"q": plgpu.Barrier(), "k": None, "v": None}
+        free = {"q": plgpu.Barrier(num_arrivals=CONSUMERS), "k": None, "v": None}
+        for name in ("k", "v"):
+            full[name] = plgpu.Barrier(num_barriers=stages)
+            free[name] = plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=stages)
+        turn = plgpu.Barrier(num_barriers=CONSUMERS) if tiles.turns is True else None
+
+        def scoped(smem, full, free, turn):
+            wg = lax.axis_index("wg")
+
+            @pl.when(wg < CONSUMERS)
+            def _():
+                plgpu.set_max_registers(240, action="increase")
+                self.compute(refs, smem, full, free, turn)
+
+            @pl.when(wg == CONSUMERS)
+            def _():
+                plgpu.set_max_registers(24, action="decrease")
+                self.load(refs, smem, full, free)
+
+        pl.run_scoped(scoped, smem, full, free, turn, collective_axes="wg")
+
+
+def forward(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    extras: Extras,
+    *,
+    spec: Spec,
+    tiles: Tiles,
+    processors: int = 132,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """Runs the forward: out [B, T, N, Hv] and lse [B, N, T], as `reference` returns them."""
+    batch, queries, heads, width = q.shape
+    keys, kv_heads, value_width = v.shape[1:]
+    walk = Walk(
+        spec=spec,
+        batch=batch,
+        queries=queries,
+        keys=keys,
+        tile=CONSUMERS * tiles.block_q,
+        block=tiles.block_kv,
+        names=extras.names,
+    )
+    count = batch * walk.tiles * heads
+    ctas = min(processors, count) if tiles.persistent else count
+    shape = Shape(
+        batch=batch,
+        heads=heads,
+        kv_heads=kv_heads,
+        width=width,
+        value_width=value_width,
+        dtype=jnp.dtype(q.dtype),
+        interpret=interpret,
+    )
+    kernel = Forward(shape, walk, tiles, ctas)
+    inputs = {
+        "q": pad(q, 1, 8),
+        "k": pad(k, 1, 8),
+        "v": pad(v, 1, 8),
+        "info": walk.info(extras),
+        "table": walk.table(extras),
+        "sinks": extras.sinks,
+    }
+    if walk.segmented:
+        inputs["query_segments"] = pad(extras.query_segments, 1, walk.tile, -1)
+        inputs["key_segments"] = pad(extras.key_segments, 1, walk.block, -2)
+    inputs = {name: x for name, x in inputs.items() if x is not None}
+    outputs = {
+        "o": jax.ShapeDtypeStruct((batch, inputs["q"].shape[1], heads, value_width), q.dtype),
+        "lse": jax.ShapeDtypeStruct((batch, heads, walk.tiles * walk.tile), jnp.float32),
+    }
+
+    def run(*refs):
+        kernel.body(dict(zip((*inputs, *outputs), refs, strict=True)))
+
+    out, lse = plgpu.kernel(
+        run,
+        out_type=tuple(outputs.values()),
+        grid=(ctas,),
+        grid_names=("cta",),
+        num_threads=CONSUMERS + 1,
+        thread_name="wg",
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
+        kernel_name="flash_attention",
+        interpret=plgpu.InterpretGPUParams() if interpret else False,
+    )(*inputs.values())
+    return out[:, :queries], lse[:, :, :queries]

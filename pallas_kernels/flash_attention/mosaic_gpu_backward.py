@@ -1,0 +1,578 @@
+# Types of jax's Mosaic GPU objects are not public.
+# pyright: reportPrivateImportUsage=false, reportAbstractUsage=false, reportIndexIssue=false, reportAttributeAccessIssue=false, reportCallIssue=false
+"""The Hopper backward: one kernel for dk and dv, one for dq (Pallas, Mosaic GPU backend).
+
+Both recompute the softmax from the forward's log-sum, so nothing of size T x S is ever stored. The
+first owns a tile of keys and walks over the queries (of every query head of the kv head, so that
+no sum over heads is left); the second owns a tile of queries and walks over the keys. Each output
+has one owner and one order of sums: the result is the same bits in every run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.flash_attention.pieces import (
+    COLUMN,
+    CONSUMERS,
+    LOG2E,
+    ROW,
+    SQUARE,
+    Shape,
+    Spare,
+    along,
+    capped,
+    drain,
+    keeper,
+    pad,
+    swizzled,
+)
+from pallas_kernels.flash_attention.problem import Extras, Spec
+from pallas_kernels.flash_attention.ranges import Walk
+
+__all__ = ["BackwardTiles", "backward"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BackwardTiles:
+    """How the two kernels are cut.
+
+    Attributes:
+      block_q, stages: of the kernel for dk and dv: queries of a step, steps in flight.
+      split: dk and dv of one tile of keys belong to one warpgroup each, which pass the softmax's
+        weights between them; for heads too wide for the registers of one.
+      dq_block_kv, dq_stages, dq_value_stages: of the kernel for dq: keys of a step, blocks of keys
+        and of values in flight.
+      persistent: dq runs as many programs as processors.
+      share: dq leaves through q's memory.
+    """
+
+    block_q: int = 64
+    stages: int = 2
+    dq_block_kv: int = 64
+    dq_stages: int = 3
+    dq_value_stages: int = 3
+    persistent: bool = True
+    split: bool = False
+    share: bool = False
+
+
+def _weights(scores, lse, spec: Spec, keep, dim: int):
+    """(softmax weights, d score / d capped score or None) of a block."""
+    scores, factor = capped(scores, spec)
+    weights = jnp.exp2(scores * factor - along(lse, scores.shape, dim))
+    if keep is not None:
+        weights = jnp.where(keep, weights, 0.0)
+    slope = None if spec.softcap is None else 1.0 - scores * scores
+    return weights, slope
+
+
+@dataclasses.dataclass(frozen=True)
+class KeyValueGradients:
+    """The kernel for dk and dv; a program owns CONSUMERS * 64 keys of one kv head."""
+
+    shape: Shape
+    walk: Walk  # transposed
+    tiles: BackwardTiles
+
+    def place(self):
+        """(sequence, tile of keys, kv head)."""
+        return lax.axis_index("batch"), lax.axis_index("tile"), lax.axis_index("head")
+
+    def load(self, refs, smem, full, free):
+        batch, tile, kv_head = self.place()
+        walk, group = self.walk, self.shape.group
+        low, _, _, high = walk.bounds(batch, tile, refs)
+        keys = pl.ds(tile * walk.tile, walk.tile)
+        for name in ("k", "v"):
+            plgpu.copy_gmem_to_smem(refs[name].at[batch, keys, kv_head], smem[name], full[name])
+
+        def head_steps(member, step):
+            head = kv_head * group + member
+
+            def one(i, _):
+                slot = lax.rem(step + i - low, self.tiles.stages)
+                queries = pl.ds(i * walk.block, walk.block)
+                plgpu.barrier_wait(free["q"].at[slot])
+                where = refs["stats"].at[batch, head, :, queries]
+                plgpu.copy_gmem_to_smem(where, smem["stats"].at[slot], full["q"].at[slot])
+                for name in ("q", "do"):
+                    if name == "do":
+                        plgpu.barrier_wait(free["do"].at[slot])
+                    where = refs[name].at[batch, queries, head]
+                    plgpu.copy_gmem_to_smem(where, smem[name].at[slot], full[name].at[slot])
+
+            lax.fori_loop(low, high, one, None)
+            return step + (high - low)
+
+        lax.fori_loop(0, group, head_steps, jnp.int32(0))
+        drain({name: free[name] for name in ("q", "do")})
+
+    def compute(self, refs, smem, full, free):
+        walk, tiles, spec = self.walk, self.tiles, self.walk.spec
+        dtype = self.shape.dtype
+        batch, tile, kv_head = self.place()
+        wg = lax.axis_index("wg")
+        spare = Spare.of(smem, wg)
+        first_row = tile * walk.tile + wg * 64
+        bounds = walk.bounds(batch, tile, refs)
+        k_smem, v_smem = (smem[name].at[pl.ds(wg * 64, 64)] for name in ("k", "v"))
+        keep = keeper(walk, refs, batch, (first_row, 64))
+        for name in ("q", "do"):
+            for slot in range(tiles.stages):
+                plgpu.barrier_arrive(free[name].at[slot])
+        for name in ("k", "v"):
+            plgpu.barrier_wait(full[name])
+
+        def sums(dk, dv):
+            def one(block, step, masked):
+                slot = lax.rem(step, tiles.stages)
+                q_smem, do_smem = smem["q"].at[slot], smem["do"].at[slot]
+                plgpu.barrier_wait(full["q"].at[slot])
+
+                def products(scores, dweights):
+                    plgpu.wgmma(scores, k_smem, q_smem.T)
+                    plgpu.barrier_wait(full["do"].at[slot])
+                    plgpu.wgmma(dweights, v_smem, do_smem.T)
+                    lse = plgpu.load(smem["stats"].at[slot, 0], layout=COLUMN)
+                    seen = keep(block * walk.block) if masked else None
+                    weights, slope = _weights(
+                        plgpu.wgmma_accumulator_load(scores, wait_n=1), lse, spec, seen, 1
+                    )
+                    spare.add(dv, weights.astype(dtype), do_smem)
+                    delta = plgpu.load(smem["stats"].at[slot, 1], layout=COLUMN)
+                    rise = plgpu.wgmma_accumulator_load(dweights, wait_n=1)
+                    dscores = weights * (rise - along(delta, rise.shape, 1))
+                    if slope is not None:
+                        dscores = dscores * slope
+                    spare.add(dk, dscores.astype(dtype), q_smem)
+                    plgpu.wgmma_wait(1)
+                    plgpu.barrier_arrive(free["do"].at[slot])
+                    plgpu.wgmma_wait(0)
+                    plgpu.barrier_arrive(free["q"].at[slot])
+
+                square = plgpu.ACC((64, walk.block), jnp.float32)
+                pl.run_scoped(products, square, square)
+                return step + 1
+
+            def head_steps(_, step):
+                for start, end, masked in walk.parts(bounds):
+                    step = lax.fori_loop(start, end, functools.partial(one, masked=masked), step)
+                return step
+
+            lax.fori_loop(0, self.shape.group, head_steps, jnp.int32(0))
+            return dk[...] * spec.scale, dv[...]
+
+        widths = (self.shape.width, self.shape.value_width)
+        dk, dv = spare.zeroed(sums, *((64, x) for x in widths))
+        rows = pl.ds(first_row, 64)
+        k_smem[...] = dk.astype(dtype)
+        v_smem[...] = dv.astype(dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(k_smem, refs["dk"].at[batch, rows, kv_head])
+        plgpu.copy_smem_to_gmem(v_smem, refs["dv"].at[batch, rows, kv_head])
+        plgpu.wait_smem_to_gmem(0)
+
+    def memory(self):
+        """(shared memory, barriers of what came, barriers of what may be overwritten)."""
+        shape, stages, block = self.shape, self.tiles.stages, self.walk.block
+        smem = {
+            "k": swizzled((self.walk.tile, shape.width), shape.dtype),
+            "v": swizzled((self.walk.tile, shape.value_width), shape.dtype),
+            "q": swizzled((stages, block, shape.width), shape.dtype),
+            "do": swizzled((stages, block, shape.value_width), shape.dtype),
+            "stats": plgpu.SMEM((stages, 2, block), jnp.float32),
+        }
+        sums = ((64, shape.width), (64, shape.value_width))
+        smem |= Spare.kinds(shape.interpret, shape.dtype, (64, block), *sums)
+        full = {
+            "k": plgpu.Barrier(),
+            "v": plgpu.Barrier(),
+            "q": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+            "do": plgpu.Barrier(num_barriers=stages),
+        }
+        ring = plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=stages)
+        return smem, full, {"q": ring, "do": ring}
+
+    def body(self, refs):
+        roles(self, refs, *self.memory())
+
+
+@dataclasses.dataclass(frozen=True)
+class QueryGradients:
+    """The kernel for dq; a tile is CONSUMERS * 64 queries of one head."""
+
+    shape: Shape
+    walk: Walk
+    tiles: BackwardTiles
+    ctas: int
+
+    @property
+    def stages(self) -> dict[str, int]:
+        return {"k": self.tiles.dq_stages, "v": self.tiles.dq_value_stages}
+
+    def load(self, refs, smem, full, free):
+        walk = self.walk
+
+        def tile(index, step):
+            batch, row, head = self.shape.tile(walk, index)
+            kv_head = lax.div(head, self.shape.group)
+            low, _, _, high = walk.bounds(batch, row, refs)
+
+            def bring(name, block, slot):
+                slot = lax.rem(slot, self.stages[name])
+                plgpu.barrier_wait(free[name].at[slot])
+                where = refs[name].at[batch, pl.ds(block * walk.block, walk.block), kv_head]
+                plgpu.copy_gmem_to_smem(where, smem[name].at[slot], full[name].at[slot])
+
+            def one(i, _):
+                bring("k", i, step + i - low)
+
+                @pl.when(i == low)
+                def _():
+                    plgpu.barrier_wait(free["q"])
+                    queries = pl.ds(row * walk.tile, walk.tile)
+                    for name in ("q", "do"):
+                        where = refs[name].at[batch, queries, head]
+                        plgpu.copy_gmem_to_smem(where, smem[name], full["q"])
+                    where = refs["stats"].at[batch, head, :, queries]
+                    plgpu.copy_gmem_to_smem(where, smem["stats"], full["q"])
+
+                bring("v", i, step + i - low)
+
+            lax.fori_loop(low, high, one, None)
+            return step + (high - low)
+
+        self.shape.for_tiles(walk, self.ctas, tile, jnp.int32(0))
+        drain(free)
+
+    def compute(self, refs, smem, full, free):
+        walk, tiles, spec = self.walk, self.tiles, self.walk.spec
+        dtype = self.shape.dtype
+        wg = lax.axis_index("wg")
+        spare = Spare.of(smem, wg)
+        mine = pl.ds(wg * 64, 64)
+        q_smem, do_smem = smem["q"].at[mine], smem["do"].at[mine]
+        for name, stages in self.stages.items():
+            for slot in range(stages):
+                plgpu.barrier_arrive(free[name].at[slot])
+        plgpu.barrier_arrive(free["q"])
+
+        def tile(index, step):
+            batch, row, head = self.shape.tile(walk, index)
+            first_row = row * walk.tile + wg * 64
+            bounds = walk.bounds(batch, row, refs)
+            low, high = bounds[0], bounds[-1]
+            keep = keeper(walk, refs, batch, (first_row, 64))
+            plgpu.barrier_wait(full["q"])
+            lse = plgpu.load(smem["stats"].at[0, mine], layout=ROW)
+            delta = plgpu.load(smem["stats"].at[1, mine], layout=ROW)
+
+            def sums(dq):
+                def one(i, _, masked):
+                    slot = lax.rem(step + i - low, tiles.dq_stages)
+                    v_slot = lax.rem(step + i - low, tiles.dq_value_stages)
+                    k_smem, v_smem = smem["k"].at[slot], smem["v"].at[v_slot]
+                    plgpu.barrier_wait(full["k"].at[slot])
+
+                    def products(scores, dweights):
+                        plgpu.wgmma(scores, q_smem, k_smem.T)
+                        plgpu.barrier_wait(full["v"].at[v_slot])
+                        plgpu.wgmma(dweights, do_smem, v_smem.T)
+                        seen = keep(i * walk.block) if masked else None
+                        weights, slope = _weights(
+                            plgpu.wgmma_accumulator_load(scores, wait_n=1), lse, spec, seen, 0
+                        )
+                        rise = plgpu.wgmma_accumulator_load(dweights, wait_n=0)
+                        plgpu.barrier_arrive(free["v"].at[v_slot])
+                        dscores = weights * (rise - along(delta, rise.shape, 0))
+                        if slope is not None:
+                            dscores = dscores * slope
+                        spare.add(dq, dscores.astype(dtype), k_smem)
+                        plgpu.wgmma_wait(0)
+                        plgpu.barrier_arrive(free["k"].at[slot])
+
+                    square = plgpu.ACC((64, walk.block), jnp.float32)
+                    pl.run_scoped(products, square, square)
+
+                for start, end, masked in walk.parts(bounds):
+                    lax.fori_loop(start, end, functools.partial(one, masked=masked), None)
+                if not tiles.share:
+                    plgpu.barrier_arrive(free["q"])
+                return dq[...] * spec.scale
+
+            dq = spare.zeroed(sums, (64, self.shape.width))
+            dq_smem = q_smem if tiles.share else smem["dq"].at[wg]
+            if not tiles.share:  # the tile before may still be on its way out
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            dq_smem[...] = dq.astype(dtype)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(dq_smem, refs["dq"].at[batch, pl.ds(first_row, 64), head])
+            if tiles.share:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                plgpu.barrier_arrive(free["q"])
+            return step + (high - low)
+
+        self.shape.for_tiles(walk, self.ctas, tile, jnp.int32(0))
+        plgpu.wait_smem_to_gmem(0)
+
+    def body(self, refs):
+        shape, stages, walk = self.shape, self.stages, self.walk
+        smem = {
+            "q": swizzled((walk.tile, shape.width), shape.dtype),
+            "do": swizzled((walk.tile, shape.value_width), shape.dtype),
+            "stats": plgpu.SMEM((2, walk.tile), jnp.float32),
+            "k": swizzled((stages["k"], walk.block, shape.width), shape.dtype),
+            "v": swizzled((stages["v"], walk.block, shape.value_width), shape.dtype),
+        }
+        sums = (64, shape.width)
+        smem |= Spare.kinds(shape.interpret, shape.dtype, (64, walk.block), sums)
+        if not self.tiles.share:
+            smem["dq"] = swizzled((CONSUMERS, 64, shape.width), shape.dtype)
+        full = {"q": plgpu.Barrier(num_arrivals=3)}
+        free = {"q": plgpu.Barrier(num_arrivals=CONSUMERS)}
+        for name, count in stages.items():
+            full[name] = plgpu.Barrier(num_barriers=count)
+            free[name] = plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=count)
+        roles(self, refs, smem, full, free)
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitKeyValueGradients(KeyValueGradients):
+    """The kernel for dk and dv of wide heads; a program owns 64 keys of one kv head.
+
+    One warpgroup holds dv and computes the weights; the other holds dk and the weights' gradient.
+    The weights (times the soft-cap's slope) pass from the first to the second in shared memory.
+    """
+
+    def compute(self, refs, smem, full, free):
+        batch, tile, kv_head = self.place()
+        wg = lax.axis_index("wg")
+        spare = Spare.of(smem, wg)
+        for name in ("q", "do"):
+            for slot in range(self.tiles.stages):
+                plgpu.barrier_arrive(free[name].at[slot])
+        for name in ("k", "v"):
+            plgpu.barrier_wait(full[name])
+        rows = pl.ds(tile * 64, 64)
+        bounds = self.walk.bounds(batch, tile, refs)
+
+        def of(role, operand, out_name, width):
+            def sums(acc):
+                def head_steps(_, step):
+                    for start, end, masked in self.walk.parts(bounds):
+                        body = functools.partial(role, acc, (smem, full, free, spare), masked)
+                        step = lax.fori_loop(start, end, body, step)
+                    return step
+
+                lax.fori_loop(0, self.shape.group, head_steps, jnp.int32(0))
+                return acc[...]
+
+            out = spare.zeroed(sums, (64, width))
+            if out_name == "dk":
+                out = out * self.walk.spec.scale
+            # dk leaves through K's memory, which the other side reads to its end; dv through V's.
+            plgpu.barrier_arrive(full["done"])
+            plgpu.barrier_wait(full["done"])
+            smem[operand][...] = out.astype(self.shape.dtype)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(smem[operand], refs[out_name].at[batch, rows, kv_head])
+            plgpu.wait_smem_to_gmem(0)
+
+        keep = keeper(self.walk, refs, batch, (tile * 64, 64))
+
+        @pl.when(wg == 0)
+        def _():
+            of(functools.partial(self.values, keep), "v", "dv", self.shape.value_width)
+            drain({"weights": free["weights"]})
+
+        @pl.when(wg == 1)
+        def _():
+            for slot in range(2):
+                plgpu.barrier_arrive(free["weights"].at[slot])
+            of(self.keys, "k", "dk", self.shape.width)
+
+    def values(self, keep, dv, memory, masked, block, step):
+        """One step of the side that holds dv."""
+        smem, full, free, spare = memory
+        spec, dtype = self.walk.spec, self.shape.dtype
+        slot, way = lax.rem(step, self.tiles.stages), lax.rem(step, 2)
+        q_smem, do_smem = smem["q"].at[slot], smem["do"].at[slot]
+        shape = (64, self.walk.block)
+        plgpu.barrier_wait(full["q"].at[slot])
+
+        def product(scores):
+            plgpu.wgmma(scores, smem["k"], q_smem.T)
+            return scores[...]
+
+        scores = pl.run_scoped(product, plgpu.ACC(shape, jnp.float32))
+        lse = plgpu.load(smem["stats"].at[slot, 0], layout=COLUMN)
+        seen = keep(block * self.walk.block) if masked else None
+        weights, slope = _weights(scores, lse, spec, seen, 1)
+        plgpu.barrier_arrive(free["q"].at[slot])
+        plgpu.barrier_wait(free["weights"].at[way])
+        passed = weights if slope is None else weights * slope
+        smem["weights"].at[way][...] = passed.astype(dtype)
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(full["weights"].at[way])
+        plgpu.barrier_wait(full["do"].at[slot])
+        spare.add(dv, weights.astype(dtype), do_smem)
+        plgpu.wgmma_wait(0)
+        plgpu.barrier_arrive(free["do"].at[slot])
+        return step + 1
+
+    def keys(self, dk, memory, masked, block, step):
+        """One step of the side that holds dk."""
+        del masked, block
+        smem, full, free, spare = memory
+        slot, way = lax.rem(step, self.tiles.stages), lax.rem(step, 2)
+        q_smem, do_smem = smem["q"].at[slot], smem["do"].at[slot]
+        shape = (64, self.walk.block)
+        plgpu.barrier_wait(full["do"].at[slot])
+
+        def product(dweights):
+            plgpu.wgmma(dweights, smem["v"], do_smem.T)
+            return dweights[...]
+
+        rise = pl.run_scoped(product, plgpu.ACC(shape, jnp.float32))
+        plgpu.barrier_arrive(free["do"].at[slot])
+        plgpu.barrier_wait(full["q"].at[slot])
+        delta = plgpu.load(smem["stats"].at[slot, 1], layout=COLUMN)
+        plgpu.barrier_wait(full["weights"].at[way])
+        weights = plgpu.load(smem["weights"].at[way], layout=SQUARE).astype(jnp.float32)
+        plgpu.barrier_arrive(free["weights"].at[way])
+        dscores = weights * (rise - along(delta, rise.shape, 1))
+        dscores = dscores.astype(self.shape.dtype)
+        spare.add(dk, dscores, q_smem)
+        plgpu.wgmma_wait(0)
+        plgpu.barrier_arrive(free["q"].at[slot])
+        return step + 1
+
+    def memory(self):
+        smem, full, free = super().memory()
+        shape = self.shape
+        smem["weights"] = swizzled((2, 64, self.walk.block), shape.dtype)
+        full["weights"] = plgpu.Barrier(num_barriers=2)
+        full["done"] = plgpu.Barrier(num_arrivals=CONSUMERS)
+        free["weights"] = plgpu.Barrier(num_barriers=2)
+        return smem, full, free
+
+
+def roles(kernel, refs, smem, full, free):
+    """Gives each warpgroup its part: the last one loads, the others compute."""
+
+    def scoped(smem, full, free):
+        wg = lax.axis_index("wg")
+
+        @pl.when(wg < CONSUMERS)
+        def _():
+            plgpu.set_max_registers(240, action="increase")
+            kernel.compute(refs, smem, full, free)
+
+        @pl.when(wg == CONSUMERS)
+        def _():
+            plgpu.set_max_registers(24, action="decrease")
+            kernel.load(refs, smem, full, free)
+
+    pl.run_scoped(scoped, smem, full, free, collective_axes="wg")
+
+
+def _call(kernel, inputs, outputs, *, name: str, grid: dict[str, int], interpret: bool):
+    def run(*refs):
+        kernel.body(dict(zip((*inputs, *outputs), refs, strict=True)))
+
+    return plgpu.kernel(
+        run,
+        out_type=tuple(outputs.values()),
+        grid=tuple(grid.values()),
+        grid_names=tuple(grid),
+        num_threads=CONSUMERS + 1,
+        thread_name="wg",
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
+        kernel_name=name,
+        interpret=plgpu.InterpretGPUParams() if interpret else False,
+    )(*inputs.values())
+
+
+def backward(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    extras: Extras,
+    results: tuple[jax.Array, jax.Array],
+    gradients: tuple[jax.Array, jax.Array],
+    *,
+    spec: Spec,
+    tiles: BackwardTiles,
+    processors: int = 132,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Gradients by q, k, v, and d loss / d (score of a row's sink) as [B, N, T].
+
+    Args:
+      results: out and lse of the forward.
+      gradients: d loss / d out, d loss / d lse.
+    """
+    out, lse = results
+    dout, dlse = gradients
+    batch, queries, heads, width = q.shape
+    keys, kv_heads, value_width = v.shape[1:]
+    shape = Shape(
+        batch=batch,
+        heads=heads,
+        kv_heads=kv_heads,
+        width=width,
+        value_width=value_width,
+        dtype=jnp.dtype(q.dtype),
+        interpret=interpret,
+    )
+    facts = {"spec": spec, "batch": batch, "queries": queries, "keys": keys, "names": extras.names}
+    tile = CONSUMERS * 64
+    of_keys = 64 if tiles.split else tile
+    by_keys = Walk(**facts, tile=of_keys, block=tiles.block_q, transposed=True)
+    by_queries = Walk(**facts, tile=tile, block=tiles.dq_block_kv)
+
+    wide = dout.astype(jnp.float32) * out.astype(jnp.float32)
+    # The barrier keeps the sum over H a kernel of its own: fused into the stacking below it took
+    # over four times as long on an H100.
+    delta = lax.optimization_barrier(jnp.sum(wide, axis=-1)).transpose(0, 2, 1) - dlse
+    # exp2(x - inf) is 0: rows that see nothing, and rows past the end, count for nothing.
+    log_sum = jnp.where(lse == -jnp.inf, jnp.inf, lse * LOG2E)
+    stats = jnp.stack([pad(log_sum, 2, tile, jnp.inf), pad(delta, 2, tile)], axis=2)  # [B, N, 2, T]
+    inputs = {"q": pad(q, 1, 8), "k": pad(k, 1, 8), "v": pad(v, 1, 8), "do": pad(dout, 1, 8)}
+    inputs["stats"] = stats
+
+    def with_extras(walk: Walk):
+        more = {"info": walk.info(extras), "table": walk.table(extras)}
+        if walk.segmented:
+            more["query_segments"] = pad(extras.query_segments, 1, tile, -1)
+            more["key_segments"] = pad(extras.key_segments, 1, tile, -2)
+        return inputs | {name: x for name, x in more.items() if x is not None}
+
+    like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)  # noqa: E731
+    dk, dv = _call(
+        (SplitKeyValueGradients if tiles.split else KeyValueGradients)(shape, by_keys, tiles),
+        with_extras(by_keys),
+        {"dk": like(inputs["k"]), "dv": like(inputs["v"])},
+        name="flash_attention_dkv",
+        grid={"batch": batch, "tile": by_keys.tiles, "head": kv_heads},
+        interpret=interpret,
+    )
+    count = batch * by_queries.tiles * heads
+    ctas = min(processors, count) if tiles.persistent else count
+    (dq,) = _call(
+        QueryGradients(shape, by_queries, tiles, ctas),
+        with_extras(by_queries),
+        {"dq": like(inputs["q"])},
+        name="flash_attention_dq",
+        grid={"cta": ctas},
+        interpret=interpret,
+    )
+    return dq[:, :queries], dk[:, :keys], dv[:, :keys], delta

@@ -1,0 +1,230 @@
+# Types of jax's Mosaic GPU objects are not public.
+# pyright: reportPrivateImportUsage=false, reportAbstractUsage=false, reportIndexIssue=false, reportAttributeAccessIssue=false, reportCallIssue=false
+"""What the forward and backward kernels for Hopper share."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import llvm
+
+from pallas_kernels.flash_attention.problem import Spec
+from pallas_kernels.flash_attention.ranges import Walk
+
+__all__ = [
+    "COLUMN",
+    "CONSUMERS",
+    "LOG2E",
+    "ROW",
+    "SQUARE",
+    "Shape",
+    "Spare",
+    "along",
+    "capped",
+    "drain",
+    "iota",
+    "named_barrier",
+    "pad",
+    "same_segment",
+    "swizzled",
+]
+
+LOG2E = math.log2(math.e)
+CONSUMERS = 2  # warpgroups that compute; one more loads
+SQUARE = plgpu.Layout.WGMMA
+ROW = plgpu.Layout.WGMMA.reduce(1)  # one value a row of an accumulator
+COLUMN = plgpu.Layout.WGMMA.reduce(0)
+
+
+def swizzled(shape: tuple[int, ...], dtype) -> object:
+    """Shared memory in the widest layout that TMA and WGMMA agree on."""
+    bits = jnp.finfo(dtype).bits
+    swizzle = plgpu.find_swizzle(shape[-1] * bits)
+    transforms = (
+        plgpu.TilingTransform((8, 8 * swizzle // bits)),
+        plgpu.SwizzleTransform(swizzle),
+    )
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+
+def along(vector: jax.Array, shape: tuple[int, ...], dim: int) -> jax.Array:
+    """A vector along `dim` of a matrix, repeated along the other."""
+    return lax.broadcast_in_dim(vector, shape, [dim])
+
+
+def iota(shape: tuple[int, int], dim: int) -> jax.Array:
+    """Indices along `dim` in the layout of an accumulator."""
+    return plgpu.broadcasted_iota(jnp.int32, shape, dim, layout=SQUARE)
+
+
+def capped(scores: jax.Array, spec: Spec) -> tuple[jax.Array, float]:
+    """(x, factor): factor * x are the scores in units of log2 e."""
+    if spec.softcap is None:
+        return scores, spec.scale * LOG2E
+    return jnp.tanh(scores * (spec.scale / spec.softcap)), spec.softcap * LOG2E
+
+
+@dataclasses.dataclass(frozen=True)
+class Spare:
+    """A consumer's memory for what the interpreter cannot do; empty on a device.
+
+    It knows neither a left operand in registers nor a store to an accumulator: there, sums are
+    plain memory, and a product is made from nothing and added.
+    """
+
+    sums: tuple[object, ...] = ()
+    stage: object | None = None
+
+    @staticmethod
+    def kinds(interpret: bool, dtype, stage: tuple[int, int], *sums: tuple[int, int]) -> dict:
+        """What to allocate, by name."""
+        if not interpret:
+            return {}
+        kinds = {f"sum{i}": plgpu.SMEM((CONSUMERS, *x), jnp.float32) for i, x in enumerate(sums)}
+        return kinds | {"stage": swizzled((CONSUMERS, *stage), dtype)}
+
+    @classmethod
+    def of(cls, smem: dict, wg) -> Spare:
+        """A warpgroup's part of what `kinds` named."""
+        if "stage" not in smem:
+            return cls()
+        sums = sorted(name for name in smem if name.startswith("sum"))
+        return cls(tuple(smem[name].at[wg] for name in sums), smem["stage"].at[wg])
+
+    def zeroed(self, body, *shapes: tuple[int, int]):
+        """body(*accumulators), float32 zeros that `add` adds to."""
+        if self.stage is None:
+            return pl.run_scoped(body, *(plgpu.ACC(shape, jnp.float32) for shape in shapes))
+        for ref in self.sums:
+            ref[...] = jnp.zeros(ref.shape, jnp.float32)
+        return body(*self.sums[: len(shapes)])
+
+    def add(self, acc, left: jax.Array, right) -> None:
+        """acc += left @ right, begun and not waited for; `left` is in registers, `right` a ref."""
+        if self.stage is None:
+            plgpu.wgmma(acc, left, right)
+            return
+        self.stage[...] = left
+        plgpu.commit_smem()
+
+        def run(fresh):
+            plgpu.wgmma(fresh, self.stage, right)
+            return fresh[...]
+
+        acc[...] = acc[...] + pl.run_scoped(run, plgpu.ACC(acc.shape, jnp.float32))
+
+
+def drain(free: dict) -> None:
+    """Waits until everything that was loaded was also used, so that no barrier ends half-way."""
+    for barrier in free.values():
+        if not barrier.shape:
+            plgpu.barrier_wait(barrier)
+            continue
+        for slot in range(barrier.shape[0]):
+            plgpu.barrier_wait(barrier.at[slot])
+
+
+def named_barrier(action: str, index, threads: int) -> None:
+    """`bar.sync` or `bar.arrive` of the hardware's numbered barriers; not in the interpreter."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WG_SPLAT,))
+    def run(_, index):
+        llvm.inline_asm(
+            ir.Type.parse("!llvm.void"),
+            [index.registers[()]],
+            f"bar.{action} $0, {threads};",
+            "r",
+            has_side_effects=True,
+        )
+
+    run(index)
+
+
+def keeper(walk: Walk, refs, batch, rows):
+    """Which pairs of a block see each other: a function of the block's first column.
+
+    Args:
+      rows: first row and number of rows.
+    """
+    first_row, count = rows
+    shape = (count, walk.block)
+    facts = walk.facts(batch, refs)
+
+    def keep(first_column):
+        at, columns = iota(shape, 0) + first_row, iota(shape, 1) + first_column
+        seen = walk.seen(at, columns, facts)
+        if not walk.segmented:
+            return seen
+        names = ("query_segments", "key_segments")
+        names = names[::-1] if walk.transposed else names
+        return same_segment(refs, names, (batch, first_row, first_column), shape, seen)
+
+    return keep
+
+
+def same_segment(refs, names, place, shape, seen):
+    """`seen`, and rows and columns of one segment.
+
+    Args:
+      names: of the ids of rows and of columns among refs.
+      place: sequence, first row, first column.
+      seen: bool of `shape`, or None for all.
+    """
+    batch, *first = place
+    ids = []
+    for dim, (name, layout) in enumerate(zip(names, (ROW, COLUMN), strict=True)):
+        where = refs[name].at[batch, pl.ds(first[dim], shape[dim])]
+        ids.append(along(plgpu.load(where, layout=layout, optimized=False), shape, dim))
+    same = ids[0] == ids[1]
+    return same if seen is None else seen & same
+
+
+def pad(x: jax.Array, axis: int, to: int, value: int | float = 0) -> jax.Array:
+    """Appends `value` along an axis up to the next multiple of `to`."""
+    short = -x.shape[axis] % to
+    if not short:
+        return x
+    widths = [(0, short if i == axis else 0) for i in range(x.ndim)]
+    return jnp.pad(x, widths, constant_values=value)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shape:
+    """The sizes that a kernel is compiled for."""
+
+    batch: int
+    heads: int
+    kv_heads: int
+    width: int
+    value_width: int
+    dtype: jnp.dtype
+    interpret: bool
+
+    @property
+    def group(self) -> int:
+        """Query heads of one kv head."""
+        return self.heads // self.kv_heads
+
+    def tile(self, walk: Walk, index):
+        """(sequence, tile of queries, head): a sequence's tiles with most blocks come first."""
+        rest, head = lax.div(index, self.heads), lax.rem(index, self.heads)
+        row = lax.rem(rest, walk.tiles)
+        if walk.heavy_last:
+            row = walk.tiles - 1 - row
+        return lax.div(rest, walk.tiles), row, head
+
+    def for_tiles(self, walk: Walk, ctas: int, body, start):
+        """Runs body(index, carry) over this program's share of all tiles."""
+        count = self.batch * walk.tiles * self.heads
+        cta = lax.axis_index("cta")
+        if ctas >= count:
+            return body(cta, start)
+        mine = lax.div(count - 1 - cta, ctas) + 1
+        return lax.fori_loop(0, mine, lambda i, carry: body(cta + i * ctas, carry), start)

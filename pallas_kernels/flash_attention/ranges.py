@@ -1,0 +1,232 @@
+"""Which blocks of the other side a tile visits, and which of them need no mask.
+
+A tile of rows (queries in the forward and for dq, keys for dk and dv) visits blocks low .. high - 1
+of columns; of these, full_low .. full_high - 1 are seen whole by every row of the tile. At least
+one block is always visited, so that a tile without any visible pair needs no branch of its own.
+What positions and lengths decide is arithmetic inside of the kernel; segments, which are data, come
+as a table that `table` computes outside.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.flash_attention.problem import Extras, Spec
+
+__all__ = ["Walk"]
+
+_LENGTHS = {"query_lengths", "key_lengths"}
+
+
+def _floor(x, by: int):
+    return lax.div(x, jnp.int32(by))
+
+
+def _ceil(x, by: int):
+    return lax.div(x + jnp.int32(by - 1), jnp.int32(by))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Walk:
+    """Tiles over blocks.
+
+    Attributes:
+      batch, queries, keys: B, T, S.
+      tile: rows of a tile; block: columns of a block.
+      names: of the extras that are there.
+      transposed: rows are keys and columns are queries.
+    """
+
+    spec: Spec
+    batch: int
+    queries: int
+    keys: int
+    tile: int
+    block: int
+    names: tuple[str, ...]
+    transposed: bool = False
+
+    @property
+    def rows(self) -> int:
+        return self.keys if self.transposed else self.queries
+
+    @property
+    def columns(self) -> int:
+        return self.queries if self.transposed else self.keys
+
+    @property
+    def tiles(self) -> int:
+        return -(-self.rows // self.tile)
+
+    @property
+    def blocks(self) -> int:
+        return -(-self.columns // self.block)
+
+    @property
+    def segmented(self) -> bool:
+        return "query_segments" in self.names
+
+    @property
+    def masked(self) -> bool:
+        """Whether any block may need a mask."""
+        ragged = self.columns % self.block != 0
+        return self.spec.banded or self.segmented or ragged or bool(_LENGTHS & set(self.names))
+
+    @property
+    def leading(self) -> bool:
+        """Whether blocks before the first full one may need a mask."""
+        if self.segmented:
+            return True
+        return (self.spec.right if self.transposed else self.spec.left) is not None
+
+    @property
+    def trailing(self) -> bool:
+        """Whether blocks after the last full one may need a mask."""
+        if self.segmented or self.columns % self.block or _LENGTHS & set(self.names):
+            return True
+        return (self.spec.left if self.transposed else self.spec.right) is not None
+
+    @property
+    def heavy_last(self) -> bool:
+        """Whether later tiles visit more blocks."""
+        return self.spec.right is not None and not self.transposed
+
+    def facts(self, batch, refs):
+        """(offset, query length, key length) of a sequence; ints where they are static."""
+        info = refs.get("info")
+        offset = info[batch, 0] if self.spec.offset is None else self.spec.offset
+        queries = info[batch, 1] if "query_lengths" in self.names else self.queries
+        keys = info[batch, 2] if "key_lengths" in self.names else self.keys
+        return offset, queries, keys
+
+    def seen(self, rows, columns, facts):
+        """Which pairs of a tile see each other, segments aside: bool, or None for all."""
+        offset, queries, keys = facts
+        spec = self.spec
+        at, key = (columns, rows) if self.transposed else (rows, columns)
+        tests = []
+        if spec.left is not None:
+            tests.append(key >= at + (offset - spec.left))
+        if spec.right is not None:
+            tests.append(key <= at + (offset + spec.right))
+        limit = queries if self.transposed else keys
+        if self.columns % self.block or bool(_LENGTHS & set(self.names)):
+            tests.append(columns < limit)
+        if not tests:
+            return None
+        out = tests[0]
+        for test in tests[1:]:
+            out = out & test
+        return out
+
+    def bounds(self, batch, tile, refs):
+        """(low, full_low, full_high, high) of a tile, int32 scalars."""
+        if "table" in refs:
+            return tuple(refs["table"][batch, tile * 4 + i] for i in range(4))
+        return self._band(tile, self.facts(batch, refs))
+
+    def parts(self, bounds):
+        """(first block, end, whether masked) of the loops over a tile's `bounds`, in order."""
+        low, full_low, full_high, high = bounds
+        if not self.masked:
+            return [(low, high, False)]
+        parts = [(low, full_low, True), (full_low, full_high, False), (full_high, high, True)]
+        if not self.leading:
+            return [(low, full_high, False), parts[2]]
+        return parts if self.trailing else [parts[0], (full_low, high, False)]
+
+    def _band(self, tile, facts):
+        """`bounds` without segments: plain arithmetic, of scalars or of arrays."""
+        offset, queries, keys = facts
+        spec = self.spec
+        # Row r sees columns r + shift - before .. r + shift + after.
+        if self.transposed:
+            rows, columns, shift = keys, queries, -offset
+            before, after = spec.right, spec.left
+        else:
+            rows, columns, shift = queries, keys, offset
+            before, after = spec.left, spec.right
+        first = tile * self.tile
+        last = jnp.minimum(first + self.tile, rows) - 1
+        columns = jnp.int32(columns) if isinstance(columns, int) else columns
+        low = full_low = jnp.zeros_like(first)
+        high, full_high = _ceil(columns, self.block), _floor(columns, self.block)
+        if after is not None:
+            high = jnp.minimum(high, _ceil(jnp.maximum(last + (shift + after + 1), 0), self.block))
+            whole = jnp.maximum(first + (shift + after + 1), 0)
+            full_high = jnp.minimum(full_high, _floor(whole, self.block))
+        if before is not None:
+            low = _floor(jnp.maximum(first + (shift - before), 0), self.block)
+            full_low = _ceil(jnp.maximum(last + (shift - before), 0), self.block)
+        low = jnp.clip(low, 0, self.blocks - 1)
+        high = jnp.maximum(high, low + 1)
+        full_low = jnp.clip(full_low, low, high)
+        full_high = jnp.clip(full_high, full_low, high)
+        return low, full_low, full_high, high
+
+    def info(self, extras: Extras) -> jax.Array | None:
+        """What `facts` reads: int32 [B, 4]."""
+        if not ({"offset"} | _LENGTHS) & set(self.names):
+            return None
+        fill = lambda x: jnp.zeros((self.batch,), jnp.int32) if x is None else x  # noqa: E731
+        parts = (extras.offset, extras.query_lengths, extras.key_lengths, None)
+        return jnp.stack([fill(x) for x in parts], axis=1)
+
+    def table(self, extras: Extras) -> jax.Array | None:
+        """`bounds` of every tile under segments: int32 [B, tiles * 4].
+
+        Blocks are compared by the range of their segment ids: exact for packed sequences, whose
+        ids do not fall, and safe for any.
+        """
+        if not self.segmented:
+            return None
+        info = self.info(extras)
+        of_rows, of_columns = extras.query_segments, extras.key_segments
+        if self.transposed:
+            of_rows, of_columns = of_columns, of_rows
+        r_low, r_high = _extremes(of_rows, self.tile)
+        c_low, c_high = _extremes(of_columns, self.block)
+        meet = (r_low[:, :, None] <= c_high[:, None]) & (c_low[:, None] <= r_high[:, :, None])
+        same = r_low == r_high
+        same = same[:, :, None] & (c_low == c_high)[:, None] & (r_low[:, :, None] == c_low[:, None])
+
+        def one(meet, same, info):
+            """One sequence's tiles."""
+            facts = (
+                self.spec.offset if self.spec.offset is not None else info[0],
+                info[1] if "query_lengths" in self.names else self.queries,
+                info[2] if "key_lengths" in self.names else self.keys,
+            )
+            tile = jnp.arange(self.tiles, dtype=jnp.int32)
+            low, full_low, full_high, high = self._band(tile, facts)
+            block = jnp.arange(self.blocks, dtype=jnp.int32)[None, :]
+            meet = meet & (block >= low[:, None]) & (block < high[:, None])
+            full = same & (block >= full_low[:, None]) & (block < full_high[:, None])
+            first = jnp.argmax(meet, axis=1).astype(jnp.int32)
+            end = self.blocks - jnp.argmax(meet[:, ::-1], axis=1).astype(jnp.int32)
+            some = jnp.any(meet, axis=1)
+            low = jnp.where(some, first, low)
+            high = jnp.where(some, end, low + 1)
+            start = jnp.argmax(full, axis=1).astype(jnp.int32)
+            run = jnp.cumsum(jnp.where(block >= start[:, None], ~full, False), axis=1)
+            length = jnp.sum((run == 0) & full, axis=1).astype(jnp.int32)
+            full_low = jnp.where(jnp.any(full, axis=1), start, low)
+            full_low = jnp.clip(full_low, low, high)
+            full_high = jnp.clip(full_low + length, full_low, high)
+            return jnp.stack([low, full_low, full_high, high], axis=1).reshape(-1)
+
+        if info is None:
+            info = jnp.zeros((self.batch, 4), jnp.int32)
+        return jax.vmap(one)(meet, same, info)
+
+
+def _extremes(ids: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
+    """Least and greatest id of each block of a [B, L] array: two [B, blocks]."""
+    batch, length = ids.shape
+    pad = -length % size
+    ids = jnp.pad(ids, ((0, 0), (0, pad)), mode="edge").reshape(batch, -1, size)
+    return jnp.min(ids, axis=2), jnp.max(ids, axis=2)

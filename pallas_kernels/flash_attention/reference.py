@@ -1,0 +1,73 @@
+"""Flash attention in plain jnp: the oracle, and what runs where no kernel does."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.flash_attention.problem import Extras, Spec
+
+__all__ = ["reference", "visible"]
+
+
+def visible(spec: Spec, extras: Extras, *, batch: int, queries: int, keys: int) -> jax.Array:
+    """Who sees whom, bool [B, T, S]."""
+    rows = jnp.arange(queries, dtype=jnp.int32)[None, :, None]
+    columns = jnp.arange(keys, dtype=jnp.int32)[None, None, :]
+    seen = jnp.ones((batch, queries, keys), bool)
+    if spec.banded:
+        offset = extras.offset[:, None, None] if spec.offset is None else spec.offset
+        distance = columns - rows - offset
+        if spec.left is not None:
+            seen &= distance >= -spec.left
+        if spec.right is not None:
+            seen &= distance <= spec.right
+    if extras.query_segments is not None:
+        seen &= extras.query_segments[:, :, None] == extras.key_segments[:, None, :]
+    if extras.query_lengths is not None:
+        seen &= rows < extras.query_lengths[:, None, None]
+    if extras.key_lengths is not None:
+        seen &= columns < extras.key_lengths[:, None, None]
+    return seen
+
+
+def reference(
+    q: jax.Array, k: jax.Array, v: jax.Array, extras: Extras, *, spec: Spec
+) -> tuple[jax.Array, jax.Array]:
+    """softmax(cap(scale q kT) + mask, sinks) v in float32 (float64 where the inputs are).
+
+    A row that sees nothing gives zeros and, without a sink, lse = -inf.
+
+    Returns:
+      out [B, T, N, Hv] in v's dtype; lse [B, N, T], the natural log of the softmax's sum, the
+      sink's share included.
+    """
+    batch, queries, heads, width = q.shape
+    keys, kv_heads = k.shape[1:3]
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    exact = jax.lax.Precision.HIGHEST
+    seen = visible(spec, extras, batch=batch, queries=queries, keys=keys)
+    # Past the lengths there may be anything, NaN too; 0 * NaN would reach the sums.
+    used = jnp.any(seen, axis=1)[:, :, None, None]
+    k, v = (jnp.where(used, x, jnp.zeros((), x.dtype)) for x in (k, v))
+    q = jnp.where(jnp.any(seen, axis=2)[:, :, None, None], q, jnp.zeros((), q.dtype))
+    rows = q.astype(wide).reshape(batch, queries, kv_heads, -1, width)
+    scores = jnp.einsum("btkgh,bskh->bkgts", rows, k.astype(wide), precision=exact) * spec.scale
+    if spec.softcap is not None:
+        scores = spec.softcap * jnp.tanh(scores / spec.softcap)
+    scores = jnp.where(seen[:, None, None], scores, -jnp.inf)
+    peak = jnp.max(scores, axis=-1, keepdims=True, initial=-jnp.inf)
+    if extras.sinks is not None:
+        sinks = extras.sinks.astype(wide).reshape(1, kv_heads, -1, 1, 1)
+        peak = jnp.maximum(peak, sinks)
+    peak = jax.lax.stop_gradient(jnp.where(jnp.isfinite(peak), peak, 0.0))
+    weights = jnp.exp(scores - peak)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    if extras.sinks is not None:
+        total = total + jnp.exp(sinks - peak)
+    some = total > 0
+    total = jnp.where(some, total, 1.0)
+    lse = jnp.where(some, jnp.log(total) + peak, -jnp.inf)[..., 0]
+    out = jnp.einsum("bkgts,bskh->btkgh", weights / total, v.astype(wide), precision=exact)
+    out = out.reshape(batch, queries, heads, v.shape[-1]).astype(v.dtype)
+    return out, lse.reshape(batch, heads, queries)

@@ -1,0 +1,25 @@
+"""Flash attention on a Hopper GPU: JAX_PLATFORMS=cuda,cpu python -m pytest -m gpu tests/device."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from tests.kernels.attention import FEATURES, LENGTHS, by_name, case, errors, failures
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a CUDA device"),
+]
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_features_are_as_exact_as_a_plain_form(name: str) -> None:
+    one = FEATURES[name]
+    assert failures(one, errors(one, jnp.bfloat16, by_name("mosaic_gpu"))) == {}
+
+
+@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_any_lengths(lengths: tuple[int, int], dtype: str) -> None:
+    one = case(*lengths, causal=True)
+    assert failures(one, errors(one, jnp.dtype(dtype), by_name("mosaic_gpu"))) == {}

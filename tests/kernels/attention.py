@@ -1,0 +1,268 @@
+"""Cases of flash attention, drawn inputs, and the rule that a low-precision kernel is held to."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.flash_attention import flash_attention, hopper
+from pallas_kernels.flash_attention.mosaic_gpu import Tiles
+from pallas_kernels.flash_attention.mosaic_gpu_backward import BackwardTiles
+from pallas_kernels.flash_attention.problem import Extras, Spec, pose
+from pallas_kernels.flash_attention.reference import reference, visible
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """One call; `options` are static, `arrays` names what `arguments` draws."""
+
+    batch: int = 2
+    queries: int = 256
+    keys: int = 256
+    heads: int = 4
+    kv_heads: int = 2
+    width: int = 128
+    value_width: int | None = None
+    options: tuple[tuple[str, object], ...] = ()
+    arrays: tuple[str, ...] = ()
+    poison: bool = False  # NaN past the lengths
+
+    @property
+    def sinks(self) -> bool:
+        return "sinks" in self.arrays
+
+
+def case(queries: int = 256, keys: int | None = None, **more) -> Case:
+    """A case from its lengths, `arrays`, sizes, and options of `flash_attention`."""
+    sizes = {f.name for f in dataclasses.fields(Case)}
+    fixed = {name: more.pop(name) for name in list(more) if name in sizes}
+    keys = queries if keys is None else keys
+    return Case(queries=queries, keys=keys, options=tuple(sorted(more.items())), **fixed)
+
+
+# Lengths from the public suites: odd, around a block, one of each, more keys than queries, fewer.
+LENGTHS = (
+    (1, 1),
+    (64, 128),
+    (128, 192),
+    (113, 203),
+    (127, 129),
+    (129, 127),
+    (239, 1),
+    (1, 339),
+    (384, 256),
+    (500, 512),
+    (1023, 1025),
+    (1025, 1023),
+)
+
+FEATURES = {
+    "full": case(256),
+    "causal": case(256, causal=True),
+    "causal, more keys": case(200, 333, causal=True),
+    "causal, fewer keys": case(333, 200, causal=True),
+    "window": case(400, causal=True, window=(100, 0)),
+    "window of one": case(200, causal=True, window=(0, 0)),
+    "window to both sides": case(300, 420, window=(70, 33)),
+    "window to the right": case(300, window=(None, 20)),
+    "soft-cap": case(256, causal=True, softcap=2.0),
+    "scale": case(256, causal=True, scale=0.3),
+    "sinks": case(256, causal=True, arrays=("sinks",)),
+    "segments": case(512, causal=True, arrays=("segment_ids",)),
+    "segments, no order": case(300, arrays=("shuffled_ids",)),
+    "segments and window": case(500, causal=True, window=(90, 0), arrays=("segment_ids",)),
+    "key lengths": case(256, 300, arrays=("key_lengths",), batch=4, poison=True),
+    "lengths": case(
+        256, 300, causal=True, arrays=("query_lengths", "key_lengths"), batch=4, poison=True
+    ),
+    "offset": case(64, 512, causal=True, query_offset=100),
+    "offsets": case(64, 512, causal=True, arrays=("query_offset",)),
+    "nothing seen": case(256, causal=True, query_offset=-100),
+    "everything": case(
+        300, causal=True, window=(130, 0), softcap=5.0, arrays=("segment_ids", "sinks")
+    ),
+    "many heads": case(256, causal=True, heads=8, kv_heads=8, batch=3),
+    "one kv head": case(256, causal=True, heads=8, kv_heads=1),
+    "width 64": case(256, causal=True, width=64),
+    "width 80": case(256, causal=True, width=80),
+    "width 96": case(256, causal=True, width=96),
+    "width 192, 128": case(256, causal=True, width=192, value_width=128),
+    "width 256": case(256, causal=True, width=256),
+    "width 256, window": case(400, causal=True, width=256, window=(100, 0), softcap=5.0),
+}
+
+
+def arguments(one: Case, dtype, seed: int = 0) -> tuple[tuple, dict]:
+    """((q, k, v), options) of a case; all drawn."""
+    random = np.random.default_rng(seed)
+    batch, queries, keys = one.batch, one.queries, one.keys
+    value_width = one.value_width or one.width
+
+    def draw(*shape):
+        return random.standard_normal(shape).astype(np.float32)
+
+    q = draw(batch, queries, one.heads, one.width)
+    k = draw(batch, keys, one.kv_heads, one.width)
+    v = draw(batch, keys, one.kv_heads, value_width)
+    options = dict(one.options)
+    if "segment_ids" in one.arrays:
+        steps = random.random((batch, queries)) < 6 / queries
+        options["segment_ids"] = np.cumsum(steps, axis=1).astype(np.int32)
+    if "shuffled_ids" in one.arrays:
+        options["segment_ids"] = tuple(
+            random.integers(0, 3, (batch, n)).astype(np.int32) for n in (queries, keys)
+        )
+    if "query_lengths" in one.arrays:
+        lengths = [queries, 0, queries // 2 + 3, 1]
+        options["query_lengths"] = np.array(lengths[:batch], np.int32)
+        if one.poison:
+            for row, n in enumerate(lengths[:batch]):
+                q[row, n:] = np.nan
+    if "key_lengths" in one.arrays:
+        lengths = [keys // 2 + 5, keys, 0, 7]
+        options["key_lengths"] = np.array(lengths[:batch], np.int32)
+        if one.poison:
+            for row, n in enumerate(lengths[:batch]):
+                k[row, n:] = v[row, n:] = np.nan
+    if "query_offset" in one.arrays:
+        options["query_offset"] = np.array([300, -5, 0, 17][:batch], np.int32)
+    if "sinks" in one.arrays:
+        options["sinks"] = draw(one.heads)
+    drawn = {*one.arrays, "segment_ids"}
+    options = {n: jax.tree.map(jnp.asarray, x) if n in drawn else x for n, x in options.items()}
+    return tuple(jnp.asarray(x, dtype) for x in (q, k, v)), options
+
+
+def posed(qkv, options) -> tuple[Spec, Extras]:
+    """Spec and arrays of a call."""
+    names = ("window", "segment_ids", "softcap", "scale", "sinks", "query_lengths", "key_lengths")
+    whole = {"causal": False, "query_offset": None} | dict.fromkeys(names) | options
+    return pose(*qkv, **whole)
+
+
+def plain(q, k, v, options):
+    """Attention as one writes it in a low precision: products in q's dtype, softmax in float32."""
+    spec, extras = posed((q, k, v), options)
+    batch, queries, heads = q.shape[:3]
+    seen = visible(spec, extras, batch=batch, queries=queries, keys=k.shape[1])
+    used, rows = jnp.any(seen, 1)[:, :, None, None], jnp.any(seen, 2)[:, :, None, None]
+    k, v = (jnp.where(used, x, jnp.zeros((), x.dtype)) for x in (k, v))
+    q = jnp.where(rows, q, jnp.zeros((), q.dtype))
+    group = heads // k.shape[2]
+    k, v = (jnp.repeat(x, group, axis=2) for x in (k, v))
+    wide = {"preferred_element_type": jnp.float32}
+    scores = jnp.einsum("btnh,bsnh->bnts", q, k, **wide).astype(q.dtype).astype(jnp.float32)
+    scores = scores * spec.scale
+    if spec.softcap is not None:
+        scores = spec.softcap * jnp.tanh(scores / spec.softcap)
+    scores = jnp.where(seen[:, None], scores, -1e30)
+    if extras.sinks is not None:
+        sinks = jnp.broadcast_to(extras.sinks[None, :, None, None], (*scores.shape[:3], 1))
+        weights = jax.nn.softmax(jnp.concatenate([scores, sinks], axis=-1), axis=-1)[..., :-1]
+    else:
+        weights = jax.nn.softmax(scores, axis=-1)
+    weights = jnp.where(seen[:, None], weights, 0.0).astype(q.dtype)
+    return jnp.einsum("bnts,bsnh->btnh", weights, v, **wide).astype(q.dtype)
+
+
+def exact(q, k, v, options):
+    """(out, lse) in float32."""
+    spec, extras = posed((q, k, v), options)
+    return reference(*(x.astype(jnp.float32) for x in (q, k, v)), extras, spec=spec)
+
+
+def gradients(function, qkv, options, weights):
+    """{name: gradient} of sum(function(q, k, v) * weights), sinks among the names if given."""
+    given = {name: options[name] for name in ("sinks",) if name in options}
+
+    def loss(qkv, given):
+        out = function(*qkv, options | given)
+        return jnp.sum(out.astype(jnp.float32) * weights)
+
+    by_qkv, by_given = jax.grad(loss, argnums=(0, 1))(qkv, given)
+    return dict(zip(("dq", "dk", "dv"), by_qkv, strict=True)) | {
+        f"d{name}": x for name, x in by_given.items()
+    }
+
+
+def by_name(implementation: str):
+    """(out, lse) of flash_attention by name."""
+
+    def run(q, k, v, options):
+        return flash_attention(q, k, v, implementation=implementation, return_lse=True, **options)
+
+    return run
+
+
+def interpreted(forward: Tiles, backward: BackwardTiles):
+    """(out, lse) of the Hopper kernels in the interpreter."""
+
+    def run(q, k, v, options):
+        spec, extras = posed((q, k, v), options)
+        plan = hopper.Plan(
+            spec=spec, forward=forward, backward=backward, processors=2, interpret=True
+        )
+        return hopper.run(*hopper.clean(q, k, v, extras), extras, plan)
+
+    return run
+
+
+def _host():
+    """Runs what stands inside on the CPU; needs JAX_PLATFORMS=cuda,cpu on a device machine."""
+    return jax.default_device(jax.devices("cpu")[0])
+
+
+def errors(one: Case, dtype, run, *, repeat: bool = True) -> dict[str, tuple]:
+    """{output: (error of `run`, error of the plain low-precision form)}, largest absolute.
+
+    Args:
+      run: (q, k, v, options) -> (out, lse).
+      repeat: run everything twice and compare the bits.
+    """
+    qkv, options = arguments(one, dtype)
+
+    def far(x, y):
+        x, y = (np.asarray(a, np.float64) for a in (x, y))
+        assert x.shape == y.shape
+        return float(np.max(np.abs(x - y), initial=0.0)) if np.isfinite(x).all() else np.inf
+
+    forth = jax.jit(lambda *qkv: run(*qkv, options))
+    out, lse = forth(*qkv)
+    with _host():  # a GPU would tune the oracle's products for minutes
+        host = tuple(np.asarray(x) for x in qkv)
+        there = jax.tree.map(lambda x: np.asarray(x) if isinstance(x, jax.Array) else x, options)
+        want, want_lse = jax.jit(lambda *qkv: exact(*qkv, there))(*host)
+        low = jax.jit(lambda *qkv: plain(*qkv, there))(*host)
+    empty = np.isneginf(np.asarray(want_lse))
+    found = {
+        "out": (far(out, want), far(low, want)),
+        "empty rows": (float(np.sum(np.isneginf(np.asarray(lse)) != empty)), 0.0),
+        "lse": (far(np.where(empty, 0, lse), np.where(empty, 0, want_lse)), 2e-3),
+    }
+    weights = jnp.asarray(np.random.default_rng(1).standard_normal(want.shape), jnp.float32)
+    back = jax.jit(lambda a: gradients(lambda *b: run(*b)[0], a, options, weights))
+    got = back(qkv)
+    with _host():
+        scale = np.asarray(weights)
+        wide = tuple(x.astype(np.float32) for x in host)
+        true = jax.jit(lambda a: gradients(lambda *b: exact(*b)[0], a, there, scale))(wide)
+        base = jax.jit(lambda a: gradients(plain, a, there, scale))(host)
+    found |= {name: (far(x, true[name]), far(base[name], true[name])) for name, x in got.items()}
+    if repeat:
+        twice = back(qkv) | {"out": forth(*qkv)[0]}
+        got |= {"out": out}
+        found |= {f"{name} again": (far(x, twice[name]), 0.0) for name, x in got.items()}
+    return found
+
+
+def failures(one: Case, found: dict[str, tuple]) -> dict[str, tuple]:
+    """What exceeds twice the plain form's error (thrice under a soft-cap), plus a little."""
+    factor = 3.0 if "softcap" in dict(one.options) else 2.0
+    return {
+        name: pair for name, pair in found.items() if not pair[0] <= factor * pair[1] + _slack(name)
+    }
+
+
+def _slack(name: str) -> float:
+    return 0.0 if "again" in name or name == "empty rows" else 1e-3

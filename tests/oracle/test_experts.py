@@ -1,0 +1,146 @@
+"""Families with experts and latent attention: each feature flipped moves the logits."""
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+
+from jaxllm.errors import ConfigError, WeightsError
+from jaxllm.spec.ops import LatentAttention, MoE
+from jaxllm.zoo.load import open_checkpoint, saved_paths
+from tests.oracle.golden import NAMES, TOLERANCE, golden, relative, tensors
+from tests.oracle.mutate import FACTOR, attn, change, logits, only, window
+
+STEMS = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "deepseek_v3", "gpt_oss")
+OURS = [name for name in NAMES if name.startswith(STEMS)]
+
+
+def moe(**changes):
+    """A mutation of the mixtures."""
+    return lambda s: change(s, MoE, **changes)
+
+
+def router(**changes):
+    """A mutation of the routers."""
+    return moe(router=lambda old: dataclasses.replace(old, **changes))
+
+
+def expert(**changes):
+    """A mutation of each expert."""
+    return moe(mlp=lambda old: dataclasses.replace(old, **changes))
+
+
+def truncated(rope):
+    """A rope whose ramp begins and ends at whole dims."""
+    return dataclasses.replace(rope, scaling=dataclasses.replace(rope.scaling, truncate=True))
+
+
+def latent(**changes):
+    """A mutation of the latent attention; a function gets the old value."""
+    return lambda s: change(s, LatentAttention, **changes)
+
+
+def yarn(**changes):
+    """A mutation of the scaling of the rope."""
+    scaled = lambda old: dataclasses.replace(old.scaling, **changes)  # noqa: E731
+    return latent(rope=lambda old: dataclasses.replace(old, scaling=scaled(old)))
+
+
+MUTATIONS = {
+    ("mixtral", "one expert"): moe(active=1),
+    ("mixtral", "not renormalised"): router(renormalize=False),
+    ("mixtral", "sigmoid"): router(score="sigmoid"),
+    ("mixtral_hub", "window 9 -> 10"): window(10),
+    ("olmoe", "renormalised"): router(renormalize=True),
+    ("olmoe", "queries and keys not normed together"): attn(
+        qk_norm=lambda old: dataclasses.replace(old, over="heads")
+    ),
+    ("qwen2_moe", "renormalised"): router(renormalize=True),
+    ("qwen2_moe", "the sliding layers slide further"): only("L", window(10)),
+    ("qwen3_moe", "not renormalised"): router(renormalize=False),
+    ("gpt_oss", "softmax before the choice"): router(over_chosen=False),
+    ("gpt_oss", "no clamp"): expert(clamp=None),
+    ("gpt_oss", "silu"): expert(gain=1.0),
+    ("gpt_oss", "up not offset"): expert(up_offset=0.0),
+    ("gpt_oss", "no biases of experts"): expert(bias=False),
+    ("gpt_oss", "no sinks"): attn(sinks=False),
+    ("gpt_oss", "full layers slide"): only("G", window(6)),
+    ("gpt_oss", "yarn truncated"): attn(rope=truncated),
+    ("deepseek_v3", "softmax"): router(score="softmax"),
+    ("deepseek_v3", "one group more"): router(groups_kept=3),
+    ("deepseek_v3", "groups by one score"): router(group_score="one"),
+    ("deepseek_v3", "no bias in the choice"): router(balance_bias=False),
+    ("deepseek_v3", "weights not scaled"): router(scale=1.0),
+    ("deepseek_v3", "not renormalised"): router(renormalize=False),
+    ("deepseek_v3", "rope pairs i, i + P/2"): latent(
+        rope=lambda old: dataclasses.replace(old, layout="half")
+    ),
+    ("deepseek_v3", "scores without mscale"): latent(scale=None),
+    ("deepseek_v3", "yarn's factor"): yarn(factor=5.0),
+    ("deepseek_v3", "mscale of cos and sin"): yarn(mscale=0.8),
+    ("deepseek_v3", "eps of the short vectors"): latent(eps=1e-2),
+}
+
+
+@pytest.mark.parametrize(("name", "what"), MUTATIONS)
+def test_a_flipped_feature_moves_the_logits(name, what, models):
+    model, want = models(name), golden(name)
+    spec = MUTATIONS[name, what](model.spec)
+    assert spec != model.spec
+    moved = relative(logits(spec, model.params, want.ids), want.logits)
+    print(f"{name}, {what}: {moved:.1e}")
+    assert moved > FACTOR * TOLERANCE
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_every_expert_has_a_tensor_and_no_two_the_same(name):
+    checkpoint = open_checkpoint(golden(name).source)
+    places = [(entry.path, entry.index) for entry in checkpoint.entries]
+    assert len(set(places)) == len(places)
+    assert set(saved_paths(checkpoint.spec)) == {path for path, _ in places}
+    assert len(saved_paths(checkpoint.spec)) == len({path for path, _ in places})
+
+
+def copy(name, tmp_path, **changes):
+    """A copy of a golden model with keys of its config changed; None removes one."""
+    folder = tmp_path / "model"
+    shutil.copytree(golden(name).source, folder)
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+    return folder
+
+
+PROBLEMS = {
+    "too many active": ("mixtral", {"num_experts_per_tok": 5}, "active is 1 to 4"),
+    "no experts": ("olmoe", {"num_experts": 0}, "experts is positive"),
+    "clipped": ("olmoe", {"clip_qkv": 8.0}, "clip_qkv"),
+    "a layer that is none": ("qwen3_moe", {"mlp_only_layers": [7]}, "mlp_only_layers"),
+    "a window unused": ("qwen2_moe", {"use_sliding_window": False}, "use_sliding_window"),
+    "groups": ("deepseek_v3", {"n_group": 4}, "no multiple of the router's groups 4"),
+    "another way to choose": ("deepseek_v3", {"topk_method": "greedy"}, "topk_method"),
+    "another score": ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func"),
+    "odd rope": ("deepseek_v3", {"qk_rope_head_dim": 7}, "even number"),
+    "unknown": ("deepseek_v3", {"index_topk": 4}, "unknown key 'index_topk'"),
+}
+
+
+@pytest.mark.parametrize("what", PROBLEMS)
+def test_a_contradiction_is_named(what, tmp_path):
+    name, changes, expected = PROBLEMS[what]
+    folder = copy(name, tmp_path, **changes)
+    with pytest.raises(ConfigError, match=expected) as caught:
+        open_checkpoint(folder)
+    assert str(caught.value).startswith(str(folder / "config.json"))
+
+
+def test_a_missing_expert_is_named(tmp_path):
+    from safetensors.numpy import save_file
+
+    folder, name = copy("mixtral", tmp_path), "model.layers.1.block_sparse_moe.experts.3.w2.weight"
+    found = tensors(folder)
+    del found[name]
+    save_file(found, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(WeightsError, match=f"{name} is missing"):
+        open_checkpoint(folder)
