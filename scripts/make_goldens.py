@@ -28,6 +28,7 @@ import transformers
 from smollm2_prompts import CHATS, PARAGRAPH
 from tiny_experts import EXPERTS
 from tiny_hybrids import hub_hybrid
+from tiny_linear import LINEAR
 from tiny_models import BASE, Tiny
 from tiny_models import TINY as DENSE
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -40,7 +41,7 @@ PROMPTS = (17, 28)  # tokens of the two rows' prompts; logits are of 28 tokens i
 LENGTH, ANSWER = max(PROMPTS), 12
 LEAST_MARGIN = 2e-3  # of the largest logit, between the two best tokens of every greedy step
 MOST_NOISE = 2e-6  # float32 against float64 in transformers, of the largest logit
-TINY = DENSE | EXPERTS
+TINY = DENSE | EXPERTS | LINEAR
 # The grouped products of experts take no float64.
 EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}
 MAX_BYTES, MAX_TOTAL_BYTES = 200_000, 8_000_000

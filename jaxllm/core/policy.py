@@ -29,7 +29,8 @@ class Policy:
       compute_dtype: dtype of activations and matmul inputs.
       logit_dtype: dtype of logits.
       attention: implementation of softmax attention; `auto` chooses and says what it took.
-      scan: implementation of state space recurrences: token by token (`reference`) or in chunks.
+      scan: implementation of recurrences (state space, linear attention): token by token
+        (`reference`) or in chunks.
       remat: what a backward pass recomputes inside a layer: nothing (`none`), all but the results
         of matrix products and of attention (`save_dots`), all but those of attention
         (`save_attention`), as `save_dots` with what is kept held in the host's memory (`offload`),

@@ -97,6 +97,9 @@ def _special(draw: Draw, key: Array, shape: tuple[int, ...]) -> Array:
         return jax.lax.broadcast_in_dim(steps, shape, (len(shape) - 1,))
     if kind == "log_uniform":
         return jnp.log(jax.random.uniform(key, shape, jnp.float32, low, high))
+    if kind == "powers":
+        steps = jnp.geomspace(low, high, shape[-1], dtype=jnp.float32)
+        return jax.lax.broadcast_in_dim(steps, shape, (len(shape) - 1,))
     x = jnp.exp(jax.random.uniform(key, shape, jnp.float32, math.log(low), math.log(high)))
     return x + jnp.log(-jnp.expm1(-x))
 

@@ -17,6 +17,7 @@ from jaxllm.nn.attention import Attention
 from jaxllm.nn.aux import Aux, LayerAux
 from jaxllm.nn.latent import LatentAttention
 from jaxllm.nn.leaf import Leaves
+from jaxllm.nn.linear_attention import LinearAttention
 from jaxllm.nn.mlp import MLP
 from jaxllm.nn.moe import MoE
 from jaxllm.nn.state_space import Convolution, SelectiveScan, StateSpaceDual
@@ -33,6 +34,7 @@ MODULES = {
     spec_ops.LatentAttention: LatentAttention,
     spec_ops.MLP: MLP,
     spec_ops.MoE: MoE,
+    spec_ops.LinearAttention: LinearAttention,
     spec_ops.SelectiveScan: SelectiveScan,
     spec_ops.StateSpaceDual: StateSpaceDual,
     spec_ops.Convolution: Convolution,

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from jaxllm.spec.linear_attention import LinearAttention
+from jaxllm.spec.linear_attention_table import linear_attention
 from jaxllm.spec.ops import MLP, Attention, LatentAttention, MoE, Norm, Op
 from jaxllm.spec.param import ParamDef
 from jaxllm.spec.state_space import Convolution, SelectiveScan, StateSpaceDual
@@ -137,6 +139,7 @@ TABLES: dict[type, Callable[[Any, int], dict[str, ParamDef]]] = {
     LatentAttention: _latent_attention,
     MLP: _mlp,
     MoE: _moe,
+    LinearAttention: linear_attention,
     SelectiveScan: selective_scan,
     StateSpaceDual: state_space_dual,
     Convolution: convolution,

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 from jaxllm.core.config import require
 from jaxllm.spec.activation import Activation
 from jaxllm.spec.latent import LatentAttention
+from jaxllm.spec.linear_attention import LinearAttention
 from jaxllm.spec.mask import Blocks, Causal, Full, Global, Mask, parts
 from jaxllm.spec.mlp import MLP
 from jaxllm.spec.moe import MoE, Router
@@ -21,6 +22,7 @@ __all__ = [
     "Convolution",
     "LatentAttention",
     "LengthProjection",
+    "LinearAttention",
     "MoE",
     "Norm",
     "Op",
@@ -178,4 +180,13 @@ class Attention:
         return self.head_dim**-0.5 if self.scale is None else self.scale
 
 
-Op = Attention | LatentAttention | MLP | MoE | SelectiveScan | StateSpaceDual | Convolution
+Op = (
+    Attention
+    | LatentAttention
+    | MLP
+    | MoE
+    | LinearAttention
+    | SelectiveScan
+    | StateSpaceDual
+    | Convolution
+)

@@ -8,9 +8,10 @@ from typing import Literal
 
 __all__ = ["Draw", "ParamDef"]
 
-Draw = tuple[Literal["log_steps", "log_uniform", "inverse_softplus"], float, float]
+Draw = tuple[Literal["log_steps", "log_uniform", "inverse_softplus", "powers"], float, float]
 """`log_steps`: log(1), log(2), ... along the last dim. `log_uniform` low, high: logarithms of a
-uniform draw. `inverse_softplus` low, high: what softplus takes to a log-uniform draw."""
+uniform draw. `inverse_softplus` low, high: what softplus takes to a log-uniform draw. `powers`
+first, last: a geometric sequence along the last dim."""
 
 
 @dataclasses.dataclass(frozen=True)

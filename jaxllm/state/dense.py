@@ -17,6 +17,7 @@ from jaxllm.spec.ops import (
     Attention,
     Convolution,
     LatentAttention,
+    LinearAttention,
     SelectiveScan,
     StateSpaceDual,
 )
@@ -75,6 +76,28 @@ def _keys_and_values(op: Attention, batch: int, capacity: int) -> DenseKV:
     return DenseKV(held, held)
 
 
+def _linear(op: LinearAttention, batch: int, capacity: int) -> dict[str, Any]:
+    del capacity
+    heads, rows, columns = op.state_shape
+    axes = ("batch", "heads", None, None)
+    state: dict[str, Any] = {
+        "matrix": Recurrence(Held((batch, heads, rows, columns), axes, np.float32))
+    }
+    if op.feature == "favor":  # the greatest feature of a key so far, as a logarithm
+        peak = Held((batch, op.key_heads), ("batch", "kv_heads"), np.float32)
+        state["peak"] = Recurrence(peak)
+    if op.conv is not None:
+        key, value = (op.key_heads, op.key_dim), (op.heads, op.value_dim)
+        for name, axis, shape in (
+            ("query", "kv_heads", key),
+            ("key", "kv_heads", key),
+            ("value", "heads", value),
+        ):
+            axes = ("batch", None, axis, "head_dim")
+            state[name] = ConvTail(Held((batch, op.conv - 1, *shape), axes))
+    return state
+
+
 def _selective(op: SelectiveScan, batch: int, capacity: int) -> dict[str, Any]:
     del capacity
     tail = Held((batch, op.conv - 1, op.channels), ("batch", None, "ffn"))
@@ -101,6 +124,7 @@ def _convolution(op: Convolution, batch: int, capacity: int) -> dict[str, Any]:
 KINDS: dict[type, Callable[[Any, int, int], Any]] = {
     Attention: _keys_and_values,
     LatentAttention: _latent,
+    LinearAttention: _linear,
     SelectiveScan: _selective,
     StateSpaceDual: _dual,
     Convolution: _convolution,

@@ -8,7 +8,7 @@ from typing import Any
 
 from jaxllm.spec.model import Block, ModelSpec, NamedOp, Sub, sub
 from jaxllm.spec.moe import MoE
-from jaxllm.spec.ops import MLP, Attention, LatentAttention, Norm
+from jaxllm.spec.ops import MLP, Attention, LatentAttention, LinearAttention, Norm
 from jaxllm.zoo import decoder
 from jaxllm.zoo.table import ConfigReader, Entry
 
@@ -58,9 +58,19 @@ class Mixed:
         return decoder.Parts(self.attns, self.norms, self.mlp or self.moe.mlp, self.norm)
 
 
-def layer(name: str, attn: Any, norm: Norm, ffn: MoE | MLP, shared: MLP | None = None) -> Block:
-    """A pre-norm layer; a mixture stands as `moe`, beside the MLP `shared` of all tokens."""
-    first = sub("attn", attn, norm_in=norm)
+def layer(
+    name: str,
+    attn: Any,
+    norm: Norm,
+    ffn: MoE | MLP,
+    shared: MLP | None = None,
+    mixer: str = "attn",
+) -> Block:
+    """A pre-norm layer; a mixture stands as `moe`, beside the MLP `shared` of all tokens.
+
+    What mixes tokens stands as `mixer`.
+    """
+    first = sub(mixer, attn, norm_in=norm)
     if isinstance(ffn, MLP):
         return Block(name=name, subs=(first, sub("mlp", ffn, norm_in=norm)))
     ops = [NamedOp(name="moe", op=ffn)]
@@ -93,6 +103,8 @@ def mixed_of(spec: ModelSpec) -> Mixed | None:
             case _:
                 return None
     if not moes or spec.final_norm is None:
+        return None
+    if any(isinstance(op, LinearAttention) for op in attns.values()):
         return None
     norms = {name: norm for part in spec.blocks[0].subs for name, norm in part.norms.items()}
     sparse = [name in moes for name in spec.pattern.names]

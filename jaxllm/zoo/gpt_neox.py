@@ -109,8 +109,8 @@ def _names(spec: ModelSpec) -> list[Entry]:
         if entry.part is None:
             return entry
         start, total = entry.part
-        place = start * 3 // total * attn.head_dim
-        return dataclasses.replace(entry, part=(place, total), stride=3, run=attn.head_dim)
+        part = (start // attn.heads, total // attn.heads)
+        return dataclasses.replace(entry, part=part, groups=attn.heads)
 
     return [mend(entry) for entry in found]
 

@@ -111,7 +111,7 @@ def _own(entry: Entry) -> Entry:
     if ending == "weight":
         changes["form"] = "in_out"
     if entry.part is not None:
-        changes |= {"part": (int(entry.part[0] > 0), entry.part[1]), "stride": 2}
+        changes |= {"part": (int(entry.part[0] > 0), 2), "groups": entry.part[1] // 2}
     return dataclasses.replace(entry, **changes)
 
 

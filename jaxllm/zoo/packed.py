@@ -27,7 +27,7 @@ from jaxllm.spec.table import FUSED, layer_paths
 from jaxllm.zoo.packed_source import Source
 from jaxllm.zoo.reader import Reader, TensorInfo
 from jaxllm.zoo.safetensors import TensorSource, array_info
-from jaxllm.zoo.table import Entry
+from jaxllm.zoo.table import Entry, join
 
 __all__ = ["METHOD", "PackedReader", "fused_parts", "packed_leaf", "packed_tensors"]
 
@@ -207,9 +207,10 @@ def packed_tensors(
     whole = held[0]
     if len(held) > 1:
         whole = join_rows(held, (whole.num_inputs, sum(x.num_outputs for x in held)), 1)
-        if parts[0].stride > 1:
-            count = whole.num_outputs
-            whole = take_rows(whole, np.arange(count).reshape(len(held), -1).T.reshape(-1))
+        if parts[0].groups > 1:
+            ends = np.cumsum([x.num_outputs for x in held])
+            rows = np.split(np.arange(ends[-1]), ends[:-1])
+            whole = take_rows(whole, join(parts, rows, 0))
     inputs = definitions[parts[0].path].inputs
     shape = (whole.num_inputs, whole.values.shape[-2])
     whole = dataclasses.replace(

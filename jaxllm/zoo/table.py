@@ -110,18 +110,18 @@ class Entry:
     convolution, [channels, 1, W] on disk and [W, *channels] here.
 
     Several leaves may fill one tensor: each is then a `part` (first output, number of outputs of
-    the whole tensor), as q, k and v in `qkv_proj`, and has every `stride`-th output from its first
-    on, or every `stride`-th run of `run` outputs, as of a head. Several tensors may fill one leaf
-    of experts: each is then the expert `index` of it. Where the tensor has all experts, it has a
-    leading dim for them, before those of one.
+    the whole tensor), as q, k and v in `qkv_proj`. With `groups` the tensor is so many equal
+    stretches of outputs, and `part` is a leaf's place and the outputs of all in each of them: a
+    head's queries beside its keys, a gate's output beside one of `up`. Several tensors may fill one
+    leaf of experts: each is then the expert `index` of it. Where the tensor has all experts, it has
+    a leading dim for them, before those of one.
     """
 
     disk: str
     path: str
     form: Form = "linear"
     part: tuple[int, int] | None = None
-    stride: int = 1
-    run: int = 1
+    groups: int = 1
     index: int | None = None
 
     def _own(self, definition: ParamDef) -> ParamDef:
@@ -153,14 +153,17 @@ class Entry:
         """Shape of the whole tensor on disk."""
         shape = list(self.part_shape(definition))
         if self.part is not None:
-            shape[self.axis(definition)] = self.part[1]
+            shape[self.axis(definition)] = self.part[1] * self.groups
         return tuple(shape)
 
     def to_ours(self, array: np.ndarray, definition: ParamDef) -> np.ndarray:
         """From the whole tensor on disk to the canonical leaf, or to the expert `index` of it."""
         own = self._own(definition)
         if self.part is not None:
-            array = self._own_part(array, self.axis(definition), self.part_shape(definition))
+            axis, size = self.axis(definition), self.part_shape(definition)
+            cut = array.reshape(*size[:axis], self.groups, self.part[1], *size[axis + 1 :])
+            stop = self.part[0] + size[axis] // self.groups
+            array = cut[(slice(None),) * (axis + 1) + (slice(self.part[0], stop),)].reshape(size)
         if self.form == "interleaved":
             head_dim = own.shape[-1]
             paired = array.reshape(-1, head_dim // 2, 2, *array.shape[1:])
@@ -170,16 +173,6 @@ class Entry:
         if self.form == "conv":
             array = array[:, 0].T
         return array.reshape(own.shape)
-
-    def _own_part(self, array: np.ndarray, axis: int, shape: tuple[int, ...]) -> np.ndarray:
-        """What of a tensor that several leaves fill is this one's."""
-        assert self.part is not None
-        before, start = (slice(None),) * axis, self.part[0]
-        if self.stride == 1:
-            return array[(*before, slice(start, start + shape[axis]))]
-        lead, rest = array.shape[:axis], array.shape[axis + 1 :]
-        turns = array.reshape(*lead, -1, self.stride, self.run, *rest)
-        return turns[(*before, slice(None), start // self.run)].reshape(shape)
 
     def to_disk(self, array: np.ndarray, definition: ParamDef) -> np.ndarray:
         """From the canonical leaf to its part on disk; the inverse of `to_ours`."""
@@ -201,11 +194,10 @@ def join(parts: Sequence[Entry], arrays: Sequence[np.ndarray], axis: int) -> np.
     """A tensor from what `to_disk` gives for each of its parts, in their order."""
     if len(arrays) == 1:
         return arrays[0]
-    if parts[0].stride == 1:
-        return np.concatenate(arrays, axis=axis)
-    lead, rest = arrays[0].shape[:axis], arrays[0].shape[axis + 1 :]
-    runs = [array.reshape(*lead, -1, parts[0].run, *rest) for array in arrays]
-    return np.stack(runs, axis=axis + 1).reshape(*lead, -1, *rest)
+    groups = parts[0].groups
+    cut = [a.reshape(*a.shape[:axis], groups, -1, *a.shape[axis + 1 :]) for a in arrays]
+    whole = np.concatenate(cut, axis=axis + 1)
+    return whole.reshape(*whole.shape[:axis], -1, *whole.shape[axis + 2 :])
 
 
 def _no_gguf(*_: Any) -> Any:

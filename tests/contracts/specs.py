@@ -11,6 +11,7 @@ import numpy as np
 from jaxllm.core.policy import Matrices, Policy
 from jaxllm.core.tree import Segment, map_leaves, restack
 from jaxllm.nn import api
+from jaxllm.spec.linear_attention import ConstantDecay, GatedDecay, LinearAttention, OutNorm
 from jaxllm.spec.mask import And, Causal, Chunk, Global, Or, Window
 from jaxllm.spec.model import Block, Embedding, Head, ModelSpec, NamedOp, Sub, sub
 from jaxllm.spec.ops import (
@@ -86,6 +87,14 @@ CLAMPED = MoE(
 )
 MLP48 = MLP(width=48)
 PLAIN48 = MLP(width=48, gated=False, bias=True, activation="gelu")
+
+
+def linear(**changes: Any) -> LinearAttention:
+    """Linear attention of four heads, two of keys of width 6."""
+    sizes = {"heads": 4, "key_heads": 2, "key_dim": 6, "value_dim": 8}
+    return LinearAttention(**(sizes | changes))
+
+
 INTERLEAVED = Rope(theta=100.0, layout="interleaved", scaling=LinearScaling(factor=2.0))
 LLAMA3 = Rope(
     theta=100.0,
@@ -189,6 +198,25 @@ SPECS: dict[str, ModelSpec] = {
         pre("G", heads(4, 2, qk_norm=QKNorm(scale=False, after_rope=True), out_bias=True,
                        temperature=Temperature(scale=0.5, period=3.0)), MLP48),
         layers="N G*2",
+    ),
+    # Gated DeltaNet with convolutions and grouped keys, KDA with decays a channel.
+    "delta": model(
+        pre("K", linear(decay=GatedDecay(), delta=True, conv=4, activation="silu", l2_eps=1e-6,
+                        out_norm=OutNorm(eps=1e-2), gate="silu"), MLP48),
+        pre("C", linear(key_heads=4, decay=GatedDecay(over="channel", rank=3), delta=True,
+                        beta_max=2.0, conv=2, l2_eps=1e-6, out_norm=OutNorm(eps=1e-2),
+                        gate="sigmoid", gate_rank=5), MLP48),
+        layers="K*2 C",
+    ),
+    # Performer, RetNet, linear transformer, GLA, and attention after them.
+    "kernels": model(
+        pre("P", linear(feature="favor", features=24, normalizer=1e-20), MLP48),
+        pre("R", linear(decay=ConstantDecay(), rope=NEAR, out_norm=OutNorm(over="full")), MLP48),
+        pre("E", linear(feature="elu1", normalizer=1e-6, scale=1.0, conv=3), MLP48),
+        pre("A", linear(key_heads=1, decay=GatedDecay(over="channel", form="sigmoid",
+                                                      temperature=2.0)), MLP48),
+        pre("G", heads(4, 2), MLP48),
+        layers="P R E A G",
     ),
     # Softmax over all and renormalised; sigmoid in groups with a balance bias, beside a gated MLP
     # that all tokens share.

@@ -8,8 +8,9 @@ import pytest
 
 from jaxllm.nn.api import Inputs
 from jaxllm.spec.mask import Causal, Row, allowed
-from jaxllm.spec.ops import MLP, Attention, LatentAttention, MoE
+from jaxllm.spec.ops import MLP, Attention, LatentAttention, LinearAttention, MoE
 from tests.contracts import recurrences
+from tests.contracts.linear import linear_attention
 from tests.contracts.specs import NAMES, SPECS, assert_close, full, params, runner, single, tokens
 from tests.ops.routing_oracle import moe
 from tests.ops.test_attention import oracle as attend
@@ -129,7 +130,14 @@ def mlp(op, w, x):
     return y / (1 + np.exp(-x @ w["out_gate"])) if op.out_gate else y
 
 
-OPS = {Attention: attention, LatentAttention: latent, MLP: mlp, MoE: moe, **recurrences.OPS}
+OPS = {
+    Attention: attention,
+    LatentAttention: latent,
+    MLP: mlp,
+    MoE: moe,
+    LinearAttention: linear_attention,
+    **recurrences.OPS,
+}
 
 
 def decode(spec, weights, ids, types=0):
@@ -232,6 +240,27 @@ FLAGS = [
     ("l2_after_rope", (*op(1), "qk_norm", "eps"), 1e-1),
     ("l2_after_rope", (*op(1), "rope"), None),
     ("l2_after_rope", (*op(1), "temperature"), None),
+    ("delta", (*op(0), "delta"), False),
+    ("delta", (*op(0), "decay"), None),
+    ("delta", (*op(0), "conv"), None),
+    ("delta", (*op(0), "activation"), None),
+    ("delta", (*op(0), "l2_eps"), 1e-1),
+    ("delta", (*op(0), "gate"), "sigmoid"),
+    ("delta", (*op(0), "scale"), 0.5),
+    ("delta", (*op(0), "out_norm"), None),
+    ("delta", (*op(0), "out_norm", "eps"), 1e-1),
+    ("delta", (*op(1), "beta_max"), 1.0),
+    ("delta", (*op(1), "decay", "form"), "sigmoid"),
+    ("delta", (*op(1), "gate"), "silu"),
+    ("kernels", (*op(0), "seed"), 1),
+    ("kernels", (*op(0), "features"), 23),
+    ("kernels", (*op(0), "normalizer"), 1e3),
+    ("kernels", (*op(1), "decay"), None),
+    ("kernels", (*op(1), "rope"), None),
+    ("kernels", (*op(1), "out_norm", "eps"), 1e-2),
+    ("kernels", (*op(2), "feature"), "relu"),
+    ("kernels", (*op(2), "feature"), "softmax"),
+    ("kernels", (*op(3), "decay", "temperature"), 16.0),
     ("latent", (*op(0), "bias"), False),
     ("latent", (*op(0), "eps"), 1e-2),
     ("latent", (*op(0), "rope", "layout"), "half"),

@@ -4,13 +4,14 @@ import numpy as np
 import pytest
 
 from jaxllm.core.policy import Policy
-from jaxllm.ops import selective, ssd
+from jaxllm.ops import linear_chunks, selective, ssd
 from jaxllm.ops.attention import IMPLEMENTATIONS
 from jaxllm.spec.mask import And, Causal, Window
 from jaxllm.spec.model import Block, sub
 from jaxllm.spec.ops import Convolution
 from tests.contracts.packed import check_no_gradient_crosses, documents, losses, served
 from tests.contracts.specs import DUAL, MLP48, RMS, SELECTIVE, heads, model, pre
+from tests.contracts.specs import SPECS as TOYS
 
 SPECS = {
     "gqa": model(pre("G", heads(4, 2), MLP48), layers="G*2"),
@@ -53,14 +54,23 @@ def small_chunks(monkeypatch):
     """Chunks shorter than a row, so that documents begin, end and go on in several."""
     monkeypatch.setattr(selective, "CHUNK", 6)
     monkeypatch.setattr(ssd, "CHUNK", 6)
+    monkeypatch.setattr(linear_chunks, "CHUNK", 6)
+    monkeypatch.setattr(linear_chunks, "BLOCK", 3)
 
 
-def test_no_recurrence_crosses_a_document_boundary(tmp_path, small_chunks):
-    check_no_gradient_crosses(RECURRENT, documents(tmp_path), Policy())
+RECURRENCES = {"state space": RECURRENT, "delta": TOYS["delta"], "kernels": TOYS["kernels"]}
+
+
+@pytest.mark.parametrize("name", RECURRENCES)
+def test_no_recurrence_crosses_a_document_boundary(name, tmp_path, small_chunks):
+    check_no_gradient_crosses(RECURRENCES[name], documents(tmp_path), Policy())
 
 
 @pytest.mark.parametrize("scan", ["reference", "chunked"])
-def test_a_packed_document_in_a_recurrence_has_the_loss_it_has_alone(scan, tmp_path, small_chunks):
-    found = np.array(losses(RECURRENT, documents(tmp_path), Policy(scan=scan)))
+@pytest.mark.parametrize("name", RECURRENCES)
+def test_a_packed_document_in_a_recurrence_has_the_loss_it_has_alone(
+    name, scan, tmp_path, small_chunks
+):
+    found = np.array(losses(RECURRENCES[name], documents(tmp_path), Policy(scan=scan)))
     assert len(found) == 9 and (found > 1).all()
     assert np.abs(found[:, 0] / found[:, 1] - 1).max() < 1e-5

@@ -45,6 +45,7 @@ LATER = (
     "phi3_partial_hub",
     "qwen3_window",
     "smollm3_hub",
+    *("olmo_hybrid_nope", "qwen3_next_hub"),
     *(
         "deepseek_v2_hub",
         "deepseek_v3_hub",
@@ -85,6 +86,8 @@ GREEDY = {
         "gemma2",
         "cohere2",
         "gpt2",
+        "qwen3_next",
+        "olmo_hybrid",
         "llama_dynamic_hub",
         "llama_longrope_hub",
         "jamba",

@@ -162,7 +162,7 @@ def test_a_window_of_another_family_is_refused(folder):
     assert "use_sliding_window" in rejected(folder, ConfigError)
 
 
-@pytest.mark.parametrize(("kind", "hint"), [("lama", "'llama'"), ("gpt_neox", "qwen2"), (3, "3")])
+@pytest.mark.parametrize(("kind", "hint"), [("lama", "'llama'"), ("gpt_bigcode", "gpt2"), (3, "3")])
 def test_another_model_type_is_named(folder, kind, hint):
     edit(folder, model_type=kind)
     message = rejected(folder, UnsupportedError)

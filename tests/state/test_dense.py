@@ -12,6 +12,7 @@ from jaxllm.spec.ops import (
     MLP,
     Attention,
     LatentAttention,
+    LinearAttention,
     MoE,
     SelectiveScan,
     StateSpaceDual,
@@ -61,7 +62,15 @@ def test_the_state_has_the_shape_of_the_layers(name):
 
 def check_recurrent(op, held):
     """Tails of W - 1 inputs and a state in float32, whatever the capacity."""
-    if isinstance(op, StateSpaceDual):
+    if isinstance(op, LinearAttention):
+        shapes = {"matrix": (3, *op.state_shape)}
+        shapes |= {"peak": (3, op.key_heads)} if op.feature == "favor" else {}
+        if op.conv is not None:
+            shapes |= dict.fromkeys(("query", "key"), (3, op.conv - 1, op.key_heads, op.key_dim))
+            shapes["value"] = (3, op.conv - 1, op.heads, op.value_dim)
+        found = {name: jax.tree.leaves(part) for name, part in held.items()}
+        assert {name: part[0].shape for name, part in found.items()} == shapes
+    elif isinstance(op, StateSpaceDual):
         assert held["x"].inputs.shape == (3, op.conv - 1, op.heads, op.head_dim)
         for name in "bc":
             assert held[name].inputs.shape == (3, op.conv - 1, op.groups, op.state)

@@ -1,0 +1,63 @@
+"""The tiny hybrids with linear attention of scripts/make_goldens.py."""
+
+from tiny_models import SMALL, Tiny
+from transformers import OlmoHybridConfig as OlmoHybrid
+from transformers import Qwen3NextConfig as Qwen3Next
+
+__all__ = ["LINEAR"]
+
+NEXT = SMALL | {
+    "intermediate_size": 20,
+    "num_hidden_layers": 3,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "head_dim": 16,
+    "linear_key_head_dim": 12,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_conv_kernel_dim": 3,
+    "mlp_only_layers": [1],
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 8,
+    "shared_expert_intermediate_size": 8,
+}
+# Saving cuts the three convolutions into equal parts, so keys and values are equally wide.
+HYBRID = SMALL | {
+    "num_hidden_layers": 3,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "linear_key_head_dim": 12,
+    "linear_value_head_dim": 6,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}
+
+LINEAR = {
+    "qwen3_next": Tiny(Qwen3Next, NEXT),
+    "qwen3_next_hub": Tiny(
+        Qwen3Next,
+        NEXT
+        | {
+            "num_hidden_layers": 4,
+            "rms_norm_eps": 1e-2,  # the reference's noise is less with it
+            "layer_types": None,
+            "linear_num_key_heads": 3,
+            "linear_num_value_heads": 3,
+            "linear_conv_kernel_dim": 4,
+            "num_experts": 0,
+            "tie_word_embeddings": True,
+        },
+        hub=True,
+    ),
+    "olmo_hybrid": Tiny(OlmoHybrid, HYBRID),
+    "olmo_hybrid_nope": Tiny(
+        OlmoHybrid,
+        HYBRID
+        | {
+            "rope_parameters": {"rope_theta": None, "rope_type": "default"},
+            "linear_allow_neg_eigval": False,
+            "attention_bias": True,
+            "layer_types": ["full_attention", "linear_attention", "linear_attention"],
+        },
+    ),
+}
