@@ -364,12 +364,13 @@ class Model:
         return num_bytes(self.params)
 
     def save(self, directory: str | Path) -> None:
-        """Write the Hugging Face layout: config.json, safetensors, tokenizer. Loads back bit-equal.
+        """Write config.json, safetensors and tokenizer. Loads back bit-equal.
 
-        Quantized matrices lie packed beside plain tensors, in our own layout.
+        The layout is Hugging Face's where a public family can say the spec, else our own; quantized
+        matrices lie packed beside plain tensors.
 
         Raises:
-          UnsupportedError: no public config can say this spec; CapacityError: no space.
+          CapacityError: no space.
         """
         directory = Path(directory)
         save_checkpoint(

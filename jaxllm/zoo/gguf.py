@@ -19,9 +19,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from jaxllm.core.qarray import QArray
 from jaxllm.errors import UnsupportedError, WeightsError
-from jaxllm.zoo.gguf_blocks import packed_blocks, packed_types
 from jaxllm.zoo.reader import (
     Place,
     Stamp,
@@ -101,9 +99,11 @@ class GGUFReader:
         _, packed = self.raw(name)
         return _dequantize(packed, info)
 
-    def leaf(self, name: str) -> QArray | None:
-        """A matrix of Q4_0, Q4_1 or Q8_0 as a packed leaf, [out, in] held; None for other types."""
+    def leaf(self, name: str) -> Any:
+        """A matrix of Q4_0, Q4_1 or Q8_0 as a `QArray`, [out, in] held; None for other types."""
         info = lookup(self.tensors, name, self.path)
+        from jaxllm.zoo.gguf_blocks import packed_blocks, packed_types  # they bring jax
+
         if info.dtype not in packed_types or len(info.shape) != 2:
             return None
         return packed_blocks(*self.raw(name), info.shape)

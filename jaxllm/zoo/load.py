@@ -138,7 +138,8 @@ def _check_tensors(checkpoint: Checkpoint) -> None:
             problems.append(f"{entry.disk} has dtype {tensors[entry.disk].dtype}, not a float")
     problems = list(dict.fromkeys(problems))  # leaves of one tensor find the same
     used = {entry.disk for entry in checkpoint.entries}
-    ignored = [*checkpoint.family.ignored]
+    spared = checkpoint.family.spared(checkpoint.spec.num_layers, tensors)
+    ignored = [*checkpoint.family.ignored, *spared]
     if checkpoint.spec.head.tied:
         ignored.append("lm_head.weight")
     for name in tensors:
@@ -213,7 +214,9 @@ def save_checkpoint(
     eos_ids: tuple[int, ...] = (),
     quantized: Collection[str] = (),
 ) -> None:
-    """Write config.json and safetensors in the Hugging Face layout; `read` gives unstacked leaves.
+    """Write config.json and safetensors; `read` gives unstacked leaves.
+
+    The layout is that of the first public family which can say the spec, else our own.
 
     Args:
       directory: made if absent; config.json is written last.
@@ -222,9 +225,6 @@ def save_checkpoint(
       dtype: name of the arrays' dtype, for the config and the header.
       eos_ids: tokens that end generation.
       quantized: the paths of which `read` gives leaves.
-
-    Raises:
-      UnsupportedError: no family can say this spec.
     """
     family, config = _writer(spec)
     paths = layer_paths(spec)
@@ -285,11 +285,8 @@ def _by_tensor(entries: list[Entry]) -> list[list[Entry]]:
 def _writer(spec: ModelSpec) -> tuple[Family, dict[str, Any]]:
     """The family that can say a spec, and the config.json in which it does."""
     spec = dataclasses.replace(spec, head=dataclasses.replace(spec.head, pooling=None))
-    for family in FAMILIES.values():
-        config = family.write(spec)
-        if config is not None and _same_spec(family, config, spec):
-            return family, config
-    raise UnsupportedError("no public family's config.json can say this spec")
+    said = ((family, family.write(spec)) for family in FAMILIES.values())
+    return next((f, c) for f, c in said if c is not None and _same_spec(f, c, spec))
 
 
 def _same_spec(family: Family, config: dict[str, Any], spec: ModelSpec) -> bool:
