@@ -193,7 +193,8 @@ def _tokenizer(checkpoint: zoo.Checkpoint, known: str | None) -> Tokenizer | Non
 
 def _weights_folder(checkpoint: zoo.Checkpoint, policy: Policy, packed: str) -> Path:
     """Named by source, dtype and layout, then by the code that writes it: older ones give way."""
-    code = fingerprint.package_hash("spec", "zoo", "text", "core", "aot/arrays.py")
+    leaves = ("core/packing.py", "core/layouts.py", "core/qrows.py", "core/qarray.py")
+    code = fingerprint.package_hash("spec", "zoo", "text", *leaves, "aot/arrays.py")
     layout = "+".join(
         [policy.param_dtype, policy.layout, policy.matrices]
         + ["fused"] * policy.fused

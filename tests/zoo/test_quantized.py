@@ -198,6 +198,31 @@ def test_quantize_save_load(tmp_path, format):
         assert tokens[0] == tokens[1]
 
 
+OWN = {
+    "scale": ({"weight.scale": lambda a: a[:, :-1]}, {}, "down_proj.weight: scale has shape"),
+    "values": ({"weight.values": lambda a: a[:-1]}, {}, "down_proj.weight: values have shape"),
+    "missing": ({"weight.scale": lambda a: None}, {}, "down_proj.weight.scale is missing"),
+    "format": ({}, {"format": "int5"}, "no quantized leaf"),
+    "group": ({}, {"group": 0}, "no quantized leaf"),
+    "shape": ({}, {"shape": [256, -128]}, "no quantized leaf"),
+    "rows": ({}, {"rows": 2}, "down_proj.weight: scale has shape"),
+}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_damaged_files_of_our_own_are_refused(tmp_path, name):
+    tensors, facts, message = OWN[name]
+    model = jaxllm.load(write_toy(tmp_path / "m", width=128, ffn=256), store=False)
+    model.quantize("int4", group=64).save(tmp_path / "small")
+    damage(tmp_path / "small", **tensors)
+    path = tmp_path / "small" / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"]["tensors"]["model.layers.0.mlp.down_proj.weight"] |= facts
+    path.write_text(json.dumps(config))
+    with pytest.raises(WeightsError, match=message):
+        jaxllm.load(tmp_path / "small", store=False)
+
+
 def test_a_flipped_nibble_moves_the_logits(tmp_path):
     build(tmp_path / "m", GPTQ, gptq)
     ids = np.arange(12)[None]
