@@ -8,31 +8,39 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.custom_batching import custom_vmap
 
 from pallas_kernels.flash_attention.mosaic_gpu import Tiles, forward
 from pallas_kernels.flash_attention.mosaic_gpu_backward import BackwardTiles, backward
-from pallas_kernels.flash_attention.problem import Extras, Spec
+from pallas_kernels.flash_attention.problem import SAVED, Extras, Spec
 from pallas_kernels.flash_attention.tiles import backward_tiles, forward_tiles
+from pallas_kernels.target import interpreting, target
 
-__all__ = ["Plan", "attention", "clean", "obstacle", "run"]
+__all__ = ["Plan", "attention", "clean", "obstacle", "run", "unfit"]
+
+
+def unfit(*, dtype: str, widths: tuple[int, int], platform: str) -> str | None:
+    """Why these kernels cannot serve a kind of call, or None; see `unfit` of the package."""
+    if platform not in ("gpu", "interpreter"):
+        return f"it needs a CUDA device, this is {platform}"
+    if dtype not in ("bfloat16", "float16"):
+        return f"it takes bfloat16 and float16, not {dtype}"
+    if any(width % 16 or not 16 <= width <= 256 for width in widths):
+        return f"it takes head widths that are multiples of 16 up to 256, not {widths}"
+    if platform == jax.default_backend():
+        found = getattr(jax.devices()[0], "compute_capability", "unknown")
+        if found != "9.0":
+            return f"it needs compute capability 9.0 (Hopper), this device has {found}"
+    return None
 
 
 def obstacle(q, k, v, extras: Extras, spec: Spec) -> str | None:
     """Why these kernels cannot serve a call, or None."""
     del extras, spec
-    if q.dtype not in (jnp.bfloat16, jnp.float16):
-        return f"it takes bfloat16 and float16, not {q.dtype}"
-    widths = (q.shape[-1], v.shape[-1])
-    if any(width % 16 or not 16 <= width <= 256 for width in widths):
-        return f"it takes head widths that are multiples of 16 up to 256, not {widths}"
     if 0 in (*q.shape, *k.shape):
         return "it takes no empty arrays"
-    if jax.default_backend() == "gpu":
-        found = getattr(jax.devices()[0], "compute_capability", "unknown")
-        if found != "9.0":
-            return f"it needs compute capability 9.0 (Hopper), this device has {found}"
-    return None
+    return unfit(dtype=str(q.dtype), widths=(q.shape[-1], v.shape[-1]), platform=target())
 
 
 def _processors() -> int:
@@ -127,6 +135,7 @@ def _forward(q, k, v, extras: Extras, plan: Plan):
         inside = jnp.arange(q.shape[1], dtype=jnp.int32)[None, :] < extras.query_lengths[:, None]
         out = jnp.where(inside[:, :, None, None], out, jnp.zeros((), out.dtype))
         lse = jnp.where(inside[:, None, :], lse, -jnp.inf)
+    out, lse = checkpoint_name(out, SAVED), checkpoint_name(lse, SAVED)
     return (out, lse), (q, k, v, extras, out, lse)
 
 
@@ -171,6 +180,7 @@ def attention(q, k, v, extras: Extras, *, spec: Spec) -> tuple[jax.Array, jax.Ar
         spec=spec,
         forward=forward_tiles(q.shape, v.shape, spec),
         backward=backward_tiles(q.shape, v.shape, spec),
-        processors=_processors(),
+        processors=2 if interpreting() else _processors(),
+        interpret=interpreting(),
     )
     return run(*clean(q, k, v, extras), extras, plan)

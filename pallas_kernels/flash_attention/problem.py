@@ -11,7 +11,10 @@ import jax.numpy as jnp
 
 from pallas_kernels.errors import ShapeError
 
-__all__ = ["Extras", "Spec", "Window", "pose"]
+__all__ = ["SAVED", "Extras", "Spec", "Window", "pose"]
+
+SAVED = "flash_attention"
+"""Name of what a backward needs of its forward: a remat policy that saves it runs that once."""
 
 # (left, right): a query sees keys from `left` before its own position to `right` after it.
 Window = tuple[int | None, int | None]
