@@ -14,7 +14,7 @@ __all__ = ["Layout", "Matrices", "Policy", "Remat"]
 Layout = Literal["scan", "unrolled", "runs"]
 Matrices = Literal["canonical", "in_out", "out_in"]
 Remat = Literal["none", "save_dots", "save_attention", "offload", "full"]
-AttentionKind = Literal["auto", "reference", "cudnn", "mosaic_gpu"]
+AttentionKind = Literal["auto", "reference", "cudnn", "mosaic_gpu", "mosaic_tpu"]
 LatentKind = Literal["auto", "plain", "absorbed"]
 ScanKind = Literal["auto", "reference", "chunked"]
 

@@ -166,6 +166,7 @@ IMPLEMENTATIONS = {
     "reference": reference,
     "cudnn": _cudnn,
     "mosaic_gpu": functools.partial(flash, implementation="mosaic_gpu"),
+    "mosaic_tpu": functools.partial(flash, implementation="mosaic_tpu"),
 }
 
 
@@ -181,18 +182,19 @@ def _cudnn_obstacle(call: Call) -> str | None:
     return None
 
 
-def _mosaic_gpu_obstacle(call: Call) -> str | None:
+def _flash_obstacle(name: str, call: Call) -> str | None:
     widths = (call.head_dim, call.value_dim or call.head_dim)
-    reason = unfit("mosaic_gpu", dtype=call.dtype, widths=widths, platform=call.platform)
+    reason = unfit(name, dtype=call.dtype, widths=widths, platform=call.platform)
     if reason is None and call.form == "dense":
-        return "mosaic_gpu takes masks that are a band of positions, with segments and lengths"
-    return reason and f"mosaic_gpu: {reason}"
+        return f"{name} takes masks that are a band of positions, with segments and lengths"
+    return reason and f"{name}: {reason}"
 
 
 _OBSTACLES = {
     "reference": lambda call: None,
     "cudnn": _cudnn_obstacle,
-    "mosaic_gpu": _mosaic_gpu_obstacle,
+    "mosaic_gpu": functools.partial(_flash_obstacle, "mosaic_gpu"),
+    "mosaic_tpu": functools.partial(_flash_obstacle, "mosaic_tpu"),
 }
 _FEWEST_QUERIES = 64
 """Below, a flash kernel's tile of rows is nearly empty."""
@@ -201,6 +203,8 @@ _FEWEST_QUERIES = 64
 def _automatic(call: Call) -> Choice:
     if call.platform == "interpreter":
         return Choice("reference", "the interpreter runs kernels by name only")
+    if call.platform == "tpu":
+        return Choice("reference", "mosaic_tpu has never run on a TPU: it is there by name")
     reasons = {name: obstacle(call) for name, obstacle in _OBSTACLES.items()}
     cudnn = reasons["cudnn"]
     if cudnn is None and call.form == "plain":

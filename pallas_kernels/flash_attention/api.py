@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from pallas_kernels.errors import UnsupportedError
-from pallas_kernels.flash_attention import cudnn, hopper
+from pallas_kernels.flash_attention import cudnn, hopper, tpu
 from pallas_kernels.flash_attention.problem import SAVED, Extras, Spec, Window, pose
 from pallas_kernels.flash_attention.reference import reference
 from pallas_kernels.target import target
@@ -32,13 +32,14 @@ def _always(*_) -> None:
 # name -> (run(q, k, v, extras, spec=...) -> (out, lse or None), obstacle(q, k, v, extras, spec))
 IMPLEMENTATIONS = {
     "mosaic_gpu": (hopper.attention, hopper.obstacle),
+    "mosaic_tpu": (tpu.attention, tpu.obstacle),
     "cudnn": (cudnn.attention, cudnn.obstacle),
     "reference": (reference, _always),
 }
 _ORDER = tuple(IMPLEMENTATIONS)
 
 
-_UNFIT = {"mosaic_gpu": hopper.unfit}
+_UNFIT = {"mosaic_gpu": hopper.unfit, "mosaic_tpu": tpu.unfit}
 
 
 def unfit(

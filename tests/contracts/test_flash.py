@@ -64,7 +64,13 @@ def lowered(function, *args):
 
 
 @pytest.mark.parametrize(
-    ("remat", "kernels"), [("none", 3), ("save_attention", 3), ("save_dots", 3), ("full", 4)]
+    ("remat", "kernels"),
+    [
+        ("save_attention", 3),
+        pytest.param("none", 3, marks=pytest.mark.slow),
+        pytest.param("save_dots", 3, marks=pytest.mark.slow),
+        pytest.param("full", 4, marks=pytest.mark.slow),
+    ],
 )
 def test_a_training_step_runs_each_forward_once_unless_told_otherwise(remat, kernels):
     policy = dataclasses.replace(POLICY, remat=remat)

@@ -5,11 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxllm.core.mesh import make_mesh
+from jaxllm.core.policy import Policy
 from jaxllm.errors import ConfigError, UnsupportedError
 from jaxllm.ops.attention import Call, Scores, attention, choose
 from jaxllm.ops.flash import band, form
 from jaxllm.ops.mask import Visibility
 from jaxllm.spec.mask import And, Causal, Chunk, Full, Global, Or, Prefix, Window
+from jaxllm.state.attend import spread
 from pallas_kernels.target import targeting
 
 LOCAL = And(first=Causal(), second=Window(left=9, right=3))
@@ -185,3 +188,50 @@ def test_a_chunk_over_a_cache_is_the_references():
     with targeting("interpreter"):
         found = cached("mosaic_gpu")
     assert far(found, cached("reference")) < 0.02
+
+
+@pytest.mark.parametrize("name", ["packed, window"])
+def test_the_tpu_kernels_in_value_and_gradient(name):
+    see, scores = CASES[name]
+    with targeting("interpreter"):
+        found = gradients(see, scores, "mosaic_tpu")
+    wanted = gradients(see, scores, "reference")
+    assert max(far(*pair) for pair in zip(found, wanted, strict=True)) < 0.02
+
+
+def test_the_tpu_kernels_over_a_cache():
+    with targeting("interpreter"):
+        found = cached("mosaic_tpu")
+    assert far(found, cached("reference")) < 0.02
+
+
+def test_a_tpu_takes_kernels_by_name():
+    assert on_gpu(platform="tpu").name == "reference"
+    assert on_gpu("mosaic_tpu", platform="tpu", dtype="float32").name == "mosaic_tpu"
+    with pytest.raises(UnsupportedError, match="needs a TPU, this is gpu"):
+        on_gpu("mosaic_tpu")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("axes", [{"data": 2, "tensor": 2}, {"fsdp": 2, "data": 2, "tensor": 2}])
+def test_spread_over_a_mesh_it_is_what_one_device_gives(axes):
+    q, k, v = draw(batch=4, heads=4, kv_heads=2)
+    see = Visibility(rows(48, 4), rows(48, 4), aligned=True)
+
+    def run(implementation):
+        policy = Policy(attention=implementation)
+
+        def loss(q, k, v):
+            out = spread(q, k, v, see, scores=Scores(scale=0.125), policy=policy)
+            return jnp.sum(jnp.sin(out.astype(jnp.float32)))
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(q, k, v)
+
+    wanted = run("reference")
+    with targeting("interpreter"):
+        one = run("mosaic_tpu")
+        with jax.set_mesh(make_mesh(axes)):
+            many = run("mosaic_tpu")
+    for found, alone, right in zip(many, one, wanted, strict=True):
+        assert np.array_equal(np.asarray(found, np.float32), np.asarray(alone, np.float32))
+        assert far(found, right) < 0.02
