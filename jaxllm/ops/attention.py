@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float
 from jaxllm.core.config import nearest
 from jaxllm.core.logging import note_once
 from jaxllm.errors import ConfigError, ShapeError, UnsupportedError
-from jaxllm.ops.flash import Form, flash, form, unfit
+from jaxllm.ops.flash import Form, flash, form, obstacle
 from jaxllm.ops.mask import Visibility, visible
 from jaxllm.spec.mask import Full
 from jaxllm.typing import AnyArray, Slot
@@ -184,7 +184,7 @@ def _cudnn_obstacle(call: Call) -> str | None:
 
 def _flash_obstacle(name: str, call: Call) -> str | None:
     widths = (call.head_dim, call.value_dim or call.head_dim)
-    reason = unfit(name, dtype=call.dtype, widths=widths, platform=call.platform)
+    reason = obstacle(name, dtype=call.dtype, widths=widths, platform=call.platform)
     if reason is None and call.form == "dense":
         return f"{name} takes masks that are a band of positions, with segments and lengths"
     return reason and f"{name}: {reason}"
@@ -205,12 +205,12 @@ def _automatic(call: Call) -> Choice:
         return Choice("reference", "the interpreter runs kernels by name only")
     if call.platform == "tpu":
         return Choice("reference", "mosaic_tpu has never run on a TPU: it is there by name")
-    reasons = {name: obstacle(call) for name, obstacle in _OBSTACLES.items()}
-    cudnn = reasons["cudnn"]
+    cudnn = _cudnn_obstacle(call)
     if cudnn is None and call.form == "plain":
         return Choice("cudnn", "fused on a CUDA device, reads only the filled part of a cache")
-    if reasons["mosaic_gpu"] is None and call.queries >= _FEWEST_QUERIES:
-        return Choice("mosaic_gpu", cudnn or "cudnn would read who sees whom pair by pair")
+    if call.platform == "gpu" and call.queries >= _FEWEST_QUERIES:
+        if _flash_obstacle("mosaic_gpu", call) is None:
+            return Choice("mosaic_gpu", cudnn or "cudnn would read who sees whom pair by pair")
     if cudnn is None:
         return Choice("cudnn", "fused on a CUDA device, with a mask that says pair by pair")
     return Choice("reference", cudnn)
@@ -234,11 +234,9 @@ def choose(implementation: str, call: Call) -> Choice:
             f"attention {implementation!r} is unknown; "
             f"{nearest(implementation, ('auto', *IMPLEMENTATIONS))}"
         )
-    obstacle = _OBSTACLES[implementation](call)
-    if obstacle:
-        raise UnsupportedError(
-            f"attention {implementation!r}: {obstacle}; use 'reference' or 'auto'"
-        )
+    reason = _OBSTACLES[implementation](call)
+    if reason:
+        raise UnsupportedError(f"attention {implementation!r}: {reason}; use 'reference' or 'auto'")
     return Choice(implementation, "named")
 
 

@@ -10,9 +10,8 @@ from jaxtyping import Array, Float
 
 from jaxllm.ops.mask import Visibility
 from jaxllm.spec.mask import And, Causal, Full, Global, Mask, Or, Prefix, Window
-from pallas_kernels.flash_attention import SAVED, flash_attention, unfit
 
-__all__ = ["SAVED", "Form", "band", "flash", "form", "unfit"]
+__all__ = ["Form", "band", "flash", "form", "obstacle"]
 
 Form = Literal["plain", "band", "dense"]
 """How a kernel may be told who sees whom: whole rows, causal or not, or one query over the filled
@@ -72,6 +71,13 @@ def form(see: Visibility, length: int) -> Form:
     return "band" if see.aligned or see.runs or see.slots else "dense"
 
 
+def obstacle(implementation: str, *, dtype: str, widths: tuple[int, int], platform: str):
+    """Why a kernel cannot serve a kind of call, or None; see `unfit` of the kernels' package."""
+    from pallas_kernels.flash_attention import unfit  # Pallas takes a third of a second to import
+
+    return unfit(implementation, dtype=dtype, widths=widths, platform=platform)
+
+
 def flash(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
@@ -89,6 +95,8 @@ def flash(
       scores: scale, soft-cap and sinks.
       implementation: a name of `pallas_kernels.flash_attention.IMPLEMENTATIONS`.
     """
+    from pallas_kernels.flash_attention import flash_attention
+
     sides = band(see.mask, marked=see.marks is not None)
     assert sides is not None
     lengths = see.key_lengths

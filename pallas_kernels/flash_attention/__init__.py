@@ -2,11 +2,10 @@
 
 from pallas_kernels.flash_attention.api import (
     IMPLEMENTATIONS,
-    SAVED,
     Choice,
     explain,
     flash_attention,
     unfit,
 )
 
-__all__ = ["IMPLEMENTATIONS", "SAVED", "Choice", "explain", "flash_attention", "unfit"]
+__all__ = ["IMPLEMENTATIONS", "Choice", "explain", "flash_attention", "unfit"]

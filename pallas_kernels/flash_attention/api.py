@@ -10,11 +10,11 @@ import jax
 
 from pallas_kernels.errors import UnsupportedError
 from pallas_kernels.flash_attention import cudnn, hopper, tpu
-from pallas_kernels.flash_attention.problem import SAVED, Extras, Spec, Window, pose
+from pallas_kernels.flash_attention.problem import Extras, Spec, Window, pose
 from pallas_kernels.flash_attention.reference import reference
 from pallas_kernels.target import target
 
-__all__ = ["IMPLEMENTATIONS", "SAVED", "Choice", "explain", "flash_attention", "unfit"]
+__all__ = ["IMPLEMENTATIONS", "Choice", "explain", "flash_attention", "unfit"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,8 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_batching import custom_vmap
 
-from pallas_kernels.flash_attention.problem import SAVED, Extras, Spec
+from pallas_kernels.flash_attention.problem import Extras, Spec
+from pallas_kernels.residuals import FLASH_ATTENTION
 
 __all__ = ["Plan", "clean", "run"]
 
@@ -113,7 +114,7 @@ def _forward(q, k, v, extras: Extras, plan: Plan):
         inside = jnp.arange(q.shape[1], dtype=jnp.int32)[None, :] < extras.query_lengths[:, None]
         out = jnp.where(inside[:, :, None, None], out, jnp.zeros((), out.dtype))
         lse = jnp.where(inside[:, None, :], lse, -jnp.inf)
-    out, lse = checkpoint_name(out, SAVED), checkpoint_name(lse, SAVED)
+    out, lse = checkpoint_name(out, FLASH_ATTENTION), checkpoint_name(lse, FLASH_ATTENTION)
     return (out, lse), (q, k, v, extras, out, lse)
 
 

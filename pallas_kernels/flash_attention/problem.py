@@ -11,10 +11,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.errors import ShapeError
 
-__all__ = ["SAVED", "Extras", "Spec", "Window", "pose"]
-
-SAVED = "flash_attention"
-"""Name of what a backward needs of its forward: a remat policy that saves it runs that once."""
+__all__ = ["Extras", "Spec", "Window", "pose"]
 
 # (left, right): a query sees keys from `left` before its own position to `right` after it.
 Window = tuple[int | None, int | None]
