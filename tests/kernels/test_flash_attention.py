@@ -1,10 +1,13 @@
 """Flash attention on the CPU: the reference, the arguments, the Hopper kernels interpreted and
 lowered."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.errors import ShapeError, UnsupportedError
 from pallas_kernels.flash_attention import explain, flash_attention
@@ -15,6 +18,7 @@ from tests.kernels.attention import (
     FEATURES,
     LENGTHS,
     arguments,
+    both,
     by_name,
     case,
     errors,
@@ -183,3 +187,25 @@ def test_every_pair_of_lengths_is_served() -> None:
         with targeting("gpu"):
             out = jax.eval_shape(lambda *a, o=options: by_name("mosaic_gpu")(*a, o)[0], *qkv)
         assert out.shape == qkv[0].shape
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_loose")
+def test_no_races(monkeypatch) -> None:
+    """By the interpreter's vector clocks, in each of the three kernels."""
+    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+
+    states, plain_state = [], gpu_callbacks.GPURaceDetectionState
+
+    def noted(**kwargs):
+        states.append(plain_state(**kwargs))
+        return states[-1]
+
+    checked = functools.partial(plgpu.InterpretGPUParams, detect_races=True)
+    monkeypatch.setattr(gpu_callbacks, "GPURaceDetectionState", noted)
+    monkeypatch.setattr(plgpu, "InterpretGPUParams", checked)
+    one, forward, backward = INTERPRETED["causal"]
+    qkv, options = arguments(one, jnp.bfloat16)
+    weights = np.ones(qkv[0].shape, np.float32)
+    jax.block_until_ready(both(interpreted(forward, backward), qkv, options, weights))
+    assert [state.races_found for state in states] == [False, False, False]
