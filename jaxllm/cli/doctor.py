@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -82,17 +83,28 @@ def _host_free_bytes() -> int | None:
     return next((int(x.split()[1]) * 1024 for x in lines if x.startswith("MemAvailable")), None)
 
 
+_ATTENTION: dict[str, dict[str, Any]] = {
+    "attention": {},
+    "attention, packed rows or a window": {"form": "band"},
+    "attention, soft-cap or sinks": {"softcap": True},
+    "attention, other masks": {"form": "dense"},
+}
+
+
 def _choices() -> dict[str, str]:
     try:
         import jax
 
         from jaxllm.infer.open import run_policy
-        from jaxllm.ops.attention import choose
+        from jaxllm.ops.attention import Call, choose
 
         policy = run_policy()
         platform, dtype = jax.default_backend(), policy.compute_dtype
-        choice = choose("auto", platform=platform, dtype=dtype, head_dim=64)
-        out = {"attention": f"{choice.name} ({choice.why})"}
+        call = Call(platform=platform, dtype=dtype, head_dim=64)
+        out = {}
+        for name, changes in _ATTENTION.items():
+            choice = choose("auto", dataclasses.replace(call, **changes))
+            out[name] = f"{choice.name} ({choice.why})"
         out["matmul"] = f"XLA's own in {dtype} (no kernel of ours covers this device yet)"
         fused = ", fused projections" if policy.fused else ""
         out["weights"] = f"{policy.param_dtype}, {policy.layout} layers{fused}"

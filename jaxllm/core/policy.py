@@ -15,7 +15,7 @@ Layout = Literal["scan", "unrolled", "runs"]
 Matrices = Literal["canonical", "in_out", "out_in"]
 Codes = Literal["values", "planes"]
 Remat = Literal["none", "save_dots", "save_attention", "offload", "full"]
-AttentionKind = Literal["auto", "reference", "cudnn"]
+AttentionKind = Literal["auto", "reference", "cudnn", "mosaic_gpu", "mosaic_tpu"]
 LatentKind = Literal["auto", "plain", "absorbed"]
 ScanKind = Literal["auto", "reference", "chunked"]
 

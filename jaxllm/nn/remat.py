@@ -11,6 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from jaxllm.core.policy import Remat
+from pallas_kernels.residuals import FLASH_ATTENTION
 
 __all__ = ["keep", "remat"]
 
@@ -30,7 +31,7 @@ def _attention(primitive: Any, *_: Any, **__: Any) -> bool:
 
 
 def _saved(*kinds: str) -> Callable[..., Any]:
-    names = _policies.save_only_these_names(*kinds)
+    names = _policies.save_only_these_names(*kinds, FLASH_ATTENTION)
     return _policies.save_from_both_policies(names, _attention)
 
 
@@ -39,7 +40,7 @@ def _offload(primitive: Any, *args: Any, **params: Any) -> Any:
 
 
 _to_host = _policies.save_and_offload_only_these_names(
-    names_which_can_be_saved=[],
+    names_which_can_be_saved=[FLASH_ATTENTION],
     names_which_can_be_offloaded=["dot", "attention"],
     offload_src="device",
     offload_dst="pinned_host",

@@ -16,13 +16,39 @@ from jaxtyping import Array, Bool, Float
 from jaxllm.core.config import nearest
 from jaxllm.core.logging import note_once
 from jaxllm.errors import ConfigError, ShapeError, UnsupportedError
+from jaxllm.ops.flash import Form, flash, form, obstacle
 from jaxllm.ops.mask import Visibility, visible
-from jaxllm.spec.mask import Causal
+from jaxllm.spec.mask import Full
 from jaxllm.typing import AnyArray, Slot
+from pallas_kernels.target import target
 
 _WIDE = jnp.float32
 
-__all__ = ["IMPLEMENTATIONS", "Choice", "Scores", "attention", "choose", "reference"]
+__all__ = ["IMPLEMENTATIONS", "Call", "Choice", "Scores", "attention", "choose", "reference"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Call:
+    """What decides which implementation can serve.
+
+    Attributes:
+      platform: `cpu`, `gpu`, `tpu`, or `interpreter` for kernels on a CPU.
+      dtype: name of q's dtype.
+      head_dim: H.
+      value_dim: Hv, if it is another.
+      queries: T.
+      form: how a kernel may be told who sees whom.
+      softcap, sinks: whether there are any.
+    """
+
+    platform: str
+    dtype: str
+    head_dim: int
+    value_dim: int | None = None
+    queries: int = 1024
+    form: Form = "plain"
+    softcap: bool = False
+    sinks: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,12 +144,11 @@ def _cudnn(
     scores: Scores,
 ) -> Float[Array, "B T N Hv"]:
     """cuDNN's fused attention through `jax.nn.dot_product_attention`."""
-    simple = see.query_segments is None and see.key_lengths is None
-    simple = simple and isinstance(see.mask, Causal)
-    whole = simple and see.aligned
-    one = simple and see.slots and q.shape[1] == 1
-    lengths = see.query_positions[:, 0] + 1 if one else None  # reads the filled slots only
-    mask = None if whole or one else visible(see, scores.heads)
+    plain = form(see, q.shape[1]) == "plain"
+    full = isinstance(see.mask, Full)
+    one = plain and not full and not see.aligned  # reads the filled slots only
+    lengths = see.query_positions[:, 0] + 1 if one else None
+    mask = None if plain else visible(see, scores.heads)
     with jax.numpy_dtype_promotion("standard"):
         return jax.nn.dot_product_attention(
             q,
@@ -131,56 +156,88 @@ def _cudnn(
             v,
             mask=mask,
             scale=scores.scale,
-            is_causal=whole,
+            is_causal=plain and not full and not one,
             key_value_seq_lengths=lengths,
             implementation="cudnn",
         )
 
 
-IMPLEMENTATIONS = {"reference": reference, "cudnn": _cudnn}
+IMPLEMENTATIONS = {
+    "reference": reference,
+    "cudnn": _cudnn,
+    "mosaic_gpu": functools.partial(flash, implementation="mosaic_gpu"),
+    "mosaic_tpu": functools.partial(flash, implementation="mosaic_tpu"),
+}
 
 
-def _cudnn_obstacle(platform: str, dtype: str, head_dim: int, plain: bool) -> str | None:
-    if platform not in ("gpu", "cuda"):
-        return f"cudnn needs a CUDA device, this is {platform}"
-    if dtype not in ("bfloat16", "float16"):
-        return f"cudnn takes bfloat16 and float16, not {dtype}"
-    if head_dim % 8 or head_dim > 256:
-        return f"cudnn takes head widths that are multiples of 8 up to 256, not {head_dim}"
-    if not plain:
+def _cudnn_obstacle(call: Call) -> str | None:
+    if call.platform != "gpu":
+        return f"cudnn needs a CUDA device, this is {call.platform}"
+    if call.dtype not in ("bfloat16", "float16"):
+        return f"cudnn takes bfloat16 and float16, not {call.dtype}"
+    if call.head_dim % 8 or call.head_dim > 256:
+        return f"cudnn takes head widths that are multiples of 8 up to 256, not {call.head_dim}"
+    if call.softcap or call.sinks or call.value_dim not in (None, call.head_dim):
         return "cudnn has no soft-cap, no sinks, and one width of keys and values"
     return None
 
 
+def _flash_obstacle(name: str, call: Call) -> str | None:
+    widths = (call.head_dim, call.value_dim or call.head_dim)
+    reason = obstacle(name, dtype=call.dtype, widths=widths, platform=call.platform)
+    if reason is None and call.form == "dense":
+        return f"{name} takes masks that are a band of positions, with segments and lengths"
+    return reason and f"{name}: {reason}"
+
+
+_OBSTACLES = {
+    "reference": lambda call: None,
+    "cudnn": _cudnn_obstacle,
+    "mosaic_gpu": functools.partial(_flash_obstacle, "mosaic_gpu"),
+    "mosaic_tpu": functools.partial(_flash_obstacle, "mosaic_tpu"),
+}
+_FEWEST_QUERIES = 64
+"""Below, a flash kernel's tile of rows is nearly empty."""
+
+
+def _automatic(call: Call) -> Choice:
+    if call.platform == "interpreter":
+        return Choice("reference", "the interpreter runs kernels by name only")
+    if call.platform == "tpu":
+        return Choice("reference", "mosaic_tpu has never run on a TPU: it is there by name")
+    cudnn = _cudnn_obstacle(call)
+    if cudnn is None and call.form == "plain":
+        return Choice("cudnn", "fused on a CUDA device, reads only the filled part of a cache")
+    if call.platform == "gpu" and call.queries >= _FEWEST_QUERIES:
+        if _flash_obstacle("mosaic_gpu", call) is None:
+            return Choice("mosaic_gpu", cudnn or "cudnn would read who sees whom pair by pair")
+    if cudnn is None:
+        return Choice("cudnn", "fused on a CUDA device, with a mask that says pair by pair")
+    return Choice("reference", cudnn)
+
+
 @functools.lru_cache(maxsize=256)
-def choose(
-    implementation: str, *, platform: str, dtype: str, head_dim: int, plain: bool = True
-) -> Choice:
-    """The implementation for a shape, and why.
+def choose(implementation: str, call: Call) -> Choice:
+    """The implementation for a call, and why.
 
     Args:
       implementation: `auto` or a name.
-      platform: `cpu`, `gpu` or `tpu`.
-      dtype: name of q's dtype.
-      head_dim: H.
-      plain: whether scores have neither soft-cap nor sinks, and keys and values one width.
+      call: what is asked for, and where.
 
     Raises:
       ConfigError: unknown name; UnsupportedError: a named choice that cannot be served.
     """
-    if implementation not in ("auto", *IMPLEMENTATIONS):
+    if implementation == "auto":
+        return _automatic(call)
+    if implementation not in IMPLEMENTATIONS:
         raise ConfigError(
             f"attention {implementation!r} is unknown; "
             f"{nearest(implementation, ('auto', *IMPLEMENTATIONS))}"
         )
-    obstacle = _cudnn_obstacle(platform, dtype, head_dim, plain)
-    if implementation == "cudnn" and obstacle:
-        raise UnsupportedError(f"attention 'cudnn': {obstacle}; use 'reference' or 'auto'")
-    if implementation != "auto":
-        return Choice(implementation, "named")
-    if obstacle:
-        return Choice("reference", obstacle)
-    return Choice("cudnn", "fused on a CUDA device, reads only the filled part of a cache")
+    reason = _OBSTACLES[implementation](call)
+    if reason:
+        raise UnsupportedError(f"attention {implementation!r}: {reason}; use 'reference' or 'auto'")
+    return Choice(implementation, "named")
 
 
 def attention(
@@ -199,13 +256,17 @@ def attention(
     """
     if q.shape[2] % k.shape[2] or k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0]:
         raise ShapeError(f"attention: q {q.shape}, k {k.shape} and v {v.shape} do not fit")
-    choice = choose(
-        implementation,
-        platform=jax.default_backend(),
+    call = Call(
+        platform=target(),
         dtype=str(q.dtype),
         head_dim=q.shape[-1],
-        plain=scores.softcap is None and scores.sinks is None and q.shape[-1] == v.shape[-1],
+        value_dim=v.shape[-1],
+        queries=q.shape[1],
+        form=form(see, q.shape[1]),
+        softcap=scores.softcap is not None,
+        sinks=scores.sinks is not None,
     )
+    choice = choose(implementation, call)
     if implementation == "auto":
         note_once(f"attention: {choice.name} ({choice.why})")
     return IMPLEMENTATIONS[choice.name](q, k, v, see, scores=scores)

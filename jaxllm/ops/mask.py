@@ -26,7 +26,10 @@ class Visibility:
       key_lengths: [B] integers or None; keys at or past the length are not there.
       mask: the declared mask.
       aligned: whether both positions are 0..T-1 in every row, so that structure says it all.
-      slots: whether key s stands at position s in every row, as in a dense cache.
+      slots: whether key s stands at position s in every row, as in a dense cache, and the queries'
+        positions rise by one.
+      runs: whether keys and queries are the same tokens, whose positions rise by one inside of each
+        segment, and each segment is one run.
       marks: [B, T] booleans or None; tokens, the same as the keys, that are global or of a prefix.
       heads: N, for masks that each head draws for itself.
     """
@@ -39,6 +42,7 @@ class Visibility:
     mask: Mask = dataclasses.field(default=Causal(), metadata={"static": True})
     aligned: bool = dataclasses.field(default=False, metadata={"static": True})
     slots: bool = dataclasses.field(default=False, metadata={"static": True})
+    runs: bool = dataclasses.field(default=False, metadata={"static": True})
     marks: Slot | None = None
     heads: int | None = dataclasses.field(default=None, metadata={"static": True})
 

@@ -145,6 +145,7 @@ def _among_new(step: Step, op: Attention | LatentAttention) -> Visibility:
         step.lengths if _sees_ahead(op.mask) else None,
         mask=op.mask,
         aligned=step.fresh,
+        runs=step.fresh or step.segment_ids is not None,
         marks=step.marks,
         heads=op.heads,
     )

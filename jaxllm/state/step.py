@@ -19,9 +19,10 @@ class Step:
     """Positions and boundaries of the new tokens of a batch.
 
     Attributes:
-      positions: [B, T] integers, the place of each token in its sequence.
-      segment_ids: [B, T] integers or None; packed documents see only their own. 0 is padding: it
-        enters no statistics.
+      positions: [B, T] integers, the place of each token in its sequence. With a state they rise
+        by one, and with segments by one inside of each segment that is not padding.
+      segment_ids: [B, T] integers or None; packed documents, each one run of tokens, see only
+        their own. 0 is padding: it enters no statistics.
       lengths: [B] integers or None; how many of the T tokens are real, the rest is padding.
       page_table: [B, P] integers or None; pages of a paged state.
       adapter_ids: [B] integers or None; 0 is no adapter.

@@ -9,11 +9,12 @@ from typing import Any
 import jax
 
 from pallas_kernels.errors import UnsupportedError
-from pallas_kernels.flash_attention import cudnn, hopper
+from pallas_kernels.flash_attention import cudnn, hopper, tpu
 from pallas_kernels.flash_attention.problem import Extras, Spec, Window, pose
 from pallas_kernels.flash_attention.reference import reference
+from pallas_kernels.target import target
 
-__all__ = ["IMPLEMENTATIONS", "Choice", "explain", "flash_attention"]
+__all__ = ["IMPLEMENTATIONS", "Choice", "explain", "flash_attention", "unfit"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,10 +32,28 @@ def _always(*_) -> None:
 # name -> (run(q, k, v, extras, spec=...) -> (out, lse or None), obstacle(q, k, v, extras, spec))
 IMPLEMENTATIONS = {
     "mosaic_gpu": (hopper.attention, hopper.obstacle),
+    "mosaic_tpu": (tpu.attention, tpu.obstacle),
     "cudnn": (cudnn.attention, cudnn.obstacle),
     "reference": (reference, _always),
 }
 _ORDER = tuple(IMPLEMENTATIONS)
+
+
+_UNFIT = {"mosaic_gpu": hopper.unfit, "mosaic_tpu": tpu.unfit}
+
+
+def unfit(
+    implementation: str, *, dtype: str, widths: tuple[int, int], platform: str | None = None
+) -> str | None:
+    """Why a kernel cannot serve a kind of call, or None: what can be said without its arrays.
+
+    Args:
+      implementation: the name of a kernel of this package.
+      dtype: name of the dtype of q, k and v.
+      widths: H and Hv.
+      platform: see `pallas_kernels.target`; by default what is traced for.
+    """
+    return _UNFIT[implementation](dtype=dtype, widths=widths, platform=platform or target())
 
 
 def _choose(implementation: str, q, k, v, extras: Extras, spec: Spec, lse: bool) -> Choice:
@@ -46,9 +65,7 @@ def _choose(implementation: str, q, k, v, extras: Extras, spec: Spec, lse: bool)
     if implementation == "auto":
         reasons = []
         for name in _ORDER:
-            # Off the device a kernel could be lowered, but not run.
-            away = name != "reference" and jax.default_backend() != "gpu"
-            reason = "there is no CUDA device" if away else obstacle(name)
+            reason = obstacle(name)
             if reason is None:
                 return Choice(name, "; ".join(reasons) or "the fastest")
             reasons.append(f"not {name}: {reason}")

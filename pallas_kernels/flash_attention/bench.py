@@ -1,12 +1,13 @@
 """python -m pallas_kernels.flash_attention.bench [part of a case's name …]: times every case.
 
 One JSON line a case, pass and implementation, and a table at the end. Peers run in the same
-process on the same drawn inputs.
+process on the same drawn inputs; tokamax is one of them where it is installed.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
 import sys
 
@@ -20,7 +21,28 @@ from pallas_kernels.flash_attention.timing import seconds
 
 __all__ = ["main", "measure"]
 
+IMPLEMENTATIONS = ("mosaic_gpu", "cudnn", "tokamax")
 CEILING_TFLOPS = 783.0  # an 8192^3 bf16 product of normal data on such a card
+
+
+def _tokamax(case: Shaped):
+    """tokamax's Mosaic kernel for a case."""
+    if importlib.util.find_spec("tokamax") is None:
+        raise UnsupportedError("tokamax is not installed")
+    import tokamax  # pyright: ignore[reportMissingImports]
+
+    return functools.partial(
+        tokamax.dot_product_attention,
+        is_causal=case.causal,
+        local_window_size=case.window,
+        logits_soft_cap=case.softcap,
+        implementation="mosaic",
+    )
+
+
+def _ours(case: Shaped, implementation: str):
+    options = {"causal": case.causal, "window": case.window, "softcap": case.softcap}
+    return functools.partial(flash_attention, implementation=implementation, **options)
 
 
 def _draw(case: Shaped, calls: int) -> list[tuple]:
@@ -38,8 +60,7 @@ def _draw(case: Shaped, calls: int) -> list[tuple]:
 
 def measure(case: Shaped, implementation: str, backward: bool) -> dict:
     """{us, spread_us, tflops, ceiling} of one pass; raises UnsupportedError."""
-    options = {"causal": case.causal, "window": case.window, "softcap": case.softcap}
-    run = functools.partial(flash_attention, implementation=implementation, **options)
+    run = _tokamax(case) if implementation == "tokamax" else _ours(case, implementation)
 
     def both(q, k, v, dout):
         out, pull = jax.vjp(run, q, k, v)
@@ -68,21 +89,24 @@ def main(words: list[str]) -> None:
             continue
         for backward in (False, True):
             rates = {}
-            for implementation in ("mosaic_gpu", "cudnn"):
+            for implementation in IMPLEMENTATIONS:
                 line = {"case": name, "pass": "fwd+bwd" if backward else "fwd", "device": device}
                 line["implementation"] = implementation
                 try:
                     found = measure(case, implementation, backward)
-                except UnsupportedError as error:
+                except (UnsupportedError, NotImplementedError) as error:
                     found = {"unsupported": str(error)}
                 rates[implementation] = found.get("tflops")
                 print(json.dumps(line | found), flush=True)
             table.append((name, line["pass"], rates))
-    print(f"\n{'case':28}{'pass':9}{'ours':>8}{'cudnn':>8}{'ratio':>7}   TFLOP/s on {device}")
+    names = "".join(f"{name:>12}" for name in IMPLEMENTATIONS)
+    print(f"\n{'case':28}{'pass':9}{names}{'to the best':>13}   TFLOP/s on {device}")
     for name, way, rates in table:
-        ours, peer = rates["mosaic_gpu"], rates["cudnn"]
-        ratio = f"{ours / peer:7.2f}" if ours and peer else "      –"
-        print(f"{name:28}{way:9}{ours or '–':>8}{peer or '–':>8}{ratio}")
+        ours, *peers = (rates[one] for one in IMPLEMENTATIONS)
+        best = max((peer for peer in peers if peer), default=None)
+        ratio = f"{ours / best:13.2f}" if ours and best else f"{'–':>13}"
+        shown = "".join(f"{rates[one] or '–':>12}" for one in IMPLEMENTATIONS)
+        print(f"{name:28}{way:9}{shown}{ratio}")
 
 
 if __name__ == "__main__":

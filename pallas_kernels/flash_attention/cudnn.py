@@ -6,12 +6,15 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.flash_attention.problem import Extras, Spec
+from pallas_kernels.target import target
 
 __all__ = ["attention", "obstacle"]
 
 
 def obstacle(q, k, v, extras: Extras, spec: Spec) -> str | None:
     """Why cuDNN cannot serve a call, or None."""
+    if target() != "gpu":
+        return f"it needs a CUDA device, this is {target()}"
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"it takes bfloat16 and float16, not {q.dtype}"
     if q.shape[-1] % 8 or q.shape[-1] > 256 or v.shape[-1] != q.shape[-1]:

@@ -1,38 +1,40 @@
-"""The Mosaic GPU kernels as one differentiable function that composes with jax's transforms."""
+"""The Mosaic GPU kernels as an implementation: what they serve, and their plan for a call."""
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.custom_batching import custom_vmap
 
-from pallas_kernels.flash_attention.mosaic_gpu import Tiles, forward
-from pallas_kernels.flash_attention.mosaic_gpu_backward import BackwardTiles, backward
+from pallas_kernels.flash_attention.differentiable import Plan, clean, run
+from pallas_kernels.flash_attention.mosaic_gpu import forward
+from pallas_kernels.flash_attention.mosaic_gpu_backward import backward
 from pallas_kernels.flash_attention.problem import Extras, Spec
 from pallas_kernels.flash_attention.tiles import backward_tiles, forward_tiles
+from pallas_kernels.target import interpreting, target
 
-__all__ = ["Plan", "attention", "clean", "obstacle", "run"]
+__all__ = ["attention", "obstacle", "unfit"]
+
+
+def unfit(*, dtype: str, widths: tuple[int, int], platform: str) -> str | None:
+    """Why these kernels cannot serve a kind of call, or None; see `unfit` of the package."""
+    if platform not in ("gpu", "interpreter"):
+        return f"it needs a CUDA device, this is {platform}"
+    if dtype not in ("bfloat16", "float16"):
+        return f"it takes bfloat16 and float16, not {dtype}"
+    if any(width % 16 or not 16 <= width <= 256 for width in widths):
+        return f"it takes head widths that are multiples of 16 up to 256, not {widths}"
+    if platform == jax.default_backend():
+        found = getattr(jax.devices()[0], "compute_capability", "unknown")
+        if found != "9.0":
+            return f"it needs compute capability 9.0 (Hopper), this device has {found}"
+    return None
 
 
 def obstacle(q, k, v, extras: Extras, spec: Spec) -> str | None:
     """Why these kernels cannot serve a call, or None."""
     del extras, spec
-    if q.dtype not in (jnp.bfloat16, jnp.float16):
-        return f"it takes bfloat16 and float16, not {q.dtype}"
-    widths = (q.shape[-1], v.shape[-1])
-    if any(width % 16 or not 16 <= width <= 256 for width in widths):
-        return f"it takes head widths that are multiples of 16 up to 256, not {widths}"
     if 0 in (*q.shape, *k.shape):
         return "it takes no empty arrays"
-    if jax.default_backend() == "gpu":
-        found = getattr(jax.devices()[0], "compute_capability", "unknown")
-        if found != "9.0":
-            return f"it needs compute capability 9.0 (Hopper), this device has {found}"
-    return None
+    return unfit(dtype=str(q.dtype), widths=(q.shape[-1], v.shape[-1]), platform=target())
 
 
 def _processors() -> int:
@@ -42,135 +44,9 @@ def _processors() -> int:
     return 132
 
 
-def _folded(function):
-    """`function` of arrays with a leading batch, made to take vmapped axes into that batch."""
-
-    @custom_vmap
-    def call(*arrays):
-        return function(*arrays)
-
-    @call.def_vmap
-    def rule(size, batched, *arrays):
-        def fold(x, is_batched):
-            x = x if is_batched else jnp.broadcast_to(x, (size, *x.shape))
-            return x.reshape(size * x.shape[1], *x.shape[2:])
-
-        leaves, tree = jax.tree.flatten(arrays)
-        marks = jax.tree.leaves(batched)
-        folded = jax.tree.unflatten(tree, [fold(*pair) for pair in zip(leaves, marks, strict=True)])
-        out = call(*folded)
-        out = jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]), out)
-        return out, jax.tree.map(lambda _: True, out)
-
-    return call
-
-
-def clean(q, k, v, extras: Extras):
-    """Zeros past the lengths: 0 * NaN would reach the sums."""
-
-    def upto(x, lengths):
-        if lengths is None:
-            return x
-        inside = jnp.arange(x.shape[1], dtype=jnp.int32)[None, :] < lengths[:, None]
-        return jnp.where(inside[:, :, None, None], x, jnp.zeros((), x.dtype))
-
-    return (
-        upto(q, extras.query_lengths),
-        upto(k, extras.key_lengths),
-        upto(v, extras.key_lengths),
-    )
-
-
-def _split(extras: Extras) -> tuple[Extras, jax.Array | None]:
-    """The arrays with a leading batch, and the sinks."""
-    kept = {name: getattr(extras, name) for name in extras.names if name != "sinks"}
-    return Extras(**kept), extras.sinks
-
-
-def _joined(extras: Extras, sinks) -> Extras:
-    return Extras(**{name: getattr(extras, name) for name in extras.names}, sinks=sinks)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Plan:
-    """The static part of one run: hashable."""
-
-    spec: Spec
-    forward: Tiles
-    backward: BackwardTiles
-    processors: int = 132
-    interpret: bool = False
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def run(q, k, v, extras: Extras, plan: Plan):
-    """(out, lse) by a plan; differentiable, and the vmapped axis joins the batch."""
-    return _forward(q, k, v, extras, plan)[0]
-
-
-def _options(plan: Plan) -> dict:
-    return {"spec": plan.spec, "processors": plan.processors, "interpret": plan.interpret}
-
-
-def _forward(q, k, v, extras: Extras, plan: Plan):
-    batched, sinks = _split(extras)
-    # Sinks ride along with a batch of their own, so that they may be vmapped too.
-    if sinks is not None:
-        sinks = jnp.broadcast_to(sinks, (q.shape[0], *sinks.shape))
-
-    def call(q, k, v, batched, sinks):
-        extras = _joined(batched, sinks)
-        return forward(q, k, v, extras, tiles=plan.forward, **_options(plan))
-
-    out, lse = _folded(call)(q, k, v, batched, sinks)
-    if extras.query_lengths is not None:
-        inside = jnp.arange(q.shape[1], dtype=jnp.int32)[None, :] < extras.query_lengths[:, None]
-        out = jnp.where(inside[:, :, None, None], out, jnp.zeros((), out.dtype))
-        lse = jnp.where(inside[:, None, :], lse, -jnp.inf)
-    return (out, lse), (q, k, v, extras, out, lse)
-
-
-def _backward(plan: Plan, residuals, gradients):
-    q, k, v, extras, out, lse = residuals
-    batched, sinks = _split(extras)
-
-    def call(q, k, v, batched, *both):
-        return backward(q, k, v, batched, *both, tiles=plan.backward, **_options(plan))
-
-    dout, dlse = gradients
-    if extras.query_lengths is not None:
-        inside = jnp.arange(q.shape[1], dtype=jnp.int32)[None, :] < extras.query_lengths[:, None]
-        dout = jnp.where(inside[:, :, None, None], dout, jnp.zeros((), dout.dtype))
-    dq, dk, dv, delta = _folded(call)(q, k, v, batched, (out, lse), (dout, dlse))
-    dsinks = None
-    if sinks is not None:
-        # A sink's weight is exp(sink - lse); it has no value, so its rise is -delta.
-        share = jnp.exp(sinks[None, :, None] - lse)
-        share = jnp.where(lse == -jnp.inf, 0.0, share)
-        dsinks = -jnp.sum(share * delta, axis=(0, 2))
-    return dq, dk, dv, _cotangents(extras, dsinks)
-
-
-def _cotangents(extras: Extras, dsinks) -> Extras:
-    """Cotangents in the structure of `extras`: none of integers."""
-
-    def of(name: str):
-        if name == "sinks":
-            return dsinks
-        return np.zeros(getattr(extras, name).shape, jax.dtypes.float0)
-
-    return Extras(**{name: of(name) for name in extras.names})
-
-
-run.defvjp(_forward, _backward)
-
-
 def attention(q, k, v, extras: Extras, *, spec: Spec) -> tuple[jax.Array, jax.Array]:
     """As `reference`."""
-    plan = Plan(
-        spec=spec,
-        forward=forward_tiles(q.shape, v.shape, spec),
-        backward=backward_tiles(q.shape, v.shape, spec),
-        processors=_processors(),
-    )
+    tiles = (forward_tiles(q.shape, v.shape, spec), backward_tiles(q.shape, v.shape, spec))
+    kind = {"processors": 2 if interpreting() else _processors(), "interpret": interpreting()}
+    plan = Plan(spec=spec, kernels=(forward, backward), tiles=tiles, options=tuple(kind.items()))
     return run(*clean(q, k, v, extras), extras, plan)

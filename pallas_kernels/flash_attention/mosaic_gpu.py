@@ -6,7 +6,7 @@ A tile is `consumers * block_q` rows of one query head. The memory warpgroup bri
 key and value blocks in turn into shared memory with TMA; each consumer warpgroup holds its rows'
 output in registers and walks over the blocks from the last to the first, so that the blocks which
 need a mask come first under a causal mask. Inside of a consumer the scores of the next block are
-multiplied while the softmax of this one runs; the two consumers take turns at the tensor core.
+multiplied while the softmax of this one runs.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.flash_attention.padding import pad
 from pallas_kernels.flash_attention.pieces import (
     CONSUMERS,
     LOG2E,
@@ -30,8 +31,6 @@ from pallas_kernels.flash_attention.pieces import (
     capped,
     drain,
     keeper,
-    named_barrier,
-    pad,
     swizzled,
 )
 from pallas_kernels.flash_attention.problem import Extras, Spec
@@ -49,8 +48,6 @@ class Tiles:
       block_kv: keys of one step, a multiple of 64 (32 and 16 also lower).
       stages: key and value blocks in flight.
       persistent: as many programs as processors, each walking over many tiles.
-      turns: consumers take turns at issuing products: True by memory barriers, "named" by the
-        hardware's numbered ones (not in the interpreter).
       share: the output leaves through q's memory, where there is no room for its own; the next
         tile's q then comes later. Needs H = Hv.
     """
@@ -59,7 +56,6 @@ class Tiles:
     block_kv: int = 128
     stages: int = 2
     persistent: bool = True
-    turns: bool | str = False
     share: bool = False
 
 
@@ -136,7 +132,7 @@ class Forward:
             peak, total = vector(0.0) + refs["sinks"][batch, head] * LOG2E, vector(1.0)
         return plgpu.layout_cast(peak, ROW), plgpu.layout_cast(total, ROW)
 
-    def compute(self, refs, smem, full, free, turn):
+    def compute(self, refs, smem, full, free):
         tiles, walk = self.tiles, self.walk
         wg = lax.axis_index("wg")
         q_smem = smem["q"].at[pl.ds(wg * tiles.block_q, tiles.block_q)]
@@ -147,21 +143,6 @@ class Forward:
             for slot in range(tiles.stages):
                 plgpu.barrier_arrive(free[name].at[slot])
         plgpu.barrier_arrive(free["q"])
-
-        def take_turn():
-            if tiles.turns == "named":
-                named_barrier("sync", wg + 8, 256)
-            elif tiles.turns:
-                plgpu.barrier_wait(turn.at[wg])
-
-        def pass_turn():
-            if tiles.turns == "named":
-                named_barrier("arrive", 9 - wg, 256)
-            elif tiles.turns:
-                plgpu.barrier_arrive(turn.at[1 - wg])
-
-        if tiles.turns:
-            pl.when(wg == 1)(pass_turn)
 
         def tile(index, step):
             batch, row, head = self.shape.tile(self.walk, index)
@@ -190,11 +171,9 @@ class Forward:
                 slot = slot_of(0)
                 plgpu.barrier_wait(full["q"])
                 await_keys(0)
-                take_turn()
 
                 def product(scores):
                     plgpu.wgmma(scores, q_smem, smem["k"].at[slot].T)
-                    pass_turn()
                     return scores[...]
 
                 scores = pl.run_scoped(product, plgpu.ACC(shape, jnp.float32))
@@ -212,11 +191,9 @@ class Forward:
                     slot, before = slot_of(i), slot_of(i - 1)
 
                     def products(scores):
-                        take_turn()
                         plgpu.wgmma(scores, q_smem, smem["k"].at[slot].T)
                         plgpu.barrier_wait(full["v"].at[before])
                         spare.add(acc, weights, smem["v"].at[before])
-                        pass_turn()
                         return plgpu.wgmma_accumulator_load(scores, wait_n=1)
 
                     scores = pl.run_scoped(products, plgpu.ACC(shape, jnp.float32))
@@ -259,9 +236,6 @@ class Forward:
             return step + (high - low)
 
         self.shape.for_tiles(self.walk, self.ctas, tile, jnp.int32(0))
-        if tiles.turns:  # the last turn, which nobody took
-            pl.when(wg == 0)(take_turn)
-
         plgpu.wait_smem_to_gmem(0)
 
     def finish(self, refs, o_smem, lse_smem, place, sums):
@@ -294,7 +268,7 @@ class Forward:
         }
         square = (tiles.block_q, tiles.block_kv)
         sums = (tiles.block_q, value_width)
-        smem |= Spare.kinds(self.shape.interpret, self.shape.dtype, square, sums)
+        smem |= Spare.kinds(self.shape, square, sums)
         if not tiles.share:
             smem["o"] = swizzled((CONSUMERS, tiles.block_q, value_width), self.shape.dtype)
         full = {"q": plgpu.Barrier(), "k": None, "v": None}
@@ -302,22 +276,21 @@ class Forward:
         for name in ("k", "v"):
             full[name] = plgpu.Barrier(num_barriers=stages)
             free[name] = plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=stages)
-        turn = plgpu.Barrier(num_barriers=CONSUMERS) if tiles.turns is True else None
 
-        def scoped(smem, full, free, turn):
+        def scoped(smem, full, free):
             wg = lax.axis_index("wg")
 
             @pl.when(wg < CONSUMERS)
             def _():
                 plgpu.set_max_registers(240, action="increase")
-                self.compute(refs, smem, full, free, turn)
+                self.compute(refs, smem, full, free)
 
             @pl.when(wg == CONSUMERS)
             def _():
                 plgpu.set_max_registers(24, action="decrease")
                 self.load(refs, smem, full, free)
 
-        pl.run_scoped(scoped, smem, full, free, turn, collective_axes="wg")
+        pl.run_scoped(scoped, smem, full, free, collective_axes="wg")
 
 
 def forward(

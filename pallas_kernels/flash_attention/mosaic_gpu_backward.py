@@ -19,6 +19,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.flash_attention.padding import pad
 from pallas_kernels.flash_attention.pieces import (
     COLUMN,
     CONSUMERS,
@@ -31,7 +32,6 @@ from pallas_kernels.flash_attention.pieces import (
     capped,
     drain,
     keeper,
-    pad,
     swizzled,
 )
 from pallas_kernels.flash_attention.problem import Extras, Spec
@@ -191,7 +191,7 @@ class KeyValueGradients:
             "stats": plgpu.SMEM((stages, 2, block), jnp.float32),
         }
         sums = ((64, shape.width), (64, shape.value_width))
-        smem |= Spare.kinds(shape.interpret, shape.dtype, (64, block), *sums)
+        smem |= Spare.kinds(shape, (64, block), *sums)
         full = {
             "k": plgpu.Barrier(),
             "v": plgpu.Barrier(),
@@ -333,7 +333,7 @@ class QueryGradients:
             "v": swizzled((stages["v"], walk.block, shape.value_width), shape.dtype),
         }
         sums = (64, shape.width)
-        smem |= Spare.kinds(shape.interpret, shape.dtype, (64, walk.block), sums)
+        smem |= Spare.kinds(shape, (64, walk.block), sums)
         if not self.tiles.share:
             smem["dq"] = swizzled((CONSUMERS, 64, shape.width), shape.dtype)
         full = {"q": plgpu.Barrier(num_arrivals=3)}

@@ -12,8 +12,6 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import llvm
 
 from pallas_kernels.flash_attention.problem import Spec
 from pallas_kernels.flash_attention.ranges import Walk
@@ -30,8 +28,6 @@ __all__ = [
     "capped",
     "drain",
     "iota",
-    "named_barrier",
-    "pad",
     "same_segment",
     "swizzled",
 ]
@@ -83,12 +79,12 @@ class Spare:
     stage: object | None = None
 
     @staticmethod
-    def kinds(interpret: bool, dtype, stage: tuple[int, int], *sums: tuple[int, int]) -> dict:
+    def kinds(shape: Shape, stage: tuple[int, int], *sums: tuple[int, int]) -> dict:
         """What to allocate, by name."""
-        if not interpret:
+        if not shape.interpret:
             return {}
         kinds = {f"sum{i}": plgpu.SMEM((CONSUMERS, *x), jnp.float32) for i, x in enumerate(sums)}
-        return kinds | {"stage": swizzled((CONSUMERS, *stage), dtype)}
+        return kinds | {"stage": swizzled((CONSUMERS, *stage), shape.dtype)}
 
     @classmethod
     def of(cls, smem: dict, wg) -> Spare:
@@ -131,22 +127,6 @@ def drain(free: dict) -> None:
             plgpu.barrier_wait(barrier.at[slot])
 
 
-def named_barrier(action: str, index, threads: int) -> None:
-    """`bar.sync` or `bar.arrive` of the hardware's numbered barriers; not in the interpreter."""
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WG_SPLAT,))
-    def run(_, index):
-        llvm.inline_asm(
-            ir.Type.parse("!llvm.void"),
-            [index.registers[()]],
-            f"bar.{action} $0, {threads};",
-            "r",
-            has_side_effects=True,
-        )
-
-    run(index)
-
-
 def keeper(walk: Walk, refs, batch, rows):
     """Which pairs of a block see each other: a function of the block's first column.
 
@@ -184,15 +164,6 @@ def same_segment(refs, names, place, shape, seen):
         ids.append(along(plgpu.load(where, layout=layout, optimized=False), shape, dim))
     same = ids[0] == ids[1]
     return same if seen is None else seen & same
-
-
-def pad(x: jax.Array, axis: int, to: int, value: int | float = 0) -> jax.Array:
-    """Appends `value` along an axis up to the next multiple of `to`."""
-    short = -x.shape[axis] % to
-    if not short:
-        return x
-    widths = [(0, short if i == axis else 0) for i in range(x.ndim)]
-    return jnp.pad(x, widths, constant_values=value)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -168,6 +168,33 @@ class Walk:
         full_high = jnp.clip(full_high, full_low, high)
         return low, full_low, full_high, high
 
+    def _bands(self, info):
+        """`_band` of every tile of a sequence, from its row of `info`."""
+        facts = (
+            self.spec.offset if self.spec.offset is not None else info[0],
+            info[1] if "query_lengths" in self.names else self.queries,
+            info[2] if "key_lengths" in self.names else self.keys,
+        )
+        return self._band(jnp.arange(self.tiles, dtype=jnp.int32), facts)
+
+    @property
+    def most(self) -> int:
+        """Blocks that a tile visits at most."""
+        if self.spec.left is None or self.spec.right is None:
+            return self.blocks
+        seen = self.tile + self.spec.left + self.spec.right
+        return min(self.blocks, (seen + self.block - 2) // self.block + 1)
+
+    def every(self, extras: Extras) -> jax.Array:
+        """`bounds` of every tile, segments or not: int32 [B, tiles * 4]."""
+        table = self.table(extras)
+        if table is not None:
+            return table
+        info = self.info(extras)
+        if info is None:
+            info = jnp.zeros((self.batch, 4), jnp.int32)
+        return jax.vmap(lambda one: jnp.stack(self._bands(one), axis=1).reshape(-1))(info)
+
     def info(self, extras: Extras) -> jax.Array | None:
         """What `facts` reads: int32 [B, 4]."""
         if not ({"offset"} | _LENGTHS) & set(self.names):
@@ -196,13 +223,7 @@ class Walk:
 
         def one(meet, same, info):
             """One sequence's tiles."""
-            facts = (
-                self.spec.offset if self.spec.offset is not None else info[0],
-                info[1] if "query_lengths" in self.names else self.queries,
-                info[2] if "key_lengths" in self.names else self.keys,
-            )
-            tile = jnp.arange(self.tiles, dtype=jnp.int32)
-            low, full_low, full_high, high = self._band(tile, facts)
+            low, full_low, full_high, high = self._bands(info)
             block = jnp.arange(self.blocks, dtype=jnp.int32)[None, :]
             meet = meet & (block >= low[:, None]) & (block < high[:, None])
             full = same & (block >= full_low[:, None]) & (block < full_high[:, None])

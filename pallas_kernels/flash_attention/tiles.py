@@ -8,6 +8,8 @@ from pallas_kernels.flash_attention.problem import Spec
 
 __all__ = ["backward_tiles", "forward_tiles"]
 
+_SHORT = 1024  # queries of a row
+
 
 def forward_tiles(q: tuple[int, ...], v: tuple[int, ...], spec: Spec) -> Tiles:
     """Tiles of the forward for q's and v's shapes."""
@@ -16,6 +18,8 @@ def forward_tiles(q: tuple[int, ...], v: tuple[int, ...], spec: Spec) -> Tiles:
         return Tiles(block_kv=64, share=q[-1] == v[-1])
     if width > 128:
         return Tiles(block_kv=64)
+    if width <= 64 and q[1] <= _SHORT:
+        return Tiles(persistent=False)
     if width <= 64:
         return Tiles(stages=4)
     return Tiles()

@@ -15,7 +15,7 @@ from jaxllm.data.shards import Shards, ShardWriter
 from jaxllm.errors import UnsupportedError
 from jaxllm.nn import api
 from jaxllm.nn.decoder import Inputs
-from jaxllm.ops.attention import IMPLEMENTATIONS, choose
+from jaxllm.ops.attention import IMPLEMENTATIONS, Call, choose
 from jaxllm.ops.loss import LossOptions
 from jaxllm.spec.model import ModelSpec
 from jaxllm.state.step import training_step
@@ -32,7 +32,7 @@ def served(platform: str, dtype: str, head_dim: int) -> list[str]:
     out = []
     for name in IMPLEMENTATIONS:
         try:
-            choose(name, platform=platform, dtype=dtype, head_dim=head_dim)
+            choose(name, Call(platform=platform, dtype=dtype, head_dim=head_dim, form="band"))
         except UnsupportedError:
             continue
         out.append(name)

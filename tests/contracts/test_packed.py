@@ -30,8 +30,9 @@ ON_CPU = served("cpu", "float32", 8)
 
 
 def test_every_implementation_is_covered():
-    """Here, or in tests/device on a GPU, which asks `served` with that platform."""
-    assert set(ON_CPU) | set(served("gpu", "bfloat16", 64)) == set(IMPLEMENTATIONS)
+    """Here, in tests/device on a GPU, which asks `served` with that platform, or as an op alone."""
+    elsewhere = served("gpu", "bfloat16", 64) + served("tpu", "bfloat16", 64)
+    assert {*ON_CPU, *elsewhere} == set(IMPLEMENTATIONS)
 
 
 @pytest.mark.parametrize("implementation", ON_CPU)

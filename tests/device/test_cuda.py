@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxllm.core.policy import Policy
-from jaxllm.ops.attention import Scores, attention, choose, reference
+from jaxllm.ops.attention import Scores, attention, reference
 from jaxllm.ops.mask import Visibility
 from jaxllm.spec.mask import And, Causal, Window
 from tests.contracts.packed import check_no_gradient_crosses, documents, losses, served
@@ -35,8 +35,6 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_auto_is_fused_and_as_exact_as_the_reference(name: str, dtype: str) -> None:
     batch, length, keys, heads, kv_heads, width, starts, mask, aligned = CASES[name]
-    choice = choose("auto", platform="gpu", dtype=dtype, head_dim=width)
-    assert choice.name == "cudnn"
     random = np.random.default_rng(0)
     draw = lambda *s: jnp.asarray(random.standard_normal(s), dtype)  # noqa: E731
     q, k, v = (

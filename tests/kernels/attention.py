@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.flash_attention import flash_attention, hopper
-from pallas_kernels.flash_attention.mosaic_gpu import Tiles
-from pallas_kernels.flash_attention.mosaic_gpu_backward import BackwardTiles
+from pallas_kernels.flash_attention import flash_attention
+from pallas_kernels.flash_attention.differentiable import Plan, clean, run
+from pallas_kernels.flash_attention.mosaic_gpu import Tiles, forward
+from pallas_kernels.flash_attention.mosaic_gpu_backward import BackwardTiles, backward
 from pallas_kernels.flash_attention.problem import Extras, Spec, pose
 from pallas_kernels.flash_attention.reference import reference, visible
 
@@ -172,18 +173,17 @@ def exact(q, k, v, options):
     return reference(*(x.astype(jnp.float32) for x in (q, k, v)), extras, spec=spec)
 
 
-def gradients(function, qkv, options, weights):
-    """{name: gradient} of sum(function(q, k, v) * weights), sinks among the names if given."""
+def both(function, qkv, options, weights):
+    """(function's (out, lse), {name: gradient}) of sum(out * weights) by q, k, v and sinks."""
     given = {name: options[name] for name in ("sinks",) if name in options}
 
     def loss(qkv, given):
-        out = function(*qkv, options | given)
-        return jnp.sum(out.astype(jnp.float32) * weights)
+        found = function(*qkv, options | given)
+        return jnp.sum(found[0].astype(jnp.float32) * weights), found
 
-    by_qkv, by_given = jax.grad(loss, argnums=(0, 1))(qkv, given)
-    return dict(zip(("dq", "dk", "dv"), by_qkv, strict=True)) | {
-        f"d{name}": x for name, x in by_given.items()
-    }
+    grads, found = jax.grad(loss, argnums=(0, 1), has_aux=True)(qkv, given)
+    names = dict(zip(("dq", "dk", "dv"), grads[0], strict=True))
+    return found, names | {f"d{name}": x for name, x in grads[1].items()}
 
 
 def by_name(implementation: str):
@@ -195,22 +195,32 @@ def by_name(implementation: str):
     return run
 
 
-def interpreted(forward: Tiles, backward: BackwardTiles):
+def interpreted(of_forward: Tiles, of_backward: BackwardTiles):
     """(out, lse) of the Hopper kernels in the interpreter."""
 
-    def run(q, k, v, options):
+    def call(q, k, v, options):
         spec, extras = posed((q, k, v), options)
-        plan = hopper.Plan(
-            spec=spec, forward=forward, backward=backward, processors=2, interpret=True
+        plan = Plan(
+            spec=spec,
+            kernels=(forward, backward),
+            tiles=(of_forward, of_backward),
+            options=(("processors", 2), ("interpret", True)),
         )
-        return hopper.run(*hopper.clean(q, k, v, extras), extras, plan)
+        return run(*clean(q, k, v, extras), extras, plan)
 
-    return run
+    return call
 
 
 def _host():
     """Runs what stands inside on the CPU; needs JAX_PLATFORMS=cuda,cpu on a device machine."""
     return jax.default_device(jax.devices("cpu")[0])
+
+
+def _oracles(qkv, options, weights):
+    """`both` of the exact and of the plain form, in one program on the CPU."""
+    wide = tuple(x.astype(jnp.float32) for x in qkv)
+    low = both(lambda *args: (plain(*args), None), qkv, options, weights)
+    return both(exact, wide, options, weights), low
 
 
 def errors(one: Case, dtype, run, *, repeat: bool = True) -> dict[str, tuple]:
@@ -221,37 +231,31 @@ def errors(one: Case, dtype, run, *, repeat: bool = True) -> dict[str, tuple]:
       repeat: run everything twice and compare the bits.
     """
     qkv, options = arguments(one, dtype)
+    shape = (one.batch, one.queries, one.heads, one.value_width or one.width)
+    weights = np.random.default_rng(1).standard_normal(shape).astype(np.float32)
 
     def far(x, y):
         x, y = (np.asarray(a, np.float64) for a in (x, y))
         assert x.shape == y.shape
         return float(np.max(np.abs(x - y), initial=0.0)) if np.isfinite(x).all() else np.inf
 
-    forth = jax.jit(lambda *qkv: run(*qkv, options))
-    out, lse = forth(*qkv)
+    ours = jax.jit(lambda qkv: both(run, qkv, options, weights))
+    (out, lse), got = ours(qkv)
     with _host():  # a GPU would tune the oracle's products for minutes
         host = tuple(np.asarray(x) for x in qkv)
         there = jax.tree.map(lambda x: np.asarray(x) if isinstance(x, jax.Array) else x, options)
-        want, want_lse = jax.jit(lambda *qkv: exact(*qkv, there))(*host)
-        low = jax.jit(lambda *qkv: plain(*qkv, there))(*host)
+        oracles = jax.jit(lambda qkv: _oracles(qkv, there, weights))(host)
+    ((want, want_lse), true), ((low, _), base) = oracles
     empty = np.isneginf(np.asarray(want_lse))
     found = {
         "out": (far(out, want), far(low, want)),
         "empty rows": (float(np.sum(np.isneginf(np.asarray(lse)) != empty)), 0.0),
         "lse": (far(np.where(empty, 0, lse), np.where(empty, 0, want_lse)), 2e-3),
     }
-    weights = jnp.asarray(np.random.default_rng(1).standard_normal(want.shape), jnp.float32)
-    back = jax.jit(lambda a: gradients(lambda *b: run(*b)[0], a, options, weights))
-    got = back(qkv)
-    with _host():
-        scale = np.asarray(weights)
-        wide = tuple(x.astype(np.float32) for x in host)
-        true = jax.jit(lambda a: gradients(lambda *b: exact(*b)[0], a, there, scale))(wide)
-        base = jax.jit(lambda a: gradients(plain, a, there, scale))(host)
     found |= {name: (far(x, true[name]), far(base[name], true[name])) for name, x in got.items()}
     if repeat:
-        twice = back(qkv) | {"out": forth(*qkv)[0]}
-        got |= {"out": out}
+        (out_again, _), twice = ours(qkv)
+        found["out again"] = (far(out, out_again), 0.0)
         found |= {f"{name} again": (far(x, twice[name]), 0.0) for name, x in got.items()}
     return found
 

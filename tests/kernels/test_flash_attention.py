@@ -1,19 +1,24 @@
 """Flash attention on the CPU: the reference, the arguments, the Hopper kernels interpreted and
 lowered."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.errors import ShapeError, UnsupportedError
 from pallas_kernels.flash_attention import explain, flash_attention
 from pallas_kernels.flash_attention.mosaic_gpu import Tiles
 from pallas_kernels.flash_attention.mosaic_gpu_backward import BackwardTiles
+from pallas_kernels.target import targeting
 from tests.kernels.attention import (
     FEATURES,
     LENGTHS,
     arguments,
+    both,
     by_name,
     case,
     errors,
@@ -134,12 +139,9 @@ def test_forward_and_gradient_lower_for_cuda(name: str) -> None:
     def loss(*qkv):
         return jnp.sum(by_name("mosaic_gpu")(*qkv, options)[0].astype(jnp.float32))
 
-    text = (
-        jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
-        .trace(*qkv)
-        .lower(lowering_platforms=("cuda",))
-        .as_text()
-    )
+    with targeting("gpu"):
+        traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(*qkv)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("mosaic_gpu_v2") == 3
 
 
@@ -151,7 +153,8 @@ def test_vmapped_axes_join_the_batch() -> None:
         return jnp.sum(by_name("mosaic_gpu")(*qkv, options)[0].astype(jnp.float32))
 
     step = jax.vmap(jax.checkpoint(jax.grad(loss, argnums=(0, 1, 2))))
-    assert [x.shape for x in jax.eval_shape(step, *many)] == [x.shape for x in many]
+    with targeting("gpu"):
+        assert [x.shape for x in jax.eval_shape(step, *many)] == [x.shape for x in many]
 
 
 def test_wrong_arguments_are_named() -> None:
@@ -168,14 +171,41 @@ def test_wrong_arguments_are_named() -> None:
         flash_attention(q, k, v, segment_ids=jnp.zeros((1, 9), jnp.int32))
     with pytest.raises(UnsupportedError, match="did you mean 'cudnn'"):
         flash_attention(q, k, v, implementation="cudn")
-    with pytest.raises(UnsupportedError, match="soft-cap"):
+    with targeting("gpu"), pytest.raises(UnsupportedError, match="soft-cap"):
         flash_attention(q, k, v, softcap=1.0, implementation="cudnn")
+    with pytest.raises(UnsupportedError, match="CUDA device, this is cpu"):
+        flash_attention(q, k, v, implementation="mosaic_gpu")
     assert explain(q, k, v).name == "reference"
+    with targeting("gpu"):
+        assert explain(q, k, v).name == "mosaic_gpu"
 
 
 def test_every_pair_of_lengths_is_served() -> None:
     for lengths in LENGTHS:
         one = case(*lengths, causal=True, **SMALL)
         qkv, options = arguments(one, jnp.bfloat16)
-        out = jax.eval_shape(lambda *a, o=options: by_name("mosaic_gpu")(*a, o)[0], *qkv)
+        with targeting("gpu"):
+            out = jax.eval_shape(lambda *a, o=options: by_name("mosaic_gpu")(*a, o)[0], *qkv)
         assert out.shape == qkv[0].shape
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_loose")
+def test_no_races(monkeypatch) -> None:
+    """By the interpreter's vector clocks, in each of the three kernels."""
+    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+
+    states, plain_state = [], gpu_callbacks.GPURaceDetectionState
+
+    def noted(**kwargs):
+        states.append(plain_state(**kwargs))
+        return states[-1]
+
+    checked = functools.partial(plgpu.InterpretGPUParams, detect_races=True)
+    monkeypatch.setattr(gpu_callbacks, "GPURaceDetectionState", noted)
+    monkeypatch.setattr(plgpu, "InterpretGPUParams", checked)
+    one, forward, backward = INTERPRETED["causal"]
+    qkv, options = arguments(one, jnp.bfloat16)
+    weights = np.ones(qkv[0].shape, np.float32)
+    jax.block_until_ready(both(interpreted(forward, backward), qkv, options, weights))
+    assert [state.races_found for state in states] == [False, False, False]

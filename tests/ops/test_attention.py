@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxllm.errors import ConfigError, ShapeError, UnsupportedError
-from jaxllm.ops.attention import Scores, attention, choose, reference
+from jaxllm.errors import ShapeError
+from jaxllm.ops.attention import Scores, attention, reference
 from jaxllm.ops.mask import Visibility, visible
 from jaxllm.spec.mask import And, Causal, Chunk, Full, Or, Window, allowed
 
@@ -196,19 +196,6 @@ def test_low_precision_keeps_statistics_wide():
     assert found.dtype == jnp.bfloat16
     wanted = oracle(q, k, v, brute_visible(see), 0.7)
     assert np.abs(np.asarray(found, np.float64) - wanted).max() < 0.02
-
-
-def test_choices():
-    shape = {"dtype": "bfloat16", "head_dim": 64}
-    assert choose("auto", platform="cpu", **shape).name == "reference"
-    assert choose("auto", platform="gpu", **shape).name == "cudnn"
-    assert choose("auto", platform="gpu", dtype="float32", head_dim=64).name == "reference"
-    assert choose("auto", platform="gpu", dtype="bfloat16", head_dim=100).name == "reference"
-    assert choose("reference", platform="gpu", **shape).name == "reference"
-    with pytest.raises(UnsupportedError, match="CUDA"):
-        choose("cudnn", platform="cpu", **shape)
-    with pytest.raises(ConfigError, match="did you mean 'cudnn'"):
-        choose("cudn", platform="cpu", **shape)
 
 
 def test_auto_says_once_what_it_took(caplog, monkeypatch):
