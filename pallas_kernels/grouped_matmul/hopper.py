@@ -119,12 +119,11 @@ run.defvjp(_forward, _backward)
 def grouped(lhs, rhs, sizes, *, transpose_rhs: bool = False) -> jax.Array:
     """As `reference`."""
     rows, groups = lhs.shape[0], rhs.shape[0]
-    inputs, outputs = rhs.shape[1:][::-1] if transpose_rhs else rhs.shape[1:]
     plan = Plan(
         transpose=transpose_rhs,
-        forward=row_tiles_for(rows, groups, outputs),
-        inputs=row_tiles_for(rows, groups, inputs),
-        matrices=group_tiles_for(*rhs.shape[1:]),
+        forward=row_tiles_for(rows, groups),
+        inputs=row_tiles_for(rows, groups),
+        matrices=group_tiles_for(rhs.shape[2]),
         processors=2 if interpreting() else _processors(),
         interpret=interpreting(),
     )
