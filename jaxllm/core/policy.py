@@ -17,7 +17,7 @@ Remat = Literal["none", "save_dots", "save_attention", "offload", "full"]
 AttentionKind = Literal["auto", "reference", "cudnn"]
 LatentKind = Literal["auto", "plain", "absorbed"]
 ScanKind = Literal["auto", "reference", "chunked"]
-ExpertsKind = Literal["auto", "blocked", "ragged_dot", "mosaic_gpu"]
+ExpertsKind = Literal["auto", "blocked", "ragged_dot", "mosaic_gpu", "mosaic_tpu"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,8 @@ class Policy:
       attention: implementation of softmax attention; `auto` chooses and says what it took.
       scan: implementation of state space recurrences: token by token (`reference`) or in chunks.
       experts: implementation of the products of experts: block by block of rows (`blocked`, for
-        CPUs), XLA's own (`ragged_dot`), or our kernel for Hopper GPUs (`mosaic_gpu`).
+        CPUs), XLA's own (`ragged_dot`), or our kernels for Hopper GPUs and TPUs (`mosaic_gpu`,
+        `mosaic_tpu`).
       remat: what a backward pass recomputes inside a layer: nothing (`none`), all but the results
         of matrix products and of attention (`save_dots`), all but those of attention
         (`save_attention`), as `save_dots` with what is kept held in the host's memory (`offload`),

@@ -24,6 +24,7 @@ from pallas_kernels.target import target
 __all__ = ["IMPLEMENTATIONS", "Choice", "choose", "grouped_product"]
 
 _SMALLEST, _LARGEST = 8, 32  # rows of a block
+_KERNELS = ("mosaic_gpu", "mosaic_tpu")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,15 +53,18 @@ def choose(implementation: str, *, platform: str, dtype: str, sides: tuple[int, 
             f"grouped product {implementation!r} is unknown; "
             f"{nearest(implementation, ('auto', *IMPLEMENTATIONS))}"
         )
-    obstacle = unfit("mosaic_gpu", dtype=dtype, sides=sides, platform=platform)
-    if implementation == "mosaic_gpu" and obstacle:
+    kind = {"dtype": dtype, "sides": sides, "platform": platform}
+    if implementation in _KERNELS and (obstacle := unfit(implementation, **kind)):
         raise UnsupportedError(
-            f"grouped product 'mosaic_gpu': {obstacle}; use 'ragged_dot' or 'auto'"
+            f"grouped product {implementation!r}: {obstacle}; use 'ragged_dot' or 'auto'"
         )
     if implementation != "auto":
         return Choice(implementation, "named")
     if platform in ("cpu", "interpreter"):
         return Choice("blocked", "XLA's own form does the work of all groups for each row on a CPU")
+    if platform == "tpu":
+        return Choice("ragged_dot", "XLA's own form; our kernel has not been timed on a TPU")
+    obstacle = unfit("mosaic_gpu", **kind)
     if obstacle is None:
         return Choice("mosaic_gpu", "many times faster than XLA's own form on a Hopper GPU")
     return Choice("ragged_dot", f"mosaic_gpu: {obstacle}")
@@ -97,9 +101,9 @@ def _ragged_dot(precision: Any, x: Array, w: Array, sizes: Array) -> Array:
     return jax.lax.ragged_dot(x, w, sizes, precision=precision)
 
 
-def _mosaic_gpu(precision: Any, x: Array, w: Array, sizes: Array) -> Array:
+def _kernel(name: str, precision: Any, x: Array, w: Array, sizes: Array) -> Array:
     del precision
-    return grouped_matmul(x, w, sizes, implementation="mosaic_gpu")
+    return grouped_matmul(x, w, sizes, implementation=name)
 
 
 def _blocks(rows: int, sizes: Int[Array, "E"]) -> tuple[Array, Array]:
@@ -173,4 +177,6 @@ _blocked.defvjp(_forward, _backward)
 
 # name -> (precision, x, w, sizes) -> y. `blocked` takes rows in blocks of one group, which costs
 # what a dense product of as many rows costs; XLA's lowering of `ragged_dot` for a CPU costs E such.
-IMPLEMENTATIONS = {"blocked": _blocked, "ragged_dot": _ragged_dot, "mosaic_gpu": _mosaic_gpu}
+IMPLEMENTATIONS = {"blocked": _blocked, "ragged_dot": _ragged_dot} | {
+    name: functools.partial(_kernel, name) for name in _KERNELS
+}

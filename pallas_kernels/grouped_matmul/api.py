@@ -10,7 +10,7 @@ import jax.core
 import jax.numpy as jnp
 
 from pallas_kernels.errors import ShapeError, UnsupportedError
-from pallas_kernels.grouped_matmul import hopper
+from pallas_kernels.grouped_matmul import hopper, mosaic_tpu
 from pallas_kernels.grouped_matmul.ragged import ragged
 from pallas_kernels.grouped_matmul.reference import reference
 from pallas_kernels.target import target
@@ -34,11 +34,12 @@ def _always(*_) -> None:
 IMPLEMENTATIONS = {
     "mosaic_gpu": (hopper.grouped, hopper.obstacle),
     "ragged_dot": (ragged, _always),
+    "mosaic_tpu": (mosaic_tpu.grouped, mosaic_tpu.obstacle),
     "reference": (reference, _always),
 }
 
 
-_UNFIT = {"mosaic_gpu": hopper.unfit}
+_UNFIT = {"mosaic_gpu": hopper.unfit, "mosaic_tpu": mosaic_tpu.unfit}
 
 
 def unfit(

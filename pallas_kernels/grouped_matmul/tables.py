@@ -57,7 +57,9 @@ def group_bounds(sizes: jax.Array, rows: int) -> jax.Array:
     return jnp.minimum(jnp.stack([ends - sizes, ends]), rows)
 
 
-def row_tiles(bounds: jax.Array, rows: int, *, tile: int, band: int) -> Map:
+def row_tiles(
+    bounds: jax.Array, rows: int, *, tile: int, band: int = 1, unit: int = UNIT, every: bool = False
+) -> Map:
     """Tiles of so many rows that cover all groups, and the rows after them as a group E.
 
     Args:
@@ -65,17 +67,20 @@ def row_tiles(bounds: jax.Array, rows: int, *, tile: int, band: int) -> Map:
       rows: R.
       tile: rows of a tile.
       band: most tiles of a band.
+      unit: of rows that a group's first tile begins at; `tile` for tiles on a grid of their own.
+      every: a group without rows has a tile too, and the rows after them have none.
     """
-    groups = bounds.shape[1]
-    ends = jnp.append(bounds[1], jnp.int32(rows))
-    starts = jnp.append(bounds[0], bounds[1, -1])
-    begins = starts // UNIT * UNIT
-    of_group = jnp.where(ends > starts, -((begins - ends) // tile), 0)
+    starts, ends = bounds
+    if not every:
+        starts, ends = jnp.append(starts, ends[-1]), jnp.append(ends, jnp.int32(rows))
+    groups = starts.shape[0]
+    begins = jnp.minimum(starts, rows - 1) // unit * unit
+    of_group = jnp.where(ends > starts, -((begins - ends) // tile), int(every))
     tile_ends = _sums(of_group)
-    most = min((rows + (groups + 1) * (tile + UNIT - 2)) // tile, rows)
+    most = min((rows + groups * (tile + unit - 2)) // tile, rows) + groups * every
     places = jnp.arange(most, dtype=jnp.int32)
     group = jnp.sum((places[:, None] >= tile_ends[None, :]).astype(jnp.int32), axis=1)
-    group = jnp.minimum(group, groups)
+    group = jnp.minimum(group, groups - 1)
     first = (tile_ends - of_group)[group]
     within = places - first
     row = begins[group] + within * tile

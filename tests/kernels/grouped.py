@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.grouped_matmul import hopper
+from pallas_kernels.grouped_matmul.derivative import run
+from pallas_kernels.grouped_matmul.hopper import Hopper
 from pallas_kernels.grouped_matmul.mosaic_gpu import Tiles
 
 
@@ -89,15 +90,8 @@ def results(function, lhs, rhs, sizes, pull) -> dict[str, jax.Array]:
 
 def interpreted(one: Case, tiles: Tiles):
     """The Hopper kernels in the interpreter, all of the same tiles."""
-    plan = hopper.Plan(
-        transpose=one.transpose,
-        forward=tiles,
-        inputs=tiles,
-        matrices=tiles,
-        processors=2,
-        interpret=True,
-    )
-    return lambda lhs, rhs, sizes: hopper.run(lhs, rhs, sizes, plan)
+    kernel = Hopper(rows=tiles, matrices=tiles, processors=2, interpret=True)
+    return lambda lhs, rhs, sizes: run(lhs, rhs, sizes, kernel, one.transpose)
 
 
 def failures(found: dict, want: dict[str, np.ndarray], dtype) -> dict[str, float]:

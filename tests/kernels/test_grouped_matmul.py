@@ -1,5 +1,11 @@
-"""The grouped product on the CPU: the reference, the arguments, the tables, the Hopper kernels
-interpreted and lowered."""
+"""The grouped product on the CPU: reference, arguments, tables; its kernels interpreted,
+lowered for a GPU and compiled for TPUs."""
+
+import dataclasses
+import importlib.util
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +14,13 @@ import pytest
 
 from pallas_kernels.errors import ShapeError, UnsupportedError
 from pallas_kernels.grouped_matmul import explain, grouped_matmul
+from pallas_kernels.grouped_matmul.derivative import run
+from pallas_kernels.grouped_matmul.hopper import Hopper
+from pallas_kernels.grouped_matmul.mosaic_tpu import Tpu
 from pallas_kernels.grouped_matmul.shapes import CASES as TIMED
 from pallas_kernels.grouped_matmul.tables import GROUP, ROW, START, STOP, group_bounds, row_tiles
 from pallas_kernels.target import targeting
+from tests.kernels.compile_grouped_tpu import ENVIRONMENT, TYPES
 from tests.kernels.grouped import (
     CASES,
     FORMS,
@@ -116,6 +126,26 @@ def test_every_form_of_the_kernels_in_the_interpreter(name: str, form: str) -> N
     assert interpret(CASES[name], FORMS[form]) == {}
 
 
+@pytest.mark.parametrize("name", ["anywhere", pytest.param("transposed", marks=pytest.mark.slow)])
+def test_tpu_kernels_in_the_interpreter(name: str) -> None:
+    one = dataclasses.replace(CASES[name], outputs=256)
+    kernel = Tpu(most=128, interpret=True)
+    lhs, rhs, sizes, pull = arguments(one, jnp.bfloat16)
+    found = results(lambda *a: run(*a, kernel, one.transpose), lhs, rhs, sizes, pull)
+    assert failures(found, by_hand(one, lhs, rhs, pull), jnp.bfloat16) == {}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs the package libtpu")
+@pytest.mark.parametrize("topology", TYPES)
+def test_every_timed_case_compiles_for_a_tpu(topology: str) -> None:
+    command = [sys.executable, "-m", "tests.kernels.compile_grouped_tpu", topology]
+    env = os.environ | ENVIRONMENT | {"TPU_ACCELERATOR_TYPE": TYPES[topology]}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("3 kernels") == len(TIMED) - 1  # sides of 2880 are no multiple of 128
+
+
 def lowered(function, *arguments) -> str:
     return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
 
@@ -141,13 +171,11 @@ def test_forward_and_gradient_lower_for_cuda(name: str) -> None:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("transpose", [False, True])
 def test_every_form_lowers_for_cuda(form: str, transpose: bool) -> None:
-    from pallas_kernels.grouped_matmul import hopper
-
     one, tiles = case(200, 100, 0, 33, transpose=transpose), FORMS[form]
-    plan = hopper.Plan(transpose=transpose, forward=tiles, inputs=tiles, matrices=tiles)
+    kernel = Hopper(rows=tiles, matrices=tiles)
 
     def both(lhs, rhs, sizes, pull):
-        return results(lambda *a: hopper.run(*a, plan), lhs, rhs, sizes, pull)
+        return results(lambda *a: run(*a, kernel, transpose), lhs, rhs, sizes, pull)
 
     assert lowered(both, *arguments(one, jnp.float16)).count("mosaic_gpu_v2") == 3
 

@@ -35,6 +35,9 @@ def test_names_are_kept_or_refused() -> None:
         choose("raged_dot", **FITS)
     with pytest.raises(UnsupportedError, match=r"multiples of 64.*use 'ragged_dot'"):
         choose("mosaic_gpu", **(FITS | {"sides": (80, 64)}))
+    assert choose("mosaic_tpu", **(FITS | {"platform": "tpu"})).name == "mosaic_tpu"
+    with pytest.raises(UnsupportedError, match="needs a TPU"):
+        choose("mosaic_tpu", **FITS)
     with pytest.raises(UnsupportedError, match="needs a CUDA device"):
         choose("mosaic_gpu", **(FITS | {"platform": "cpu"}))
 
