@@ -18,6 +18,7 @@ Remat = Literal["none", "save_dots", "save_attention", "offload", "full"]
 AttentionKind = Literal["auto", "reference", "cudnn", "mosaic_gpu", "mosaic_tpu"]
 LatentKind = Literal["auto", "plain", "absorbed"]
 ScanKind = Literal["auto", "reference", "chunked"]
+ExpertsKind = Literal["auto", "blocked", "ragged_dot", "mosaic_gpu", "mosaic_tpu"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,6 +32,9 @@ class Policy:
       attention: implementation of softmax attention; `auto` chooses and says what it took.
       scan: implementation of recurrences (state space, linear attention): token by token
         (`reference`) or in chunks.
+      experts: implementation of the products of experts: block by block of rows (`blocked`, for
+        CPUs), XLA's own (`ragged_dot`), or our kernels for Hopper GPUs and TPUs (`mosaic_gpu`,
+        `mosaic_tpu`).
       remat: what a backward pass recomputes inside a layer: nothing (`none`), all but the results
         of matrix products and of attention (`save_dots`), all but those of attention
         (`save_attention`), as `save_dots` with what is kept held in the host's memory (`offload`),
@@ -59,6 +63,7 @@ class Policy:
     logit_dtype: DtypeName = "float32"
     attention: AttentionKind = "auto"
     scan: ScanKind = "auto"
+    experts: ExpertsKind = "auto"
     remat: Remat = "none"
     layout: Layout = "scan"
     fused: bool = False

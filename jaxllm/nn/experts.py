@@ -124,8 +124,8 @@ class Experts:
         mlp, equal = self.op.mlp, self.policy.expert_capacity is not None
 
         def product(name: str, x: Array) -> Array:
-            dtype = self.policy.compute_dtype
-            return linear.grouped(x, weights[name], sizes, dtype=dtype, equal=equal)
+            how = {"dtype": self.policy.compute_dtype, "implementation": self.policy.experts}
+            return linear.grouped(x, weights[name], sizes, equal=equal, **how)
 
         def project(name: str) -> Array:
             y, bias = keep(product(name, rows)), weights.get(f"{name}_bias")

@@ -1,12 +1,12 @@
 """The grouped product: rows sorted by group, each times the matrix of its group.
 
-The one place where experts are multiplied, so that a kernel can stand in for it. On a CPU rows are
-taken in blocks of one group, which costs what a dense product of as many rows costs (XLA's own
-lowering of `ragged_dot` costs E such products there); elsewhere it is `jax.lax.ragged_dot`.
+The one place where experts are multiplied. `implementation` is `auto` (chooses, and says once what
+and why) or a name; a named choice that cannot be served raises.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -14,15 +14,69 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxllm.core.config import nearest
+from jaxllm.core.logging import note_once
 from jaxllm.core.precision import at_least_float32
+from jaxllm.errors import ConfigError, UnsupportedError
+from pallas_kernels.grouped_matmul import grouped_matmul, unfit
+from pallas_kernels.target import target
 
-__all__ = ["grouped_product"]
+__all__ = ["IMPLEMENTATIONS", "Choice", "choose", "grouped_product"]
 
 _SMALLEST, _LARGEST = 8, 32  # rows of a block
+_KERNELS = ("mosaic_gpu", "mosaic_tpu")
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """An implementation and why it was taken."""
+
+    name: str
+    why: str
+
+
+@functools.lru_cache(maxsize=256)
+def choose(implementation: str, *, platform: str, dtype: str, sides: tuple[int, int]) -> Choice:
+    """The implementation for a kind of call, and why.
+
+    Args:
+      implementation: `auto` or a name.
+      platform: `cpu`, `gpu`, `tpu`, or `interpreter` for kernels on a CPU.
+      dtype: name of the operands' dtype.
+      sides: I and O.
+
+    Raises:
+      ConfigError: unknown name; UnsupportedError: a named choice that cannot be served.
+    """
+    if implementation not in ("auto", *IMPLEMENTATIONS):
+        raise ConfigError(
+            f"grouped product {implementation!r} is unknown; "
+            f"{nearest(implementation, ('auto', *IMPLEMENTATIONS))}"
+        )
+    kind = {"dtype": dtype, "sides": sides, "platform": platform}
+    if implementation in _KERNELS and (obstacle := unfit(implementation, **kind)):
+        raise UnsupportedError(
+            f"grouped product {implementation!r}: {obstacle}; use 'ragged_dot' or 'auto'"
+        )
+    if implementation != "auto":
+        return Choice(implementation, "named")
+    if platform in ("cpu", "interpreter"):
+        return Choice("blocked", "XLA's own form does the work of all groups for each row on a CPU")
+    if platform == "tpu":
+        return Choice("ragged_dot", "XLA's own form; our kernel has not been timed on a TPU")
+    obstacle = unfit("mosaic_gpu", **kind)
+    if obstacle is None:
+        return Choice("mosaic_gpu", "many times faster than XLA's own form on a Hopper GPU")
+    return Choice("ragged_dot", f"mosaic_gpu: {obstacle}")
 
 
 def grouped_product(
-    x: Float[Array, "R I"], w: Float[Array, "E I O"], sizes: Int[Array, "E"], *, precision: Any
+    x: Float[Array, "R I"],
+    w: Float[Array, "E I O"],
+    sizes: Int[Array, "E"],
+    *,
+    precision: Any,
+    implementation: str = "auto",
 ) -> Float[Array, "R O"]:
     """y[r] = x[r] w[group of r]; the first sizes[0] rows are of group 0, and so on.
 
@@ -30,11 +84,26 @@ def grouped_product(
       x: rows in the order of their groups.
       w: a matrix a group, in x's dtype.
       sizes: rows of each group; rows past their sum give zeros.
-      precision: of the products.
+      precision: of the products; the kernel sums products of its narrow operands in float32.
+      implementation: `auto`, or a name of `IMPLEMENTATIONS`.
+
+    Raises:
+      ConfigError, UnsupportedError: see `choose`.
     """
-    if jax.default_backend() == "cpu":
-        return _blocked(precision, x, w, sizes)
+    sides = (w.shape[1], w.shape[2])
+    choice = choose(implementation, platform=target(), dtype=str(x.dtype), sides=sides)
+    if implementation == "auto":
+        note_once(f"experts: {choice.name} ({choice.why})")
+    return IMPLEMENTATIONS[choice.name](precision, x, w, sizes)
+
+
+def _ragged_dot(precision: Any, x: Array, w: Array, sizes: Array) -> Array:
     return jax.lax.ragged_dot(x, w, sizes, precision=precision)
+
+
+def _kernel(name: str, precision: Any, x: Array, w: Array, sizes: Array) -> Array:
+    del precision
+    return grouped_matmul(x, w, sizes, implementation=name)
 
 
 def _blocks(rows: int, sizes: Int[Array, "E"]) -> tuple[Array, Array]:
@@ -104,3 +173,10 @@ def _backward(precision: Any, kept: Any, cotangent: Array) -> Any:
 
 
 _blocked.defvjp(_forward, _backward)
+
+
+# name -> (precision, x, w, sizes) -> y. `blocked` takes rows in blocks of one group, which costs
+# what a dense product of as many rows costs; XLA's lowering of `ragged_dot` for a CPU costs E such.
+IMPLEMENTATIONS = {"blocked": _blocked, "ragged_dot": _ragged_dot} | {
+    name: functools.partial(_kernel, name) for name in _KERNELS
+}

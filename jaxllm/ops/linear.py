@@ -270,6 +270,7 @@ def grouped(
     *,
     dtype: Any,
     equal: bool = False,
+    implementation: str = "auto",
 ) -> Float[Array, "T F"]:
     """Rows sorted by group times that group's matrix of leaf [E, D, F].
 
@@ -279,12 +280,14 @@ def grouped(
       group_sizes: rows of each group; rows past their sum give zeros.
       dtype: compute dtype of both operands.
       equal: promises that all groups have T / E rows: one batched product.
+      implementation: of the product otherwise; see `jaxllm.ops.grouped`.
     """
     w = expanded(leaf, dtype)
     if equal:
         rows = x.astype(dtype).reshape(w.shape[0], -1, x.shape[-1])
         return _product("ECD,EDF->ECF", rows, w, dtype).reshape(-1, w.shape[-1])
-    return grouped_product(x.astype(dtype), w, group_sizes, precision=precision(dtype))
+    options = {"precision": precision(dtype), "implementation": implementation}
+    return grouped_product(x.astype(dtype), w, group_sizes, **options)
 
 
 def absorbed(

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from pallas_kernels.errors import UnsupportedError
 from pallas_kernels.flash_attention import flash_attention
 from pallas_kernels.flash_attention.shapes import CASES, Shaped
-from pallas_kernels.flash_attention.timing import seconds
+from pallas_kernels.timing import seconds
 
 __all__ = ["main", "measure"]
 

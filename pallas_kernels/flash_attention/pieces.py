@@ -15,6 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.flash_attention.problem import Spec
 from pallas_kernels.flash_attention.ranges import Walk
+from pallas_kernels.warpgroups import CONSUMERS, SQUARE, iota, swizzled
 
 __all__ = [
     "COLUMN",
@@ -33,31 +34,13 @@ __all__ = [
 ]
 
 LOG2E = math.log2(math.e)
-CONSUMERS = 2  # warpgroups that compute; one more loads
-SQUARE = plgpu.Layout.WGMMA
 ROW = plgpu.Layout.WGMMA.reduce(1)  # one value a row of an accumulator
 COLUMN = plgpu.Layout.WGMMA.reduce(0)
-
-
-def swizzled(shape: tuple[int, ...], dtype) -> object:
-    """Shared memory in the widest layout that TMA and WGMMA agree on."""
-    bits = jnp.finfo(dtype).bits
-    swizzle = plgpu.find_swizzle(shape[-1] * bits)
-    transforms = (
-        plgpu.TilingTransform((8, 8 * swizzle // bits)),
-        plgpu.SwizzleTransform(swizzle),
-    )
-    return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
 def along(vector: jax.Array, shape: tuple[int, ...], dim: int) -> jax.Array:
     """A vector along `dim` of a matrix, repeated along the other."""
     return lax.broadcast_in_dim(vector, shape, [dim])
-
-
-def iota(shape: tuple[int, int], dim: int) -> jax.Array:
-    """Indices along `dim` in the layout of an accumulator."""
-    return plgpu.broadcasted_iota(jnp.int32, shape, dim, layout=SQUARE)
 
 
 def capped(scores: jax.Array, spec: Spec) -> tuple[jax.Array, float]:

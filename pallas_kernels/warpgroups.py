@@ -1,0 +1,30 @@
+# Types of jax's Mosaic GPU objects are not public.
+# pyright: reportPrivateImportUsage=false, reportAbstractUsage=false
+"""What the kernels for Hopper share: their warpgroups, and layouts of memory and registers."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+__all__ = ["CONSUMERS", "SQUARE", "iota", "swizzled"]
+
+CONSUMERS = 2  # warpgroups that compute; one more loads
+SQUARE = plgpu.Layout.WGMMA
+
+
+def swizzled(shape: tuple[int, ...], dtype) -> object:
+    """Shared memory in the widest layout that TMA and WGMMA agree on."""
+    bits = jnp.finfo(dtype).bits
+    swizzle = plgpu.find_swizzle(shape[-1] * bits)
+    transforms = (
+        plgpu.TilingTransform((8, 8 * swizzle // bits)),
+        plgpu.SwizzleTransform(swizzle),
+    )
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+
+def iota(shape: tuple[int, int], dim: int) -> jax.Array:
+    """Indices along `dim` in the layout of an accumulator."""
+    return plgpu.broadcasted_iota(jnp.int32, shape, dim, layout=SQUARE)
