@@ -27,6 +27,8 @@ class _Sampling:
     """Keep the most likely tokens of this total probability."""
     min_p: float = 0.0
     """Drop tokens less likely than this share of the most likely one."""
+    typical_p: float = 1.0
+    """Keep the tokens of nearly the expected surprise, of this total probability."""
     repetition_penalty: float = 1.0
     """Above 1, tokens of the prompt and the answer become less likely."""
     presence_penalty: float = 0.0

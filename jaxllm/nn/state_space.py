@@ -74,7 +74,8 @@ class SelectiveScan(nn.Module):
         a = -jnp.exp(leaves["a_log"].astype(jnp.float32))
 
         def run(tokens: Any, initial: Any, starts: Any) -> Any:
-            inputs = Selective(*tokens, a, leaves["d"])
+            x, dt, b, c = tokens
+            inputs = Selective(x, dt, b, c, a, leaves["d"])
             return selective_scan(inputs, initial, starts=starts, implementation=self.policy.scan)
 
         y, scan = recur.recurrence(held.get("scan"), (x, dt, b, c), run, step=step)
@@ -120,7 +121,8 @@ class StateSpaceDual(nn.Module):
         x, b, c = convolved
 
         def run(tokens: Any, initial: Any, starts: Any) -> Any:
-            inputs = Dual(*tokens, a, leaves["d"])
+            x, dt, b, c = tokens
+            inputs = Dual(x, dt, b, c, a, leaves["d"])
             return dual_scan(inputs, initial, starts=starts, implementation=self.policy.scan)
 
         y, scan = recur.recurrence(held.get("scan"), (x, dt, b, c), run, step=step)
