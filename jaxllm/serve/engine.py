@@ -23,7 +23,7 @@ from jaxllm.infer.generate import Generator
 from jaxllm.infer.programs import check_decodes
 from jaxllm.serve.config import EngineConfig, lay_out, recurrent, table
 from jaxllm.serve.pages import Pages
-from jaxllm.serve.request import Logprob, Request, Stream
+from jaxllm.serve.request import Busy, Choice, Gone, Logprob, Request, Stream
 from jaxllm.serve.runner import Runner
 from jaxllm.serve.scheduler import Limits, Scheduler, Turn
 from jaxllm.serve.sequence import Sequence
@@ -133,7 +133,7 @@ class Engine:
           loop: the event loop of whoever listens by `async for`.
 
         Raises:
-          CapacityError: the prompt does not fit, the queue is full, or the engine is not alive.
+          CapacityError: the prompt does not fit; Busy: the queue is full; Gone: it is not alive.
           ShapeError: token ids outside of the vocabulary.
         """
         stream = Stream(request, self._cancel, loop)
@@ -145,7 +145,7 @@ class Engine:
             self._lock.notify()
         return stream
 
-    def generate(self, request: Request) -> list[Any]:
+    def generate(self, request: Request) -> list[Choice]:
         """Whole answers to one request; see `submit`."""
         return self.submit(request).result()
 
@@ -223,13 +223,13 @@ class Engine:
 
     def _check_open(self, tokens: int) -> None:
         if self.error is not None or self._closing or not self._thread.is_alive():
-            raise CapacityError(self.error or "the engine is shutting down; ask another")
+            raise Gone(self.error or "the engine is shutting down; ask another")
         waiting = [*self.scheduler.waiting, *self._new]
         queued = sum(s.prompt_length for s in waiting)
         if len(waiting) >= self.config.max_queue or (
             waiting and queued + tokens > self.config.max_queued_tokens
         ):
-            raise CapacityError(
+            raise Busy(
                 f"the queue is full ({len(waiting)} sequences, {queued} tokens wait); try later"
             )
 

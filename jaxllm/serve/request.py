@@ -14,7 +14,15 @@ from jaxllm.errors import CapacityError
 from jaxllm.infer.sampling import Sampling
 from jaxllm.serve.programs import BIASES, TOP
 
-__all__ = ["Choice", "Logprob", "Piece", "Request", "Stream"]
+__all__ = ["Busy", "Choice", "Gone", "Logprob", "Piece", "Request", "Stream"]
+
+
+class Busy(CapacityError):
+    """The queue is full: try later."""
+
+
+class Gone(CapacityError):
+    """The engine died or shuts down: ask another."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -146,7 +154,7 @@ class Stream:
     def _take(self, piece: Piece) -> Piece:
         if piece.error is not None:
             self.finished = True
-            raise CapacityError(piece.error)
+            raise Gone(piece.error)
         self._left -= piece.finish_reason is not None
         self.finished = self._left == 0
         return piece
@@ -155,7 +163,7 @@ class Stream:
         """Pieces as they come.
 
         Raises:
-          CapacityError: the engine died or was shut down.
+          Gone: the engine died or was shut down.
         """
         while not self.finished:
             yield self._take(self._queue.get())
