@@ -8,7 +8,17 @@ from typing import Annotated, Literal
 
 import tyro
 
-__all__ = ["COMMANDS", "Chat", "Doctor", "Generate", "Perplexity", "Pull", "Serve", "Train"]
+__all__ = [
+    "COMMANDS",
+    "Batch",
+    "Chat",
+    "Doctor",
+    "Generate",
+    "Perplexity",
+    "Pull",
+    "Serve",
+    "Train",
+]
 
 Source = tyro.conf.Positional[str]
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -147,11 +157,28 @@ class Serve:
     """Seconds that running requests get after SIGTERM."""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Answer a file of requests in OpenAI's batch format; may be run again after a break."""
+
+    source: Source
+    """Catalogue name, Hugging Face directory, .gguf file, or org/name that was pulled."""
+    requests: tyro.conf.Positional[Path]
+    """One JSON object a line: custom_id, method, url, body."""
+    answers: tyro.conf.Positional[Path]
+    """Where answers are added, one a line; requests that have one are left out."""
+    max_lines: int = 100_000
+    """More are refused."""
+    dtype: Dtype | None = None
+    """Of weights and activations; what suits the device by default."""
+
+
 COMMANDS = {
     "generate": Generate,
     "chat": Chat,
     "perplexity": Perplexity,
     "serve": Serve,
+    "batch": Batch,
     "train": Train,
     "pull": Pull,
     "doctor": Doctor,

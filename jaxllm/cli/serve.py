@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sys
 import time
 from pathlib import Path
@@ -45,6 +46,7 @@ def run(options: Serve) -> int:
     )
     from jaxllm.model import load
     from jaxllm.serve.config import EngineConfig
+    from jaxllm.serve.embedder import Embedder
     from jaxllm.serve.engine import Engine
     from jaxllm.serve.http.app import App
     from jaxllm.serve.http.server import Server
@@ -57,8 +59,13 @@ def run(options: Serve) -> int:
         cache_tokens=options.cache_tokens,
         prefix_cache=not options.no_prefix_cache,
     )
-    with Engine(model, bounds) as engine:
-        server = Server(App(_name(options), model, engine, config))
+    with contextlib.ExitStack() as stack:
+        engine = stack.enter_context(Engine(model, bounds)) if model.spec.decodes else None
+        embedder = None
+        if engine is None or model.spec.head.pooling is not None:
+            embedder = stack.enter_context(Embedder(model, max_tokens=options.context or 512))
+        app = App(_name(options), model, engine, config, embedder=embedder)
+        server = Server(app)
 
         async def serve() -> None:
             task = asyncio.create_task(server.serve())
@@ -71,4 +78,4 @@ def run(options: Serve) -> int:
             await task
 
         asyncio.run(serve())
-        return 0 if engine.error is None and server.app.draining else 1
+        return 0 if (engine is None or engine.error is None) and app.draining else 1

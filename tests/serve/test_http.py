@@ -28,9 +28,9 @@ BOUNDS = ServerConfig(
 
 
 @contextlib.contextmanager
-def serving(engine, config=BOUNDS):
+def serving(engine, config=BOUNDS, make=lambda e, c: App("toy", e.model, e, c)):
     """A server on a thread of its own."""
-    server = Server(App("toy", engine.model, engine, config))
+    server = Server(make(engine, config))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
     thread.start()
     while not server.started:

@@ -43,15 +43,23 @@ def test_prompts_come_in_chunks_and_then_one_by_one():
     assert sched.pages["all"].held == 0
 
 
-def test_decoding_goes_on_while_long_prompts_come():
-    sched, short = scheduler(), sequence(4, 30)
-    sched.add(short)
-    step(sched)
-    for i in range(3):
-        sched.add(sequence(60, first=100 * (i + 1)))
+@pytest.mark.parametrize("first", [True, False])
+def test_decoding_goes_on_while_long_prompts_come(first):
+    """Also past a prompt that was there before, whose chunks would fill every step."""
+    sched, short = scheduler(pages=200), sequence(4, 30)
+    long = [sequence(15 if i == 0 else 60, 200, first=100 * (i + 1)) for i in range(3)]
+    order = [short, *long] if first else [long[0], short, *long[1:]]
+    sched.add(order[0])
+    sched.add(order[1])
+    while short.length == short.prompt_length:
+        step(sched)
+    for one in order[2:]:
+        one.arrival = -1
+        sched.add(one)
+        one.arrival = -1  # the most senior of all
     for _ in range(10):
         turns = step(sched)
-        assert turns[0][0] is short
+        assert short in [turn[0] for turn in turns]
         assert sum(turn[2] for turn in turns) <= 16
 
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import dataclasses
 import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+import numpy as np
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from jaxllm.serve.embedder import Embedder
 from jaxllm.serve.engine import Engine, Served
 from jaxllm.serve.http import asked
 from jaxllm.serve.http.answers import Answers
@@ -32,26 +35,37 @@ class App:
     Args:
       name: of the model, as clients ask for it.
       model: loaded.
-      engine: that answers.
+      engine: that answers; None for an encoder.
       config: bounds.
+      embedder: that gives vectors, or None.
     """
 
-    def __init__(self, name: str, model: Served, engine: Engine, config: ServerConfig):
+    def __init__(
+        self,
+        name: str,
+        model: Served,
+        engine: Engine | None,
+        config: ServerConfig,
+        *,
+        embedder: Embedder | None = None,
+    ):
         self.name, self.model, self.engine, self.config = name, model, engine, config
-        self.metrics = Metrics(engine)
+        self.embedder = embedder
+        self.metrics = Metrics(engine, embedder)
         self.created = int(time.time())
         self.draining = False
 
     async def health(self, _: Request) -> Response:
         """Whether the engine lives."""
-        if not self.engine.alive:
+        if self.engine is not None and not self.engine.alive:
             raise Gone(self.engine.error or "the engine is not alive")
         return JSONResponse({"status": "ok"})
 
     async def ready(self, _: Request) -> Response:
         """Whether new requests are taken."""
-        if self.draining or not self.engine.alive:
-            raise Gone(self.engine.error or "the server is shutting down")
+        if self.draining:
+            raise Gone("the server is shutting down")
+        await self.health(_)
         return JSONResponse({"status": "ready"})
 
     async def show_metrics(self, _: Request) -> Response:
@@ -73,8 +87,39 @@ class App:
             "object": "model",
             "created": self.created,
             "owned_by": "jaxllm",
-            "max_model_len": self.engine.config.context,
+            "max_model_len": self._context,
         }
+
+    @property
+    def _context(self) -> int:
+        """Most tokens of one sequence."""
+        if self.engine is not None:
+            return self.engine.config.context or self.model.spec.context
+        return self.embedder.max_tokens if self.embedder else self.model.spec.context
+
+    async def embeddings(self, request: Request) -> Response:
+        """/v1/embeddings"""
+        if self.embedder is None:
+            raise RequestError(
+                "this model does not say how its hidden states become a vector", code="unsupported"
+            )
+        fields = Fields(parse_object(await request.body()))
+        self._check_name(fields.text("model"))
+        given, width = fields.raw("input"), self.model.spec.width
+        packed = fields.text("encoding_format") or "float"
+        fields.only("dimensions", width)
+        fields.text("user")
+        fields.close()
+        if packed not in ("float", "base64"):
+            raise RequestError("encoding_format is float or base64", param="encoding_format")
+        rows = asked.texts(given, "input", self.config.max_prompts)
+        found, count = await asyncio.to_thread(self.embedder.embed, rows)
+        data = [
+            {"object": "embedding", "index": i, "embedding": _vector(vector, packed)}
+            for i, vector in enumerate(found)
+        ]
+        usage = {"prompt_tokens": count, "total_tokens": count}
+        return JSONResponse({"object": "list", "data": data, "model": self.name, "usage": usage})
 
     async def tokenize(self, request: Request) -> Response:
         """Token ids of a prompt or of messages."""
@@ -90,7 +135,7 @@ class App:
         else:
             most = self.config.max_messages
             ids = await asyncio.to_thread(asked.messages_ids, messages, self.model, most)
-        most = self.engine.config.context
+        most = self._context
         return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": most})
 
     async def chat(self, request: Request) -> Response:
@@ -124,6 +169,10 @@ class App:
 
     def _submit(self, wanted: asked.Asked, tenant: str) -> list[Any]:
         """All prompts, or none."""
+        if self.engine is None:
+            raise RequestError(
+                "this model is an encoder: it answers /v1/embeddings", code="unsupported"
+            )
         if self.draining:
             raise Gone("the server is shutting down")
         loop, streams = asyncio.get_running_loop(), []
@@ -170,6 +219,13 @@ class App:
             )
 
 
+def _vector(vector: np.ndarray, packed: str) -> Any:
+    """Numbers, or their bytes in base64."""
+    if packed == "float":
+        return vector.tolist()
+    return base64.b64encode(vector.astype("<f4").tobytes()).decode()
+
+
 def _caught(app: App, route: Callable[..., Any]) -> Callable[..., Any]:
     """A route whose errors become answers."""
 
@@ -210,6 +266,7 @@ def build(app: App) -> Any:
         ("/v1/models/{name:path}", app.model_card, "GET"),
         ("/v1/chat/completions", app.chat, "POST"),
         ("/v1/completions", app.completions, "POST"),
+        ("/v1/embeddings", app.embeddings, "POST"),
         ("/tokenize", app.tokenize, "POST"),
     ]
     routes = [Route(path, _caught(app, route), methods=[way]) for path, route, way in table]

@@ -16,7 +16,7 @@ from jaxllm.serve.programs import BIASES, TOP
 from jaxllm.serve.request import Request
 from jaxllm.text.chat import check_messages
 
-__all__ = ["Asked", "chat", "completions", "messages_ids", "prompt_rows"]
+__all__ = ["Asked", "chat", "completions", "messages_ids", "prompt_rows", "texts"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -137,8 +137,8 @@ def messages_ids(given: Any, model: Served, most: int) -> list[int]:
     return model.tokenizer.apply_chat(check_messages(given))
 
 
-def prompt_rows(given: Any, name: str, model: Served, most: int) -> list[list[int]]:
-    """Token ids of each prompt: a string, token ids, or a list of either.
+def texts(given: Any, name: str, most: int) -> list[str | list[int]]:
+    """Texts of a request: a string, token ids, or a list of either.
 
     Raises:
       RequestError: it is none of these, or there are too many.
@@ -146,16 +146,20 @@ def prompt_rows(given: Any, name: str, model: Served, most: int) -> list[list[in
     if given is None:
         raise RequestError(f"{name} is missing", param=name)
     if isinstance(given, str):
-        return [_tokenize(model, given)]
+        return [given]
     if isinstance(given, list) and given and all(isinstance(x, int) for x in given):
         return [list(_ids(given, name, 1 << 24))]
     if not isinstance(given, list) or not 1 <= len(given) <= most:
         raise RequestError(
             f"{name} must be a string, a list of token ids, or 1 to {most} of them", param=name
         )
-    return [
-        _tokenize(model, x) if isinstance(x, str) else list(_ids(x, name, 1 << 24)) for x in given
-    ]
+    return [x if isinstance(x, str) else list(_ids(x, name, 1 << 24)) for x in given]
+
+
+def prompt_rows(given: Any, name: str, model: Served, most: int) -> list[list[int]]:
+    """Token ids of each prompt; see `texts`."""
+    rows = texts(given, name, most)
+    return [_tokenize(model, x) if isinstance(x, str) else x for x in rows]
 
 
 def chat(body: dict[str, Any], model: Served, config: ServerConfig) -> Asked:

@@ -8,7 +8,8 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
-from jaxllm.serve.engine import Engine
+from jaxllm.serve.embedder import Embedder
+from jaxllm.serve.engine import Engine, Stats
 
 __all__ = ["Metrics"]
 
@@ -33,12 +34,14 @@ _COUNTERS = {
 class _Counts:
     """The engine's own counts, read when asked."""
 
-    def __init__(self, engine: Engine):
-        self._engine = engine
+    def __init__(self, engine: Engine | None, embedder: Embedder | None):
+        self._engine, self._embedder = engine, embedder
 
     def collect(self) -> Iterator[Any]:
         """Metric families."""
-        stats = self._engine.stats()
+        stats = Stats() if self._engine is None else self._engine.stats()
+        if self._engine is None and self._embedder is not None:
+            stats.compilations = self._embedder.compilations
         for name, what in _GAUGES.items():
             yield GaugeMetricFamily(f"jaxllm_{name}", what, getattr(stats, name))
         for name, what in _COUNTERS.items():
@@ -50,10 +53,10 @@ class _Counts:
 class Metrics:
     """One registry a server."""
 
-    def __init__(self, engine: Engine | None):
+    def __init__(self, engine: Engine | None, embedder: Embedder | None = None):
         self.registry = CollectorRegistry()
-        if engine is not None:
-            self.registry.register(_Counts(engine))  # pyright: ignore[reportArgumentType]
+        counts = _Counts(engine, embedder)
+        self.registry.register(counts)  # pyright: ignore[reportArgumentType]
         times = {"buckets": _SECONDS, "registry": self.registry}
         self.first = Histogram(
             "jaxllm_time_to_first_token_seconds", "from request to text", **times
