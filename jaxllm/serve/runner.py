@@ -52,6 +52,18 @@ class Runner:
         self._options = programs.empty_options(memory.slots, setup.spec.vocab)
         self._on_device = jax.device_put(_copy(self._options))
         self._stale = False
+        # What each slot's sequence holds; columns past its end are left over and never looked at.
+        widths: dict[str, int] = {}
+        for shape in self._shapes:
+            for group, width in shape.widths(memory).items():
+                widths[group] = max(width, widths.get(group, 0))
+        self._tables = {
+            group: (
+                np.zeros((memory.slots, width), np.int32),
+                np.zeros((memory.slots,), np.int32),
+            )
+            for group, width in widths.items()
+        }
 
     def _load(self, store: Store | None) -> dict[Shape, Executable]:
         """Every program, from the store or compiled; several at once, as XLA works outside of
@@ -141,20 +153,32 @@ class Runner:
         views["prompts"][:used] = [s.prompt_length for s in sequences]
         views["unread"][:used] = [turn.unread for turn in turns]
         views["begins"][:used] = [turn.begins for turn in turns]
-        at, ids = 0, views["ids"]
-        for turn in turns:
-            if not turn.unread:
-                ids[at : at + turn.count] = turn.sequence.tokens[
-                    turn.start : turn.start + turn.count
-                ]
-            at += turn.count
-        for group in self.memory.windows:
-            pages, firsts = views[f"pages:{group}"], views[f"firsts:{group}"]
-            for i, sequence in enumerate(sequences):
+        if shape.longest == 1:
+            known = [i for i, turn in enumerate(turns) if not turn.unread]
+            views["ids"][known] = [turns[i].sequence.tokens[turns[i].start] for i in known]
+        else:
+            _chunks(turns, views["ids"])
+        rows = views["slots"][:used]
+        for group, (pages, firsts) in self._tables.items():
+            for sequence in sequences:
                 holding = sequence.holdings[group]
-                firsts[i] = holding.first
-                pages[i, : len(holding.pages)] = holding.pages
+                if holding.changed:
+                    pages[sequence.slot, : len(holding.pages)] = holding.pages
+                    firsts[sequence.slot] = holding.first
+                    holding.changed = False
+            views[f"firsts:{group}"][:used] = firsts[rows]
+            width = views[f"pages:{group}"].shape[1]
+            views[f"pages:{group}"][:used] = pages[rows, :width]
         return packed
+
+
+def _chunks(turns: Sequence[Turn], ids: np.ndarray) -> None:
+    """Token ids of chunks, one after another."""
+    at = 0
+    for turn in turns:
+        if not turn.unread:
+            ids[at : at + turn.count] = turn.sequence.tokens[turn.start : turn.start + turn.count]
+        at += turn.count
 
 
 def _copy(tree: Any) -> Any:

@@ -9,6 +9,7 @@ pages run out, the least urgent sequence gives up its own and computes them agai
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import itertools
 from collections.abc import Mapping
@@ -50,7 +51,7 @@ class Limits:
         )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(slots=True)
 class Turn:
     """What one sequence does in a step.
 
@@ -116,7 +117,7 @@ class Scheduler:
         """
         self.check_fits(sequence.limit)
         sequence.arrival = next(self._arrivals)
-        others = {s.tenant for s in [*self.waiting, *self.running]}
+        others = {s.tenant for s in (*self.waiting, *self.running)}
         if sequence.tenant not in others:  # whoever was away has no claim on the past
             least = min((self._served.get(t, 0) for t in others), default=0)
             self._served = {t: self._served.get(t, 0) for t in others}
@@ -138,12 +139,16 @@ class Scheduler:
         """The turns of the next step; empty when there is nothing to do."""
         turns: list[Turn] = []
         left = self.limits.tokens
-        order = sorted(self.running, key=lambda s: (s.wanted > 1, s.priority, s.arrival))
-        for sequence in order:
-            wanted = min(sequence.wanted, self.limits.longest, left)
-            if wanted < 1 or sequence.slot is None:
+        running = [(s, s.wanted) for s in self.running]  # sorted by urgency
+        order = [x for x in running if x[1] == 1]
+        order += [x for x in running if x[1] > 1]
+        longest = self.limits.longest
+        for sequence, wanted in order:
+            if wanted > 1:
+                wanted = min(wanted, longest, left)
+            if left < 1 or sequence.slot is None:
                 continue
-            if self._hold(sequence, wanted, turns):
+            if sequence.computed + wanted <= sequence.room or self._hold(sequence, wanted, turns):
                 turns.append(self._turn(sequence, wanted))
                 left -= wanted
         while left > 0 and self._slots:
@@ -161,18 +166,21 @@ class Scheduler:
         if not turn.draws or sequence.done:
             return False
         sequence.tokens.append(token)
-        self._name(sequence)
+        if len(sequence.tokens) // self.limits.page_size > sequence.named:
+            self._name(sequence)
         return True
 
     def _turn(self, sequence: Sequence, count: int) -> Turn:
-        start, sequence.computed = sequence.computed, sequence.computed + count
-        draws = sequence.computed == sequence.length
-        unread = start + count > len(sequence.tokens)
-        turn = Turn(sequence, start, count, draws, sequence.begins, unread)
+        start = sequence.computed
+        end = sequence.computed = start + count
+        draws = end == sequence.length
+        turn = Turn(sequence, start, count, draws, sequence.begins, end > len(sequence.tokens))
         sequence.begins = False
-        sequence.length += draws
-        self._served[sequence.tenant] = self._served.get(sequence.tenant, 0) + count
-        self._name(sequence)
+        if draws:
+            sequence.length += 1
+        self._served[sequence.tenant] += count
+        if end // self.limits.page_size > sequence.named:
+            self._name(sequence)
         return turn
 
     def _next_waiting(self) -> Sequence | None:
@@ -209,8 +217,9 @@ class Scheduler:
         sequence.named = found
         self.hit_tokens += begun
         self.prompt_tokens += sequence.length
+        sequence.room = self._room(end, wanted)
         self.waiting.remove(sequence)
-        self.running.append(sequence)
+        bisect.insort(self.running, sequence, key=lambda s: (s.priority, s.arrival))
         return True
 
     def _first_page(self, group: str, position: int) -> int:
@@ -260,7 +269,18 @@ class Scheduler:
                     if victim is sequence:
                         return False
                 holding.pages.append(pages.take())
+            holding.changed = True
+        sequence.room = self._room(end, count)
         return True
+
+    def _room(self, end: int, count: int) -> int:
+        """Tokens that pages before `end` reach up to.
+
+        After a chunk 0 where there are windows, which are wider for it: the next step trims them,
+        as its table has no more columns than it needs.
+        """
+        windowed = any(left is not None for left in self.windows.values())
+        return 0 if windowed and count > 1 else end * self.limits.page_size
 
     def _victim(self, turns: list[Turn]) -> Sequence:
         """The least urgent running sequence that has no turn yet; the one that asks has none."""
@@ -280,7 +300,7 @@ class Scheduler:
         for group, holding in sequence.holdings.items():
             for page in holding.pages:
                 self.pages[group].release(page)
-        sequence.holdings = {}
+        sequence.holdings, sequence.room = {}, 0
         if sequence.slot is not None:
             self._slots.append(sequence.slot)
             sequence.slot = None

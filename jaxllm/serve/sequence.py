@@ -8,12 +8,16 @@ from typing import Any
 __all__ = ["Holding", "Sequence"]
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class Holding:
-    """Pages of one group that a sequence holds: of page numbers `first`, `first` + 1, …"""
+    """Pages of one group that a sequence holds: of page numbers `first`, `first` + 1, …
+
+    `changed` is set with every change, and cleared by who keeps a copy.
+    """
 
     pages: list[int] = dataclasses.field(default_factory=list)
     first: int = 0
+    changed: bool = True
 
     @property
     def end(self) -> int:
@@ -21,7 +25,7 @@ class Holding:
         return self.first + len(self.pages)
 
 
-@dataclasses.dataclass(eq=False, kw_only=True)
+@dataclasses.dataclass(eq=False, kw_only=True, slots=True)
 class Sequence:
     """A prompt and its answer; all requests, new, running or preempted, chase one token count.
 
@@ -40,6 +44,7 @@ class Sequence:
       cached: of these, at its last start, from the prefix cache.
       slot: its place in arrays by sequence, or None while it waits.
       holdings: pages by group.
+      room: tokens that its pages reach up to.
       hashes: of full pages of known tokens.
       named: full pages that can be found by their hash.
       done: nothing more is wanted of it.
@@ -60,6 +65,7 @@ class Sequence:
     cached: int = 0
     slot: int | None = None
     holdings: dict[str, Holding] = dataclasses.field(default_factory=dict)
+    room: int = 0
     hashes: list[bytes] = dataclasses.field(default_factory=list)
     named: int = 0
     done: bool = False

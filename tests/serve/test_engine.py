@@ -57,7 +57,7 @@ def test_requests_among_others_are_as_if_alone(toy, engine):
     assert engine.stats().drawn_tokens - before.drawn_tokens == sum(map(len, found))
 
 
-@pytest.mark.parametrize("ahead", [0, 2])
+@pytest.mark.parametrize("ahead", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_pages_that_run_out_lose_nothing(toy, ahead):
     config = dataclasses.replace(CONFIG, cache_tokens=CONTEXT, ahead=ahead)
     requests = [ask(prompt(20, seed=i), 60, **(SAMPLED if i % 2 else {})) for i in range(6)]

@@ -11,11 +11,10 @@ from tests.serve.test_engine import settled
 CONFIG = EngineConfig(max_sequences=2, max_batch_tokens=16, page_size=4, cache_tokens=64)
 
 
-@pytest.mark.parametrize("name", [
-    "dual",
-    *(pytest.param(name, marks=pytest.mark.slow)
-      for name in ("selective", "latent", "streaming", "capped_gated", "gqa")),
-])  # fmt: skip
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["dual", "selective", "latent", "streaming", "capped_gated", "gqa"]
+)
 def test_together_as_if_alone(name):
     """More sequences than slots, two of them with one prompt, and too few pages for all."""
     model = made(SPECS[name])
