@@ -16,6 +16,7 @@ __all__ = [
     "Generate",
     "Perplexity",
     "Pull",
+    "Quantize",
     "Serve",
     "Train",
 ]
@@ -118,6 +119,30 @@ class Pull:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Quantize:
+    """Write a model with its matrices in few bits."""
+
+    source: Source
+    """Catalogue name, Hugging Face directory, .gguf file, or org/name that was pulled."""
+    dest: tyro.conf.Positional[Path]
+    """Directory to write."""
+    format: Literal["int8", "int4", "nf4", "fp4", "mxfp4", "fp8"] = "int4"
+    """What a value is rounded to."""
+    group: int | None = None
+    """Inputs of one scale; 0 is a whole row. By default what suits the format."""
+    rows: int = 1
+    """Outputs of one scale; 0 is all of them (fp8)."""
+    asymmetric: bool = False
+    """Spread each group's range over all codes, with an offset (int8, int4)."""
+    include: Many = ()
+    """Glob over unstacked paths (layers.*.mlp.down); all matrices of the layers by default."""
+    exclude: Many = ()
+    """Glob that takes out of these."""
+    dtype: Dtype | None = None
+    """Of what stays unquantized; what suits the device by default."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Doctor:
     """Show devices, versions, chosen implementations and caches; fail if something is missing."""
 
@@ -181,5 +206,6 @@ COMMANDS = {
     "batch": Batch,
     "train": Train,
     "pull": Pull,
+    "quantize": Quantize,
     "doctor": Doctor,
 }
