@@ -235,8 +235,8 @@ class Model:
           max_tokens: at most this many new tokens.
           stop: strings that end the answer and are not part of it.
           raw: a string prompt without the chat template.
-          **sampling: `temperature`, `top_k`, `top_p`, `min_p`, `repetition_penalty`,
-            `presence_penalty`, `frequency_penalty`, `seed`; see `Sampling`.
+          **sampling: `temperature`, `top_k`, `top_p`, `min_p`, `typical_p`,
+            `repetition_penalty`, `presence_penalty`, `frequency_penalty`, `seed`; see `Sampling`.
 
         Raises:
           UnsupportedError: the model is an encoder; ConfigError: an option out of its range;

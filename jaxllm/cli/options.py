@@ -8,7 +8,18 @@ from typing import Annotated, Literal
 
 import tyro
 
-__all__ = ["COMMANDS", "Chat", "Doctor", "Generate", "Perplexity", "Pull", "Quantize", "Train"]
+__all__ = [
+    "COMMANDS",
+    "Batch",
+    "Chat",
+    "Doctor",
+    "Generate",
+    "Perplexity",
+    "Pull",
+    "Quantize",
+    "Serve",
+    "Train",
+]
 
 Source = tyro.conf.Positional[str]
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -27,6 +38,8 @@ class _Sampling:
     """Keep the most likely tokens of this total probability."""
     min_p: float = 0.0
     """Drop tokens less likely than this share of the most likely one."""
+    typical_p: float = 1.0
+    """Keep the tokens of nearly the expected surprise, of this total probability."""
     repetition_penalty: float = 1.0
     """Above 1, tokens of the prompt and the answer become less likely."""
     presence_penalty: float = 0.0
@@ -137,10 +150,60 @@ class Doctor:
     """Print one JSON object."""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Serve:
+    """Answer over HTTP, as OpenAI's API does."""
+
+    source: Source
+    """Catalogue name, Hugging Face directory, .gguf file, or org/name that was pulled."""
+    host: str = "127.0.0.1"
+    """Address to bind to; one that other machines reach needs an API key."""
+    port: int = 8000
+    """0 takes a free one."""
+    name: str | None = None
+    """The model's name for clients; the source's by default."""
+    api_key: Many = ()
+    """Opens every route but /health and /ready; may be given several times."""
+    api_key_file: Path | None = None
+    """More keys, one a line."""
+    dtype: Dtype | None = None
+    """Of weights and activations; what suits the device by default."""
+    max_sequences: int | None = None
+    """Answers on their way at once; 8 on a CPU, 256 elsewhere by default."""
+    max_batch_tokens: int | None = None
+    """Tokens of one step; 256 on a CPU, 2048 elsewhere by default."""
+    context: int | None = None
+    """Most tokens of prompt and answer; the model's own (on a CPU at most 8192) by default."""
+    cache_tokens: int | None = None
+    """Tokens that the page cache holds; by the memory there is by default."""
+    no_prefix_cache: bool = False
+    """Prompts do not look for pages that earlier ones left."""
+    drain_s: float = 30.0
+    """Seconds that running requests get after SIGTERM."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Answer a file of requests in OpenAI's batch format; may be run again after a break."""
+
+    source: Source
+    """Catalogue name, Hugging Face directory, .gguf file, or org/name that was pulled."""
+    requests: tyro.conf.Positional[Path]
+    """One JSON object a line: custom_id, method, url, body."""
+    answers: tyro.conf.Positional[Path]
+    """Where answers are added, one a line; requests that have one are left out."""
+    max_lines: int = 100_000
+    """More are refused."""
+    dtype: Dtype | None = None
+    """Of weights and activations; what suits the device by default."""
+
+
 COMMANDS = {
     "generate": Generate,
     "chat": Chat,
     "perplexity": Perplexity,
+    "serve": Serve,
+    "batch": Batch,
     "train": Train,
     "pull": Pull,
     "quantize": Quantize,

@@ -25,6 +25,8 @@ class Sampling:
       top_k: >= 0; 0 keeps all.
       top_p: in (0, 1].
       min_p: in [0, 1).
+      typical_p: in (0, 1]; keep the tokens whose surprise is nearest to the expected one, of this
+        total probability.
       repetition_penalty: > 0; 1 is none.
       presence_penalty: in [-2, 2].
       frequency_penalty: in [-2, 2].
@@ -35,6 +37,7 @@ class Sampling:
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    typical_p: float = 1.0
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
@@ -56,6 +59,7 @@ class Sampling:
         check("top_k", 0 <= self.top_k < 2**31, "in [0, 2^31)")
         check("top_p", 0 < self.top_p <= 1, "in (0, 1]")
         check("min_p", 0 <= self.min_p < 1, "in [0, 1)")
+        check("typical_p", 0 < self.typical_p <= 1, "in (0, 1]")
         check("repetition_penalty", 0 < self.repetition_penalty <= 100, "in (0, 100]")
         check("presence_penalty", -2 <= self.presence_penalty <= 2, "in [-2, 2]")
         check("frequency_penalty", -2 <= self.frequency_penalty <= 2, "in [-2, 2]")
@@ -79,6 +83,7 @@ class Sampling:
             full(self.top_k, np.int32),
             full(self.top_p, np.float32),
             full(self.min_p, np.float32),
+            full(self.typical_p, np.float32),
             full(self.repetition_penalty, np.float32),
             full(self.presence_penalty, np.float32),
             full(self.frequency_penalty, np.float32),

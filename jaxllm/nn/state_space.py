@@ -72,17 +72,18 @@ class SelectiveScan(nn.Module):
         b, c = (self._normed(leaves.product(n, x, "BTI,IM->BTM"), n, leaves) for n in ("b", "c"))
         dt = _steps(keep(leaves.product("dt", low, "BTR,RI->BTI")), leaves, step, (0.0, None))
         a = -jnp.exp(leaves["a_log"].astype(jnp.float32))
-        y, final = selective_scan(
-            Selective(x, dt, b, c, a, leaves["d"]),
-            recur.initial(held.get("scan"), step),
-            starts=recur.resets(step),
-            implementation=self.policy.scan,
-        )
+
+        def run(tokens: Any, initial: Any, starts: Any) -> Any:
+            x, dt, b, c = tokens
+            inputs = Selective(x, dt, b, c, a, leaves["d"])
+            return selective_scan(inputs, initial, starts=starts, implementation=self.policy.scan)
+
+        y, scan = recur.recurrence(held.get("scan"), (x, dt, b, c), run, step=step)
         y = constrain(y * jax.nn.silu(z), names, rules)
         out = keep(leaves.product("o", y, "BTI,ID->BTD"))
         if state is None:
             return out, None
-        return out, {"conv": tail, "scan": recur.carry(held["scan"], final)}
+        return out, {"conv": tail, "scan": scan}
 
 
 class StateSpaceDual(nn.Module):
@@ -118,18 +119,19 @@ class StateSpaceDual(nn.Module):
         dt = _steps(raw, leaves, step, (op.dt_min, op.dt_max))
         a = -jnp.exp(leaves["a_log"].astype(jnp.float32))
         x, b, c = convolved
-        y, final = dual_scan(
-            Dual(x, dt, b, c, a, leaves["d"]),
-            recur.initial(held.get("scan"), step),
-            starts=recur.resets(step),
-            implementation=self.policy.scan,
-        )
+
+        def run(tokens: Any, initial: Any, starts: Any) -> Any:
+            x, dt, b, c = tokens
+            inputs = Dual(x, dt, b, c, a, leaves["d"])
+            return dual_scan(inputs, initial, starts=starts, implementation=self.policy.scan)
+
+        y, scan = recur.recurrence(held.get("scan"), (x, dt, b, c), run, step=step)
         y = gated_norm(y, z, None if op.norm is None else leaves["norm"], op.norm)
         y = constrain(y, ("batch", "length", "heads", "head_dim"), self.policy.rules)
         out = keep(leaves.product("o", y, "BTNH,NHD->BTD"))
         if state is None:
             return out, None
-        return out, {**new, "scan": recur.carry(held["scan"], final)}
+        return out, {**new, "scan": scan}
 
 
 class Convolution(nn.Module):

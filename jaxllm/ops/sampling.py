@@ -1,4 +1,4 @@
-"""Sampling in the compiled program: penalties, temperature, top-k, top-p, min-p, a seed a request.
+"""Sampling in the compiled program: penalties, temperature, cuts, a seed a request.
 
 Cuts are thresholds found by bisection over the bits of a float, so that nothing is ever sorted: the
 threshold of top-k is the largest t for which at least k logits are >= t, that of top-p the largest
@@ -28,6 +28,7 @@ class SamplingRows:
       top_k: int32; 0 keeps all.
       top_p: float32 in (0, 1]; 1 keeps all.
       min_p: float32 in [0, 1); least probability relative to the most likely token.
+      typical: float32 in (0, 1]; 1 keeps all.
       repetition: float32; > 1 makes tokens of the prompt and the answer less likely.
       presence: float32; taken off the logit of each token in the answer.
       frequency: float32; taken off once for each time a token is in the answer.
@@ -38,6 +39,7 @@ class SamplingRows:
     top_k: Slot
     top_p: Slot
     min_p: Slot
+    typical: Slot
     repetition: Slot
     presence: Slot
     frequency: Slot
@@ -95,8 +97,16 @@ def _threshold(
     return jax.lax.fori_loop(0, 32, bit, jnp.zeros_like(keys[:, :1]))
 
 
+def _strangeness(scaled: Float32[Array, "B V"]) -> Float32[Array, "B V"]:
+    """How far each token's surprise is from the entropy. Source: arXiv 2202.00666."""
+    logs = jax.nn.log_softmax(scaled, axis=-1)
+    terms = jnp.where(jnp.isfinite(logs), jnp.exp(logs) * logs, 0.0)
+    entropy = -jnp.sum(terms, axis=-1, keepdims=True)
+    return jnp.abs(-logs - entropy)
+
+
 def _cut(scaled: Float32[Array, "B V"], rows: SamplingRows) -> Float32[Array, "B V"]:
-    """Logits with everything outside top-k, top-p and min-p at -inf, in this order."""
+    """Logits with what is outside top-k, top-p, typical-p and min-p at -inf, in this order."""
     keys = _ordered(scaled)
 
     def by_count(x: Array) -> Array:
@@ -108,8 +118,16 @@ def _cut(scaled: Float32[Array, "B V"], rows: SamplingRows) -> Float32[Array, "B
         floor = _threshold(keys, p, rows.top_p[:, None])
         return jnp.where((keys >= floor) | (rows.top_p[:, None] >= 1), x, -jnp.inf)
 
+    def typical(x: Array) -> Array:
+        wanted = rows.typical[:, None]
+        far = _strangeness(x)
+        nearness = _ordered(-far)
+        floor = _threshold(nearness, jax.nn.softmax(x, axis=-1), wanted)
+        return jnp.where((nearness >= floor) | (wanted >= 1), x, -jnp.inf)
+
     scaled = jax.lax.cond(jnp.any(rows.top_k > 0), by_count, lambda x: x, scaled)
     scaled = jax.lax.cond(jnp.any(rows.top_p < 1), by_mass, lambda x: x, scaled)
+    scaled = jax.lax.cond(jnp.any(rows.typical < 1), typical, lambda x: x, scaled)
     peak = jnp.max(scaled, axis=-1, keepdims=True)
     return jnp.where(scaled - peak >= jnp.log(rows.min_p)[:, None], scaled, -jnp.inf)
 

@@ -18,6 +18,7 @@ from jaxllm.ops.mask import Visibility
 from jaxllm.spec.mask import Global, Mask, draws, parts, reach
 from jaxllm.spec.ops import Attention, LatentAttention
 from jaxllm.state.dense import DenseKV, write
+from jaxllm.state.paged import PagedKV, attend_pages
 from jaxllm.state.step import Step
 from jaxllm.typing import AnyArray
 
@@ -36,7 +37,7 @@ def attend(
     """Remember the new keys and values, and attend over all that is remembered.
 
     Args:
-      state: None (training) or the op's `DenseKV`.
+      state: None (training) or the op's `DenseKV` or `PagedKV`.
       qkv: queries, keys and values of the new tokens, rotated; S is T, or the rows of a length
         projection.
       step: where the tokens stand.
@@ -48,6 +49,9 @@ def attend(
       (what each query found, the new state).
     """
     q, k, v = qkv
+    if isinstance(state, PagedKV):
+        scores = Scores(scale=op.query_scale, softcap=op.softcap, sinks=sinks)
+        return attend_pages(state, qkv, step=step, mask=op.mask, scores=scores)
     see, cached = over_state(state, step, op)
     if state is not None and not isinstance(state, DenseKV):
         raise UnsupportedError(f"attention cannot read a {type(state).__name__}; use a dense state")

@@ -24,7 +24,18 @@ from jaxllm.spec.ops import (
 from jaxllm.state.recur import ConvTail, Recurrence
 from jaxllm.typing import AnyArray, Slot
 
-__all__ = ["DenseKV", "Held", "LatentKV", "dense_state", "grow", "state_axes", "write"]
+__all__ = [
+    "KINDS",
+    "DenseKV",
+    "Held",
+    "LatentKV",
+    "dense_state",
+    "grow",
+    "is_held",
+    "layout",
+    "state_axes",
+    "write",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,34 +146,36 @@ A class of state whose arrays have a slot a token says on which dim in `capacity
 """
 
 
-def _is_held(x: Any) -> bool:
+def is_held(x: Any) -> bool:
+    """Whether x stands for an array of a state."""
     return isinstance(x, Held)
 
 
-def _block_state(block: Block, batch: int, capacity: int) -> dict[str, Any]:
+def _block_state(block: Block, make: Callable[[Any], Any]) -> dict[str, Any]:
     return {
-        named.name: KINDS[type(named.op)](named.op, batch, capacity)
+        named.name: make(named.op)
         for sub in block.subs
         for named in sub.ops
         if type(named.op) in KINDS
     }
 
 
-def _layout(spec: ModelSpec, segments: tuple[Segment, ...], batch: int, capacity: int) -> Any:
-    """The tree of `Held`s, stacked like the layers."""
+def layout(spec: ModelSpec, segments: tuple[Segment, ...], make: Callable[[Any], Any]) -> Any:
+    """The tree of `Held`s that `make` gives for the ops that remember, stacked like the layers."""
     state: dict[str, Any] = {}
     for segment in segments:
-        units = [
-            _block_state(spec.block(segment.start + i), batch, capacity)
-            for i in range(segment.unit)
-        ]
+        units = [_block_state(spec.block(segment.start + i), make) for i in range(segment.unit)]
         if segment.stacked:
             stack = lambda held, n=segment.repeats: held.stack(n)  # noqa: E731
-            units = jax.tree.map(stack, units, is_leaf=_is_held)
+            units = jax.tree.map(stack, units, is_leaf=is_held)
         state[segment.key] = (
             {str(i): unit for i, unit in enumerate(units)} if segment.unit > 1 else units[0]
         )
     return state
+
+
+def _layout(spec: ModelSpec, segments: tuple[Segment, ...], batch: int, capacity: int) -> Any:
+    return layout(spec, segments, lambda op: KINDS[type(op)](op, batch, capacity))
 
 
 def dense_state(
@@ -192,7 +205,7 @@ def dense_state(
     return jax.tree.map(
         lambda held: make(held.shape, held.dtype or dtype),
         _layout(spec, segments or spec.segments, batch, capacity),
-        is_leaf=_is_held,
+        is_leaf=is_held,
     )
 
 
@@ -200,7 +213,7 @@ def state_axes(spec: ModelSpec, segments: tuple[Segment, ...] | None = None) -> 
     """Logical axes of the state, a tree like it with tuples of names."""
 
     layout = _layout(spec, segments or spec.segments, 1, 1)
-    return jax.tree.map(lambda held: held.axes, layout, is_leaf=_is_held)
+    return jax.tree.map(lambda held: held.axes, layout, is_leaf=is_held)
 
 
 def grow(state: Any, capacity: int) -> Any:

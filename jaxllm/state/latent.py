@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from jaxllm.ops.attention import Scores
 from jaxllm.spec.latent import LatentAttention
 from jaxllm.state.attend import over_state, spread
 from jaxllm.state.dense import LatentKV, write
+from jaxllm.state.paged import PagedLatent, attend_latent_pages
 from jaxllm.state.step import Step
 
 __all__ = ["attend_latent"]
@@ -31,7 +33,7 @@ def attend_latent(
     """Remember the new tokens' vectors, and attend over all that is remembered.
 
     Args:
-      state: None (training) or the op's `LatentKV`.
+      state: None (training) or the op's `LatentKV` or `PagedLatent`, which is read absorbed.
       parts: queries [nope, rope], normed vectors and shared keys of the new tokens, rotated.
       kv_up: the weight [R, N, nope + v] from vectors to keys and values.
       step: where the tokens stand.
@@ -42,6 +44,8 @@ def attend_latent(
       (what each query found, the new state).
     """
     q, latent, rotated = parts
+    if isinstance(state, PagedLatent):
+        return _over_pages(state, parts, kv_up, step=step, op=op)
     if state is not None and not isinstance(state, LatentKV):
         raise UnsupportedError(
             f"latent attention cannot read a {type(state).__name__}; use a dense state"
@@ -65,10 +69,30 @@ def attend_latent(
         shape = (*keys.shape[:3], op.rope_dim)
         keys = jnp.concatenate([keys, jnp.broadcast_to(one(rotated), shape)], axis=-1)
         return spread(q, keys, values, see, scores=scores, policy=policy), state
+    keys = jnp.concatenate([latent, rotated], axis=-1)
+    into, back = _absorb(q, kv_up, op)
+    found = spread(into, one(keys), one(latent), see, scores=scores, policy=policy)
+    return back(found), state
+
+
+def _absorb(
+    q: Float[Array, "B T N Q"], kv_up: Any, op: LatentAttention
+) -> tuple[Array, Callable[[Array], Array]]:
+    """(queries that read vectors and shared keys as they are, from what they find to values)."""
     key_up, value_up = linear.absorbed(kv_up, op.nope_dim, dtype=q.dtype)
     exact = linear.precision(q.dtype)
     into = jnp.einsum("BTNH,RNH->BTNR", q[..., : op.nope_dim], key_up, precision=exact)
-    q = jnp.concatenate([into, q[..., op.nope_dim :]], axis=-1)
-    keys = jnp.concatenate([latent, rotated], axis=-1)
-    found = spread(q, one(keys), one(latent), see, scores=scores, policy=policy)
-    return jnp.einsum("BTNR,RNV->BTNV", found, value_up, precision=exact), state
+    into = jnp.concatenate([into, q[..., op.nope_dim :]], axis=-1)
+    return into, lambda found: jnp.einsum("BTNR,RNV->BTNV", found, value_up, precision=exact)
+
+
+def _over_pages(
+    state: PagedLatent, parts: Any, kv_up: Any, *, step: Step, op: LatentAttention
+) -> tuple[Array, PagedLatent]:
+    """Pages are read absorbed whatever the number of new tokens: nothing is expanded."""
+    q, latent, rotated = parts
+    into, back = _absorb(q, kv_up, op)
+    both = jnp.concatenate([latent, rotated], axis=-1)[:, :, None]
+    scores = Scores(scale=op.query_scale)
+    found, state = attend_latent_pages(state, into, both, step=step, op=op, scores=scores)
+    return back(found), state

@@ -1,14 +1,18 @@
 """Recurrent state: the one place that dispatches on how inputs and matrices are carried on.
 
 An op with a recurrence reads what came before by `convolve` and `initial`, and hands on what comes
-after by `convolve` and `carry`. In training the state is None and every row begins from zero. With
-a state a row whose first token has position 0 begins from zero whatever the state holds (a reused
-place may hold NaN), and one without real tokens keeps it.
+after by `convolve` and `carry`; `recurrence` is the two around a scan. In training the state is
+None and every row begins from zero. With a state a row whose first token has position 0 begins from
+zero whatever the state holds (a reused place may hold NaN), and one without real tokens keeps it.
+
+In a flat batch the rows of the state are slots; the tokens of each sequence become a row, and its
+slot is read and written.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,7 +22,8 @@ from jaxtyping import Array, Bool, Float
 
 from jaxllm.errors import UnsupportedError
 from jaxllm.ops.conv import causal_conv, next_tail
-from jaxllm.state.step import Step, real_tokens
+from jaxllm.ops.flat import Flat, from_rows, to_rows
+from jaxllm.state.step import Step, dense_step, real_tokens
 from jaxllm.typing import AnyArray, Slot
 
 __all__ = [
@@ -27,6 +32,7 @@ __all__ = [
     "carry",
     "convolve",
     "initial",
+    "recurrence",
     "resets",
     "sequence_starts",
 ]
@@ -89,6 +95,48 @@ def carry(state: Any, final: Float[Array, "B ..."]) -> Recurrence | None:
     return None if state is None else Recurrence(final.astype(state.values.dtype))
 
 
+def recurrence(
+    state: Any, tokens: Any, run: Callable[..., tuple[Array, Array]], *, step: Step
+) -> tuple[Array, Recurrence | None]:
+    """A scan between what is remembered before the step and after it.
+
+    Args:
+      state: None (training) or the op's `Recurrence`.
+      tokens: a tree of arrays [B, T, ...] that the scan reads token by token; zeros leave its state
+        as it is.
+      run: (tokens, initial state or None, starts or None) -> (y [B, T, ...], final state).
+      step: where the tokens stand.
+
+    Returns:
+      (y, the new state).
+
+    Raises:
+      UnsupportedError: the state is of another kind.
+    """
+    if state is None or step.flat is None:
+        y, final = run(tokens, initial(state, step), resets(step))
+        return y, carry(state, final)
+    _check(state, Recurrence)
+    flat, rows = step.flat, _row_step(step.flat)
+    held = Recurrence(_read(state.values, flat))
+    y, final = run(jax.tree.map(lambda x: to_rows(x, flat), tokens), initial(held, rows), None)
+    new = Recurrence(_write(state.values, final, flat))
+    return from_rows(y, flat, step.positions.shape[1]), new
+
+
+def _row_step(flat: Flat) -> Step:
+    return dense_step(flat.starts, flat.longest, lengths=flat.counts)
+
+
+def _read(values: AnyArray, flat: Flat) -> Array:
+    return jnp.take(jnp.asarray(values), flat.slots, axis=0, mode="clip")
+
+
+def _write(values: AnyArray, new: Array, flat: Flat) -> Array:
+    values = jnp.asarray(values)
+    return values.at[flat.slots].set(new.astype(values.dtype), mode="drop", unique_indices=True)
+
+
 def convolve(
     state: Any,
     x: Float[Array, "B T *C"],
@@ -115,6 +163,12 @@ def convolve(
     _check(state, ConvTail)
     if state is None:
         return causal_conv(x, kernel, bias, starts=resets(step)), None
+    if step.flat is not None:
+        flat, held = step.flat, ConvTail(_read(state.inputs, step.flat))
+        y, after = convolve(held, to_rows(x, flat), kernel, bias, step=_row_step(flat))
+        assert after is not None
+        new = ConvTail(_write(state.inputs, after.inputs, flat))
+        return from_rows(y, flat, x.shape[1]), new
     tail = jnp.zeros_like(state.inputs) if step.fresh else state.inputs
     starts = resets(step) if step.fresh else sequence_starts(step)
     y = causal_conv(x, kernel, bias, tail=tail, starts=starts)

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, Key
 
+from jaxllm.ops.flat import Flat
 from jaxllm.typing import AnyArray, Slot
 
-__all__ = ["Step", "dense_step", "real_tokens", "sequence_lengths", "training_step"]
+__all__ = [
+    "Step",
+    "dense_step",
+    "flat_step",
+    "real_tokens",
+    "sequence_lengths",
+    "training_step",
+]
 
 
 @jax.tree_util.register_dataclass
@@ -24,7 +34,9 @@ class Step:
       segment_ids: [B, T] integers or None; packed documents, each one run of tokens, see only
         their own. 0 is padding: it enters no statistics.
       lengths: [B] integers or None; how many of the T tokens are real, the rest is padding.
-      page_table: [B, P] integers or None; pages of a paged state.
+      flat: `Flat` or None; a single row holds the new tokens of many sequences, each of which has
+        its own state.
+      page_table: a `PageTable` for each group of layers, or None; pages of a paged state.
       adapter_ids: [B] integers or None; 0 is no adapter.
       key: random key for dropout, or None.
       marks: [B, T] booleans or None; tokens that a mask makes global, or that form the prefix.
@@ -35,6 +47,7 @@ class Step:
     positions: Slot
     segment_ids: Slot | None = None
     lengths: Slot | None = None
+    flat: Slot | None = None
     page_table: Slot | None = None
     adapter_ids: Slot | None = None
     key: Slot | None = None
@@ -79,6 +92,26 @@ def dense_step(
     """
     positions = start[:, None] + jnp.arange(length, dtype=jnp.int32)[None]
     return Step(positions, lengths=lengths, fresh=fresh, aligned=fresh or start.shape[0] == 1)
+
+
+def flat_step(flat: Flat, length: int, page_table: Mapping[str, Any] | None = None) -> Step:
+    """A step of `length` tokens of many sequences, one after another in one row.
+
+    Args:
+      flat: whose they are.
+      length: T, padding included.
+      page_table: a `PageTable` for each group of layers.
+    """
+    owner = flat.owners(length)
+    num_rows = flat.counts.shape[0]
+    real, row = owner < num_rows, jnp.minimum(owner, num_rows - 1)
+    positions = jnp.take(flat.starts - flat.firsts, row) + jnp.arange(length, dtype=jnp.int32)
+    return Step(
+        jnp.where(real, positions, 0)[None],
+        segment_ids=jnp.where(real, row + 1, 0)[None],
+        flat=flat,
+        page_table=page_table,
+    )
 
 
 def real_tokens(step: Step) -> Bool[Array, "B T"] | None:

@@ -175,6 +175,7 @@ BAD = {
     "top_k": [-1, 2**31],
     "top_p": [0.0, -1.0, 1.01, float("nan")],
     "min_p": [-0.1, 1.0],
+    "typical_p": [0.0, 1.1],
     "repetition_penalty": [0.0, -1.0, 101.0],
     "presence_penalty": [-2.1, 2.1],
     "frequency_penalty": [-3.0, float("inf")],

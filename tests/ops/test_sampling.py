@@ -17,7 +17,7 @@ SAMPLE = jax.jit(sample)
 PENALIZE = jax.jit(penalize)
 ONE = {
     "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0,
-    "repetition": 1.0, "presence": 0.0, "frequency": 0.0, "seed": 0,
+    "typical": 1.0, "repetition": 1.0, "presence": 0.0, "frequency": 0.0, "seed": 0,
 }  # fmt: skip
 DTYPES = {"top_k": np.int32, "seed": np.uint32}
 
@@ -109,6 +109,11 @@ def test_cuts_against_the_sort(logits, temperature, top_k, top_p, min_p):
         ({"min_p": 0.5}, 1),
         ({"min_p": 0.3}, 3),
         ({"top_k": 3, "min_p": 0.01}, 3),
+        # Entropy 2.09; surprises are .92, 1.90 twice, 2.30 and 4.61.
+        ({"typical": 0.25}, 2),
+        ({"typical": 0.35}, 3),
+        ({"typical": 0.5}, 4),
+        ({"typical": 0.9}, V),
         ({}, V),
     ],
 )

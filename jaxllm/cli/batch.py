@@ -1,0 +1,40 @@
+"""`jaxllm batch`: answer a file of requests in OpenAI's batch format."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from pathlib import Path
+
+from jaxllm.cli.options import Batch
+from jaxllm.core.logging import show_notes
+
+__all__ = ["run"]
+
+
+def run(options: Batch) -> int:
+    """Run the subcommand; returns 1 when requests were refused."""
+    show_notes()
+    from jaxllm.serve import batch
+
+    batch.read_lines(options.requests, options.max_lines)  # before the model is loaded
+    batch.answered(options.answers)
+    from jaxllm.model import load
+    from jaxllm.serve.engine import Engine
+
+    model = load(options.source, dtype=options.dtype)
+    path = Path(options.source)
+    name = path.name if path.exists() else options.source
+    with Engine(model) as engine:
+        begun = time.perf_counter()
+        counts = asyncio.run(
+            batch.run(engine, options.requests, options.answers, name=name, most=options.max_lines)
+        )
+        took, drawn = time.perf_counter() - begun, engine.stats().drawn_tokens
+    print(
+        f"{counts.done} of {counts.total} answered now, {counts.before} before, {counts.refused} "
+        f"refused; {drawn} tokens in {took:.1f} s",
+        file=sys.stderr,
+    )
+    return 1 if counts.refused else 0

@@ -1,0 +1,81 @@
+"""`jaxllm serve`: answer over HTTP, as OpenAI's API does."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sys
+import time
+from pathlib import Path
+
+from jaxllm.cli.options import Serve
+from jaxllm.core.logging import show_notes
+from jaxllm.errors import ConfigError
+
+__all__ = ["run"]
+
+
+def _keys(options: Serve) -> tuple[str, ...]:
+    """Keys of the command line and of a file, one a line."""
+    if options.api_key_file is None:
+        return options.api_key
+    try:
+        lines = options.api_key_file.read_text().split()
+    except OSError as error:
+        raise ConfigError(f"--api-key-file {options.api_key_file}: {error.strerror}") from None
+    if not lines:
+        raise ConfigError(f"--api-key-file {options.api_key_file} holds no key")
+    return (*options.api_key, *lines)
+
+
+def _name(options: Serve) -> str:
+    if options.name is not None:
+        return options.name
+    path = Path(options.source)
+    return path.name if path.exists() else options.source
+
+
+def run(options: Serve) -> int:
+    """Run the subcommand; returns 0 after SIGTERM or Ctrl-C."""
+    begun = time.perf_counter()
+    show_notes()
+    from jaxllm.serve.http.server import config_of
+
+    config = config_of(
+        host=options.host, port=options.port, api_keys=_keys(options), drain_s=options.drain_s
+    )
+    from jaxllm.model import load
+    from jaxllm.serve.config import EngineConfig
+    from jaxllm.serve.embedder import Embedder
+    from jaxllm.serve.engine import Engine
+    from jaxllm.serve.http.app import App
+    from jaxllm.serve.http.server import Server
+
+    model = load(options.source, dtype=options.dtype)
+    bounds = EngineConfig(
+        max_sequences=options.max_sequences,
+        max_batch_tokens=options.max_batch_tokens,
+        context=options.context,
+        cache_tokens=options.cache_tokens,
+        prefix_cache=not options.no_prefix_cache,
+    )
+    with contextlib.ExitStack() as stack:
+        engine = stack.enter_context(Engine(model, bounds)) if model.spec.decodes else None
+        embedder = None
+        if engine is None or model.spec.head.pooling is not None:
+            embedder = stack.enter_context(Embedder(model, max_tokens=options.context or 512))
+        app = App(_name(options), model, engine, config, embedder=embedder)
+        server = Server(app)
+
+        async def serve() -> None:
+            task = asyncio.create_task(server.serve())
+            while not server.started and not task.done():
+                await asyncio.sleep(0.01)
+            if server.started:
+                took = time.perf_counter() - begun
+                address = f"http://{config.host}:{server.port}"
+                print(f"jaxllm serve: ready on {address} in {took:.1f} s", file=sys.stderr)
+            await task
+
+        asyncio.run(serve())
+        return 0 if (engine is None or engine.error is None) and app.draining else 1

@@ -1,0 +1,225 @@
+"""Attention over keys and values in pages: plain jnp, in the place of a kernel.
+
+Queries stand in blocks of one sequence each. `loop` walks over as many pages as the longest
+sequence has and keeps running softmax statistics, so its work follows what is remembered;
+`gather` reads the whole width of the table at once, without a loop that the host must follow.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxllm.core.config import nearest
+from jaxllm.core.logging import note_once
+from jaxllm.errors import ConfigError
+from jaxllm.ops.attention import Scores
+from jaxllm.ops.flat import Flat, QueryBlocks, query_blocks
+from jaxllm.spec.mask import Mask, Row, allowed
+from jaxllm.typing import AnyArray, Slot
+
+__all__ = ["IMPLEMENTATIONS", "PageTable", "paged_attention", "write_pages"]
+
+STRIDE = 128
+"""Keys that a turn of the loop reads."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PageTable:
+    """Which pages hold a sequence.
+
+    Attributes:
+      pages: [R, W] int32; column j of a row holds the tokens of page number firsts + j of its
+        sequence. Past the pool's end where there is none.
+      firsts: [R] int32; above 0 where a window has left pages behind.
+    """
+
+    pages: Slot
+    firsts: Slot
+
+
+def write_pages(
+    pool: Float[AnyArray, "P Z *C"],
+    new: Float[Array, "1 T *C"],
+    table: PageTable,
+    flat: Flat,
+) -> Float[Array, "P Z *C"]:
+    """Put the new tokens' keys or values into their pages; padding is dropped."""
+    pool, length = jnp.asarray(pool), new.shape[1]
+    count, size = pool.shape[:2]
+    owner = flat.owners(length)
+    row = jnp.minimum(owner, flat.counts.shape[0] - 1)
+    position = jnp.take(flat.starts - flat.firsts, row) + jnp.arange(length, dtype=jnp.int32)
+    column = position // size - jnp.take(table.firsts, row)
+    inside = (owner < flat.counts.shape[0]) & (column >= 0) & (column < table.pages.shape[1])
+    page = table.pages[row, jnp.clip(column, 0, table.pages.shape[1] - 1)]
+    page = jnp.where(inside, page, count)
+    return pool.at[page, position % size].set(new[0].astype(pool.dtype), mode="drop")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Problem:
+    """What every turn reads: queries [M, K, G Q, H], pools, table of the blocks' rows."""
+
+    q: Array
+    k: Array
+    v: Array | None
+    width: int
+    pages: Array
+    firsts: Array
+    blocks: QueryBlocks
+    mask: Mask
+    scores: Scores
+
+
+def _columns(problem: _Problem, start: Any, number: int) -> tuple[Array, Array, Array]:
+    """(keys, values, positions) of `number` columns of the table, from `start`."""
+    size, width = problem.k.shape[1], problem.pages.shape[1]
+    column = start + jnp.arange(number, dtype=jnp.int32)
+    page = jnp.take(problem.pages, column, axis=1, mode="clip")  # [M, number]
+    number_of = problem.firsts[:, None] + column[None]
+    places = number_of[..., None] * size + jnp.arange(size, dtype=jnp.int32)[None, None]
+    # A column past the table repeats its last one: no query may see it.
+    places = jnp.where((column < width)[None, :, None], places, jnp.iinfo(jnp.int32).max)
+    k = jnp.take(problem.k, page, axis=0, mode="clip")
+    k = k.reshape(k.shape[0], -1, *k.shape[3:]).astype(problem.q.dtype)
+    if problem.v is None:
+        return k, k[..., : problem.width], places.reshape(places.shape[0], -1)
+    v = jnp.take(problem.v, page, axis=0, mode="clip")
+    v = v.reshape(v.shape[0], -1, *v.shape[3:]).astype(problem.q.dtype)
+    return k, v, places.reshape(places.shape[0], -1)
+
+
+def _turn(problem: _Problem, carry: Any, start: Any, number: int) -> Any:
+    """Running (peak, total, sum of values) after `number` more columns."""
+    peak, total, out = carry
+    k, v, places = _columns(problem, start, number)
+    blocks, scores, q = problem.blocks, problem.scores, problem.q
+    exact = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+    seen = allowed(problem.mask, blocks.positions[:, :, None], places[:, None, :], Row())
+    seen = seen & blocks.real[:, :, None]
+    v = jnp.where(jnp.any(seen, axis=1)[:, :, None, None], v, jnp.zeros_like(v))  # may be NaN
+    dots = jnp.einsum("BKMH,BSKH->BKMS", q, k, precision=exact, preferred_element_type=jnp.float32)
+    dots = dots.reshape(*dots.shape[:2], -1, *seen.shape[1:]) * scores.scale
+    if scores.softcap is not None:
+        dots = scores.softcap * jnp.tanh(dots / scores.softcap)
+    dots = jnp.where(seen[:, None, None], dots, -jnp.inf)
+    dots = dots.reshape(*q.shape[:3], -1)
+    higher = jnp.maximum(peak, jnp.max(dots, axis=-1, keepdims=True))
+    level = jnp.where(jnp.isfinite(higher), higher, 0.0)
+    weights, fade = jnp.exp(dots - level), jnp.exp(peak - level)
+    found = jnp.einsum(
+        "BKMS,BSKH->BKMH",
+        weights.astype(v.dtype),
+        v,
+        precision=exact,
+        preferred_element_type=jnp.float32,
+    )
+    total = total * fade + jnp.sum(weights, axis=-1, keepdims=True)
+    return higher, total, out * fade + found
+
+
+def _loop(problem: _Problem, carry: Any, last: Array) -> Any:
+    number = max(1, STRIDE // problem.k.shape[1])
+    turns = -(-last // number)
+    body = lambda i, c: _turn(problem, c, i * number, number)  # noqa: E731
+    return jax.lax.fori_loop(0, turns, body, carry)
+
+
+def _gather(problem: _Problem, carry: Any, last: Array) -> Any:
+    del last
+    return _turn(problem, carry, jnp.int32(0), problem.pages.shape[1])
+
+
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {"loop": _loop, "gather": _gather}
+"""(problem, initial statistics, columns that the longest sequence needs) -> statistics."""
+
+
+def _choose(name: str) -> str:
+    if name == "auto":
+        name = "loop" if jax.default_backend() == "cpu" else "gather"
+        note_once(f"paged attention: {name} (plain jnp)")
+    if name not in IMPLEMENTATIONS:
+        raise ConfigError(
+            f"paged attention {name!r} is unknown; {nearest(name, ('auto', *IMPLEMENTATIONS))}"
+        )
+    return name
+
+
+def paged_attention(
+    q: Float[Array, "1 T N H"],
+    pools: tuple[Float[AnyArray, "P Z K H"], Float[AnyArray, "P Z K V"] | int],
+    table: PageTable,
+    flat: Flat,
+    *,
+    mask: Mask,
+    scores: Scores,
+    implementation: str = "auto",
+) -> Float[Array, "1 T N V"]:
+    """softmax(cap(scale q kT) + mask, sinks) v, each token over the pages of its own sequence.
+
+    Args:
+      q: queries of a flat batch, whose keys and values are in the pages already.
+      pools: keys and values; a number in place of values takes as many dims of the keys.
+      table: pages of every row.
+      flat: whose the tokens are.
+      mask: who sees whom, by positions; no query sees ahead.
+      scores: scale, soft-cap and sinks.
+      implementation: `auto`, or a name in `IMPLEMENTATIONS`.
+
+    Returns:
+      In q's dtype; padding holds anything finite.
+
+    Raises:
+      ConfigError: no such implementation.
+    """
+    length, heads, width = q.shape[1:]
+    keys, values = jnp.asarray(pools[0]), pools[1]
+    kv_heads = keys.shape[2]
+    blocks = query_blocks(flat, length)
+    num_blocks, size = blocks.token.shape
+    by_block = q[0][blocks.token].reshape(num_blocks, size, kv_heads, -1, width)
+    by_block = by_block.transpose(0, 2, 3, 1, 4).reshape(num_blocks, kv_heads, -1, width)
+    problem = _Problem(
+        by_block,
+        keys,
+        None if isinstance(values, int) else jnp.asarray(values),
+        values if isinstance(values, int) else values.shape[-1],
+        table.pages[blocks.row],
+        jnp.asarray(table.firsts)[blocks.row],
+        blocks,
+        mask,
+        scores,
+    )
+    empty = (
+        jnp.full((*by_block.shape[:3], 1), -jnp.inf, jnp.float32),
+        jnp.zeros((*by_block.shape[:3], 1), jnp.float32),
+        jnp.zeros((*by_block.shape[:3], problem.width), jnp.float32),
+    )
+    ends = (flat.starts + flat.counts - 1) // keys.shape[1] + 1 - table.firsts
+    last = jnp.minimum(jnp.max(jnp.where(flat.counts > 0, ends, 0)), table.pages.shape[1])
+    peak, total, out = IMPLEMENTATIONS[_choose(implementation)](problem, empty, last)
+    out = _finish(peak, total, out, scores)
+    out = out.reshape(num_blocks, kv_heads, -1, size, problem.width).transpose(0, 3, 1, 2, 4)
+    out = out.reshape(num_blocks, size, heads, problem.width).astype(q.dtype)
+    return out[blocks.block, blocks.place][None]
+
+
+def _finish(peak: Array, total: Array, out: Array, scores: Scores) -> Array:
+    """Sums of values over their weights; a sink takes its share."""
+    if scores.sinks is not None:
+        groups = scores.sinks.astype(jnp.float32).reshape(1, peak.shape[1], -1, 1, 1)
+        sink = jnp.broadcast_to(
+            groups, (1, *groups.shape[1:3], peak.shape[2] // groups.shape[2], 1)
+        )
+        sink = sink.reshape(1, *peak.shape[1:])
+        level = jnp.maximum(peak, sink)
+        fade = jnp.exp(peak - level)
+        total, out = total * fade + jnp.exp(sink - level), out * fade
+    return out / jnp.where(total == 0, 1.0, total)

@@ -1,0 +1,147 @@
+"""How an engine is laid out: bounds, and the memory that goes to the cache."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import Any
+
+import jax
+
+from jaxllm.core.config import require
+from jaxllm.core.precision import dtype_of
+from jaxllm.errors import CapacityError
+from jaxllm.infer.programs import Setup
+from jaxllm.serve import programs
+from jaxllm.serve.programs import Memory, Shape, shapes
+from jaxllm.spec.latent import LatentAttention
+from jaxllm.spec.model import ModelSpec
+from jaxllm.spec.ops import Attention
+from jaxllm.state.paged import groups, page_bytes
+
+__all__ = ["EngineConfig", "lay_out", "table"]
+
+RECURRENT_CHUNK = 64
+"""Tokens of one sequence in a step where recurrences follow it one by one."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Bounds of an engine; None leaves a choice to the device.
+
+    Attributes:
+      max_sequences: that run at once.
+      max_batch_tokens: of one step.
+      context: most tokens of a sequence; the model's own by default, but at most 8192 on a CPU.
+      page_size: tokens a page.
+      cache_tokens: that all pages together hold.
+      prefix_cache: whether prompts find pages that earlier ones left.
+      ahead: steps dispatched before the last one's tokens are read.
+      max_queue: requests that wait.
+      max_queued_tokens: of their prompts.
+    """
+
+    max_sequences: int | None = None
+    max_batch_tokens: int | None = None
+    context: int | None = None
+    page_size: int | None = None
+    cache_tokens: int | None = None
+    prefix_cache: bool = True
+    ahead: int = 1
+    max_queue: int = 1024
+    max_queued_tokens: int = 1 << 20
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            least = 0 if field.name in ("prefix_cache", "ahead") else 1
+            require(value is None or value >= least, f"{field.name} is at least {least}")
+
+    def filled(self, spec: ModelSpec) -> EngineConfig:
+        """The same with every choice but the cache's size made for this device."""
+        on_cpu = jax.default_backend() == "cpu"
+        context = min(self.context or (8192 if on_cpu else spec.context), spec.context)
+        sequences = self.max_sequences or (8 if on_cpu else 256)
+        tokens = self.max_batch_tokens or (256 if on_cpu else 2048)
+        return dataclasses.replace(
+            self,
+            max_sequences=sequences,
+            max_batch_tokens=max(tokens, sequences),
+            context=context,
+            page_size=self.page_size or (16 if on_cpu else 64),
+        )
+
+
+def recurrent(spec: ModelSpec) -> bool:
+    """Whether something is remembered that is not in pages, so that prefixes cannot be shared."""
+    from jaxllm.state.dense import KINDS
+
+    ops = {type(o.op) for block in spec.blocks for sub in block.subs for o in sub.ops}
+    return bool(ops & (set(KINDS) - {Attention, LatentAttention}))
+
+
+def table(spec: ModelSpec, config: EngineConfig) -> tuple[Shape, ...]:
+    """The programs of a filled config."""
+    tokens, context = config.max_batch_tokens or 1, config.context or 1
+    contexts = {context}
+    if jax.default_backend() != "cpu":  # the width of the page table is read whole
+        contexts |= {512 * 4**i for i in range(8) if 512 * 4**i < context}
+    return shapes(
+        tokens=tokens,
+        sequences=config.max_sequences or 1,
+        longest=min(tokens, RECURRENT_CHUNK) if recurrent(spec) else tokens,
+        contexts=tuple(sorted(contexts)),
+    )
+
+
+def lay_out(setup: Setup, config: EngineConfig, largest: Shape, store: Any) -> Memory:
+    """Pages of every group: as many as there is memory for, or as `cache_tokens` says.
+
+    Raises:
+      UnsupportedError: a mask that pages cannot serve; CapacityError: there is no room for a single
+        sequence.
+    """
+    spec, size = setup.spec, config.page_size or 1
+    windows = groups(spec)
+    sequences, context = config.max_sequences or 1, config.context or 1
+    small = Memory(
+        page_size=size, pages=dict.fromkeys(windows, 1), windows=windows, slots=sequences
+    )
+    pages = {
+        group: 2 * sequences * width
+        for group, width in largest.widths(small).items()
+        if windows[group] is not None
+    }
+    if "all" in windows:
+        wanted = config.cache_tokens or min(2 * sequences * context, 1 << 21)
+        pages["all"] = -(-wanted // size)
+    if config.cache_tokens is None and windows:
+        bytes_of = page_bytes(spec, page_size=size, dtype=dtype_of(setup.policy.compute_dtype))
+        budget = _budget(setup, small, largest, store)
+        total = sum(bytes_of[group] * count for group, count in pages.items())
+        share = min(1.0, budget / total)
+        pages = {group: _round(int(count * share)) for group, count in pages.items()}
+    least = largest.widths(small)
+    short = [group for group, count in pages.items() if count < least[group]]
+    if short:
+        raise CapacityError(
+            f"the cache has {pages[short[0]]} pages of {size} tokens, one sequence of {context} "
+            f"needs {least[short[0]]}; lower context or raise cache_tokens"
+        )
+    return Memory(page_size=size, pages=pages, windows=windows, slots=sequences)
+
+
+def _round(count: int) -> int:
+    """Down to three leading bits: a little more or less free memory asks for the same programs."""
+    drop = max(0, count.bit_length() - 3)
+    return max(1, count >> drop << drop)
+
+
+def _budget(setup: Setup, small: Memory, largest: Shape, store: Any) -> int:
+    """Bytes for pages: what the largest program and the parameters leave."""
+    if jax.default_backend() == "cpu":
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 8
+    stats = jax.devices()[0].memory_stats() or {}
+    free = stats.get("bytes_limit", 1 << 33) - stats.get("bytes_in_use", 0)
+    report = programs.step(setup, small, largest).load(store).report
+    return int(0.92 * free) - report.temporary_bytes - report.output_bytes

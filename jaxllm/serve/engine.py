@@ -1,0 +1,352 @@
+"""The engine: one thread that owns the model, and requests that come and go around it.
+
+The thread plans a step, dispatches it, and only then reads what the step before drew: the device
+never waits for the host. Text is made by the writer's thread. If the thread dies, every request
+ends with an error, and so does every later one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import dataclasses
+import threading
+import time
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from jaxllm.aot import counter
+from jaxllm.core.logging import log
+from jaxllm.errors import CapacityError, ShapeError
+from jaxllm.infer.generate import Generator
+from jaxllm.infer.programs import check_decodes
+from jaxllm.serve.config import EngineConfig, lay_out, recurrent, table
+from jaxllm.serve.pages import Pages
+from jaxllm.serve.request import Busy, Choice, Gone, Logprob, Request, Stream
+from jaxllm.serve.runner import Runner
+from jaxllm.serve.scheduler import Limits, Scheduler, Turn
+from jaxllm.serve.sequence import Sequence
+from jaxllm.serve.writer import Draft, Writer
+from jaxllm.spec.model import ModelSpec
+from jaxllm.text.answer import Answer
+from jaxllm.text.tokenizer import Tokenizer
+
+__all__ = ["Engine", "Served", "Stats"]
+
+
+@runtime_checkable
+class Served(Protocol):
+    """What the engine needs of a loaded model; `jaxllm.Model` has it."""
+
+    @property
+    def spec(self) -> ModelSpec: ...
+    @property
+    def tokenizer(self) -> Tokenizer | None: ...
+    @property
+    def eos_ids(self) -> tuple[int, ...]: ...
+    @property
+    def generator(self) -> Generator: ...
+
+
+@dataclasses.dataclass
+class Stats:
+    """Counts since the engine was ready, and what it holds now.
+
+    Attributes:
+      steps: dispatched.
+      drawn_tokens: of answers.
+      fed_tokens: of prompts and answers.
+      host_seconds: in planning, packing and dispatching, and in handing out what was drawn.
+      waiting: requests' sequences that wait.
+      running: that run.
+      held_pages: of all groups.
+      total_pages: of all groups.
+      preemptions: sequences that had to give up their pages.
+      hit_tokens: of prompts that came from the prefix cache.
+      prompt_tokens: of prompts admitted.
+      compilations: since ready; 0.
+    """
+
+    steps: int = 0
+    drawn_tokens: int = 0
+    fed_tokens: int = 0
+    host_seconds: float = 0.0
+    waiting: int = 0
+    running: int = 0
+    held_pages: int = 0
+    total_pages: int = 0
+    preemptions: int = 0
+    hit_tokens: int = 0
+    prompt_tokens: int = 0
+    compilations: int = 0
+
+
+class Engine:
+    """A model that answers many requests at once.
+
+    Args:
+      model: a loaded model.
+      config: bounds; what suits the device by default.
+
+    Raises:
+      UnsupportedError: an encoder, a mesh, or a mask that pages cannot serve; CapacityError: there
+        is no memory for the cache.
+    """
+
+    def __init__(self, model: Served, config: EngineConfig | None = None):
+        check_decodes(model.spec)
+        counter.start()
+        self.model, self.config = model, (config or EngineConfig()).filled(model.spec)
+        generator, store = model.generator, model.generator.store
+        sizes = table(model.spec, self.config)
+        memory = lay_out(generator.setup, self.config, sizes[-1], store)
+        self.runner = Runner(generator.setup, generator.params, memory, sizes, store=store)
+        limits = Limits(
+            tokens=self.config.max_batch_tokens or 1,
+            sequences=memory.slots,
+            longest=max(shape.longest for shape in sizes),
+            page_size=memory.page_size,
+            prefix_cache=self.config.prefix_cache and not recurrent(model.spec),
+        )
+        pages = {group: Pages(count) for group, count in memory.pages.items()}
+        self.scheduler = Scheduler(limits, pages, memory.windows)
+        self.error: str | None = None
+        self._stats = Stats(total_pages=sum(memory.pages.values()))
+        self._lock = threading.Condition()
+        self._new: list[Sequence] = []
+        self._dropped: list[Draft] = []
+        self._live: dict[Draft, Sequence] = {}
+        self._closing = False
+        self._writer = Writer(self._drop)
+        self._at_ready = counter.compilations()
+        self._thread = threading.Thread(target=self._run, name="jaxllm-engine", daemon=True)
+        self._thread.start()
+
+    # What other threads call.
+
+    def submit(self, request: Request, *, loop: asyncio.AbstractEventLoop | None = None) -> Stream:
+        """Ask for answers; they come through the stream.
+
+        Args:
+          request: what is asked.
+          loop: the event loop of whoever listens by `async for`.
+
+        Raises:
+          CapacityError: the prompt does not fit; Busy: the queue is full; Gone: it is not alive.
+          ShapeError: token ids outside of the vocabulary.
+        """
+        stream = Stream(request, self._cancel, loop)
+        sequences = self._sequences(request, stream)
+        with self._lock:
+            self._check_open(len(sequences) * len(request.prompt_ids))
+            self._new += sequences
+            self._live |= {sequence.owner: sequence for sequence in sequences}
+            self._lock.notify()
+        return stream
+
+    def generate(self, request: Request) -> list[Choice]:
+        """Whole answers to one request; see `submit`."""
+        return self.submit(request).result()
+
+    def stats(self) -> Stats:
+        """How the engine is doing."""
+        scheduler = self.scheduler
+        return dataclasses.replace(
+            self._stats,
+            waiting=len(scheduler.waiting) + len(self._new),
+            running=len(scheduler.running),
+            held_pages=sum(pages.held for pages in scheduler.pages.values()),
+            preemptions=scheduler.preemptions,
+            hit_tokens=scheduler.hit_tokens,
+            prompt_tokens=scheduler.prompt_tokens,
+            compilations=counter.compilations() - self._at_ready,
+        )
+
+    @property
+    def alive(self) -> bool:
+        """Whether requests are answered."""
+        return self.error is None and self._thread.is_alive()
+
+    def close(self, *, drain_s: float = 0.0) -> None:
+        """Take no more requests, wait for those there are for a while, and end the rest."""
+        with self._lock:
+            self._closing = True
+        until = time.monotonic() + drain_s
+        while self._live and self.alive and time.monotonic() < until:
+            time.sleep(0.01)
+        with self._lock:
+            self.error = self.error or "the server is shutting down"
+            self._lock.notify()
+        self._thread.join(timeout=60)
+        self._writer.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _sequences(self, request: Request, stream: Stream) -> list[Sequence]:
+        """A sequence for each answer, checked."""
+        spec, prompt = self.model.spec, request.prompt_ids
+        context = self.config.context or spec.context
+        for name, ids in (("token ids", prompt), ("logit_bias", tuple(request.logit_bias))):
+            if ids and not 0 <= min(ids) <= max(ids) < spec.vocab:
+                raise ShapeError(f"{name} are in 0..{spec.vocab - 1}, found {min(ids)}..{max(ids)}")
+        if len(prompt) >= context:
+            raise CapacityError(
+                f"the prompt has {len(prompt)} tokens; the context of {context} tokens must hold "
+                "the prompt and at least one more"
+            )
+        limit = min(context, len(prompt) + request.max_tokens)
+        self.scheduler.check_fits(limit)
+        ends = frozenset(request.stop_ids) | frozenset(
+            () if request.ignore_eos else self.model.eos_ids
+        )
+        out: list[Sequence] = []
+        for index in range(request.n):
+            answer = Answer(self.model.tokenizer, tuple(ends), list(request.stop))
+            out.append(
+                Sequence(
+                    tokens=list(prompt),
+                    prompt_length=len(prompt),
+                    limit=limit,
+                    priority=request.priority,
+                    tenant=request.tenant,
+                    cacheable=request.sampling.mode != "penalize",
+                    after=out[0] if out else None,
+                    owner=Draft(stream, index, answer, ends),
+                )
+            )
+        return out
+
+    def _check_open(self, tokens: int) -> None:
+        if self.error is not None or self._closing or not self._thread.is_alive():
+            raise Gone(self.error or "the engine is shutting down; ask another")
+        waiting = [*self.scheduler.waiting, *self._new]
+        queued = sum(s.prompt_length for s in waiting)
+        if len(waiting) >= self.config.max_queue or (
+            waiting and queued + tokens > self.config.max_queued_tokens
+        ):
+            raise Busy(
+                f"the queue is full ({len(waiting)} sequences, {queued} tokens wait); try later"
+            )
+
+    def _drop(self, draft: Draft) -> None:
+        with self._lock:
+            self._dropped.append(draft)
+            self._lock.notify()
+
+    def _cancel(self, stream: Stream) -> None:
+        with self._lock:
+            self._dropped += [draft for draft in self._live if draft.stream is stream]
+            self._lock.notify()
+
+    # What the engine's own thread does.
+
+    def _run(self) -> None:
+        try:
+            self._loop()
+        except BaseException as error:
+            log.exception("the engine died")
+            self.error = f"the engine died: {type(error).__name__}: {error}"
+        with self._lock:
+            left = list(self._live)
+            self._live.clear()
+        for draft in left:
+            self._writer.fail(draft, self.error or "the engine stopped")
+
+    def _loop(self) -> None:
+        pending: collections.deque[tuple[list[Turn], Any]] = collections.deque()
+        while self._take_in(idle=not pending):
+            start = time.perf_counter()
+            turns = self.scheduler.plan()
+            if turns:
+                self._set_options(turns)
+                pending.append((turns, self.runner.dispatch(turns)))
+                self._stats.steps += 1
+                self._stats.fed_tokens += sum(turn.count for turn in turns)
+            self._stats.host_seconds += time.perf_counter() - start
+            if pending and (not turns or len(pending) > self.config.ahead):
+                self._read(*pending.popleft())
+
+    def _take_in(self, *, idle: bool) -> bool:
+        """Requests and cancellations that came; waits for some when there is nothing to do."""
+        with self._lock:
+            while idle and self.error is None and not (self._new or self._dropped or self._busy()):
+                self._lock.wait()
+            if self.error is not None:
+                return False
+            new, self._new = self._new, []
+            dropped, self._dropped = self._dropped, []
+            gone = [self._live.pop(draft) for draft in dropped if draft in self._live]
+        for sequence in new:
+            self.scheduler.add(sequence)
+        for sequence in gone:
+            self.scheduler.finish(sequence)
+        return True
+
+    def _busy(self) -> bool:
+        return bool(self.scheduler.waiting or self.scheduler.running)
+
+    def _set_options(self, turns: list[Turn]) -> None:
+        for turn in turns:
+            sequence = turn.sequence
+            if turn.begins and sequence.slot is not None:
+                draft, request = sequence.owner, sequence.owner.stream.request
+                sampling = request.sampling
+                seed = (sampling.seed + draft.index) % 2**32
+                draft.cached_tokens = max(
+                    draft.cached_tokens, min(sequence.cached, sequence.prompt_length)
+                )
+                self.runner.set_options(
+                    sequence.slot,
+                    dataclasses.replace(sampling, seed=seed),
+                    bias=request.logit_bias,
+                    logprobs=request.logprobs is not None,
+                )
+
+    def _read(self, turns: list[Turn], drawn: Any) -> None:
+        """Wait for a step's tokens and hand them out."""
+        tokens = np.asarray(drawn.tokens).tolist()
+        start = time.perf_counter()
+        asked = any(t.draws and t.sequence.owner.stream.request.logprobs is not None for t in turns)
+        scores = _host(drawn) if asked else None
+        ended = []
+        for row, turn in enumerate(turns):
+            sequence, token = turn.sequence, tokens[row]
+            if not self.scheduler.drawn(turn, token):
+                continue
+            self._stats.drawn_tokens += 1
+            finish = self._finish_reason(sequence, token)
+            draft = sequence.owner
+            logprobs = _logprobs(draft.stream.request, token, scores, row)
+            self._writer.tokens(draft, (token,), logprobs, finish)
+            if finish is not None:
+                self.scheduler.finish(sequence)
+                ended.append(draft)
+        if ended:
+            with self._lock:
+                for draft in ended:
+                    self._live.pop(draft, None)
+        self._stats.host_seconds += time.perf_counter() - start
+
+    def _finish_reason(self, sequence: Sequence, token: int) -> str | None:
+        if token in sequence.owner.ends:
+            return "stop"
+        return "length" if len(sequence.tokens) >= sequence.limit else None
+
+
+def _host(drawn: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    return np.asarray(drawn.logprobs), np.asarray(drawn.top_ids), np.asarray(drawn.top_logprobs)
+
+
+def _logprobs(request: Request, token: int, scores: Any, row: int) -> list[Logprob]:
+    """What a request wants to know of a token."""
+    if request.logprobs is None or scores is None:
+        return []
+    own, ids, logs = scores
+    count = request.logprobs
+    pairs = zip(ids[row, :count].tolist(), logs[row, :count].tolist(), strict=True)
+    return [Logprob(token, float(own[row]), tuple(pairs))]

@@ -1,0 +1,1 @@
+"""HTTP in front of the engine: the routes of OpenAI's API, bounded everywhere."""

@@ -1,0 +1,274 @@
+"""The routes."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import dataclasses
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import numpy as np
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from jaxllm.serve.embedder import Embedder
+from jaxllm.serve.engine import Engine, Served
+from jaxllm.serve.http import asked
+from jaxllm.serve.http.answers import Answers
+from jaxllm.serve.http.config import ServerConfig
+from jaxllm.serve.http.errors import RequestError, response_to
+from jaxllm.serve.http.fields import Fields, parse_object
+from jaxllm.serve.http.guard import Guard
+from jaxllm.serve.http.metrics import Metrics
+from jaxllm.serve.request import Gone
+
+__all__ = ["App", "build"]
+
+
+class App:
+    """The server's state and its routes.
+
+    Args:
+      name: of the model, as clients ask for it.
+      model: loaded.
+      engine: that answers; None for an encoder.
+      config: bounds.
+      embedder: that gives vectors, or None.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model: Served,
+        engine: Engine | None,
+        config: ServerConfig,
+        *,
+        embedder: Embedder | None = None,
+    ):
+        self.name, self.model, self.engine, self.config = name, model, engine, config
+        self.embedder = embedder
+        self.metrics = Metrics(engine, embedder)
+        self.created = int(time.time())
+        self.draining = False
+
+    async def health(self, _: Request) -> Response:
+        """Whether the engine lives."""
+        if self.engine is not None and not self.engine.alive:
+            raise Gone(self.engine.error or "the engine is not alive")
+        return JSONResponse({"status": "ok"})
+
+    async def ready(self, _: Request) -> Response:
+        """Whether new requests are taken."""
+        if self.draining:
+            raise Gone("the server is shutting down")
+        await self.health(_)
+        return JSONResponse({"status": "ready"})
+
+    async def show_metrics(self, _: Request) -> Response:
+        """Prometheus."""
+        return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")
+
+    async def models(self, _: Request) -> Response:
+        """The one model."""
+        return JSONResponse({"object": "list", "data": [self._card()]})
+
+    async def model_card(self, request: Request) -> Response:
+        """One model by its name."""
+        self._check_name(request.path_params["name"])
+        return JSONResponse(self._card())
+
+    def _card(self) -> dict[str, Any]:
+        return {
+            "id": self.name,
+            "object": "model",
+            "created": self.created,
+            "owned_by": "jaxllm",
+            "max_model_len": self._context,
+        }
+
+    @property
+    def _context(self) -> int:
+        """Most tokens of one sequence."""
+        if self.engine is not None:
+            return self.engine.config.context or self.model.spec.context
+        return self.embedder.max_tokens if self.embedder else self.model.spec.context
+
+    async def embeddings(self, request: Request) -> Response:
+        """/v1/embeddings"""
+        if self.embedder is None:
+            raise RequestError(
+                "this model does not say how its hidden states become a vector", code="unsupported"
+            )
+        fields = Fields(parse_object(await request.body()))
+        self._check_name(fields.text("model"))
+        given, width = fields.raw("input"), self.model.spec.width
+        packed = fields.text("encoding_format") or "float"
+        fields.only("dimensions", width)
+        fields.text("user")
+        fields.close()
+        if packed not in ("float", "base64"):
+            raise RequestError("encoding_format is float or base64", param="encoding_format")
+        rows = asked.texts(given, "input", self.config.max_prompts)
+        found, count = await asyncio.to_thread(self.embedder.embed, rows)
+        data = [
+            {"object": "embedding", "index": i, "embedding": _vector(vector, packed)}
+            for i, vector in enumerate(found)
+        ]
+        usage = {"prompt_tokens": count, "total_tokens": count}
+        return JSONResponse({"object": "list", "data": data, "model": self.name, "usage": usage})
+
+    async def tokenize(self, request: Request) -> Response:
+        """Token ids of a prompt or of messages."""
+        fields = Fields(parse_object(await request.body()))
+        self._check_name(fields.text("model"))
+        prompt, messages = fields.raw("prompt"), fields.raw("messages")
+        fields.close()
+        if (prompt is None) == (messages is None) or not isinstance(prompt, (str, type(None))):
+            raise RequestError("give either prompt, a string, or messages")
+        if prompt is not None:
+            rows = await asyncio.to_thread(asked.prompt_rows, prompt, "prompt", self.model, 1)
+            ids = rows[0]
+        else:
+            most = self.config.max_messages
+            ids = await asyncio.to_thread(asked.messages_ids, messages, self.model, most)
+        most = self._context
+        return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": most})
+
+    async def chat(self, request: Request) -> Response:
+        """/v1/chat/completions"""
+        return await self._complete(request, asked.chat, chat=True)
+
+    async def completions(self, request: Request) -> Response:
+        """/v1/completions"""
+        return await self._complete(request, asked.completions, chat=False)
+
+    async def _complete(
+        self, request: Request, read: Callable[..., asked.Asked], *, chat: bool
+    ) -> Response:
+        begun = time.perf_counter()
+        body = parse_object(await request.body())
+        name = body.get("model")
+        self._check_name(name if isinstance(name, str) else None)
+        wanted = await asyncio.to_thread(read, body, self.model, self.config)
+        answers = Answers(
+            wanted,
+            self._submit(wanted, request.scope.get("tenant", "")),
+            model=self.name,
+            chat=chat,
+            tokenizer=self.model.tokenizer,
+        )
+        if wanted.stream:
+            events = self._timed(answers.events(self.config.keep_alive_s), begun)
+            headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+            return StreamingResponse(events, media_type="text/event-stream", headers=headers)
+        return JSONResponse(await self._unless_gone(request, answers))
+
+    def _submit(self, wanted: asked.Asked, tenant: str) -> list[Any]:
+        """All prompts, or none."""
+        if self.engine is None:
+            raise RequestError(
+                "this model is an encoder: it answers /v1/embeddings", code="unsupported"
+            )
+        if self.draining:
+            raise Gone("the server is shutting down")
+        loop, streams = asyncio.get_running_loop(), []
+        try:
+            for one in wanted.requests:
+                one = dataclasses.replace(one, tenant=tenant)
+                streams.append(self.engine.submit(one, loop=loop))
+        except Exception:
+            for stream in streams:
+                stream.cancel()
+            raise
+        return streams
+
+    async def _unless_gone(self, request: Request, answers: Answers) -> Any:
+        """The whole answer, given up when the client hangs up."""
+        task = asyncio.create_task(answers.whole())
+        try:
+            while not task.done():
+                await asyncio.wait({task}, timeout=0.5)
+                if not task.done() and await request.is_disconnected():
+                    raise ClientDisconnect
+            return task.result()
+        finally:
+            answers.cancel()
+            task.cancel()
+
+    async def _timed(self, events: AsyncIterator[str], begun: float) -> AsyncIterator[str]:
+        """Events, with the times between them on record."""
+        last, texts = begun, 0
+        async for event in events:
+            if '"content": ""' not in event and event.startswith("data: {"):
+                now = time.perf_counter()
+                (self.metrics.gaps if texts else self.metrics.first).observe(now - last)
+                last, texts = now, texts + 1
+            yield event
+
+    def _check_name(self, name: str | None) -> None:
+        if name is not None and name != self.name:
+            raise RequestError(
+                f"the model {name[:100]!r} is not served here; allowed: {self.name!r}",
+                status=404,
+                param="model",
+                code="model_not_found",
+            )
+
+
+def _vector(vector: np.ndarray, packed: str) -> Any:
+    """Numbers, or their bytes in base64."""
+    if packed == "float":
+        return vector.tolist()
+    return base64.b64encode(vector.astype("<f4").tobytes()).decode()
+
+
+def _caught(app: App, route: Callable[..., Any]) -> Callable[..., Any]:
+    """A route whose errors become answers."""
+
+    async def run(request: Request) -> Response:
+        try:
+            response = await route(request)
+        except ClientDisconnect:
+            response = Response(status_code=499)
+        except RequestError as error:
+            response = response_to(error)
+        except Exception as error:
+            response = response_to(error)
+        app.metrics.requests.labels(route.__name__, str(response.status_code)).inc()
+        return response
+
+    return run
+
+
+async def _missing(request: Request, _: Exception) -> Response:
+    return response_to(
+        RequestError(f"no such route: {request.method} {request.url.path[:200]}", status=404)
+    )
+
+
+async def _wrong_method(request: Request, _: Exception) -> Response:
+    return response_to(
+        RequestError(f"{request.url.path[:200]} does not take {request.method}", status=405)
+    )
+
+
+def build(app: App) -> Any:
+    """The ASGI application."""
+    table: list[tuple[str, Callable[..., Any], str]] = [
+        ("/health", app.health, "GET"),
+        ("/ready", app.ready, "GET"),
+        ("/metrics", app.show_metrics, "GET"),
+        ("/v1/models", app.models, "GET"),
+        ("/v1/models/{name:path}", app.model_card, "GET"),
+        ("/v1/chat/completions", app.chat, "POST"),
+        ("/v1/completions", app.completions, "POST"),
+        ("/v1/embeddings", app.embeddings, "POST"),
+        ("/tokenize", app.tokenize, "POST"),
+    ]
+    routes = [Route(path, _caught(app, route), methods=[way]) for path, route, way in table]
+    inner = Starlette(routes=routes, exception_handlers={404: _missing, 405: _wrong_method})
+    return Guard(inner, app.config)

@@ -1,0 +1,217 @@
+"""From the JSON of a request to the engine's requests."""
+
+from __future__ import annotations
+
+import dataclasses
+import secrets
+from typing import Any
+
+from jaxllm.errors import ConfigError
+from jaxllm.infer.sampling import Sampling
+from jaxllm.serve.engine import Served
+from jaxllm.serve.http.config import ServerConfig
+from jaxllm.serve.http.errors import RequestError
+from jaxllm.serve.http.fields import Fields
+from jaxllm.serve.programs import BIASES, TOP
+from jaxllm.serve.request import Request
+from jaxllm.text.chat import check_messages
+
+__all__ = ["Asked", "chat", "completions", "messages_ids", "prompt_rows", "texts"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Asked:
+    """A request to the server, read and checked.
+
+    Attributes:
+      requests: one a prompt.
+      stream: whether pieces are sent as they come.
+      usage: whether a stream ends with the token counts.
+    """
+
+    requests: tuple[Request, ...]
+    stream: bool
+    usage: bool
+
+
+def _sampling(fields: Fields) -> Sampling:
+    get = lambda name, low, high, default: (  # noqa: E731
+        default if (value := fields.number(name, low, high)) is None else value
+    )
+    seed = fields.integer("seed", -(2**63), 2**63 - 1)
+    top_k = fields.integer("top_k", -1, 2**31 - 1) or 0
+    return Sampling(
+        temperature=get("temperature", 0, 2, 1.0),
+        top_k=max(top_k, 0),
+        top_p=max(get("top_p", 0, 1, 1.0), 1e-6),  # 0 keeps the most likely token
+        min_p=min(get("min_p", 0, 1, 0.0), 1 - 1e-6),
+        typical_p=max(get("typical_p", 0, 1, 1.0), 1e-6),
+        repetition_penalty=get("repetition_penalty", 0.01, 100, 1.0),
+        presence_penalty=get("presence_penalty", -2, 2, 0.0),
+        frequency_penalty=get("frequency_penalty", -2, 2, 0.0),
+        seed=secrets.randbits(32) if seed is None else seed % 2**32,
+    )
+
+
+def _bias(fields: Fields) -> dict[int, float]:
+    given = fields.raw("logit_bias")
+    if given is None:
+        return {}
+    if not isinstance(given, dict) or len(given) > BIASES:
+        raise RequestError(
+            f"logit_bias must map at most {BIASES} token ids to numbers", param="logit_bias"
+        )
+    out = {}
+    for name, value in given.items():
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not (name.isascii() and name.isdecimal() and len(name) < 10 and number):
+            raise RequestError("logit_bias maps token ids to numbers", param="logit_bias")
+        if not -100 <= value <= 100:
+            raise RequestError("values of logit_bias are in [-100, 100]", param="logit_bias")
+        out[int(name)] = float(value)
+    return out
+
+
+def _stream(fields: Fields) -> tuple[bool, bool]:
+    stream, options = fields.flag("stream"), fields.raw("stream_options")
+    if options is None:
+        return stream, False
+    if not isinstance(options, dict) or not stream:
+        raise RequestError("stream_options is an object beside stream", param="stream_options")
+    inner = Fields(options)
+    usage = inner.flag("include_usage")
+    inner.close()
+    return stream, usage
+
+
+def _requests(
+    fields: Fields, prompts: list[list[int]], config: ServerConfig, **more: Any
+) -> tuple[Request, ...]:
+    """What both kinds of completion share."""
+    if not all(prompts):
+        raise RequestError("the prompt is empty; give at least one token")
+    shared = {
+        "n": fields.integer("n", 1, config.max_n) or 1,
+        "sampling": _sampling(fields),
+        "stop": fields.texts("stop", 16),
+        "stop_ids": _ids(fields.raw("stop_token_ids"), "stop_token_ids", 64),
+        "ignore_eos": fields.flag("ignore_eos"),
+        "logit_bias": _bias(fields),
+        "priority": fields.integer("priority", -100, 100) or 0,
+        **more,
+    }
+    fields.text("user")
+    fields.raw("metadata")
+    fields.only("store", False)
+    fields.only("service_tier", "auto", "default")
+    return tuple(Request(prompt_ids=tuple(ids), **shared) for ids in prompts)
+
+
+def _ids(given: Any, name: str, most: int) -> tuple[int, ...]:
+    if given is None:
+        return ()
+    whole = isinstance(given, list) and len(given) <= most
+    if not whole or not all(
+        isinstance(i, int) and not isinstance(i, bool) and 0 <= i < 2**31 for i in given
+    ):
+        raise RequestError(f"{name} must be at most {most} token ids", param=name)
+    return tuple(given)
+
+
+def _tokenize(model: Served, text: str) -> list[int]:
+    if model.tokenizer is None:
+        raise ConfigError("this model has no tokenizer: give token ids")
+    return model.tokenizer.encode(text)
+
+
+def messages_ids(given: Any, model: Served, most: int) -> list[int]:
+    """Token ids of a chat's messages by the model's own template.
+
+    Raises:
+      RequestError, ConfigError: they are no messages, or the template refuses them.
+    """
+    if model.tokenizer is None:
+        raise ConfigError("this model has no tokenizer: use /v1/completions with token ids")
+    if not isinstance(given, list) or not 1 <= len(given) <= most:
+        raise RequestError(f"messages must be a list of 1 to {most}", param="messages")
+    return model.tokenizer.apply_chat(check_messages(given))
+
+
+def texts(given: Any, name: str, most: int) -> list[str | list[int]]:
+    """Texts of a request: a string, token ids, or a list of either.
+
+    Raises:
+      RequestError: it is none of these, or there are too many.
+    """
+    if given is None:
+        raise RequestError(f"{name} is missing", param=name)
+    if isinstance(given, str):
+        return [given]
+    if isinstance(given, list) and given and all(isinstance(x, int) for x in given):
+        return [list(_ids(given, name, 1 << 24))]
+    if not isinstance(given, list) or not 1 <= len(given) <= most:
+        raise RequestError(
+            f"{name} must be a string, a list of token ids, or 1 to {most} of them", param=name
+        )
+    return [x if isinstance(x, str) else list(_ids(x, name, 1 << 24)) for x in given]
+
+
+def prompt_rows(given: Any, name: str, model: Served, most: int) -> list[list[int]]:
+    """Token ids of each prompt; see `texts`."""
+    rows = texts(given, name, most)
+    return [_tokenize(model, x) if isinstance(x, str) else x for x in rows]
+
+
+def chat(body: dict[str, Any], model: Served, config: ServerConfig) -> Asked:
+    """A request to /v1/chat/completions.
+
+    Raises:
+      RequestError, ConfigError: a field is wrong, unknown or not served.
+    """
+    fields = Fields(body)
+    fields.text("model")
+    messages = fields.raw("messages")
+    for name in ("max_completion_tokens", "max_tokens"):
+        most = fields.integer(name, 1, config.max_tokens)
+        if most is not None:
+            break
+    fields.integer("max_tokens", 1, config.max_tokens)
+    wanted, top = fields.flag("logprobs"), fields.integer("top_logprobs", 0, TOP)
+    if top is not None and not wanted:
+        raise RequestError("top_logprobs needs logprobs: true", param="top_logprobs")
+    fields.only("response_format", {"type": "text"})
+    fields.only("tools", [])
+    fields.only("tool_choice", "none", "auto")
+    fields.only("parallel_tool_calls", True, False)
+    fields.only("modalities", ["text"])
+    stream, usage = _stream(fields)
+    sample = {"max_tokens": most or config.max_tokens, "logprobs": (top or 0) if wanted else None}
+    (first,) = _requests(fields, [[0]], config, **sample)
+    fields.close()  # the template runs last: it is the costly part
+    ids = messages_ids(messages, model, config.max_messages)
+    request = dataclasses.replace(first, prompt_ids=tuple(ids))
+    return Asked(requests=(request,), stream=stream, usage=usage)
+
+
+def completions(body: dict[str, Any], model: Served, config: ServerConfig) -> Asked:
+    """A request to /v1/completions.
+
+    Raises:
+      RequestError, ConfigError: a field is wrong, unknown or not served.
+    """
+    fields = Fields(body)
+    fields.text("model")
+    fields.only("echo", False)
+    fields.only("suffix", "")
+    fields.only("best_of", 1)
+    prompts = prompt_rows(fields.raw("prompt"), "prompt", model, config.max_prompts)
+    stream, usage = _stream(fields)
+    requests = _requests(
+        fields,
+        prompts,
+        config,
+        max_tokens=fields.integer("max_tokens", 1, config.max_tokens) or 16,
+        logprobs=fields.integer("logprobs", 0, TOP),
+    )
+    fields.close()
+    return Asked(requests=requests, stream=stream, usage=usage)

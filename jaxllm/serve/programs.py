@@ -1,0 +1,235 @@
+"""The closed table of serving programs: tokens x sequences x context, nothing else is ever run.
+
+A step's integers come in one array, so that a step is one transfer: see `Shape.parts`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxllm.aot.program import Program
+from jaxllm.core.config import require
+from jaxllm.core.precision import dtype_of
+from jaxllm.infer.programs import Setup
+from jaxllm.infer.sampling import Sampling
+from jaxllm.ops.sampling import History
+from jaxllm.state.paged import paged_state
+from jaxllm.typing import Slot
+
+__all__ = ["BIASES", "TOP", "Carry", "Drawn", "Memory", "Options", "Shape", "shapes", "step"]
+
+TOP = 20
+"""Alternatives of which log probabilities are given."""
+BIASES = 64
+"""Tokens that one request can bias."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Memory:
+    """How much the engine remembers.
+
+    Attributes:
+      page_size: Z.
+      pages: of each group of layers.
+      windows: tokens before a query that each group sees, None for all.
+      slots: sequences at once.
+    """
+
+    page_size: int
+    pages: Mapping[str, int]
+    windows: Mapping[str, int | None]
+    slots: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shape:
+    """One size of step.
+
+    Attributes:
+      tokens: T.
+      rows: R.
+      longest: most tokens of one row; 1 for a step of decoding, where T is R.
+      context: most tokens of a sequence, those of the step included.
+    """
+
+    tokens: int
+    rows: int
+    longest: int
+    context: int
+
+    @property
+    def name(self) -> str:
+        """For the program's name."""
+        return f"t{self.tokens}-r{self.rows}-l{self.longest}-s{self.context}"
+
+    def widths(self, memory: Memory) -> dict[str, int]:
+        """Columns of the page table of every group."""
+        size, out = memory.page_size, {}
+        whole = -(-self.context // size)
+        for group, left in memory.windows.items():
+            out[group] = whole if left is None else min(whole, (left + self.longest) // size + 2)
+        return out
+
+    def parts(self, memory: Memory) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of a step's integers, in their order in one array.
+
+        `unread` marks rows whose one token is the last one drawn, `begins` those that start anew.
+        """
+        rows = ("counts", "starts", "slots", "prompts", "unread", "begins")
+        out: dict[str, tuple[int, ...]] = {"ids": (self.tokens,)}
+        out |= dict.fromkeys(rows, (self.rows,))
+        for group, width in self.widths(memory).items():
+            out[f"firsts:{group}"] = (self.rows,)
+            out[f"pages:{group}"] = (self.rows, width)
+        return out
+
+
+def shapes(
+    *, tokens: int, sequences: int, longest: int, contexts: tuple[int, ...]
+) -> tuple[Shape, ...]:
+    """The table: decoding of 1, 2, 4, … sequences; mixed steps of 16, 64, … tokens for 1 or more.
+
+    Args:
+      tokens: most of a step.
+      sequences: most of a step.
+      longest: most tokens of one sequence in a step.
+      contexts: lengths of sequences to have programs of their own for, rising.
+    """
+    require(tokens >= sequences, f"{tokens} tokens of a step hold no {sequences} sequences")
+    powers = [1 << i for i in range((sequences - 1).bit_length() + 1)]
+    decode = sorted({min(n, sequences) for n in powers})
+    mixed_tokens = sorted({min(16 * 4**i, tokens) for i in range(12)})
+    mixed_rows = sorted({1, *(min(8**i, sequences) for i in range(1, 5))})
+    out = []
+    for context in contexts:
+        out += [Shape(tokens=n, rows=n, longest=1, context=context) for n in decode]
+        out += [
+            Shape(tokens=t, rows=r, longest=min(longest, t), context=context)
+            for t in mixed_tokens
+            for r in mixed_rows
+            if r <= t and (r == 1 or t >= sequences or r == max(x for x in mixed_rows if x <= t))
+        ]
+    return tuple(out)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Carry:
+    """What the device keeps by slot beside the state.
+
+    Attributes:
+      last: [S] int32, the last token drawn.
+      history: tokens seen, for penalties.
+    """
+
+    last: Slot
+    history: Slot
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Sampling options by slot.
+
+    Attributes:
+      rows: `SamplingRows`, each [S].
+      penalized: [S] booleans, whether any penalty is on.
+      logprobs: [S] booleans, whether log probabilities are wanted.
+      bias_ids: [S, BIASES] int32; past the vocabulary for none.
+      bias: [S, BIASES] float32.
+    """
+
+    rows: Slot
+    penalized: Slot
+    logprobs: Slot
+    bias_ids: Slot
+    bias: Slot
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """What a step drew.
+
+    Attributes:
+      tokens: [R] int32.
+      logprobs: [R] float32 of the tokens, by the model's own distribution; 0 if nobody wants any.
+      top_ids: [R, TOP] int32, the most likely tokens.
+      top_logprobs: [R, TOP] float32.
+    """
+
+    tokens: Slot
+    logprobs: Slot
+    top_ids: Slot
+    top_logprobs: Slot
+
+
+def empty_options(slots: int, vocab: int) -> Options:
+    """Host arrays of options that do nothing."""
+    return Options(
+        Sampling().rows(slots),
+        np.zeros((slots,), np.bool_),
+        np.zeros((slots,), np.bool_),
+        np.full((slots, BIASES), vocab, np.int32),
+        np.zeros((slots, BIASES), np.float32),
+    )
+
+
+def abstract_state(setup: Setup, memory: Memory) -> tuple[Any, Carry]:
+    """Shapes of (state, carry)."""
+    state = paged_state(
+        setup.spec,
+        memory.pages,
+        memory.slots,
+        page_size=memory.page_size,
+        dtype=dtype_of(setup.policy.compute_dtype),
+        segments=setup.segments,
+    )
+    seen = (memory.slots, setup.spec.vocab)
+    history = History(setup.array(seen, np.bool_, (None, None)), setup.ints(*seen))
+    return state, Carry(setup.ints(memory.slots), history)
+
+
+def step(setup: Setup, memory: Memory, shape: Shape) -> Program:
+    """One step: (params, state, carry, options, integers) -> (state, carry, `Drawn`)."""
+
+    def build() -> Any:
+        from jaxllm.serve.steps import serve_step
+
+        return serve_step(setup, memory, shape)
+
+    options = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype),
+        empty_options(memory.slots, setup.spec.vocab),
+    )
+    size = sum(math.prod(part) for part in shape.parts(memory).values())
+    depends = {
+        "page_size": memory.page_size,
+        "windows": sorted((g, w or -1) for g, w in memory.windows.items()),
+        "shape": dataclasses.asdict(shape),
+    }
+    return setup.program(
+        f"serve-{shape.name}",
+        build,
+        (setup.params, *abstract_state(setup, memory), options, setup.ints(size)),
+        depends=depends,
+        donate=(1, 2),
+    )
+
+
+def zeros(setup: Setup, memory: Memory) -> Program:
+    """An empty state and carry, made on the device: () -> (state, carry)."""
+
+    def build() -> Any:
+        shapes_ = abstract_state(setup, memory)
+        return lambda: jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), shapes_)
+
+    depends = {"pages": sorted(memory.pages.items()), "slots": memory.slots}
+    depends |= {"page_size": memory.page_size}
+    return setup.program("serve-empty", build, (), depends=depends)

@@ -1,0 +1,186 @@
+"""The runner: holds the compiled programs and what is on the device, and feeds steps to it."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxllm.aot.program import Executable
+from jaxllm.aot.store import Store
+from jaxllm.errors import CapacityError, UnsupportedError
+from jaxllm.infer.programs import Setup
+from jaxllm.infer.sampling import Sampling
+from jaxllm.serve import programs
+from jaxllm.serve.programs import BIASES, Drawn, Memory, Shape
+from jaxllm.serve.scheduler import Turn
+
+__all__ = ["Runner"]
+
+
+class Runner:
+    """One model on one device, and every program that can be asked of it.
+
+    Args:
+      setup: what the programs share.
+      params: parameters in the run's layout.
+      memory: pages and slots.
+      shapes: the table.
+      store: where programs are kept, or None.
+    """
+
+    def __init__(
+        self,
+        setup: Setup,
+        params: Any,
+        memory: Memory,
+        shapes: Sequence[Shape],
+        *,
+        store: Store | None,
+    ):
+        if setup.mesh is not None:
+            raise UnsupportedError("serving runs on one device: load the model without a mesh")
+        self.setup, self.params, self.memory = setup, params, memory
+        self._shapes = tuple(sorted(shapes, key=lambda s: (s.context, s.tokens, s.rows)))
+        self._programs = self._load(store)
+        self.state, self.carry = programs.zeros(setup, memory).load(store)()
+        self._options = programs.empty_options(memory.slots, setup.spec.vocab)
+        self._on_device = jax.device_put(_copy(self._options))
+        self._stale = False
+        # What each slot's sequence holds; columns past its end are left over and never looked at.
+        widths: dict[str, int] = {}
+        for shape in self._shapes:
+            for group, width in shape.widths(memory).items():
+                widths[group] = max(width, widths.get(group, 0))
+        self._tables = {
+            group: (
+                np.zeros((memory.slots, width), np.int32),
+                np.zeros((memory.slots,), np.int32),
+            )
+            for group, width in widths.items()
+        }
+
+    def _load(self, store: Store | None) -> dict[Shape, Executable]:
+        """Every program, from the store or compiled; several at once, as XLA works outside of
+        Python."""
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            made = {
+                shape: pool.submit(programs.step(self.setup, self.memory, shape).load, store)
+                for shape in self._shapes
+            }
+            return {shape: future.result() for shape, future in made.items()}
+
+    @property
+    def executables(self) -> Mapping[Shape, Executable]:
+        """The table with what was compiled for it."""
+        return self._programs
+
+    def set_options(
+        self, slot: int, sampling: Sampling, *, bias: Mapping[int, float], logprobs: bool
+    ) -> None:
+        """Sampling options of the sequence that gets a slot, from the next step on."""
+        held = self._options
+        one = sampling.rows(1)
+        for field in dataclasses.fields(one):
+            getattr(held.rows, field.name)[slot] = getattr(one, field.name)[0]
+        held.penalized[slot] = sampling.mode == "penalize"
+        held.logprobs[slot] = logprobs
+        held.bias_ids[slot], held.bias[slot] = self.setup.spec.vocab, 0.0
+        if len(bias) > BIASES:
+            raise CapacityError(f"{len(bias)} tokens are biased; at most {BIASES} can be")
+        held.bias_ids[slot, : len(bias)] = list(bias)
+        held.bias[slot, : len(bias)] = list(bias.values())
+        self._stale = True
+
+    def shape_of(self, turns: Sequence[Turn]) -> Shape:
+        """The smallest program that holds the turns.
+
+        Raises:
+          CapacityError: there is none: the scheduler's limits are not those of the table.
+        """
+        tokens = sum(turn.count for turn in turns)
+        longest = max(turn.count for turn in turns)
+        context = max(turn.start + turn.count for turn in turns)
+        fits = (
+            shape
+            for shape in self._shapes
+            if shape.tokens >= tokens
+            and shape.rows >= len(turns)
+            and shape.longest >= longest
+            and shape.context >= context
+        )
+        found = next(fits, None)
+        if found is None:
+            raise CapacityError(
+                f"no program holds {tokens} tokens of {len(turns)} sequences, {longest} of one, "
+                f"up to {context}"
+            )
+        return found
+
+    def dispatch(self, turns: Sequence[Turn]) -> Drawn:
+        """Start a step; what it draws are device arrays that need not be there yet."""
+        shape = self.shape_of(turns)
+        if self._stale:
+            self._on_device = jax.device_put(_copy(self._options))
+            self._stale = False
+        packed = jax.device_put(self._pack(turns, shape))
+        run = self._programs[shape]
+        self.state, self.carry, drawn = run(
+            self.params, self.state, self.carry, self._on_device, packed
+        )
+        return drawn
+
+    def _pack(self, turns: Sequence[Turn], shape: Shape) -> np.ndarray:
+        """The step's integers."""
+        parts = shape.parts(self.memory)
+        packed = np.zeros((sum(math.prod(part) for part in parts.values()),), np.int32)
+        views, place = {}, 0
+        for name, part in parts.items():
+            size = math.prod(part)
+            views[name] = packed[place : place + size].reshape(part)
+            place += size
+        used = len(turns)
+        sequences = [turn.sequence for turn in turns]
+        views["slots"][used:] = self.memory.slots
+        views["counts"][:used] = [turn.count for turn in turns]
+        views["starts"][:used] = [turn.start for turn in turns]
+        views["slots"][:used] = [s.slot for s in sequences]
+        views["prompts"][:used] = [s.prompt_length for s in sequences]
+        views["unread"][:used] = [turn.unread for turn in turns]
+        views["begins"][:used] = [turn.begins for turn in turns]
+        if shape.longest == 1:
+            known = [i for i, turn in enumerate(turns) if not turn.unread]
+            views["ids"][known] = [turns[i].sequence.tokens[turns[i].start] for i in known]
+        else:
+            _chunks(turns, views["ids"])
+        rows = views["slots"][:used]
+        for group, (pages, firsts) in self._tables.items():
+            for sequence in sequences:
+                holding = sequence.holdings[group]
+                if holding.changed:
+                    pages[sequence.slot, : len(holding.pages)] = holding.pages
+                    firsts[sequence.slot] = holding.first
+                    holding.changed = False
+            views[f"firsts:{group}"][:used] = firsts[rows]
+            width = views[f"pages:{group}"].shape[1]
+            views[f"pages:{group}"][:used] = pages[rows, :width]
+        return packed
+
+
+def _chunks(turns: Sequence[Turn], ids: np.ndarray) -> None:
+    """Token ids of chunks, one after another."""
+    at = 0
+    for turn in turns:
+        if not turn.unread:
+            ids[at : at + turn.count] = turn.sequence.tokens[turn.start : turn.start + turn.count]
+        at += turn.count
+
+
+def _copy(tree: Any) -> Any:
+    """Arrays that nobody writes to: a CPU device may use them where they lie."""
+    return jax.tree.map(np.copy, tree)

@@ -1,0 +1,324 @@
+"""The scheduler: one rule for prefill, chunks of prefill and decode.
+
+Every sequence has a count of tokens and a count of those computed, and each step lets it chase the
+first: by one token when it decodes, by a chunk when its prompt is not all in. Sequences that decode
+come first, so that a long prompt never starves them; what is left of the step's tokens goes to
+prompts on their way, then to those that wait, by priority and then in turn between tenants. When
+pages run out, the least urgent sequence gives up its own and computes them again later.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import itertools
+from collections.abc import Mapping
+
+from jaxllm.core.config import require
+from jaxllm.errors import CapacityError
+from jaxllm.serve.pages import Pages, chain
+from jaxllm.serve.sequence import Holding, Sequence
+
+__all__ = ["Limits", "Scheduler", "Turn"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Limits:
+    """Bounds of one step.
+
+    Attributes:
+      tokens: of all sequences together.
+      sequences: that run at once.
+      longest: tokens of one sequence.
+      page_size: Z.
+      prefix_cache: whether pages are found again by what they hold.
+    """
+
+    tokens: int
+    sequences: int
+    longest: int
+    page_size: int
+    prefix_cache: bool = True
+
+    def __post_init__(self) -> None:
+        require(
+            min(self.tokens, self.sequences, self.longest, self.page_size) >= 1,
+            f"limits are positive, found {self}",
+        )
+        require(
+            self.tokens >= self.sequences,
+            f"a step of {self.tokens} tokens must hold one of each of {self.sequences} sequences",
+        )
+
+
+@dataclasses.dataclass(slots=True)
+class Turn:
+    """What one sequence does in a step.
+
+    Attributes:
+      sequence: whose turn it is.
+      start: tokens computed before.
+      count: tokens it feeds.
+      draws: whether the step draws its next token.
+      begins: whether it is the first chunk since it got its slot.
+      unread: whether its one token is on the device only.
+    """
+
+    sequence: Sequence
+    start: int
+    count: int
+    draws: bool
+    begins: bool
+    unread: bool
+
+
+class Scheduler:
+    """Sequences that wait and run, and the pages they hold.
+
+    Args:
+      limits: of a step.
+      pages: of every group of layers.
+      windows: how many tokens before a query each group sees, None for all.
+    """
+
+    def __init__(
+        self, limits: Limits, pages: Mapping[str, Pages], windows: Mapping[str, int | None]
+    ):
+        self.limits, self.pages, self.windows = limits, dict(pages), dict(windows)
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
+        self.preemptions = 0
+        self.hit_tokens = 0
+        self.prompt_tokens = 0
+        self._slots = list(range(limits.sequences - 1, -1, -1))
+        self._served: dict[str, int] = {}
+        self._arrivals = itertools.count()
+
+    def check_fits(self, tokens: int) -> None:
+        """Refuse a sequence that could not run even alone.
+
+        Raises:
+          CapacityError: the pages do not hold so many tokens.
+        """
+        for group, pages in self.pages.items():
+            left, longest = self.windows[group], self.limits.longest
+            seen = tokens if left is None else min(tokens, left + longest + self.limits.page_size)
+            if -(-seen // self.limits.page_size) > pages.count:
+                raise CapacityError(
+                    f"{tokens} tokens of prompt and answer exceed the {pages.count} pages of "
+                    f"{self.limits.page_size}; ask for fewer, or serve with more cache_tokens"
+                )
+
+    def add(self, sequence: Sequence) -> None:
+        """Let a sequence wait for its turn.
+
+        Raises:
+          CapacityError: see `check_fits`.
+        """
+        self.check_fits(sequence.limit)
+        sequence.arrival = next(self._arrivals)
+        others = {s.tenant for s in (*self.waiting, *self.running)}
+        if sequence.tenant not in others:  # whoever was away has no claim on the past
+            least = min((self._served.get(t, 0) for t in others), default=0)
+            self._served = {t: self._served.get(t, 0) for t in others}
+            self._served[sequence.tenant] = least
+        self.waiting.append(sequence)
+
+    def finish(self, sequence: Sequence) -> None:
+        """Give back all that a sequence holds; nothing more is done for it."""
+        if sequence.done:
+            return
+        sequence.done = True
+        if sequence in self.waiting:
+            self.waiting.remove(sequence)
+        if sequence in self.running:
+            self.running.remove(sequence)
+            self._give_back(sequence)
+
+    def plan(self) -> list[Turn]:
+        """The turns of the next step; empty when there is nothing to do."""
+        turns: list[Turn] = []
+        left = self.limits.tokens
+        running = [(s, s.wanted) for s in self.running]  # sorted by urgency
+        order = [x for x in running if x[1] == 1]
+        order += [x for x in running if x[1] > 1]
+        longest = self.limits.longest
+        for sequence, wanted in order:
+            if wanted > 1:
+                wanted = min(wanted, longest, left)
+            if left < 1 or sequence.slot is None:
+                continue
+            if sequence.computed + wanted <= sequence.room or self._hold(sequence, wanted, turns):
+                turns.append(self._turn(sequence, wanted))
+                left -= wanted
+        while left > 0 and self._slots:
+            sequence = self._next_waiting()
+            if sequence is None or not self._admit(sequence, left):
+                break
+            wanted = min(sequence.wanted, self.limits.longest, left)
+            turns.append(self._turn(sequence, wanted))
+            left -= wanted
+        return turns
+
+    def drawn(self, turn: Turn, token: int) -> bool:
+        """Take a token that a turn drew; whether anybody still wants it."""
+        sequence = turn.sequence
+        if not turn.draws or sequence.done:
+            return False
+        sequence.tokens.append(token)
+        if len(sequence.tokens) // self.limits.page_size > sequence.named:
+            self._name(sequence)
+        return True
+
+    def _turn(self, sequence: Sequence, count: int) -> Turn:
+        start = sequence.computed
+        end = sequence.computed = start + count
+        draws = end == sequence.length
+        turn = Turn(sequence, start, count, draws, sequence.begins, end > len(sequence.tokens))
+        sequence.begins = False
+        if draws:
+            sequence.length += 1
+        self._served[sequence.tenant] += count
+        if end // self.limits.page_size > sequence.named:
+            self._name(sequence)
+        return turn
+
+    def _next_waiting(self) -> Sequence | None:
+        ready = [s for s in self.waiting if s.ready]
+        return min(
+            ready,
+            key=lambda s: (s.priority, self._served.get(s.tenant, 0), s.arrival),
+            default=None,
+        )
+
+    def _admit(self, sequence: Sequence, left: int) -> bool:
+        """Give a waiting sequence a slot, what the cache has of it, and pages for its first chunk.
+
+        Nobody is preempted for it, and each running sequence keeps a page to grow into.
+        """
+        found = self._cached(sequence)
+        begun = found * self.limits.page_size
+        wanted = min(sequence.length - begun, self.limits.longest, left)
+        end = -(-(begun + wanted) // self.limits.page_size)
+        for group, pages in self.pages.items():
+            first = self._first_page(group, begun)
+            taken = sum(pages.is_kept(p) for p in self._pages_of(sequence, group, first, found))
+            if pages.available - taken < end - found + len(self.running):
+                return False
+        for group, pages in self.pages.items():
+            first = self._first_page(group, begun)
+            holding = Holding(self._pages_of(sequence, group, first, found), first)
+            for page in holding.pages:
+                pages.share(page)
+            holding.pages += [pages.take() for _ in range(end - found)]
+            sequence.holdings[group] = holding
+        sequence.slot, sequence.begins = self._slots.pop(), True
+        sequence.computed = sequence.cached = begun
+        sequence.named = found
+        self.hit_tokens += begun
+        self.prompt_tokens += sequence.length
+        sequence.room = self._room(end, wanted)
+        self.waiting.remove(sequence)
+        bisect.insort(self.running, sequence, key=lambda s: (s.priority, s.arrival))
+        return True
+
+    def _first_page(self, group: str, position: int) -> int:
+        """The first page number that a query at this position looks at."""
+        left = self.windows[group]
+        return 0 if left is None else max(0, position - left) // self.limits.page_size
+
+    def _pages_of(self, sequence: Sequence, group: str, first: int, stop: int) -> list[int]:
+        found = [self.pages[group].find(key) for key in sequence.hashes[first:stop]]
+        return [page for page in found if page is not None]
+
+    def _cached(self, sequence: Sequence) -> int:
+        """Full pages from the start that the cache can give; one token at least is computed."""
+        if not (self.limits.prefix_cache and sequence.cacheable):
+            return 0
+        size = self.limits.page_size
+        sequence.hashes = chain(sequence.tokens, size, salt=sequence.tenant, known=sequence.hashes)
+        most = min(len(sequence.hashes), (sequence.length - 1) // size)
+        for group, left in self.windows.items():
+            if left is None:
+                held = itertools.takewhile(
+                    lambda key, g=group: self.pages[g].find(key) is not None, sequence.hashes
+                )
+                most = min(most, sum(1 for _ in held))
+        while most > 0 and not all(self._has(sequence, group, most) for group in self.windows):
+            most -= 1
+        return most
+
+    def _has(self, sequence: Sequence, group: str, stop: int) -> bool:
+        """Whether a group's pages before `stop` that a query there looks at are all to be found."""
+        first = self._first_page(group, stop * self.limits.page_size)
+        return len(self._pages_of(sequence, group, first, stop)) == stop - first
+
+    def _hold(self, sequence: Sequence, count: int, turns: list[Turn]) -> bool:
+        """Pages for `count` more tokens, others preempted if need be; False if it was itself."""
+        end = -(-(sequence.computed + count) // self.limits.page_size)
+        for group, pages in self.pages.items():
+            holding = sequence.holdings[group]
+            first = min(self._first_page(group, sequence.computed), holding.end)
+            for page in holding.pages[: first - holding.first]:
+                pages.release(page)
+            holding.pages, holding.first = holding.pages[first - holding.first :], first
+            while holding.end < end:
+                while not pages.available:
+                    victim = self._victim(turns)
+                    self._preempt(victim)
+                    if victim is sequence:
+                        return False
+                holding.pages.append(pages.take())
+            holding.changed = True
+        sequence.room = self._room(end, count)
+        return True
+
+    def _room(self, end: int, count: int) -> int:
+        """Tokens that pages before `end` reach up to.
+
+        After a chunk 0 where there are windows, which are wider for it: the next step trims them,
+        as its table has no more columns than it needs.
+        """
+        windowed = any(left is not None for left in self.windows.values())
+        return 0 if windowed and count > 1 else end * self.limits.page_size
+
+    def _victim(self, turns: list[Turn]) -> Sequence:
+        """The least urgent running sequence that has no turn yet; the one that asks has none."""
+        taken = {id(turn.sequence) for turn in turns}
+        free = [s for s in self.running if id(s) not in taken]
+        return max(free, key=lambda s: (s.priority, s.arrival))
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Take away slot and pages; it waits with its place in line, to be computed again."""
+        self.preemptions += 1
+        self.running.remove(sequence)
+        self._give_back(sequence)
+        sequence.computed = sequence.named = 0
+        self.waiting.append(sequence)
+
+    def _give_back(self, sequence: Sequence) -> None:
+        for group, holding in sequence.holdings.items():
+            for page in holding.pages:
+                self.pages[group].release(page)
+        sequence.holdings, sequence.room = {}, 0
+        if sequence.slot is not None:
+            self._slots.append(sequence.slot)
+            sequence.slot = None
+
+    def _name(self, sequence: Sequence) -> None:
+        """Let full pages of known tokens be found: a later step reads them after this one's."""
+        if not (self.limits.prefix_cache and sequence.cacheable) or not sequence.holdings:
+            return
+        size = self.limits.page_size
+        full = min(sequence.computed, len(sequence.tokens)) // size
+        if full <= sequence.named:
+            return
+        if len(sequence.hashes) < full:
+            sequence.hashes = chain(
+                sequence.tokens, size, salt=sequence.tenant, known=sequence.hashes
+            )
+        for group, holding in sequence.holdings.items():
+            for number in range(max(sequence.named, holding.first), min(full, holding.end)):
+                page = holding.pages[number - holding.first]
+                self.pages[group].name(page, sequence.hashes[number])
+        sequence.named = full

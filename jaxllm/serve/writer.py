@@ -1,0 +1,106 @@
+"""The writer: a thread that turns drawn tokens into text, away from the one that drives the device.
+
+It is the one to find stop strings; it then tells the engine that the rest is not wanted.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from jaxllm.core.logging import log
+from jaxllm.serve.request import Logprob, Piece, Stream
+from jaxllm.text.answer import Answer
+
+__all__ = ["Draft", "Writer"]
+
+
+class Draft:
+    """One answer on its way to its listener.
+
+    Args:
+      stream: where its pieces go.
+      index: which of the request's answers.
+      answer: its text.
+      ends: tokens that end it.
+    """
+
+    def __init__(self, stream: Stream, index: int, answer: Answer, ends: frozenset[int]):
+        self.stream, self.index, self.answer, self.ends = stream, index, answer, ends
+        self.closed = False
+        self.cached_tokens = 0
+
+
+class Writer:
+    """Texts of all answers, on a thread of its own.
+
+    Args:
+      stopped: called with the draft of an answer that a stop string ended.
+    """
+
+    def __init__(self, stopped: Callable[[Draft], None]):
+        self._stopped = stopped
+        self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="jaxllm-writer", daemon=True)
+        self._thread.start()
+
+    def tokens(
+        self, draft: Draft, tokens: Sequence[int], logprobs: Sequence[Logprob], finish: str | None
+    ) -> None:
+        """New tokens of an answer, the last ones if there is a reason to finish."""
+        self._queue.put((draft, tuple(tokens), tuple(logprobs), finish, None))
+
+    def fail(self, draft: Draft, error: str) -> None:
+        """End an answer with an error."""
+        self._queue.put((draft, (), (), None, error))
+
+    def close(self) -> None:
+        """Write what is there and end."""
+        self._queue.put(None)
+        self._thread.join(timeout=10)
+
+    def _run(self) -> None:
+        while (item := self._queue.get()) is not None:
+            draft = item[0]
+            if draft.closed:
+                continue
+            try:
+                self._write(*item)
+            except Exception as error:  # one answer's trouble is not the others'
+                log.exception("an answer cannot be written")
+                draft.closed = True
+                draft.stream.push(Piece(index=draft.index, error=f"internal error: {error}"))
+                self._stopped(draft)
+
+    def _write(
+        self,
+        draft: Draft,
+        tokens: tuple[int, ...],
+        logprobs: tuple[Logprob, ...],
+        finish: str | None,
+        error: str | None,
+    ) -> None:
+        if error is not None:
+            draft.closed = True
+            draft.stream.push(Piece(index=draft.index, error=error))
+            return
+        text = draft.answer.push(tokens)
+        stopped = draft.answer.finished
+        if stopped and finish is None:
+            self._stopped(draft)
+        finish = "stop" if stopped else finish
+        if finish is not None:
+            text += draft.answer.flush()
+            draft.closed = True
+        draft.stream.push(
+            Piece(
+                index=draft.index,
+                text=text,
+                token_ids=tokens,
+                logprobs=logprobs,
+                finish_reason=finish,
+                cached_tokens=draft.cached_tokens,
+            )
+        )

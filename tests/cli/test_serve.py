@@ -1,0 +1,49 @@
+"""`jaxllm serve` as a process: ready, an answer, SIGTERM, exit 0."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import openai
+import pytest
+
+from jaxllm.cli.main import main, parse
+from tests.cli.toy import write_toy
+
+
+@pytest.mark.slow
+def test_from_start_to_sigterm(tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("first\nsecond\n")
+    small = ["--max-sequences", "2", "--max-batch-tokens", "16", "--cache-tokens", "256"]
+    command = [sys.executable, "-m", "jaxllm.cli.main", "serve", str(write_toy(tmp_path / "toy"))]
+    command += ["--port", "0", "--api-key-file", str(keys), "--name", "mine", *small]
+    environment = os.environ | {"JAXLLM_CACHE": str(tmp_path / "cache"), "JAX_PLATFORMS": "cpu"}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stderr is not None
+        ready = next(found for line in process.stderr if (found := re.search(r"http://\S+", line)))
+        with openai.OpenAI(base_url=ready[0] + "/v1", api_key="second") as client:
+            reply = client.completions.create(model="mine", prompt="abc", max_tokens=4)
+            assert reply.usage is not None
+            assert reply.usage.completion_tokens >= 1
+        process.send_signal(signal.SIGTERM)
+        rest = process.stderr.read()
+        assert process.wait(timeout=60) == 0, rest
+
+
+def test_options() -> None:
+    options = parse(["serve", "x", "--api-key", "a", "--api-key", "b", "--port", "7"])
+    assert (options.api_key, options.port, options.host) == (("a", "b"), 7, "127.0.0.1")
+
+
+@pytest.mark.parametrize("arguments", [
+    ["--host", "0.0.0.0"], ["--port", "70000"], ["--api-key-file", "/nowhere"],
+])  # fmt: skip
+def test_refused_before_the_model_is_loaded(arguments, capsys) -> None:
+    assert main(["serve", "/nowhere/model", *arguments]) == 2
+    message = capsys.readouterr().err
+    assert "/nowhere/model" not in message
+    assert message.startswith("jaxllm serve: ")

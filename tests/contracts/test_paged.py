@@ -1,0 +1,133 @@
+"""Paged = dense = the full forward: flat batches of prefill chunks and single tokens together."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from jaxllm.core.policy import Policy
+from jaxllm.errors import UnsupportedError
+from jaxllm.nn import api
+from jaxllm.ops import paged
+from jaxllm.ops.flat import Flat
+from jaxllm.ops.paged import PageTable
+from jaxllm.spec.mask import And, Causal, Full, Window
+from jaxllm.state.paged import groups, page_bytes, paged_state
+from jaxllm.state.step import dense_step, flat_step
+from tests.contracts.specs import (
+    DECODERS,
+    SPECS,
+    assert_close,
+    full,
+    heads,
+    model,
+    params,
+    pre,
+    quick,
+    tokens,
+)
+from tests.contracts.specs import MLP48 as MLP
+
+SIZE, WIDTH, SLOTS, ROWS = 2, 7, 6, 5
+# Tokens of each of four sequences in each step: chunks, single tokens, none, then singles only.
+PLAN = [(7, 0, 3, 1), (2, 5, 1, 1), (0, 1, 4, 0), (1, 1, 1, 1), (1, 0, 1, 1), (1, 1, 1, 1)]
+ORDER = [2, 0, 3, 1]  # rows are not in the order of slots
+SLOT = [4, 0, 5, 2]
+
+
+def poisoned(name: str):
+    """A state in which every page and slot holds NaN."""
+    number = dict.fromkeys(groups(SPECS[name]), 4 * WIDTH)
+    shapes = paged_state(SPECS[name], number, SLOTS, page_size=SIZE, dtype=np.float32)
+    return jax.tree.map(lambda x: np.full(x.shape, np.nan, x.dtype), shapes)
+
+
+def tables(name: str, starts: np.ndarray, rows: list[int]) -> dict[str, PageTable]:
+    """Scattered pages of each row; those behind a window have been given away."""
+    out = {}
+    for group, left in groups(SPECS[name]).items():
+        pages = np.random.default_rng(3).permutation(4 * WIDTH).reshape(4, WIDTH).astype(np.int32)
+        held = np.full((ROWS, WIDTH), 4 * WIDTH, np.int32)
+        firsts = np.zeros((ROWS,), np.int32)
+        for place, row in enumerate(rows):
+            gone = 0 if left is None else max(0, starts[row] - left) // SIZE
+            held[place, : WIDTH - gone], firsts[place] = pages[row, gone:], gone
+        out[group] = PageTable(held, firsts)
+    return out
+
+
+@functools.cache
+def program(name: str, length: int, longest: int, implementation: str):
+    """(params, state, ids [1, T], counts, starts, slots, tables) -> (logits, state)."""
+    spec, policy = SPECS[name], Policy()
+
+    def run(weights, state, ids, counts, starts, slots, table):
+        step = flat_step(Flat(counts, starts, slots, longest), length, table)
+        hidden, state, _ = api.apply(spec, weights, ids, step, state, policy=policy)
+        return api.unembed(spec, weights, hidden, policy=policy), state
+
+    del implementation  # a part of the key alone
+    return quick(run)
+
+
+CASES = [(name, "loop") for name in DECODERS] + [("gqa", "gather"), ("latent", "gather")]
+
+
+@pytest.mark.parametrize(("name", "implementation"), CASES)
+def test_mixed_batches_are_the_full_forward(name, implementation, monkeypatch):
+    monkeypatch.setattr(paged, "STRIDE", 4)
+    monkeypatch.setattr(paged, "_choose", lambda _: implementation)
+    monkeypatch.setattr("jaxllm.ops.flat.BLOCK", 3)
+    ids, wanted, state = tokens(name), full(name), poisoned(name)
+    starts = np.zeros(4, np.int32)
+    for plan in PLAN:
+        rows = [row for row in ORDER if plan[row]]
+        single = max(plan) == 1
+        length = ROWS if single else 14
+        fed, counts = np.full((1, length), 63, np.int32), np.zeros(ROWS, np.int32)
+        slots, begun = np.full(ROWS, SLOTS, np.int32), np.zeros(ROWS, np.int32)
+        place = 0
+        for i, row in enumerate(rows):
+            new = ids[row, starts[row] : starts[row] + plan[row]]
+            fed[0, place : place + len(new)] = new
+            counts[i], slots[i], begun[i] = plan[row], SLOT[row], starts[row]
+            place += len(new)
+        run = program(name, length, 1 if single else 7, implementation)
+        table = tables(name, starts, rows)
+        logits, state = run(params(name), state, fed, counts, begun, slots, table)
+        place = 0
+        for row in rows:
+            found = np.asarray(logits)[0, place : place + plan[row]]
+            assert_close(found, wanted[row, starts[row] : starts[row] + plan[row]])
+            place += plan[row]
+            starts[row] += plan[row]
+    assert starts.tolist() == [12, 8, 11, 5]
+
+
+def test_groups_are_what_masks_reach():
+    assert groups(SPECS["gqa"]) == {"all": None, "window2": 2}
+    assert groups(SPECS["selective"]) == {"all": None}
+    sizes = page_bytes(SPECS["gqa"], page_size=4, dtype=np.float32)
+    # Layers A and two of G have 4 x 8 + 2 (2 x 8) numbers for keys, as many for values.
+    assert sizes == {"all": 4 * 4 * 2 * (32 + 2 * 16), "window2": 4 * 4 * 2 * 3 * 16}
+    shapes = paged_state(SPECS["gqa"], {"all": 5, "window2": 3}, 2, page_size=4, dtype=np.float32)
+    layers = jax.tree.leaves(shapes)
+    assert sum(x.size * 4 for x in layers) == 5 * sizes["all"] + 3 * sizes["window2"]
+
+
+@pytest.mark.parametrize("mask", [Full(), And(first=Full(), second=Window(left=2, right=1))])
+def test_masks_that_look_ahead_are_refused(mask):
+    spec = model(pre("G", heads(4, 2, mask=mask), MLP), layers="G")
+    with pytest.raises(UnsupportedError, match="pages hold parts"):
+        groups(spec)
+    assert groups(model(pre("G", heads(4, 2, mask=Causal()), MLP), layers="G")) == {"all": None}
+
+
+def test_a_paged_state_needs_a_flat_step():
+    state = poisoned("mha")
+    with pytest.raises(UnsupportedError, match="flat step"):
+        api.apply(
+            SPECS["mha"], params("mha"), tokens("mha"), dense_step(np.zeros(4, np.int32), 12),
+            state, policy=Policy(),
+        )  # fmt: skip

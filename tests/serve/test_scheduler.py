@@ -1,0 +1,203 @@
+"""Scheduling without a device: who is fed when, and that nothing is lost."""
+
+import random
+
+import pytest
+
+from jaxllm.errors import CapacityError, ConfigError
+from jaxllm.serve.pages import Pages
+from jaxllm.serve.scheduler import Limits, Scheduler
+from jaxllm.serve.sequence import Sequence
+
+SIZE = 4
+
+
+def scheduler(pages=64, *, tokens=16, sequences=4, windows=None, **more):
+    windows = windows or {"all": None}
+    limits = Limits(tokens=tokens, sequences=sequences, longest=tokens, page_size=SIZE, **more)
+    return Scheduler(limits, {g: Pages(pages) for g in windows}, windows)
+
+
+def sequence(length, new=4, *, first=0, **more):
+    tokens = list(range(first, first + length))
+    return Sequence(tokens=tokens, prompt_length=length, limit=length + new, **more)
+
+
+def step(sched, token=500):
+    """Plan, and read what was drawn at once."""
+    turns = sched.plan()
+    for turn in turns:
+        if sched.drawn(turn, token) and len(turn.sequence.tokens) >= turn.sequence.limit:
+            sched.finish(turn.sequence)
+    return [(turn.sequence, turn.start, turn.count, turn.draws) for turn in turns]
+
+
+def test_prompts_come_in_chunks_and_then_one_by_one():
+    sched, one = scheduler(), sequence(35, 3)
+    sched.add(one)
+    found = []
+    while not one.done:
+        found += [turn[1:] for turn in step(sched)]
+    chunks = [(0, 16, False), (16, 16, False), (32, 3, True)]
+    assert found == [*chunks, (35, 1, True), (36, 1, True)]
+    assert sched.pages["all"].held == 0
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_decoding_goes_on_while_long_prompts_come(first):
+    """Also past a prompt that was there before, whose chunks would fill every step."""
+    sched, short = scheduler(pages=200), sequence(4, 30)
+    long = [sequence(15 if i == 0 else 60, 200, first=100 * (i + 1)) for i in range(3)]
+    order = [short, *long] if first else [long[0], short, *long[1:]]
+    sched.add(order[0])
+    sched.add(order[1])
+    while short.length == short.prompt_length:
+        step(sched)
+    for one in order[2:]:
+        one.arrival = -1
+        sched.add(one)
+        one.arrival = -1  # the most senior of all
+    for _ in range(10):
+        turns = step(sched)
+        assert short in [turn[0] for turn in turns]
+        assert sum(turn[2] for turn in turns) <= 16
+
+
+def test_the_urgent_and_then_tenants_in_turn():
+    sched = scheduler(sequences=1)
+    greedy = [sequence(8, 1, tenant="a", first=10 * i) for i in range(3)]
+    other = sequence(8, 1, tenant="b", first=70)
+    urgent = sequence(8, 1, tenant="a", priority=-1, first=90)
+    for one in (*greedy, other, urgent):
+        sched.add(one)
+    order = []
+    while not all(one.done for one in (*greedy, other, urgent)):
+        order += [turn[0] for turn in step(sched)]
+    assert order == [urgent, other, *greedy]
+
+
+def test_a_newcomer_has_no_claim_on_the_past():
+    sched = scheduler(sequences=1)
+    for i in range(3):
+        sched.add(sequence(8, 1, tenant="a", first=10 * i))
+        step(sched)
+    sched.add(sequence(8, 9, tenant="a"))
+    step(sched)
+    late, same = sequence(8, 1, tenant="b", first=50), sequence(8, 1, tenant="a", first=60)
+    sched.add(late)
+    sched.add(same)
+    assert sched._served["b"] == sched._served["a"]
+
+
+@pytest.mark.parametrize("unread", [False, True])
+def test_the_least_urgent_gives_up_its_pages(unread):
+    """Two sequences grow beyond what there is; the later one is computed again, from the start."""
+    sched = scheduler(pages=6, sequences=2)
+    first, second = sequence(8, 12), sequence(8, 12, first=50)
+    sched.add(first)
+    sched.add(second)
+    waiting = []
+    for _ in range(60):
+        turns = sched.plan()
+        waiting.append(turns)
+        if unread and len(waiting) < 2:
+            continue
+        for turn in waiting.pop(0):
+            if sched.drawn(turn, 7) and len(turn.sequence.tokens) >= turn.sequence.limit:
+                sched.finish(turn.sequence)
+    assert sched.preemptions >= 1
+    assert (first.done, second.done) == (True, True)
+    assert second.tokens == [*range(50, 58), *[7] * 12]
+    sched.pages["all"].check()
+    assert sched.pages["all"].held == 0
+
+
+def test_windows_leave_pages_behind():
+    sched = scheduler(windows={"all": None, "window6": 6}, tokens=8)
+    one = sequence(40, 20)
+    sched.add(one)
+    most = 0
+    for _ in range(12):
+        single = step(sched)[0][2] == 1
+        most = max(most, sched.pages["window6"].held)
+        kept = one.holdings["window6"]
+        assert not single or len(kept.pages) <= (6 + 1) // SIZE + 2  # what its table can say
+        assert kept.first <= max(0, one.computed - 6) // SIZE
+        assert kept.end * SIZE >= one.computed
+    assert most <= (6 + 8) // SIZE + 2
+    assert sched.pages["all"].held == -(-one.computed // SIZE)
+
+
+def test_a_prefix_needs_of_a_window_its_last_pages_alone():
+    sched = scheduler(windows={"all": None, "window6": 6})
+    one = sequence(40, 1)
+    sched.add(one)
+    while not one.done:
+        step(sched)
+    again = sequence(40, 1)
+    sched.add(again)
+    turns = step(sched)
+    assert (again.cached, turns[0][1:]) == (36, (36, 4, True))
+    for key in [k for k, p in sched.pages["window6"]._page_of.items()]:
+        del sched.pages["window6"]._page_of[key]
+    sched.pages["window6"]._hash_of.clear()
+    third = sequence(40, 1)
+    sched.add(third)
+    step(sched)
+    assert third.cached == 0
+
+
+def test_shared_prefixes_are_held_once():
+    sched = scheduler(sequences=3)
+    one = sequence(16, 20)
+    sched.add(one)
+    step(sched)
+    for _ in range(2):
+        sched.add(sequence(16, 20))
+    step(sched)
+    assert [s.cached for s in sched.running] == [0, 12, 12]
+    # Four of the first with its answer's, one more for each of the others.
+    assert sched.pages["all"].held == 5 + 2
+
+
+def test_what_can_never_run_is_refused():
+    with pytest.raises(CapacityError, match="exceed the 4 pages"):
+        scheduler(pages=4).add(sequence(15, 4))
+    with pytest.raises(ConfigError, match="must hold one"):
+        scheduler(tokens=2, sequences=4)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_any_mix_ends_and_gives_everything_back(seed):
+    """Random lengths, tenants, cancellations, few pages, answers read late."""
+    dice = random.Random(seed)
+    windows = {"all": None, "window5": 5} if seed % 2 else {"all": None}
+    sched = scheduler(pages=14, windows=windows, sequences=3, prefix_cache=seed % 3 > 0)
+    everyone, waiting = [], []
+    for turn_number in range(600):
+        if turn_number < 200 and dice.random() < 0.3:
+            one = sequence(
+                dice.randint(1, 40),
+                dice.randint(1, 15),
+                first=100 * dice.randint(0, 2),
+                tenant=dice.choice("ab"),
+                priority=dice.randint(0, 1),
+            )
+            everyone.append(one)
+            sched.add(one)
+        waiting.append(sched.plan())
+        slots = [s.slot for s in sched.running]
+        assert len(set(slots)) == len(slots) <= 3
+        while len(waiting) > dice.randint(0, 2):
+            for turn in waiting.pop(0):
+                one = turn.sequence
+                fresh = sched.drawn(turn, dice.randint(0, 400))
+                if fresh and (len(one.tokens) >= one.limit or dice.random() < 0.02):
+                    sched.finish(one)
+        if dice.random() < 0.03 and everyone:
+            sched.finish(dice.choice(everyone))
+        for pages in sched.pages.values():
+            pages.check()
+    assert everyone
+    assert all(one.done for one in everyone)
+    assert [pages.held for pages in sched.pages.values()] == [0] * len(windows)
