@@ -70,17 +70,22 @@ def hub_dialect(config: dict[str, Any]) -> dict[str, Any]:
         return dict(sorted(out.items()))
     rope = dict(config["rope_parameters"])
     if "sliding_attention" in rope:  # one rope a kind of layer: the local one is never scaled
-        out["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        if config["model_type"] != "olmo3":
+            out["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
         rope = dict(rope["full_attention"])
     if "partial_rotary_factor" in rope:
         out["partial_rotary_factor"] = rope.pop("partial_rotary_factor")
     out["rope_theta"] = rope.pop("rope_theta")
     kind = rope.pop("rope_type")
     # Early files say `type`; those with llama3 scaling or two ropes say `rope_type`.
-    key = "rope_type" if kind == "llama3" or "rope_local_base_freq" in out else "type"
+    later = kind == "llama3" or "rope_local_base_freq" in out or out["model_type"] == "olmo3"
+    key = "rope_type" if later else "type"
     if kind == "longrope":  # as published, beside the scaling
         out["original_max_position_embeddings"] = rope.pop("original_max_position_embeddings")
     out["rope_scaling"] = None if kind == "default" else {key: kind, **rope}
+    if out["model_type"] == "gpt_neox":
+        out["rotary_pct"] = out.pop("partial_rotary_factor")
+        out["rotary_emb_base"] = out.pop("rope_theta")
     if out["model_type"] == "qwen2":  # as published: a window is named and not used
         out |= {"sliding_window": 16, "max_window_layers": 2, "use_sliding_window": False}
     if out["model_type"] == "qwen3_moe":
@@ -98,7 +103,7 @@ def hub_layers(config: dict[str, Any]) -> dict[str, Any]:
         out["sliding_window_pattern"] = 1 + config["layer_types"].index("full_attention")
     if kind == "cohere2":
         out |= {"sliding_window_pattern": 4, "use_qk_norm": False, "rotary_pct": 1.0}
-    if kind in ("smollm3", "gpt_oss"):
+    if kind in ("smollm3", "gpt_oss", "olmo3"):
         out["layer_types"] = config["layer_types"]
     return out
 

@@ -1,8 +1,12 @@
 """The tiny models with experts of scripts/make_goldens.py."""
 
-from tiny_models import SMALL, Tiny
+from tiny_models import FACTORS, SMALL, Tiny
+from transformers import DeepseekV2Config as DeepseekV2
 from transformers import DeepseekV3Config as DeepseekV3
 from transformers import GptOssConfig as GptOss
+from transformers import GraniteMoeConfig as GraniteMoe
+from transformers import GraniteMoeSharedConfig as GraniteMoeShared
+from transformers import Llama4TextConfig as Llama4
 from transformers import MixtralConfig as Mixtral
 from transformers import OlmoeConfig as Olmoe
 from transformers import Qwen2MoeConfig as Qwen2Moe
@@ -56,13 +60,76 @@ OSS = MOE | {
     },
 }
 
+LLAMA4 = MOE | {
+    "num_local_experts": 4,
+    "num_experts_per_tok": 1,
+    "head_dim": 10,
+    "intermediate_size": 14,
+    "intermediate_size_mlp": 18,
+    "num_hidden_layers": 4,
+    "interleave_moe_layer_step": 2,
+    "no_rope_layers": [1, 1, 0, 1],
+    "attention_chunk_size": 8,
+    "floor_scale": 6,
+    "attn_scale": 0.5,
+}
+
 EXPERTS = {
+    "llama4": Tiny(Llama4, LLAMA4),
+    "llama4_hub": Tiny(
+        Llama4,
+        LLAMA4
+        | {
+            "num_hidden_layers": 2,
+            "num_experts_per_tok": 2,
+            "interleave_moe_layer_step": 1,
+            "no_rope_layers": [1, 0],
+            "use_qk_norm": False,
+            "attn_temperature_tuning": False,
+        },
+        hub=True,
+    ),
     "gpt_oss": Tiny(GptOss, OSS),
     "gpt_oss_hub": Tiny(
         GptOss,
         OSS | {"num_hidden_layers": 1, "swiglu_alpha": 1.3, "layer_types": ["full_attention"]},
         hub=True,
         dtype="bfloat16",
+    ),
+    "granite_moe": Tiny(GraniteMoe, MOE | FACTORS | {"num_local_experts": 5}),
+    "granite_moe_hub": Tiny(
+        GraniteMoe,
+        MOE
+        | FACTORS
+        | {
+            "num_hidden_layers": 1,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 3,
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+            "hidden_act": "gelu",
+        },
+        hub=True,
+    ),
+    "granite_moe_shared": Tiny(
+        GraniteMoeShared,
+        MOE | FACTORS | {"num_local_experts": 5, "shared_intermediate_size": 18},
+        hub=True,
+    ),
+    "deepseek_v2": Tiny(
+        DeepseekV2,
+        LATENT
+        | {
+            "rope_parameters": YARN,
+            "topk_method": "group_limited_greedy",
+            "routed_scaling_factor": 1.7,
+            "n_shared_experts": 2,
+        },
+    ),
+    "deepseek_v2_hub": Tiny(
+        DeepseekV2,
+        LATENT | {"q_lora_rank": None, "n_shared_experts": 1, "n_routed_experts": 5, "n_group": 1},
+        hub=True,
     ),
     "deepseek_v3": Tiny(DeepseekV3, LATENT | {"rope_parameters": YARN}),
     "deepseek_v3_hub": Tiny(

@@ -78,6 +78,16 @@ GRANITE = SMALL | MIXER | FACTORS | {
     "shared_intermediate_size": 36,
 }  # fmt: skip
 
+EXPERTS = {
+    "n_routed_experts": 6,
+    "num_experts_per_tok": 3,
+    "n_group": 3,
+    "topk_group": 2,
+    "moe_intermediate_size": 14,
+    "moe_shared_expert_intermediate_size": 18,
+    "routed_scaling_factor": 1.5,
+}
+
 # The reference clips step sizes in whole passes and not in decode steps.
 UNCACHED = {"cache": False}
 
@@ -234,7 +244,79 @@ HYBRIDS: dict[str, dict[str, Any]] = {
     },
 }
 
-_LETTERS = {"linear_attention": "M", "full_attention": "*", "mlp": "-"}
+# With experts: of a period of layers, of a letter's layers, and of all.
+HYBRIDS |= {
+    "jamba_moe": {
+        "config": Jamba,
+        "changes": SMALL
+        | {
+            "num_hidden_layers": 4,
+            "intermediate_size": 20,
+            "num_experts": 5,
+            "num_experts_per_tok": 2,
+            "attn_layer_period": 3,
+            "attn_layer_offset": 1,
+            "expert_layer_period": 2,
+            "expert_layer_offset": 1,
+            "mamba_d_state": 5,
+        },
+    },
+    "jamba_moe_hub": {
+        "config": Jamba,
+        "changes": SMALL
+        | {
+            "num_hidden_layers": 2,
+            "intermediate_size": 14,
+            "num_experts": 4,
+            "num_experts_per_tok": 3,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "expert_layer_period": 1,
+            "expert_layer_offset": 0,
+            "mamba_d_state": 3,
+            "hidden_act": "gelu",
+        },
+        "hub": True,
+    },
+    "nemotron_h_moe": {
+        "config": NemotronH,
+        "changes": NEMOTRON | EXPERTS
+        | {"layers_block_type": ["linear_attention", "moe", "full_attention", "moe", "mlp"]},
+    },
+    "nemotron_h_moe_hub": {
+        "config": NemotronH,
+        "changes": NEMOTRON | EXPERTS
+        | {
+            "layers_block_type": ["linear_attention", "full_attention", "moe"],
+            "moe_latent_size": 10,
+            "mlp_bias": True,
+            "mlp_hidden_act": "silu",
+            "norm_topk_prob": False,
+            "n_group": 1,
+            "topk_group": 1,
+        },
+        "hub": True,
+    },
+    "granite_hybrid_moe": {
+        "config": GraniteHybrid,
+        "changes": GRANITE | {"intermediate_size": 14, "num_local_experts": 5},
+    },
+    "granite_hybrid_moe_hub": {
+        "config": GraniteHybrid,
+        "changes": GRANITE
+        | {
+            "layer_types": ["full_attention", "linear_attention"],
+            "num_hidden_layers": 2,
+            "intermediate_size": 10,
+            "num_local_experts": 6,
+            "num_experts_per_tok": 3,
+            "position_embedding_type": "rope",
+        },
+        "hub": True,
+    },
+}  # fmt: skip
+
+_LETTERS = {"linear_attention": "M", "full_attention": "*", "mlp": "-", "moe": "E"}
 
 
 def hub_hybrid(config: dict[str, Any]) -> dict[str, Any]:

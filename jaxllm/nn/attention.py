@@ -17,7 +17,7 @@ from jaxllm.nn.leaf import Leaves
 from jaxllm.nn.remat import keep
 from jaxllm.ops.linformer import project_length
 from jaxllm.ops.norm import qk_norm
-from jaxllm.ops.rope import apply_rope
+from jaxllm.ops.rope import apply_rope, query_temperature
 from jaxllm.spec import ops as spec_ops
 from jaxllm.spec.mask import Full
 from jaxllm.spec.op_table import op_table
@@ -73,6 +73,8 @@ class Attention(nn.Module):
             q, k = (apply_rope(y, step.positions, op.rope, lengths=lengths) for y in (q, k))
         if op.qk_norm is not None and op.qk_norm.after_rope:
             q, k = self._norm(q, "q_norm", leaves), self._norm(k, "k_norm", leaves)
+        if op.temperature is not None:
+            q = q * query_temperature(step.positions, op.temperature).astype(q.dtype)
         by_head = ("batch", "length", "heads", "head_dim")
         by_kv_head = ("batch", "length", "kv_heads", "head_dim")
         q = constrain(q, by_head, policy.rules)

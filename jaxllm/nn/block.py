@@ -23,7 +23,6 @@ from jaxllm.nn.state_space import Convolution, SelectiveScan, StateSpaceDual
 from jaxllm.ops.norm import layer_norm, rms_norm
 from jaxllm.spec import ops as spec_ops
 from jaxllm.spec.model import Block as BlockSpec
-from jaxllm.spec.model import Sub
 from jaxllm.spec.op_table import norm_table
 from jaxllm.state.step import Step
 
@@ -74,9 +73,7 @@ class Block(nn.Module):
     policy: Policy
     taps: frozenset[str] = frozenset()
 
-    def _norm(self, sub: Sub, place: str, x: Array) -> Array:
-        name = f"{sub.name}_{place}"
-        norm = sub.norms.get(name)
+    def _norm(self, norm: spec_ops.Norm | None, name: str, x: Array) -> Array:
         return x if norm is None else Norm(norm, self.policy, name=name)(x)
 
     @nn.compact
@@ -98,23 +95,26 @@ class Block(nn.Module):
         rules, residual = self.policy.rules, ("batch", "sequence", None)
         for index, sub in enumerate(self.block.subs):
             # Sequence parallel: norms, dropout and sums see a part of the tokens, ops see all.
-            inner = constrain(self._norm(sub, "norm", x), ("batch", "length", None), rules)
+            inner = constrain(
+                self._norm(sub.norm_in, f"{sub.name}_norm", x), ("batch", "length", None), rules
+            )
             updates: list[Array] = []
             for named in sub.ops:
                 module = MODULES[type(named.op)](named.op, self.policy, name=named.name)
                 held = None if state is None else state.get(named.name)
-                given = inner if named.scale_in == 1.0 else inner * named.scale_in
+                given = self._norm(named.norm_in, f"{named.name}_norm", inner)
+                given = given if named.scale_in == 1.0 else given * named.scale_in
                 y, held = module(given, step=step, state=held, aux=aux)
                 y = y if named.scale == 1.0 else y * named.scale
                 if held is not None:
                     new_state[named.name] = held
                 updates.append(y)
             y = constrain(functools.reduce(operator.add, updates), residual, rules)
-            y = self._norm(sub, "out_norm", y)
+            y = self._norm(sub.norm_out, f"{sub.name}_out_norm", y)
             y = dropout(
                 y, self.policy.dropout, None if key is None else jax.random.fold_in(key, index)
             )
             x = x + (y if sub.scale == 1.0 else y * sub.scale)
-            x = self._norm(sub, "after_norm", x)
+            x = self._norm(sub.norm_after, f"{sub.name}_after_norm", x)
             x = constrain(x, residual, rules)
         return x, (None if state is None else new_state, aux.found)

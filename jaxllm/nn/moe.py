@@ -23,12 +23,14 @@ from jaxllm.state.step import Step, real_tokens
 __all__ = ["MoE"]
 
 _ROUTER = ("router", "router_bias", "balance_bias")
+_LATENT = ("latent_down", "latent_down_bias", "latent_up", "latent_up_bias")
 
 
 class MoE(nn.Module):
     """y = sum of weight_e expert_e(x) over the A experts that the router chooses.
 
-    No token is dropped, unless `Policy.expert_capacity` bounds the tokens of an expert.
+    With a latent width the experts see x W_down, and W_up takes their sum back. No token is
+    dropped, unless `Policy.expert_capacity` bounds the tokens of an expert.
     """
 
     op: spec_ops.MoE
@@ -45,7 +47,7 @@ class MoE(nn.Module):
         logits = leaves.product("router", x, "BTD,DE->BTE", dtype=jnp.float32)
         bias = leaves["balance_bias"] if op.router.balance_bias else None
         routing, real = route(logits, op, bias), real_tokens(step)
-        weights = {leaf: leaves[leaf] for leaf in leaves.names if leaf not in _ROUTER}
+        weights = {leaf: leaves[leaf] for leaf in leaves.names if leaf not in _ROUTER + _LATENT}
         if step.adapter_ids is not None and any(map(is_adapted, weights.values())):
             raise UnsupportedError(
                 f"experts of {name!r} have adapters, and rows cannot choose theirs by adapter_ids; "
@@ -55,7 +57,11 @@ class MoE(nn.Module):
         if real is not None and self.policy.expert_capacity is not None:
             experts = jnp.where(real[..., None], experts, op.experts)  # padding takes no slot
         to = Routing(experts, routing.weights, None)
+        if op.latent is not None:
+            x = keep(leaves.product("latent_down", x, "BTD,DR->BTR"))
         update, dropped = Experts(op, self.policy)(x, to, weights)
+        if op.latent is not None:
+            update = leaves.product("latent_up", keep(update), "BTR,RD->BTD")
         aux.stats[f"{name}.dropped"] = dropped
         _report(name, logits, routing, real, aux)
         return keep(update), state

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, Int
 
 from jaxllm.errors import ShapeError
+from jaxllm.spec.ops import Temperature
 from jaxllm.spec.rope import (
     DynamicScaling,
     LinearScaling,
@@ -20,7 +21,7 @@ from jaxllm.spec.rope import (
 )
 from jaxllm.typing import AnyArray
 
-__all__ = ["apply_rope", "frequencies", "frequencies_at"]
+__all__ = ["apply_rope", "frequencies", "frequencies_at", "query_temperature"]
 
 
 def frequencies(rope: Rope, head_dim: int) -> Float32[np.ndarray, "pairs"]:
@@ -142,3 +143,11 @@ def apply_rope(
         out = jnp.stack([a * cos - b * sin, b * cos + a * sin], axis=-1).reshape(rotated.shape)
     out = out.astype(x.dtype)
     return jnp.concatenate([out, rest], axis=-1) if dims < x.shape[-1] else out
+
+
+def query_temperature(
+    positions: Int[AnyArray, "B T"], temperature: Temperature
+) -> Float32[Array, "B T 1 1"]:
+    """1 + scale ln(1 + floor((position + 1) / period)), the factor on queries."""
+    steps = jnp.floor((positions.astype(jnp.float32) + 1.0) / temperature.period)
+    return (jnp.log1p(steps) * temperature.scale + 1.0)[..., None, None]

@@ -30,10 +30,14 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NamedOp:
-    """An op, the name its parameters stand under, and factors on its input and output."""
+    """An op, the name its parameters stand under, and factors on its input and output.
+
+    `norm_in` is for ops side by side that have a norm each; it stands under `<name>_norm`.
+    """
 
     name: str
     op: Op
+    norm_in: Norm | None = None
     scale_in: float = 1.0
     scale: float = 1.0
 
@@ -45,8 +49,8 @@ class NamedOp:
 class Sub:
     """One residual update: x <- after(x + scale * out(sum of ops(in(x)))).
 
-    Several ops run in parallel on one input, each with factors of its own. Pre-LN sets `norm_in`,
-    output-only `norm_out`, sandwich both, post-LN `norm_after`.
+    Several ops run in parallel on one input, each with factors of its own, or with a norm too.
+    Pre-LN sets `norm_in`, output-only `norm_out`, sandwich both, post-LN `norm_after`.
     """
 
     ops: tuple[NamedOp, ...]
@@ -57,6 +61,11 @@ class Sub:
 
     def __post_init__(self) -> None:
         require(len(self.ops) >= 1, "sub: needs at least one op")
+        own = [named.name for named in self.ops if named.norm_in is not None]
+        require(
+            not own or (len(self.ops) > 1 and self.norm_in is None),
+            f"sub: a norm_in of the ops {', '.join(own)} is for several ops without one in common",
+        )
 
     @property
     def name(self) -> str:
@@ -67,7 +76,9 @@ class Sub:
     def norms(self) -> dict[str, Norm]:
         """The norms present, by the name of their parameters."""
         named = {"norm": self.norm_in, "out_norm": self.norm_out, "after_norm": self.norm_after}
-        return {f"{self.name}_{key}": norm for key, norm in named.items() if norm is not None}
+        norms = {f"{self.name}_{key}": norm for key, norm in named.items() if norm is not None}
+        own = {f"{o.name}_norm": o.norm_in for o in self.ops if o.norm_in is not None}
+        return norms | own
 
 
 def sub(name: str, op: Op, **norms: Any) -> Sub:

@@ -64,6 +64,9 @@ class MoE:
       active: A, experts of a token.
       mlp: one expert.
       router: how they are chosen.
+      latent: width that tokens are projected to for the experts, and their sum back from; None: the
+        experts work on the model's width.
+      latent_bias: on these two projections.
     """
 
     kind: ClassVar[str] = "moe"
@@ -71,6 +74,8 @@ class MoE:
     active: int
     mlp: MLP
     router: Router = Router()
+    latent: int | None = None
+    latent_bias: bool = False
 
     def __post_init__(self) -> None:
         groups = self.router.groups
@@ -89,6 +94,14 @@ class MoE:
             groups == 1 or self.router.group_score == "one" or size >= 2,
             f"moe: {groups} groups of {self.experts} experts have no two largest scores; "
             "take group_score 'one'",
+        )
+        require(
+            self.latent is None or self.latent >= 1,
+            f"moe: latent is positive, found {self.latent}",
+        )
+        require(
+            self.latent is not None or not self.latent_bias,
+            "moe: latent_bias is of the projections to and from a latent width; give latent",
         )
         require(
             not self.mlp.out_gate, "moe: an expert has no out_gate; the router weighs its update"

@@ -113,14 +113,22 @@ def _mlp(op: MLP, width: int) -> dict[str, ParamDef]:
 
 
 def _moe(op: MoE, width: int) -> dict[str, ParamDef]:
-    """The router's leaves, and those of one expert with a leading dim E."""
+    """The leaves of router and latent width, and those of one expert with a leading dim E."""
     table = {"router": ParamDef((width, op.experts), ("width", None), width**-0.5, inputs=1)}
     if op.router.bias:
         table["router_bias"] = ParamDef((op.experts,), (None,))
     if op.router.balance_bias:
         # Its steps are small beside it: bfloat16 would round them away.
         table["balance_bias"] = ParamDef((op.experts,), (None,), wide=True)
-    experts = _mlp(op.mlp, width)
+    inner = width if op.latent is None else op.latent
+    if op.latent is not None:
+        down, up = ("width", None), (None, "width")
+        table["latent_down"] = ParamDef((width, inner), down, width**-0.5, inputs=1)
+        table["latent_up"] = ParamDef((inner, width), up, inner**-0.5, inputs=1)
+    if op.latent_bias:
+        table["latent_down_bias"] = ParamDef((inner,), (None,))
+        table["latent_up_bias"] = ParamDef((width,), ("width",))
+    experts = _mlp(op.mlp, inner)
     return table | {name: d.repeat(op.experts, op.active) for name, d in experts.items()}
 
 

@@ -28,6 +28,7 @@ __all__ = [
     "Router",
     "SelectiveScan",
     "StateSpaceDual",
+    "Temperature",
 ]
 
 
@@ -83,6 +84,24 @@ class LengthProjection:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Temperature:
+    """Queries far along are multiplied by 1 + scale ln(1 + floor((position + 1) / period)).
+
+    Source: arXiv 2501.19399.
+
+    Attributes:
+      scale: strength.
+      period: tokens after which the factor grows.
+    """
+
+    scale: float
+    period: float
+
+    def __post_init__(self) -> None:
+        require(self.period > 0, f"temperature: period is positive, found {self.period}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Attention:
     """Softmax attention: MHA (kv_heads = heads), GQA, MQA (kv_heads = 1).
 
@@ -97,6 +116,7 @@ class Attention:
       softcap: scores become softcap * tanh(scores / softcap).
       sinks: a learned logit a head that takes its share of the softmax and gives nothing.
       gate: the heads' outputs are multiplied by sigmoid(x W_gate).
+      temperature: factor on queries by their position; None for none.
       rope: rotation of queries and keys; None for none.
       mask: which keys a query sees.
       global_projections: queries that a `Global` mask makes global use query, key and value
@@ -115,6 +135,7 @@ class Attention:
     softcap: float | None = None
     sinks: bool = False
     gate: bool = False
+    temperature: Temperature | None = None
     rope: Rope | None = Rope()
     mask: Mask = Causal()
     global_projections: bool = False

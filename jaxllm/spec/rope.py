@@ -223,9 +223,9 @@ class Rope:
           ConfigError: an odd number of rotated dims, too few for the scaling, or factors that are
             not one a pair.
         """
-        rotated = head_dim * self.fraction
+        rotated = int(head_dim * self.fraction)  # a part of a dim is left as it is
         require(
-            rotated == int(rotated) and int(rotated) % 2 == 0,
+            rotated >= 2 and rotated % 2 == 0,
             f"{where}: rope rotates {rotated} of {head_dim} dims; it must be an even number",
         )
         match self.scaling:

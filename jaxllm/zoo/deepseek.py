@@ -1,4 +1,7 @@
-"""DeepSeek-V3: latent attention; experts in groups, chosen by sigmoid and bias, after dense layers.
+"""DeepSeek-V2 and V3: latent attention; experts in groups after dense layers.
+
+V2 scores experts by softmax, and a group by its best; V3 by sigmoid, with a bias while it chooses,
+and a group by its best two.
 
 Scores are multiplied by the square of yarn's mscale where the config asks for it. The layer for
 predicting more than one token, which files may carry after the last layer, is left out.
@@ -7,6 +10,7 @@ predicting more than one token, which files may carry after the last layer, is l
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 from jaxllm.spec.model import Head, ModelSpec
@@ -18,7 +22,7 @@ from jaxllm.zoo.qwen_moe import EXPERTS
 from jaxllm.zoo.rope import read_rope, write_rope
 from jaxllm.zoo.table import ConfigReader, Entry, Family
 
-__all__ = ["FAMILY"]
+__all__ = ["DEEPSEEK_V2", "DEEPSEEK_V3"]
 
 _TENSORS = {
     "attn.q": "self_attn.q_proj",
@@ -44,18 +48,32 @@ def _scale(rope: Rope, dims: int) -> float | None:
     return dims**-0.5 * yarn_magnitude(scaling.factor, scaling.mscale_all_dim) ** 2
 
 
-def _router(config: ConfigReader) -> dict[str, Any]:
+def _router2(config: ConfigReader) -> Router | None:
+    method = config.take("topk_method", str, "greedy")
+    if method not in ("greedy", "group_limited_greedy"):
+        config.problem(f"topk_method {method!r} is unknown; greedy, group_limited_greedy are known")
+    # The reference does not divide the weights by their sum.
+    config.fixed(scoring_func="softmax", norm_topk_prob=False, mlp_bias=False, moe_layer_freq=1)
+    groups, kept = config.take("n_group", int, 1), config.take("topk_group", int, 1)
+    parts: dict[str, Any] = {"scale": config.take("routed_scaling_factor", float, 1.0)}
+    if method == "group_limited_greedy":
+        parts |= {"groups": groups, "groups_kept": kept, "group_score": "one"}
+    return config.attempt(lambda: Router(**parts))
+
+
+def _router3(config: ConfigReader) -> Router | None:
     for key, only in (("scoring_func", "sigmoid"), ("topk_method", "noaux_tc")):
         if (found := config.take(key, str, only)) != only:
             config.problem(f"{key} {found!r} is not supported; {only!r} is")
     if config.take("moe_layer_freq", int, 1) != 1:
         config.problem("moe_layer_freq other than 1 is not supported")
-    return {
+    parts = {
         "renormalize": config.take("norm_topk_prob", bool, True),
         "scale": config.take("routed_scaling_factor", float, 2.5),
         "groups": config.take("n_group", int, 8),
         "groups_kept": config.take("topk_group", int, 4),
     }
+    return config.attempt(lambda: Router(score="sigmoid", balance_bias=True, **parts))
 
 
 def _attention(config: ConfigReader) -> dict[str, Any]:
@@ -72,25 +90,48 @@ def _attention(config: ConfigReader) -> dict[str, Any]:
     }
 
 
-def _read(config: ConfigReader) -> ModelSpec:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Generation:
+    """What the two generations have apart.
+
+    Attributes:
+      kind: `model_type`.
+      name: of the architecture.
+      router: reads it.
+      context: tokens, where the file does not say.
+      dense: layers before the first with experts, likewise.
+      experts: (width of one, number, how many are active, how many are shared), likewise.
+    """
+
+    kind: str
+    name: str
+    router: Callable[[ConfigReader], Router | None]
+    context: int
+    dense: int
+    experts: tuple[int, int, int, int]
+
+
+def _read(config: ConfigReader, own: _Generation) -> ModelSpec:
     config.ignore(
         *experts.IGNORED, "ep_size", "aux_loss_alpha", "seq_aux", "num_mtp_layers",
         "num_nextn_predict_layers", "auto_map",
     )  # fmt: skip
-    sizes = decoder.read_sizes(config, context=4096)
-    paired = config.take("rope_interleave", bool, True)
+    sizes = decoder.read_sizes(config, context=own.context)
+    paired = own.kind == "deepseek_v2" or config.take("rope_interleave", bool, True)
     rope = read_rope(config, context=sizes.context, layout="interleaved" if paired else "half")
-    attention, router = _attention(config), _router(config)
-    dense = config.take("first_k_dense_replace", int, 3)
-    width = config.take("moe_intermediate_size", int, 2048)
-    shared = config.take("n_shared_experts", int, 1)
-    count = config.take("n_routed_experts", int, config.take("num_local_experts", int, 256))
-    active = config.take("num_experts_per_tok", int, 8)
+    attention, router = _attention(config), own.router(config)
+    dense = config.take("first_k_dense_replace", int, own.dense)
+    width = config.take("moe_intermediate_size", int, own.experts[0])
+    count = config.take("num_local_experts", int, own.experts[1])
+    count = config.take("n_routed_experts", int, count)
+    active = config.take("num_experts_per_tok", int, own.experts[2])
+    shared = config.take("n_shared_experts", int, own.experts[3])
     eps = config.take("rms_norm_eps", float, 1e-6)
     activation = decoder.read_activation(config)
     tied = config.take("tie_word_embeddings", bool, False)
 
     def make() -> ModelSpec:
+        assert router is not None  # a problem was left where there is none
         norm = Norm(eps=eps)
         scale = _scale(rope, attention["nope_dim"] + attention["rope_dim"])
         attn = LatentAttention(heads=sizes.heads, rope=rope, scale=scale, **attention)
@@ -98,7 +139,7 @@ def _read(config: ConfigReader) -> ModelSpec:
             experts=count,
             active=active,
             mlp=MLP(width=width, activation=activation),
-            router=Router(score="sigmoid", balance_bias=True, **router),
+            router=router,
         )
         beside = MLP(width=width * shared, activation=activation)
         first = MLP(width=sizes.ffn, activation=activation)
@@ -118,15 +159,15 @@ def _read(config: ConfigReader) -> ModelSpec:
     return config.finish(make)
 
 
-def _write(spec: ModelSpec) -> dict[str, Any] | None:
+def _write(spec: ModelSpec, own: _Generation) -> dict[str, Any] | None:
     mixed = experts.mixed_of(spec)
     attn = None if mixed is None else next(iter(mixed.attns.values()))
     if mixed is None or mixed.shared is None or not isinstance(attn, LatentAttention):
         return None
     router = mixed.moe.router
     return {
-        "architectures": ["DeepseekV3ForCausalLM"],
-        "model_type": "deepseek_v3",
+        "architectures": [f"{own.name}ForCausalLM"],
+        "model_type": own.kind,
         "vocab_size": spec.vocab,
         "hidden_size": spec.width,
         "intermediate_size": (mixed.mlp or mixed.moe.mlp).width,
@@ -134,7 +175,6 @@ def _write(spec: ModelSpec) -> dict[str, Any] | None:
         "num_attention_heads": attn.heads,
         "num_key_value_heads": attn.heads,
         **write_rope(attn.rope, context=spec.context),
-        "rope_interleave": attn.rope.layout == "interleaved",
         "kv_lora_rank": attn.kv_rank,
         "q_lora_rank": attn.q_rank,
         "qk_nope_head_dim": attn.nope_dim,
@@ -146,23 +186,61 @@ def _write(spec: ModelSpec) -> dict[str, Any] | None:
         "n_shared_experts": mixed.shared.width // mixed.moe.mlp.width,
         "n_routed_experts": mixed.moe.experts,
         "num_experts_per_tok": mixed.moe.active,
-        "norm_topk_prob": router.renormalize,
-        "routed_scaling_factor": router.scale,
-        "n_group": router.groups,
-        "topk_group": router.groups_kept,
-        "scoring_func": "sigmoid",
-        "topk_method": "noaux_tc",
+        **_write_router(router, attn, own),
         "rms_norm_eps": mixed.norm.eps,
         "hidden_act": decoder.write_activation(mixed.moe.mlp.activation),
         "tie_word_embeddings": spec.head.tied,
     }
 
 
+def _write_router(router: Router, attn: LatentAttention, own: _Generation) -> dict[str, Any]:
+    """The keys of the router, and of how the generation rotates."""
+    found = {
+        "norm_topk_prob": router.renormalize,
+        "routed_scaling_factor": router.scale,
+        "n_group": router.groups,
+        "topk_group": router.groups_kept,
+        "scoring_func": router.score,
+    }
+    if own.kind == "deepseek_v2":
+        grouped = router.group_score == "one"
+        return found | {"topk_method": "group_limited_greedy" if grouped else "greedy"}
+    paired = attn.rope.layout == "interleaved"
+    return found | {"topk_method": "noaux_tc", "rope_interleave": paired}
+
+
 def _names(spec: ModelSpec) -> list[Entry]:
     names = decoder.TENSORS | experts.NORMS | EXPERTS | _TENSORS
-    found = decoder.entries(spec, names)
-    ours, theirs = "correction.bias", "correction_bias"
-    return [dataclasses.replace(e, disk=e.disk.replace(ours, theirs)) for e in found]
+    return [experts.bias_entry(entry) for entry in decoder.entries(spec, names)]
 
 
-FAMILY = Family(model_types=("deepseek_v3",), read=_read, write=_write, names=_names)
+def _family(own: _Generation) -> Family:
+    return Family(
+        model_types=(own.kind,),
+        read=lambda config: _read(config, own),
+        write=lambda spec: _write(spec, own),
+        names=_names,
+        spare="eh_proj.weight",
+    )
+
+
+DEEPSEEK_V2 = _family(
+    _Generation(
+        kind="deepseek_v2",
+        name="DeepseekV2",
+        router=_router2,
+        context=2048,
+        dense=0,
+        experts=(1407, 64, 6, 2),
+    )
+)
+DEEPSEEK_V3 = _family(
+    _Generation(
+        kind="deepseek_v3",
+        name="DeepseekV3",
+        router=_router3,
+        context=4096,
+        dense=3,
+        experts=(2048, 256, 8, 1),
+    )
+)

@@ -8,14 +8,15 @@ from typing import Any
 
 from jaxllm.spec.model import Block, ModelSpec, NamedOp, Sub, sub
 from jaxllm.spec.moe import MoE
-from jaxllm.spec.ops import MLP, Norm
+from jaxllm.spec.ops import MLP, Attention, LatentAttention, Norm
 from jaxllm.zoo import decoder
-from jaxllm.zoo.table import ConfigReader
+from jaxllm.zoo.table import ConfigReader, Entry
 
 __all__ = [
     "IGNORED",
     "NORMS",
     "Mixed",
+    "bias_entry",
     "dense_layers",
     "layer",
     "mixed_of",
@@ -77,7 +78,10 @@ def mixed_of(spec: ModelSpec) -> Mixed | None:
     for block in spec.blocks:
         if len(block.subs) != 2 or len(block.subs[0].ops) != 1:
             return None
-        attns[block.name] = block.subs[0].ops[0].op
+        attn = block.subs[0].ops[0].op
+        if not isinstance(attn, Attention | LatentAttention):
+            return None
+        attns[block.name] = attn
         ops = [named.op for named in block.subs[1].ops]
         match ops:
             case [MLP() as mlp]:
@@ -94,6 +98,12 @@ def mixed_of(spec: ModelSpec) -> Mixed | None:
     sparse = [name in moes for name in spec.pattern.names]
     mlp = next(iter(mlps.values()), None)
     return Mixed(attns, next(iter(moes.values())), shared, mlp, norms, spec.final_norm, sparse)
+
+
+def bias_entry(entry: Entry) -> Entry:
+    """The entry of a balance bias under its name on disk, which ends in _bias and not in .bias."""
+    ours, theirs = "correction.bias", "correction_bias"
+    return dataclasses.replace(entry, disk=entry.disk.replace(ours, theirs))
 
 
 def read_sparse(config: ConfigReader, layers: int) -> list[bool]:

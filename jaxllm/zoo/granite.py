@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -11,7 +12,40 @@ from jaxllm.zoo import decoder
 from jaxllm.zoo.rope import read_rope, write_rope
 from jaxllm.zoo.table import ConfigReader, Family
 
-__all__ = ["FAMILY", "divisor_of"]
+__all__ = ["FAMILY", "Factors", "read_factors", "write_factors"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Factors:
+    """On the embedding, the scores and the residual updates, and what logits are divided by."""
+
+    embedding: float
+    scores: float
+    residual: float
+    divisor: float
+
+
+def read_factors(config: ConfigReader) -> Factors:
+    """The four factors that every Granite has."""
+    found = Factors(
+        embedding=config.take("embedding_multiplier", float, 1.0),
+        scores=config.take("attention_multiplier", float, 1.0),
+        residual=config.take("residual_multiplier", float, 1.0),
+        divisor=config.take("logits_scaling", float, 1.0),
+    )
+    if found.divisor == 0:
+        config.problem("logits_scaling is 0; logits are divided by it")
+    return found
+
+
+def write_factors(spec: ModelSpec, attn: Attention) -> dict[str, float]:
+    """The keys of `read_factors`; the head's scale must be positive."""
+    return {
+        "embedding_multiplier": spec.embedding.scale,
+        "attention_multiplier": attn.query_scale,
+        "residual_multiplier": spec.blocks[0].subs[0].scale,
+        "logits_scaling": _divisor(spec.head.scale),
+    }
 
 
 def _read(config: ConfigReader) -> ModelSpec:
@@ -22,17 +56,12 @@ def _read(config: ConfigReader) -> ModelSpec:
     eps = config.take("rms_norm_eps", float, 1e-6)
     activation = decoder.read_activation(config)
     tied = config.take("tie_word_embeddings", bool, False)
-    embedding = config.take("embedding_multiplier", float, 1.0)
-    scores = config.take("attention_multiplier", float, 1.0)
-    residual = config.take("residual_multiplier", float, 1.0)
-    divisor = config.take("logits_scaling", float, 1.0)
-    if divisor == 0:
-        config.problem("logits_scaling is 0; logits are divided by it")
+    factors = read_factors(config)
 
     def make() -> ModelSpec:
-        parts = {"norm_in": Norm(eps=eps), "scale": residual}
+        parts = {"norm_in": Norm(eps=eps), "scale": factors.residual}
         attn = Attention(
-            **decoder.heads_of(sizes), qkv_bias=bias, out_bias=bias, scale=scores, rope=rope
+            **decoder.heads_of(sizes), qkv_bias=bias, out_bias=bias, scale=factors.scores, rope=rope
         )
         mlp = MLP(width=sizes.ffn, activation=activation, bias=mlp_bias)
         subs = (sub("attn", attn, **parts), sub("mlp", mlp, **parts))
@@ -41,15 +70,15 @@ def _read(config: ConfigReader) -> ModelSpec:
             ["G"] * sizes.layers,
             lambda name: Block(name=name, subs=subs),
             ropes=(rope,),
-            embedding=Embedding(scale=embedding),
+            embedding=Embedding(scale=factors.embedding),
             final_norm=Norm(eps=eps),
-            head=Head(tied=tied, scale=1 / divisor),
+            head=Head(tied=tied, scale=1 / factors.divisor),
         )
 
     return config.finish(make)
 
 
-def divisor_of(scale: float) -> float:
+def _divisor(scale: float) -> float:
     """The number whose inverse is exactly the scale; the inverse of an inverse may be one off."""
     found = 1 / scale
     near = (round(found, 9), found, math.nextafter(found, 0), math.nextafter(found, math.inf))
@@ -68,10 +97,7 @@ def _write(spec: ModelSpec) -> dict[str, Any] | None:
         "mlp_bias": parts.mlp.bias,
         "rms_norm_eps": parts.norm.eps,
         "hidden_act": decoder.write_activation(parts.mlp.activation),
-        "embedding_multiplier": spec.embedding.scale,
-        "attention_multiplier": parts.attn.query_scale,
-        "residual_multiplier": spec.blocks[0].subs[0].scale,
-        "logits_scaling": divisor_of(spec.head.scale),
+        **write_factors(spec, parts.attn),
     }
 
 

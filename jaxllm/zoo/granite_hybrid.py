@@ -1,4 +1,7 @@
-"""Granite 4 (dense hybrids): dual state spaces beside attention, with the factors of Granite."""
+"""Granite 4 (hybrids): dual state spaces beside attention, with the factors of Granite.
+
+With experts, each layer has them beside the MLP of all tokens.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,10 @@ import math
 from typing import Any
 
 from jaxllm.spec.model import Block, Embedding, Head, ModelSpec
-from jaxllm.spec.ops import MLP, Attention, Norm, StateSpaceDual
+from jaxllm.spec.ops import MLP, Attention, MoE, Norm, StateSpaceDual
 from jaxllm.zoo import decoder, recurrent
-from jaxllm.zoo.granite import divisor_of
+from jaxllm.zoo.granite import read_factors, write_factors
+from jaxllm.zoo.granite_moe import EXPERTS, mixture
 from jaxllm.zoo.rope import read_rope, write_rope
 from jaxllm.zoo.table import ConfigReader, Entry, Family
 
@@ -22,13 +26,12 @@ _NAMES = {
     "mlp.gate": "shared_mlp.input_linear",
     "mlp.up": "shared_mlp.input_linear",
     "mlp.down": "shared_mlp.output_linear",
+    **EXPERTS,
 }
 _IGNORED = (
     *recurrent.IGNORED,
     "init_method",
-    "intermediate_size",  # of experts
     "normalization_function",
-    "num_experts_per_tok",
     "output_router_logits",
     "router_aux_loss_coef",
 )
@@ -46,10 +49,10 @@ def _kinds(config: ConfigReader, layers: int) -> list[str]:
 
 
 def _read(config: ConfigReader) -> ModelSpec:
-    sizes = decoder.read_sizes(config, context=2048, ffn=1)
+    sizes = decoder.read_sizes(config, context=2048, ffn=11_008)
     config.ignore(*_IGNORED)
-    if config.take("num_local_experts", int, 8):
-        config.problem("num_local_experts other than 0 is not supported yet")
+    count = config.take("num_local_experts", int, 8)
+    active = config.take("num_experts_per_tok", int, 2)
     ffn = config.take("shared_intermediate_size", int, 1024)
     names = _kinds(config, sizes.layers)
     rope = read_rope(config, context=sizes.context)
@@ -60,12 +63,7 @@ def _read(config: ConfigReader) -> ModelSpec:
     eps = config.take("rms_norm_eps", float, 1e-6)
     activation = decoder.read_activation(config)
     tied = config.take("tie_word_embeddings", bool, False)
-    embedding = config.take("embedding_multiplier", float, 1.0)
-    scores = config.take("attention_multiplier", float, 1.0)
-    residual = config.take("residual_multiplier", float, 1.0)
-    divisor = config.take("logits_scaling", float, 1.0)
-    if divisor == 0:
-        config.problem("logits_scaling is 0; logits are divided by it")
+    factors = read_factors(config)
     mixer = recurrent.read_mixer(config, sizes.width, activation)
 
     def make() -> ModelSpec:
@@ -75,21 +73,23 @@ def _read(config: ConfigReader) -> ModelSpec:
             **decoder.heads_of(sizes),
             qkv_bias=bias,
             out_bias=bias,
-            scale=scores,
+            scale=factors.scores,
             rope=rope if kind == "rope" else None,
         )
+        first, shared = (mixture(sizes, count, active, activation), mlp) if count else (mlp, None)
+        parts = {"scale": factors.residual, "shared": shared}
         blocks = {
-            "A": recurrent.pair(attn, mlp, norm, scale=residual, name="attn"),
-            "M": recurrent.pair(mixer, mlp, norm, scale=residual),
+            "A": recurrent.pair(attn, first, norm, name="attn", **parts),
+            "M": recurrent.pair(mixer, first, norm, **parts),
         }
         return decoder.model_of(
             sizes,
             names,
             lambda name: Block(name=name, subs=blocks[name]),
             ropes=(attn.rope,),
-            embedding=Embedding(scale=embedding),
+            embedding=Embedding(scale=factors.embedding),
             final_norm=norm,
-            head=Head(tied=tied, scale=1 / divisor),
+            head=Head(tied=tied, scale=1 / factors.divisor),
         )
 
     return config.finish(make)
@@ -100,22 +100,23 @@ def _write(spec: ModelSpec) -> dict[str, Any] | None:
     if found is None or StateSpaceDual not in found[0] or not 0 < spec.head.scale < math.inf:
         return None
     ops, sizes = found
-    attn = ops[Attention]
-    sizes["shared_intermediate_size"] = sizes["intermediate_size"]
+    attn, moe = ops[Attention], ops.get(MoE)
+    if MLP not in ops:
+        return None
+    sizes["shared_intermediate_size"] = ops[MLP].width
+    if moe is not None:
+        sizes["num_experts_per_tok"] = moe.active
     kinds = ["full_attention" if here else "linear_attention" for here in recurrent.attends(spec)]
     return {
         **sizes,
         **recurrent.write_mixer(ops[StateSpaceDual], spec.width),
         **write_rope(attn.rope, context=spec.context),
         "model_type": "granitemoehybrid",
-        "num_local_experts": 0,
+        "num_local_experts": 0 if moe is None else moe.experts,
         "layer_types": kinds,
         "position_embedding_type": None if attn.rope is None else "rope",
         "attention_bias": attn.out_bias,
-        "embedding_multiplier": spec.embedding.scale,
-        "attention_multiplier": attn.query_scale,
-        "residual_multiplier": spec.blocks[0].subs[0].scale,
-        "logits_scaling": divisor_of(spec.head.scale),
+        **write_factors(spec, attn),
     }
 
 

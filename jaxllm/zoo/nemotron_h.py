@@ -1,13 +1,13 @@
-"""Nemotron-H: one op a layer (dual state space, attention without rope, plain feed-forward)."""
+"""Nemotron-H: one op a layer (dual state space, attention without rope, plain MLP or experts)."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from jaxllm.spec.model import Block, Head, ModelSpec, sub
-from jaxllm.spec.ops import MLP, Attention, Norm, StateSpaceDual
+from jaxllm.spec.model import Block, Head, ModelSpec, NamedOp, Sub, sub
+from jaxllm.spec.ops import MLP, Attention, MoE, Norm, Router, StateSpaceDual
 from jaxllm.spec.state_space import GatedNorm
-from jaxllm.zoo import decoder, recurrent
+from jaxllm.zoo import decoder, experts, recurrent
 from jaxllm.zoo.table import ConfigReader, Entry, Family
 
 __all__ = ["FAMILY"]
@@ -20,8 +20,9 @@ _KINDS = {
     "full_attention": "A",
     "attention": "A",
     "mlp": "F",
+    "moe": "E",
 }
-_WRITTEN = {"M": "linear_attention", "A": "full_attention", "F": "mlp"}
+_WRITTEN = {"M": "linear_attention", "A": "full_attention", "F": "mlp", "E": "moe"}
 _NAMES = {
     "embed.table": _PREFIX + "embeddings",
     "final_norm": _PREFIX + "norm_f",
@@ -35,6 +36,15 @@ _NAMES = {
     "attn.o": "mixer.o_proj",
     "mlp.up": "mixer.up_proj",
     "mlp.down": "mixer.down_proj",
+    "moe_norm": "norm",
+    "moe.router": "mixer.gate",
+    "moe.balance": "mixer.gate.e_score_correction",
+    "moe.latent_down": "mixer.fc1_latent_proj",
+    "moe.latent_up": "mixer.fc2_latent_proj",
+    "moe.up": "mixer.experts.{}.up_proj",
+    "moe.down": "mixer.experts.{}.down_proj",
+    "shared.up": "mixer.shared_experts.up_proj",
+    "shared.down": "mixer.shared_experts.down_proj",
 }
 _IGNORED = (
     *recurrent.IGNORED,
@@ -44,22 +54,12 @@ _IGNORED = (
     "residual_in_fp32",
     "time_step_limit",  # the reference takes time_step_min for the least step
     "time_step_max",
-    # Of experts and of prediction of several tokens, which no layer of these uses.
-    "moe_intermediate_size",
-    "moe_latent_size",
-    "moe_shared_expert_intermediate_size",
     "moe_shared_expert_overlap",
+    "output_router_logits",
+    # Of the prediction of several tokens, which is left out.
     "mtp_hybrid_override_pattern",
     "mtp_layers_block_type",
-    "n_group",
-    "n_routed_experts",
-    "n_shared_experts",
-    "norm_topk_prob",
-    "num_experts_per_tok",
     "num_nextn_predict_layers",
-    "output_router_logits",
-    "routed_scaling_factor",
-    "topk_group",
 )
 
 
@@ -71,12 +71,10 @@ def _layers(config: ConfigReader) -> list[str]:
         found = [_LETTERS.get(letter) for letter in text]
         unknown = sorted(set(text) - set(_LETTERS))
     else:
-        found = [_KINDS.get(str(kind), "E" if kind == "moe" else None) for kind in kinds]
+        found = [_KINDS.get(str(kind)) for kind in kinds]
         unknown = sorted({repr(k) for k, name in zip(kinds, found, strict=True) if name is None})
     if unknown or not found:
         config.problem(f"layers of kinds {', '.join(unknown) or 'none'} are not known")
-    if "E" in found:
-        config.problem("layers of experts (moe, E) are not supported yet")
     if config.take("num_hidden_layers", int, len(found)) != len(found):
         config.problem(f"num_hidden_layers is not {len(found)}, as many as kinds are given")
     return [name or "F" for name in found]
@@ -101,6 +99,41 @@ def _mixer(config: ConfigReader, eps: float) -> StateSpaceDual | None:
     return config.attempt(lambda: StateSpaceDual(**parts, norm=GatedNorm(eps=eps, groups=groups)))
 
 
+def _experts(config: ConfigReader, plain: dict[str, Any], *, used: bool) -> tuple[NamedOp, ...]:
+    """The mixture and the MLP beside it, or nothing where no layer has them."""
+    count, active = (
+        config.take("n_routed_experts", int, 8),
+        config.take("num_experts_per_tok", int, 2),
+    )
+    width = config.take("moe_intermediate_size", int, 7688)
+    shared = config.take("moe_shared_expert_intermediate_size", int, 7688)
+    latent = config.take("moe_latent_size", int, None)
+    router = {
+        "renormalize": config.take("norm_topk_prob", bool, True),
+        "scale": config.take("routed_scaling_factor", float, 1.0),
+        "groups": config.take("n_group", int, 1),
+        "groups_kept": config.take("topk_group", int, 1),
+    }
+    if not used:
+        config.ignore("n_shared_experts")
+        return ()
+    config.fixed(n_shared_experts=1)
+
+    def make() -> tuple[NamedOp, ...]:
+        moe = MoE(
+            experts=count,
+            active=active,
+            mlp=MLP(width=width, **dict(plain, bias=False)),
+            router=Router(score="sigmoid", balance_bias=True, **router),
+            latent=latent,
+            latent_bias=latent is not None and plain["bias"],
+        )
+        beside = MLP(width=shared, **plain)
+        return (NamedOp(name="moe", op=moe), NamedOp(name="shared", op=beside))
+
+    return config.attempt(make) or ()
+
+
 def _read(config: ConfigReader) -> ModelSpec:
     config.ignore(*decoder.IGNORED_KEYS, *_IGNORED)
     vocab, width = config.take("vocab_size", int), config.take("hidden_size", int)
@@ -113,7 +146,12 @@ def _read(config: ConfigReader) -> ModelSpec:
     head_dim = config.take("head_dim", int, config.take("attention_head_dim", int, 128))
     ffn = config.take("intermediate_size", int, 21_504)
     activation = decoder.read_activation(config, "mlp_hidden_act", "relu2")
-    mlp_bias = config.take("mlp_bias", bool, False)
+    plain: dict[str, Any] = {
+        "activation": activation,
+        "gated": False,
+        "bias": config.take("mlp_bias", bool, False),
+    }
+    mixture = _experts(config, plain, used="E" in names)
     # The reference has neither in any case.
     config.fixed(attention_bias=False, tie_word_embeddings=False)
     if config.take("sliding_window", int, 0):
@@ -129,10 +167,10 @@ def _read(config: ConfigReader) -> ModelSpec:
                 Attention(heads=heads, kv_heads=kv_heads, head_dim=head_dim, rope=None),
                 **norm,
             ),
-            "F": sub(
-                "mlp", MLP(width=ffn, activation=activation, gated=False, bias=mlp_bias), **norm
-            ),
+            "F": sub("mlp", MLP(width=ffn, **plain), **norm),
         }
+        if mixture:
+            subs["E"] = Sub(ops=mixture, norm_in=norm["norm_in"])
         return ModelSpec(
             vocab=vocab,
             width=width,
@@ -147,12 +185,13 @@ def _read(config: ConfigReader) -> ModelSpec:
 
 def _write(spec: ModelSpec) -> dict[str, Any] | None:
     ops = recurrent.ops_of(spec)
-    mixer, attn, mlp = (ops.get(kind) for kind in (StateSpaceDual, Attention, MLP))
+    mixer, attn = ops.get(StateSpaceDual), ops.get(Attention)
     if mixer is None or spec.final_norm is None or set(spec.pattern.names) - set(_WRITTEN):
         return None
     attn = attn or Attention(heads=1, kv_heads=1, head_dim=1)
-    mlp = mlp or MLP(width=1, activation="relu2")
-    return {
+    plain = [named.op for b in spec.blocks if b.name == "F" for named in b.subs[0].ops]
+    mlp = next((op for op in plain if isinstance(op, MLP)), MLP(width=1, activation="relu2"))
+    config = {
         "architectures": ["NemotronHForCausalLM"],
         "model_type": "nemotron_h",
         "vocab_size": spec.vocab,
@@ -177,11 +216,34 @@ def _write(spec: ModelSpec) -> dict[str, Any] | None:
         "mlp_hidden_act": decoder.write_activation(mlp.activation),
         "mlp_bias": mlp.bias,
     }
+    return config | _write_experts(spec)
+
+
+def _write_experts(spec: ModelSpec) -> dict[str, Any]:
+    """The keys of `_experts`."""
+    block = next((b for b in spec.blocks if b.name == "E"), None)
+    match () if block is None else tuple(named.op for named in block.subs[0].ops):
+        case (MoE() as moe, MLP() as shared):
+            return {
+                "n_routed_experts": moe.experts,
+                "num_experts_per_tok": moe.active,
+                "moe_intermediate_size": moe.mlp.width,
+                "moe_shared_expert_intermediate_size": shared.width,
+                "moe_latent_size": moe.latent,
+                "norm_topk_prob": moe.router.renormalize,
+                "routed_scaling_factor": moe.router.scale,
+                "n_group": moe.router.groups,
+                "topk_group": moe.router.groups_kept,
+                "mlp_hidden_act": decoder.write_activation(shared.activation),
+                "mlp_bias": shared.bias,
+            }
+    return {}
 
 
 def _names(spec: ModelSpec) -> list[Entry]:
     names = _NAMES | recurrent.dual_names("mixer")
-    return recurrent.entries(spec, names, layer=_PREFIX + "layers.{}.")
+    found = recurrent.entries(spec, names, layer=_PREFIX + "layers.{}.")
+    return [experts.bias_entry(entry) for entry in found]
 
 
 FAMILY = Family(

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxllm.spec.model import ModelSpec, Sub, sub
-from jaxllm.spec.ops import MLP, Attention, Norm, Op, StateSpaceDual
+from jaxllm.spec.model import ModelSpec, NamedOp, Sub, sub
+from jaxllm.spec.ops import MLP, Attention, MoE, Norm, Op, StateSpaceDual
 from jaxllm.spec.state_space import GatedNorm
 from jaxllm.spec.table import layer_paths
 from jaxllm.zoo import decoder
@@ -21,8 +21,10 @@ __all__ = [
     "attends",
     "dual_names",
     "entries",
+    "holds",
     "ops_of",
     "pair",
+    "period_of",
     "read_head_dim",
     "read_limits",
     "read_mixer",
@@ -194,19 +196,42 @@ def ops_of(spec: ModelSpec) -> dict[type, Any]:
 
 def attends(spec: ModelSpec) -> list[bool]:
     """Whether each layer holds an attention."""
+    return holds(spec, Attention)
+
+
+def holds(spec: ModelSpec, kind: type) -> list[bool]:
+    """Whether each layer holds an op of a kind."""
     found = {
-        block.name: any(isinstance(named.op, Attention) for s in block.subs for named in s.ops)
+        block.name: any(isinstance(named.op, kind) for s in block.subs for named in s.ops)
         for block in spec.blocks
     }
     return [found[name] for name in spec.pattern.names]
 
 
 def pair(
-    mixer: Op, mlp: Op, norm: Norm, *, scale: float = 1.0, name: str = "ssm"
+    mixer: Op,
+    ffn: MLP | MoE,
+    norm: Norm,
+    *,
+    scale: float = 1.0,
+    name: str = "ssm",
+    shared: MLP | None = None,
 ) -> tuple[Sub, ...]:
-    """A mixer and a feed-forward, each after a norm."""
+    """A mixer and a feed-forward, each after a norm; experts may have an MLP `shared` beside."""
+    ops = [NamedOp(name="moe" if isinstance(ffn, MoE) else "mlp", op=ffn)]
+    ops += [] if shared is None else [NamedOp(name="shared", op=shared)]
     parts = {"norm_in": norm, "scale": scale}
-    return (sub(name, mixer, **parts), sub("mlp", mlp, **parts))
+    return (sub(name, mixer, **parts), Sub(ops=tuple(ops), **parts))
+
+
+def period_of(found: Sequence[bool]) -> tuple[int, int] | None:
+    """(period, offset) of the layers that are marked, or None where no period says them."""
+    places = [i for i, here in enumerate(found) if here]
+    offset = places[0] if places else len(found)
+    for period in range(offset + 1, len(found) + 2):
+        if list(found) == [i % period == offset for i in range(len(found))]:
+            return period, offset
+    return None
 
 
 def write_hybrid(spec: ModelSpec, name: str) -> tuple[dict[type, Any], dict[str, Any]] | None:
@@ -219,7 +244,7 @@ def write_hybrid(spec: ModelSpec, name: str) -> tuple[dict[type, Any], dict[str,
       name: of the architecture, as Jamba.
     """
     ops = ops_of(spec)
-    mlp = ops.get(MLP)
+    mlp = ops[MoE].mlp if MoE in ops else ops.get(MLP)
     if mlp is None or spec.final_norm is None:
         return None
     one = Attention(heads=1, kv_heads=1, head_dim=spec.width, rope=None)

@@ -111,8 +111,9 @@ class Entry:
 
     Several leaves may fill one tensor: each is then a `part` (first output, number of outputs of
     the whole tensor), as q, k and v in `qkv_proj`, and has every `stride`-th output from its first
-    on. Several tensors may fill one leaf of experts: each is then the expert `index` of it. Where
-    the tensor has all experts, it has a leading dim for them, before those of one.
+    on, or every `stride`-th run of `run` outputs, as of a head. Several tensors may fill one leaf
+    of experts: each is then the expert `index` of it. Where the tensor has all experts, it has a
+    leading dim for them, before those of one.
     """
 
     disk: str
@@ -120,6 +121,7 @@ class Entry:
     form: Form = "linear"
     part: tuple[int, int] | None = None
     stride: int = 1
+    run: int = 1
     index: int | None = None
 
     def _own(self, definition: ParamDef) -> ParamDef:
@@ -158,9 +160,7 @@ class Entry:
         """From the whole tensor on disk to the canonical leaf, or to the expert `index` of it."""
         own = self._own(definition)
         if self.part is not None:
-            axis, start = self.axis(definition), self.part[0]
-            stop = start + self.part_shape(definition)[axis] * self.stride
-            array = array[(slice(None),) * axis + (slice(start, stop, self.stride),)]
+            array = self._own_part(array, self.axis(definition), self.part_shape(definition))
         if self.form == "interleaved":
             head_dim = own.shape[-1]
             paired = array.reshape(-1, head_dim // 2, 2, *array.shape[1:])
@@ -170,6 +170,16 @@ class Entry:
         if self.form == "conv":
             array = array[:, 0].T
         return array.reshape(own.shape)
+
+    def _own_part(self, array: np.ndarray, axis: int, shape: tuple[int, ...]) -> np.ndarray:
+        """What of a tensor that several leaves fill is this one's."""
+        assert self.part is not None
+        before, start = (slice(None),) * axis, self.part[0]
+        if self.stride == 1:
+            return array[(*before, slice(start, start + shape[axis]))]
+        lead, rest = array.shape[:axis], array.shape[axis + 1 :]
+        turns = array.reshape(*lead, -1, self.stride, self.run, *rest)
+        return turns[(*before, slice(None), start // self.run)].reshape(shape)
 
     def to_disk(self, array: np.ndarray, definition: ParamDef) -> np.ndarray:
         """From the canonical leaf to its part on disk; the inverse of `to_ours`."""
@@ -193,8 +203,9 @@ def join(parts: Sequence[Entry], arrays: Sequence[np.ndarray], axis: int) -> np.
         return arrays[0]
     if parts[0].stride == 1:
         return np.concatenate(arrays, axis=axis)
-    turns = np.stack(arrays, axis=axis + 1)
-    return turns.reshape(*turns.shape[:axis], -1, *turns.shape[axis + 2 :])
+    lead, rest = arrays[0].shape[:axis], arrays[0].shape[axis + 1 :]
+    runs = [array.reshape(*lead, -1, parts[0].run, *rest) for array in arrays]
+    return np.stack(runs, axis=axis + 1).reshape(*lead, -1, *rest)
 
 
 def _no_gguf(*_: Any) -> Any:
@@ -214,6 +225,8 @@ class Family:
       read_gguf: GGUF metadata -> spec; for `architectures` alone.
       gguf_names: (spec, architecture) -> entries of the GGUF layout.
       ignored: globs of tensors that carry nothing the model needs.
+      spare: a tensor by which a layer past the last shows that it predicts further tokens; such
+        layers are left out.
       prefix: of the names on disk, which files of the bare body lack.
       head_tensor: a tensor by which a file shows that it has a head of logits; it outweighs
         `architectures` in config.json. Empty where every file has one.
@@ -228,9 +241,18 @@ class Family:
     read_gguf: Callable[[ConfigReader, Mapping[str, Any]], ModelSpec] = _no_gguf
     gguf_names: Callable[[ModelSpec, str], list[Entry]] = _no_gguf
     ignored: tuple[str, ...] = ()
+    spare: str = ""
     prefix: str = ""
     head_tensor: str = ""
     older: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def spared(self, layers: int, tensors: Collection[str]) -> list[str]:
+        """Globs of the tensors of layers that predict further tokens, after so many layers."""
+        found = []
+        while self.spare and f"model.layers.{layers}.{self.spare}" in tensors:
+            found.append(f"model.layers.{layers}.*")
+            layers += 1
+        return found
 
     def locate(self, entry: Entry, tensors: Collection[str]) -> Entry:
         """The entry under the name that the file has: with the prefix or not, or an older one."""

@@ -24,6 +24,7 @@ from jaxllm.spec.ops import (
     Router,
     SelectiveScan,
     StateSpaceDual,
+    Temperature,
 )
 from jaxllm.spec.rope import LinearScaling, Llama3Scaling, Rope
 from jaxllm.spec.state_space import GatedNorm
@@ -146,14 +147,19 @@ SPECS: dict[str, ModelSpec] = {
         embedding=Embedding(positions=64),
         final_norm=None,
     ),
-    # Attention and feed-forward in one residual update, then a second, scaled one.
+    # Attention and feed-forward in one residual update, then a second, scaled, with a norm an op.
     "parallel": model(
         Block(
             name="P",
             subs=(
                 Sub(ops=(NamedOp(name="attn", op=heads(4, 2)), NamedOp(name="mlp", op=MLP48)),
                     norm_in=LAYER),
-                sub("more", MLP(width=16, gated=False, activation="relu2"), norm_in=RMS, scale=0.5),
+                Sub(
+                    ops=(NamedOp(name="more", op=MLP(width=16, gated=False, activation="relu2"),
+                                 norm_in=RMS),
+                         NamedOp(name="other", op=MLP(width=8), norm_in=LAYER)),
+                    scale=0.5,
+                ),
             ),
         ),
         layers="P*2",
@@ -180,7 +186,8 @@ SPECS: dict[str, ModelSpec] = {
     ),
     "l2_after_rope": model(
         pre("N", heads(4, 1, rope=None, qk_norm=QKNorm(type="layer", over="heads")), MLP48),
-        pre("G", heads(4, 2, qk_norm=QKNorm(scale=False, after_rope=True), out_bias=True), MLP48),
+        pre("G", heads(4, 2, qk_norm=QKNorm(scale=False, after_rope=True), out_bias=True,
+                       temperature=Temperature(scale=0.5, period=3.0)), MLP48),
         layers="N G*2",
     ),
     # Softmax over all and renormalised; sigmoid in groups with a balance bias, beside a gated MLP
@@ -198,11 +205,13 @@ SPECS: dict[str, ModelSpec] = {
                                  rope=NEAR, mask=LOCAL), MLP48),
         layers="A B*2",
     ),
-    # Softmax over the chosen; clamps, gain, offset and biases; weights on what goes in.
+    # Softmax over the chosen; clamps, gain, offset and biases; weights on what goes in, and
+    # a latent width.
     "moe_clamped": model(
         experts("E", CLAMPED),
         experts("I", MoE(experts=4, active=2, mlp=MLP(width=16, gated=False, activation="relu2"),
-                         router=Router(score="sigmoid", weigh_inputs=True))),
+                         router=Router(score="sigmoid", weigh_inputs=True), latent=20,
+                         latent_bias=True)),
         layers="(E I)*2",
         head=Head(tied=True),
     ),

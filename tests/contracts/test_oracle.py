@@ -63,6 +63,9 @@ def attention(op, w, x):
             rotate(qk_norm(op.qk_norm, w.get(f"{n}_norm"), y))
             for n, y in zip("qk", (q, k), strict=True)
         )
+    if op.temperature is not None:
+        steps = np.floor((places + 1) / op.temperature.period)
+        q = q * (1 + op.temperature.scale * np.log(1 + steps))[:, :, None, None]
     seen = seen_by(op, x.shape[1])
     scale = 1 / math.sqrt(op.head_dim) if op.scale is None else op.scale
     seen = np.repeat(seen, len(x), axis=0)
@@ -143,8 +146,10 @@ def decode(spec, weights, ids, types=0):
         for sub in spec.block(layer).subs:
             name = sub.ops[0].name
             inner = norm(sub.norm_in, w.get(f"{name}_norm"), x)
+            own = {o.name: norm(o.norm_in, w.get(f"{o.name}_norm"), inner) for o in sub.ops}
             update = sum(
-                o.scale * OPS[type(o.op)](o.op, w[o.name], o.scale_in * inner) for o in sub.ops
+                o.scale * OPS[type(o.op)](o.op, w[o.name], o.scale_in * own[o.name])
+                for o in sub.ops
             )
             x = x + sub.scale * norm(sub.norm_out, w.get(f"{name}_out_norm"), update)
             x = norm(sub.norm_after, w.get(f"{name}_after_norm"), x)
@@ -212,6 +217,7 @@ FLAGS = [
     ("post_layernorm", ("blocks", 0, "subs", 0, "norm_after", "eps"), 1e-2),
     ("parallel", ("blocks", 0, "subs", 1, "scale"), 1.0),
     ("parallel", (*op(0, 1), "activation"), "relu"),
+    ("parallel", ("blocks", 0, "subs", 1, "ops", 1, "norm_in", "type"), "rms"),
     ("parallel", ("head", "scale"), 1.0),
     ("output_norm", ("final_norm", "type"), "rms"),
     ("capped_gated", (*op(0), "softcap"), 3.0),
@@ -225,6 +231,7 @@ FLAGS = [
     ("l2_after_rope", (*op(0), "qk_norm", "type"), "rms"),
     ("l2_after_rope", (*op(1), "qk_norm", "eps"), 1e-1),
     ("l2_after_rope", (*op(1), "rope"), None),
+    ("l2_after_rope", (*op(1), "temperature"), None),
     ("latent", (*op(0), "bias"), False),
     ("latent", (*op(0), "eps"), 1e-2),
     ("latent", (*op(0), "rope", "layout"), "half"),
@@ -247,6 +254,7 @@ FLAGS = [
     ("moe_clamped", (*op(0, 1), "router", "bias"), False),
     ("moe_clamped", (*op(0, 1), "router", "over_chosen"), False),
     ("moe_clamped", (*op(1, 1), "router", "weigh_inputs"), False),
+    ("moe_clamped", (*op(1, 1), "latent_bias"), False),
     ("selective", (*op(0), "inner_eps"), 1e-2),
     ("selective", (*op(0), "activation"), "gelu"),
     ("dual", (*op(0), "scales", 0), 1.0),

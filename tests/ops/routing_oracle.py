@@ -35,6 +35,8 @@ def moe(op, w, x):
 
     logits = x @ w["router"] + (w["router_bias"] if op.router.bias else 0)
     leaves = ("gate", "up", "down", "gate_bias", "up_bias", "down_bias")
+    if op.latent is not None:
+        x = x @ w["latent_down"] + (w["latent_down_bias"] if op.latent_bias else 0)
     out = np.zeros_like(x)
     for place in np.ndindex(x.shape[:2]):
         chosen, weights = choose(op, logits[place], w.get("balance_bias"))
@@ -44,7 +46,9 @@ def moe(op, w, x):
                 out[place] += mlp(op.mlp, own, x[place] * weight)
             else:
                 out[place] += weight * mlp(op.mlp, own, x[place])
-    return out
+    if op.latent is None:
+        return out
+    return out @ w["latent_up"] + (w["latent_up_bias"] if op.latent_bias else 0)
 
 
 def counts(op, w, x):

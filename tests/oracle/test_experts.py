@@ -7,13 +7,14 @@ import shutil
 import pytest
 
 from jaxllm.errors import ConfigError, WeightsError
+from jaxllm.spec.mask import And, Causal, Chunk
 from jaxllm.spec.ops import LatentAttention, MoE
 from jaxllm.zoo.load import open_checkpoint, saved_paths
 from tests.oracle.golden import NAMES, TOLERANCE, golden, relative, tensors
-from tests.oracle.mutate import FACTOR, attn, change, logits, only, window
+from tests.oracle.mutate import FACTOR, attn, change, logits, only, subs, window
 
-STEMS = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "deepseek_v3", "gpt_oss")
-OURS = [name for name in NAMES if name.startswith(STEMS)]
+STEMS = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "deepseek", "gpt_oss", "llama4")
+OURS = [name for name in NAMES if name.startswith(STEMS) or "_moe" in name]
 
 
 def moe(**changes):
@@ -67,6 +68,37 @@ MUTATIONS = {
     ("gpt_oss", "no sinks"): attn(sinks=False),
     ("gpt_oss", "full layers slide"): only("G", window(6)),
     ("gpt_oss", "yarn truncated"): attn(rope=truncated),
+    ("granite_moe", "softmax before the choice"): router(over_chosen=False),
+    ("granite_moe", "one expert"): moe(active=1),
+    ("granite_moe", "residuals not scaled"): subs(scale=1.0),
+    ("granite_moe_shared", "scale of scores"): attn(scale=None),
+    ("granite_hybrid_moe", "softmax before the choice"): router(over_chosen=False),
+    ("granite_hybrid_moe", "one expert"): moe(active=1),
+    ("jamba_moe", "renormalised"): router(renormalize=True),
+    ("jamba_moe", "one expert"): moe(active=1),
+    ("nemotron_h_moe", "softmax"): router(score="softmax"),
+    ("nemotron_h_moe", "no bias in the choice"): router(balance_bias=False),
+    ("nemotron_h_moe", "weights not scaled"): router(scale=1.0),
+    ("nemotron_h_moe", "not renormalised"): router(renormalize=False),
+    ("nemotron_h_moe", "one group more"): router(groups_kept=3),
+    ("nemotron_h_moe", "silu"): expert(activation="silu"),
+    ("nemotron_h_moe_hub", "renormalised"): router(renormalize=True),
+    ("deepseek_v2", "sigmoid"): router(score="sigmoid"),
+    ("deepseek_v2", "groups by two scores"): router(group_score="two"),
+    ("deepseek_v2", "one group more"): router(groups_kept=3),
+    ("deepseek_v2", "weights not scaled"): router(scale=1.0),
+    ("deepseek_v2", "renormalised"): router(renormalize=True),
+    ("deepseek_v2", "scores without mscale"): latent(scale=None),
+    ("deepseek_v2", "rope pairs i, i + P/2"): latent(
+        rope=lambda old: dataclasses.replace(old, layout="half")
+    ),
+    ("llama4", "weights on what comes out"): router(weigh_inputs=False),
+    ("llama4", "softmax"): router(score="softmax"),
+    ("llama4", "two experts"): moe(active=2),
+    ("llama4", "no temperature"): attn(temperature=None),
+    ("llama4", "queries and keys not normed"): attn(qk_norm=None),
+    ("llama4", "chunks of 9"): only("S", attn(mask=And(first=Causal(), second=Chunk(size=9)))),
+    ("llama4", "no chunks"): only("C", attn(mask=Causal())),
     ("deepseek_v3", "softmax"): router(score="softmax"),
     ("deepseek_v3", "one group more"): router(groups_kept=3),
     ("deepseek_v3", "groups by one score"): router(group_score="one"),
@@ -121,6 +153,15 @@ PROBLEMS = {
     "groups": ("deepseek_v3", {"n_group": 4}, "no multiple of the router's groups 4"),
     "another way to choose": ("deepseek_v3", {"topk_method": "greedy"}, "topk_method"),
     "another score": ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func"),
+    "a method unknown": ("deepseek_v2", {"topk_method": "noaux_tc"}, "topk_method 'noaux_tc'"),
+    "weights divided": ("deepseek_v2", {"norm_topk_prob": True}, "norm_topk_prob"),
+    "groups of V2": ("deepseek_v2", {"topk_group": 4}, "groups_kept is 1 to groups = 3"),
+    "no divisor": ("granite_moe", {"logits_scaling": 0.0}, "logits_scaling is 0"),
+    "too many of a hybrid's": ("jamba_moe", {"num_experts_per_tok": 6}, "active is 1 to 5"),
+    "offset of experts": ("jamba_moe", {"expert_layer_offset": 2}, "not below expert_layer_period"),
+    "shared experts": ("nemotron_h_moe", {"n_shared_experts": 2}, "n_shared_experts"),
+    "ropes": ("llama4", {"no_rope_layers": [1, 1]}, "no_rope_layers"),
+    "kinds beside ropes": ("llama4", {"layer_types": ["full_attention"] * 4}, "layer_types"),
     "odd rope": ("deepseek_v3", {"qk_rope_head_dim": 7}, "even number"),
     "unknown": ("deepseek_v3", {"index_topk": 4}, "unknown key 'index_topk'"),
 }
@@ -143,4 +184,29 @@ def test_a_missing_expert_is_named(tmp_path):
     del found[name]
     save_file(found, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(WeightsError, match=f"{name} is missing"):
+        open_checkpoint(folder)
+
+
+def further(folder, layers):
+    """The files of a model with a layer more, as it stands in files that predict further tokens."""
+    from safetensors.numpy import save_file
+
+    found = tensors(folder)
+    last = f"model.layers.{layers - 1}."
+    more = {k.replace(last, f"model.layers.{layers}."): v for k, v in found.items() if last in k}
+    ends = ("eh_proj", "enorm", "hnorm", "shared_head.norm", "shared_head.head", "embed_tokens")
+    norm = found["model.norm.weight"]
+    more |= {f"model.layers.{layers}.{name}.weight": norm for name in ends}
+    save_file(found | more, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_a_layer_that_predicts_further_tokens_is_left_out(tmp_path):
+    folder = copy("deepseek_v3", tmp_path, num_nextn_predict_layers=1)
+    further(folder, 2)
+    assert open_checkpoint(folder).spec == open_checkpoint(golden("deepseek_v3").source).spec
+
+
+def test_a_layer_too_many_is_no_such_layer(tmp_path):
+    folder = copy("deepseek_v3", tmp_path, num_hidden_layers=1)
+    with pytest.raises(WeightsError, match=r"model.layers.1.* is used by nothing"):
         open_checkpoint(folder)

@@ -33,7 +33,10 @@ from tests.oracle.mutate import (
     window,
 )
 
-DENSE = ("qwen3", "olmo2", "gemma2", "gemma3", "smollm3", "granite", "phi3", "cohere2", "gpt2")
+DENSE = (
+    *("qwen3", "olmo2", "olmo3", "gemma1", "gemma2", "gemma3", "smollm3", "granite", "phi2"),
+    *("phi3", "cohere2", "gpt2", "gpt_neox"),
+)
 OURS = [
     name
     for name in NAMES
@@ -49,6 +52,19 @@ def act(name):
 def qk_norm(**changes):
     """A mutation of the norm of queries and keys."""
     return attn(qk_norm=renorm(**changes))
+
+
+def one_norm(spec):
+    """Both ops read what the attention's norm gives."""
+
+    def shared(sub):
+        scale = lambda op: dataclasses.replace(op, norm_in=None)  # noqa: E731
+        return dataclasses.replace(sub, ops=tuple(map(scale, sub.ops)), norm_in=sub.ops[0].norm_in)
+
+    return dataclasses.replace(
+        spec,
+        blocks=tuple(dataclasses.replace(b, subs=tuple(map(shared, b.subs))) for b in spec.blocks),
+    )
 
 
 def one_after_the_other(spec):
@@ -117,6 +133,21 @@ MUTATIONS = {
     ("cohere2", "RMSNorm"): subs(norm_in=renorm(type="rms")),
     ("cohere2", "a final RMSNorm"): part("final_norm", type="rms"),
     ("cohere2", "one op after the other"): one_after_the_other,
+    ("olmo3", "sliding layers are full"): only("L", attn(mask=Causal())),
+    ("olmo3", "window 6 -> 7"): only("L", window(7)),
+    ("olmo3", "head by head"): qk_norm(over="heads"),
+    ("olmo3_hub", "full layers not scaled"): only("G", rope(scaling=None)),
+    ("olmo3_hub", "one theta"): only("L", rope(theta=3e3)),
+    ("gemma1", "norms in are w"): subs(norm_in=renorm(offset=0.0)),
+    ("gemma1", "embedding not scaled"): part("embedding", scale=1.0),
+    ("gemma1_hub", "silu"): act("silu"),
+    ("gpt_neox", "rope on whole heads"): rope(fraction=1.0),
+    ("gpt_neox", "one norm"): one_norm,
+    ("gpt_neox", "silu"): act("silu"),
+    ("gpt_neox_hub", "theta"): rope(theta=1e4),
+    ("gpt_neox_whole", "not scaled"): rope(scaling=None),
+    ("phi2", "rope on whole heads"): rope(fraction=1.0),
+    ("phi2", "silu"): act("silu"),
     ("gpt2", "no positions"): part("embedding", positions=None),
     ("gpt2", "a rope too"): attn(rope=Rope()),
     ("gpt2", "scores not scaled"): attn(scale=1.0),
@@ -178,6 +209,9 @@ PROBLEMS = {
     "no window": ("smollm3_hub", {"sliding_window": None}, "sliding_window is missing"),
     "no divisor": ("granite", {"logits_scaling": 0.0}, "logits_scaling is 0"),
     "biases": ("phi3_partial", {"attention_bias": True}, "attention_bias"),
+    "norms of heads": ("phi2", {"qk_layernorm": True}, "qk_layernorm"),
+    "both directions": ("gemma1", {"use_bidirectional_attention": True}, "bidirectional"),
+    "heads": ("gpt_neox", {"num_attention_heads": 5}, "no multiple of num_attention_heads 5"),
     "odd rope": (
         "phi3_partial",
         {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.4}},

@@ -87,11 +87,13 @@ def test_flops(mask):
     assert flops(spec, 5, past=2, logits=1)["head"] == 2 * 32 * 64
 
 
-def used(op):
+def used(op, width=32):
     """Values of an op that one token meets: of experts those that are chosen, all others whole."""
     if isinstance(op, MoE):
-        return 32 * op.experts + op.active * used(op.mlp)
-    return sum(d.size for d in op_table(op, 32).values() if d.inputs)
+        width = op.latent or 32
+        own = 32 * op.experts + op.active * used(op.mlp, width)
+        return own if op.latent is None else own + 2 * 32 * width
+    return sum(d.size for d in op_table(op, width).values() if d.inputs)
 
 
 @pytest.mark.parametrize("name", SPECS)

@@ -22,8 +22,8 @@ from jaxllm.spec.mask import (
     Random,
     Window,
 )
-from jaxllm.spec.model import Block, Embedding, Head, ModelSpec, sub
-from jaxllm.spec.ops import MLP, Attention, LengthProjection, Norm
+from jaxllm.spec.model import Block, Embedding, Head, ModelSpec, NamedOp, Sub, sub
+from jaxllm.spec.ops import MLP, Attention, LengthProjection, MoE, Norm, Temperature
 from jaxllm.spec.rope import Llama3Scaling, Rope
 from jaxllm.zoo.families import PRESETS
 from tests.contracts.encoders import heads
@@ -174,6 +174,10 @@ def test_no_spec_at_all(text):
         lambda: Rope(fraction=2.0),
         lambda: dataclasses.replace(SPECS["mha"], blocks=SPECS["mha"].blocks * 2),
         lambda: Block(name="G", subs=()),
+        lambda: MoE(experts=2, active=1, mlp=MLP(width=4), latent=0),
+        lambda: MoE(experts=2, active=1, mlp=MLP(width=4), latent_bias=True),
+        lambda: Temperature(scale=1.0, period=0.0),
+        lambda: Sub(ops=(NamedOp(name="mlp", op=MLP(width=4), norm_in=Norm()),)),
     ],
 )
 def test_contradictions_are_errors(make):
