@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.errors import UnsupportedError
-from pallas_kernels.flash_attention.timing import seconds
 from pallas_kernels.quantized_matmul import quantized_matmul
 from pallas_kernels.quantized_matmul.shapes import CASES, Shaped
+from pallas_kernels.timing import seconds
 
 _ROTATED = 240e6  # bytes that the calls of one program read together; the L2 cache holds 50
 _COPY = 2.8e12  # bytes a second that an H100 copies
