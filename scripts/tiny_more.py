@@ -27,7 +27,38 @@ NEOX = SMALL | dict.fromkeys(("num_key_value_heads", "rms_norm_eps"), ...) | {
     "num_attention_heads": 3,
 }  # fmt: skip
 
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "partial_rotary_factor": 0.75,
+    "short_factor": [1.0, 1.3, 2.1],
+    "long_factor": [1.2, 3.0, 5.5],
+}
+PHI3 = SMALL | {"num_attention_heads": 3, "num_key_value_heads": 1}
+
 MORE = {
+    # The prompts lie within the original context, or past it.
+    "phi3_longrope": Tiny(
+        Phi3,
+        PHI3
+        | {
+            "rope_parameters": LONGROPE | {"original_max_position_embeddings": 48},
+            "original_max_position_embeddings": 48,
+            "max_position_embeddings": 192,
+        },
+    ),
+    "phi3_longrope_hub": Tiny(
+        Phi3,
+        PHI3
+        | {
+            "rope_parameters": LONGROPE | {"original_max_position_embeddings": 16},
+            "original_max_position_embeddings": 16,
+            "num_key_value_heads": 3,
+            "num_hidden_layers": 1,
+            "sliding_window": 9,
+        },
+        hub=True,
+    ),
     "olmo3": Tiny(Olmo3, OLMO3),
     "olmo3_hub": Tiny(
         Olmo3,

@@ -42,6 +42,7 @@ LATER = (
     "olmo2_hub",
     "olmo3_hub",
     "phi2_hub",
+    "phi3_longrope_hub",
     "phi3_partial_hub",
     "qwen3_window",
     "smollm3_hub",
