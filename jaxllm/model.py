@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Generator as Pieces
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -341,7 +342,8 @@ class Model:
         """One parameter by its unstacked path (`layers.3.mlp.down`), canonical and on the host."""
         *parents, name = path.split(".")
         if parents[0] != "layers":
-            return np.ascontiguousarray(plain(host(self.params[parents[0]][name])))
+            group = functools.reduce(lambda tree, key: tree[key], parents, self.params)
+            return np.ascontiguousarray(plain(host(group[name])))
         layer = int(parents[1])
         segment = next(s for s in segments_of(self.params["layers"]) if s.start <= layer < s.stop)
         take = lambda leaf, i: jax.tree.map(lambda a: np.asarray(a)[i], leaf)  # noqa: E731

@@ -17,6 +17,7 @@ from jaxllm.nn.attention import Attention
 from jaxllm.nn.aux import Aux, LayerAux
 from jaxllm.nn.latent import LatentAttention
 from jaxllm.nn.leaf import Leaves
+from jaxllm.nn.memory import Memory
 from jaxllm.nn.mlp import MLP
 from jaxllm.nn.moe import MoE
 from jaxllm.nn.state_space import Convolution, SelectiveScan, StateSpaceDual
@@ -36,6 +37,7 @@ MODULES = {
     spec_ops.SelectiveScan: SelectiveScan,
     spec_ops.StateSpaceDual: StateSpaceDual,
     spec_ops.Convolution: Convolution,
+    spec_ops.Memory: Memory,
 }
 
 

@@ -12,7 +12,7 @@ from jaxllm.core.config import from_dict, nearest, require, to_dict
 from jaxllm.core.tree import Segment
 from jaxllm.errors import ConfigError
 from jaxllm.spec.mask import Blocks, Mask, decodes, draws, parts
-from jaxllm.spec.ops import Activation, Attention, Norm, Op
+from jaxllm.spec.ops import Activation, Attention, Memory, Norm, Op
 from jaxllm.spec.pattern import Pattern, parse
 
 __all__ = [
@@ -214,8 +214,27 @@ class ModelSpec:
         )
         names = [b.name for b in self.blocks]
         require(len(set(names)) == len(names), f"spec: block names used twice in {names}")
+        self._check_shared()
         for name in sorted(set(self.pattern.names)):
             require(name in names, f"layers: unknown block {name!r}; {nearest(name, names)}")
+
+    @functools.cached_property
+    def shared(self) -> dict[str, Memory]:
+        """Name of each table that several layers may share -> the first op that reads it."""
+        ops = [o.op for b in self.blocks for s in b.subs for o in s.ops]
+        named = [(op.share, op) for op in ops if isinstance(op, Memory) and op.share is not None]
+        return dict(reversed(named))
+
+    def _check_shared(self) -> None:
+        for block in self.blocks:
+            for op in (o.op for s in block.subs for o in s.ops):
+                if isinstance(op, Memory) and op.share is not None:
+                    first = self.shared[op.share]
+                    require(
+                        (op.keys, op.value_dim) == (first.keys, first.value_dim),
+                        f"spec: memories that share {op.share!r} have tables of unlike sizes, "
+                        f"{first.keys}^2 x {first.value_dim} and {op.keys}^2 x {op.value_dim}",
+                    )
 
     @functools.cached_property
     def pattern(self) -> Pattern:

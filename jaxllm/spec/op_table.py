@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from jaxllm.spec.ops import MLP, Attention, LatentAttention, MoE, Norm, Op
+from jaxllm.spec.ops import MLP, Attention, LatentAttention, Memory, MoE, Norm, Op
 from jaxllm.spec.param import ParamDef
 from jaxllm.spec.state_space import Convolution, SelectiveScan, StateSpaceDual
 from jaxllm.spec.state_space_table import convolution, selective_scan, state_space_dual
 
-__all__ = ["norm_table", "op_table"]
+__all__ = ["norm_table", "op_table", "values_table"]
 
 
 def norm_table(norm: Norm, width: int) -> dict[str, ParamDef]:
@@ -132,6 +132,32 @@ def _moe(op: MoE, width: int) -> dict[str, ParamDef]:
     return table | {name: d.repeat(op.experts, op.active) for name, d in experts.items()}
 
 
+def values_table(op: Memory, width: int) -> ParamDef:
+    """The values of a memory, whether it shares them or not."""
+    rows, one = op.keys**2, op.value_dim or width
+    active = min(1.0, op.heads * op.active / rows)
+    return ParamDef((rows, one), (None, "ffn"), one**-0.5, active=active)
+
+
+def _memory(op: Memory, width: int) -> dict[str, ParamDef]:
+    half = op.key_dim // 2
+    shape = (op.heads, 2, op.keys, half)
+    axes = ("width", "heads", "head_dim")
+    table = {
+        "q": ParamDef((width, op.heads, op.key_dim), axes, width**-0.5, inputs=1),
+        "keys": ParamDef(shape, ("heads", None, None, None), half**-0.5),
+    }
+    if op.query_norm:
+        table["q_norm"] = ParamDef((half,), (None,), fill=1.0)
+    if op.gated:
+        gate = (width, op.value_dim or width)
+        table["gate"] = ParamDef(gate, ("width", "ffn"), width**-0.5, inputs=1)
+    if op.value_dim is not None:
+        down, std = (op.value_dim, width), op.value_dim**-0.5
+        table["down"] = ParamDef(down, ("ffn", "width"), std, inputs=1)
+    return table if op.share is not None else table | {"values": values_table(op, width)}
+
+
 TABLES: dict[type, Callable[[Any, int], dict[str, ParamDef]]] = {
     Attention: _attention,
     LatentAttention: _latent_attention,
@@ -140,4 +166,5 @@ TABLES: dict[type, Callable[[Any, int], dict[str, ParamDef]]] = {
     SelectiveScan: selective_scan,
     StateSpaceDual: state_space_dual,
     Convolution: convolution,
+    Memory: _memory,
 }

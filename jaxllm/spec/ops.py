@@ -9,6 +9,7 @@ from jaxllm.core.config import require
 from jaxllm.spec.activation import Activation
 from jaxllm.spec.latent import LatentAttention
 from jaxllm.spec.mask import Blocks, Causal, Full, Global, Mask, parts
+from jaxllm.spec.memory import Memory
 from jaxllm.spec.mlp import MLP
 from jaxllm.spec.moe import MoE, Router
 from jaxllm.spec.rope import Rope
@@ -21,6 +22,7 @@ __all__ = [
     "Convolution",
     "LatentAttention",
     "LengthProjection",
+    "Memory",
     "MoE",
     "Norm",
     "Op",
@@ -178,4 +180,4 @@ class Attention:
         return self.head_dim**-0.5 if self.scale is None else self.scale
 
 
-Op = Attention | LatentAttention | MLP | MoE | SelectiveScan | StateSpaceDual | Convolution
+Op = Attention | LatentAttention | MLP | MoE | SelectiveScan | StateSpaceDual | Convolution | Memory

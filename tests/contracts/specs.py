@@ -18,6 +18,7 @@ from jaxllm.spec.ops import (
     Attention,
     Convolution,
     LatentAttention,
+    Memory,
     MoE,
     Norm,
     QKNorm,
@@ -237,6 +238,20 @@ SPECS: dict[str, ModelSpec] = {
         ),
         layers="M*2 P",
         head=Head(tied=True),
+    ),
+    # Memories of product keys: one table for two layers, gated; and one of a layer's own.
+    "memory": model(
+        Block(
+            name="M",
+            subs=(
+                sub("attn", heads(4, 2), norm_in=RMS),
+                sub("mem", Memory(heads=2, keys=6, active=3, key_dim=8, value_dim=12, gated=True,
+                                  share="pool"), norm_in=RMS),
+            ),
+        ),
+        Block(name="P", subs=(sub("mem", Memory(heads=3, keys=4, active=5, key_dim=6,
+                                                query_norm=False), norm_in=RMS),)),
+        layers="(M P)*2",
     ),
     # The first tokens stay in sight of a window.
     "streaming": model(pre("G", heads(4, 2, mask=STREAMING), MLP48), layers="G*2"),

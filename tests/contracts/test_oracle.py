@@ -8,9 +8,10 @@ import pytest
 
 from jaxllm.nn.api import Inputs
 from jaxllm.spec.mask import Causal, Row, allowed
-from jaxllm.spec.ops import MLP, Attention, LatentAttention, MoE
+from jaxllm.spec.ops import MLP, Attention, LatentAttention, Memory, MoE
 from tests.contracts import recurrences
 from tests.contracts.specs import NAMES, SPECS, assert_close, full, params, runner, single, tokens
+from tests.ops.memory_oracle import memory
 from tests.ops.routing_oracle import moe
 from tests.ops.test_attention import oracle as attend
 from tests.ops.test_norm import FORMULAS
@@ -129,7 +130,14 @@ def mlp(op, w, x):
     return y / (1 + np.exp(-x @ w["out_gate"])) if op.out_gate else y
 
 
-OPS = {Attention: attention, LatentAttention: latent, MLP: mlp, MoE: moe, **recurrences.OPS}
+OPS = {
+    Attention: attention,
+    LatentAttention: latent,
+    MLP: mlp,
+    MoE: moe,
+    Memory: memory,
+    **recurrences.OPS,
+}
 
 
 def decode(spec, weights, ids, types=0):
@@ -146,9 +154,15 @@ def decode(spec, weights, ids, types=0):
         for sub in spec.block(layer).subs:
             name = sub.ops[0].name
             inner = norm(sub.norm_in, w.get(f"{name}_norm"), x)
+            shared = weights.get("shared", {})
             own = {o.name: norm(o.norm_in, w.get(f"{o.name}_norm"), inner) for o in sub.ops}
             update = sum(
-                o.scale * OPS[type(o.op)](o.op, w[o.name], o.scale_in * own[o.name])
+                o.scale
+                * OPS[type(o.op)](
+                    o.op,
+                    w[o.name] | shared.get(getattr(o.op, "share", None), {}),
+                    o.scale_in * own[o.name],
+                )
                 for o in sub.ops
             )
             x = x + sub.scale * norm(sub.norm_out, w.get(f"{name}_out_norm"), update)
@@ -271,6 +285,10 @@ FLAGS = [
     ("dual", ("blocks", 1, "subs", 0, "ops", 0, "scale"), 1.0),
     ("dual", ("blocks", 1, "subs", 0, "ops", 1, "scale_in"), 1.0),
     ("dual", (*op(1, 1), "gate_scale"), 1.0),
+    ("memory", (*op(0, 1), "active"), 2),
+    ("memory", (*op(0, 1), "gated"), False),
+    ("memory", (*op(0, 1), "eps"), 1e-1),
+    ("memory", (*op(1), "active"), 4),
     ("bert", ("embedding", "position_offset"), 2),
     ("bert", ("embedding", "norm", "eps"), 1e-2),
     ("bert", ("embedding", "types"), None),
