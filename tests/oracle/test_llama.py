@@ -91,6 +91,8 @@ GREEDY = {
         "llama_longrope_hub",
         "jamba",
         "mamba2",
+        "deepseek_v3",
+        "llama4",
     ),
     "scan": ("llama_mqa", "llama_odd", "mistral_window"),
 }

@@ -214,3 +214,8 @@ def test_specs_are_data():
 def test_nearest():
     assert nearest("hart", ["heart", "lung"]) == "did you mean 'heart'? allowed: heart, lung"
     assert nearest("zzz", ["heart", "lung"]) == "allowed: heart, lung"
+
+
+def test_latent_attention_remembers_token_by_token():
+    assert SPECS["latent"].has_slots
+    assert len(SPECS["latent"].masks) == 2
