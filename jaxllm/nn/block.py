@@ -15,6 +15,7 @@ from jaxllm.core.policy import Policy
 from jaxllm.core.sharding import constrain
 from jaxllm.nn.attention import Attention
 from jaxllm.nn.aux import Aux, LayerAux
+from jaxllm.nn.infini import InfiniAttention
 from jaxllm.nn.latent import LatentAttention
 from jaxllm.nn.leaf import Leaves
 from jaxllm.nn.memory import Memory
@@ -32,6 +33,7 @@ __all__ = ["Block", "Norm", "dropout"]
 MODULES = {
     spec_ops.Attention: Attention,
     spec_ops.LatentAttention: LatentAttention,
+    spec_ops.InfiniAttention: InfiniAttention,
     spec_ops.MLP: MLP,
     spec_ops.MoE: MoE,
     spec_ops.SelectiveScan: SelectiveScan,

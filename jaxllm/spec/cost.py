@@ -10,7 +10,7 @@ import numpy as np
 from jaxllm.core.tree import flatten
 from jaxllm.spec.mask import And, Causal, Full, Mask, Row, Window, allowed, draws, parts
 from jaxllm.spec.model import ModelSpec
-from jaxllm.spec.ops import Attention, LatentAttention, Memory
+from jaxllm.spec.ops import Attention, InfiniAttention, LatentAttention, Memory
 from jaxllm.spec.table import layer_paths, model_table
 
 __all__ = [
@@ -46,7 +46,8 @@ def _ops(spec: ModelSpec) -> list[Any]:
 
 
 def _attentions(spec: ModelSpec) -> list[Attention | LatentAttention]:
-    return [op for op in _ops(spec) if isinstance(op, Attention | LatentAttention)]
+    ops = [op.local if isinstance(op, InfiniAttention) else op for op in _ops(spec)]
+    return [op for op in ops if isinstance(op, Attention | LatentAttention)]
 
 
 def kv_bytes_per_token(spec: ModelSpec, dtype_bytes: int) -> int:

@@ -12,7 +12,15 @@ from jaxllm.core.config import from_dict, nearest, require, to_dict
 from jaxllm.core.tree import Segment
 from jaxllm.errors import ConfigError
 from jaxllm.spec.mask import Blocks, Mask, decodes, draws, parts
-from jaxllm.spec.ops import Activation, Attention, LatentAttention, Memory, Norm, Op
+from jaxllm.spec.ops import (
+    Activation,
+    Attention,
+    InfiniAttention,
+    LatentAttention,
+    Memory,
+    Norm,
+    Op,
+)
 from jaxllm.spec.pattern import Pattern, parse
 
 __all__ = [
@@ -26,6 +34,9 @@ __all__ = [
     "Transform",
     "sub",
 ]
+
+
+_ATTENTIONS = (Attention, LatentAttention, InfiniAttention)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -255,7 +266,7 @@ class ModelSpec:
     def has_slots(self) -> bool:
         """Whether a layer remembers token by token, so that its state grows with the text."""
         ops = [o.op for b in self.blocks for s in b.subs for o in s.ops]
-        return any(isinstance(op, Attention | LatentAttention) for op in ops)
+        return any(isinstance(op, _ATTENTIONS) for op in ops)
 
     @property
     def follows_length(self) -> bool:
@@ -267,9 +278,7 @@ class ModelSpec:
     def masks(self) -> tuple[Mask, ...]:
         """Masks of the attentions, each once."""
         ops = [o.op for b in self.blocks for s in b.subs for o in s.ops]
-        return tuple(
-            dict.fromkeys(op.mask for op in ops if isinstance(op, Attention | LatentAttention))
-        )
+        return tuple(dict.fromkeys(op.mask for op in ops if isinstance(op, _ATTENTIONS)))
 
     @property
     def decodes(self) -> bool:

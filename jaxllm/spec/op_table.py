@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from jaxllm.spec.ops import MLP, Attention, LatentAttention, Memory, MoE, Norm, Op
+from jaxllm.spec.ops import MLP, Attention, InfiniAttention, LatentAttention, Memory, MoE, Norm, Op
 from jaxllm.spec.param import ParamDef
 from jaxllm.spec.state_space import Convolution, SelectiveScan, StateSpaceDual
 from jaxllm.spec.state_space_table import convolution, selective_scan, state_space_dual
@@ -139,6 +139,11 @@ def values_table(op: Memory, width: int) -> ParamDef:
     return ParamDef((rows, one), (None, "ffn"), one**-0.5, active=active)
 
 
+def _infini(op: InfiniAttention, width: int) -> dict[str, ParamDef]:
+    """Leaves of the local attention, and the logit of the memory's share."""
+    return _attention(op.local, width) | {"share": ParamDef((op.local.heads,), ("heads",))}
+
+
 def _memory(op: Memory, width: int) -> dict[str, ParamDef]:
     half = op.key_dim // 2
     shape = (op.heads, 2, op.keys, half)
@@ -167,4 +172,5 @@ TABLES: dict[type, Callable[[Any, int], dict[str, ParamDef]]] = {
     StateSpaceDual: state_space_dual,
     Convolution: convolution,
     Memory: _memory,
+    InfiniAttention: _infini,
 }

@@ -16,6 +16,7 @@ from jaxllm.spec.model import Block, ModelSpec
 from jaxllm.spec.ops import (
     Attention,
     Convolution,
+    InfiniAttention,
     LatentAttention,
     SelectiveScan,
     StateSpaceDual,
@@ -75,6 +76,14 @@ def _keys_and_values(op: Attention, batch: int, capacity: int) -> DenseKV:
     return DenseKV(held, held)
 
 
+def _infini(op: InfiniAttention, batch: int, capacity: int) -> dict[str, Any]:
+    heads, dim = op.local.kv_heads, op.local.head_dim
+    held = Held(
+        (batch, heads, 2, dim, dim + 1), ("batch", "kv_heads", None, "head_dim", None), np.float32
+    )
+    return {"local": _keys_and_values(op.local, batch, capacity), "memory": Recurrence(held)}
+
+
 def _selective(op: SelectiveScan, batch: int, capacity: int) -> dict[str, Any]:
     del capacity
     tail = Held((batch, op.conv - 1, op.channels), ("batch", None, "ffn"))
@@ -100,6 +109,7 @@ def _convolution(op: Convolution, batch: int, capacity: int) -> dict[str, Any]:
 
 KINDS: dict[type, Callable[[Any, int, int], Any]] = {
     Attention: _keys_and_values,
+    InfiniAttention: _infini,
     LatentAttention: _latent,
     SelectiveScan: _selective,
     StateSpaceDual: _dual,

@@ -8,7 +8,7 @@ import pytest
 
 from jaxllm.nn.api import Inputs
 from jaxllm.spec.mask import Causal, Row, allowed
-from jaxllm.spec.ops import MLP, Attention, LatentAttention, Memory, MoE
+from jaxllm.spec.ops import MLP, Attention, InfiniAttention, LatentAttention, Memory, MoE
 from tests.contracts import recurrences
 from tests.contracts.specs import NAMES, SPECS, assert_close, full, params, runner, single, tokens
 from tests.ops.memory_oracle import memory
@@ -87,6 +87,32 @@ def attention(op, w, x):
     return y + w["o_bias"] if op.out_bias else y
 
 
+def infini(op, w, x):
+    """By segments: what closed ones say is read for a whole segment, then it is added."""
+    parts, heads = [], op.local.heads
+    feature = lambda y: np.where(y > 0, y + 1, np.exp(np.minimum(y, 0)))  # noqa: E731
+    eye = np.eye(heads * op.local.head_dim).reshape(heads, op.local.head_dim, -1)
+    local = attention(op.local, w | {"o": eye}, x).reshape(*x.shape[:2], heads, -1)
+    q, k, v = (np.einsum("btd,dnh->btnh", x, w[name]) for name in "qkv")
+    q, k, group = feature(q), feature(k), heads // op.local.kv_heads
+    k, v = np.repeat(k, group, axis=2), np.repeat(v, group, axis=2)
+    m, z = np.zeros((len(x), heads, *k.shape[-1:] * 2)), np.zeros((len(x), heads, k.shape[-1]))
+    for start in range(0, x.shape[1], op.segment):
+        at = slice(start, start + op.segment)
+
+        def read(y, m=m, z=z):
+            whole = np.einsum("btnh,bnh->btn", y, z)[..., None]
+            return np.einsum("btnh,bnhv->btnv", y, m) / np.maximum(whole, 1e-20)
+
+        parts.append(read(q[:, at]))
+        new = v[:, at] - read(k[:, at]) if op.delta else v[:, at]
+        m = m + np.einsum("btnh,btnv->bnhv", k[:, at], new)
+        z = z + k[:, at].sum(1)
+    share = 1 / (1 + np.exp(-w["share"]))[:, None]
+    out = (1 - share) * local + share * np.concatenate(parts, axis=1)
+    return np.einsum("btnh,nhd->btd", out, w["o"])
+
+
 def latent(op, w, x):
     def normed(y, scale):
         return y / np.sqrt((y**2).mean(-1, keepdims=True) + op.eps) * scale
@@ -133,6 +159,7 @@ def mlp(op, w, x):
 OPS = {
     Attention: attention,
     LatentAttention: latent,
+    InfiniAttention: infini,
     MLP: mlp,
     MoE: moe,
     Memory: memory,
@@ -285,6 +312,9 @@ FLAGS = [
     ("dual", ("blocks", 1, "subs", 0, "ops", 0, "scale"), 1.0),
     ("dual", ("blocks", 1, "subs", 0, "ops", 1, "scale_in"), 1.0),
     ("dual", (*op(1, 1), "gate_scale"), 1.0),
+    ("infini", (*op(0), "delta"), False),
+    ("infini", (*op(1), "delta"), True),
+    ("infini", (*op(0), "local", "mask", "second", "size"), 5),
     ("memory", (*op(0, 1), "active"), 2),
     ("memory", (*op(0, 1), "gated"), False),
     ("memory", (*op(0, 1), "eps"), 1e-1),

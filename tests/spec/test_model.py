@@ -23,11 +23,20 @@ from jaxllm.spec.mask import (
     Window,
 )
 from jaxllm.spec.model import Block, Embedding, Head, ModelSpec, NamedOp, Sub, sub
-from jaxllm.spec.ops import MLP, Attention, LengthProjection, Memory, MoE, Norm, Temperature
+from jaxllm.spec.ops import (
+    MLP,
+    Attention,
+    InfiniAttention,
+    LengthProjection,
+    Memory,
+    MoE,
+    Norm,
+    Temperature,
+)
 from jaxllm.spec.rope import Llama3Scaling, Rope
 from jaxllm.zoo.families import PRESETS
 from tests.contracts.encoders import heads
-from tests.contracts.specs import SPECS
+from tests.contracts.specs import CHUNKS, SPECS
 
 ALL = {**SPECS, **PRESETS}
 
@@ -174,6 +183,8 @@ def test_no_spec_at_all(text):
         lambda: Rope(fraction=2.0),
         lambda: dataclasses.replace(SPECS["mha"], blocks=SPECS["mha"].blocks * 2),
         lambda: Block(name="G", subs=()),
+        lambda: InfiniAttention(local=heads(4)),
+        lambda: InfiniAttention(local=heads(4, mask=CHUNKS, sinks=True)),
         lambda: Memory(heads=1, keys=0, active=1, key_dim=4),
         lambda: Memory(heads=1, keys=2, active=5, key_dim=4),
         lambda: Memory(heads=1, keys=2, active=1, key_dim=3),
