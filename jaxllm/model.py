@@ -3,40 +3,35 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Generator as Pieces
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import jax
 import numpy as np
 
 from jaxllm.aot import counter
-from jaxllm.aot.program import abstract_like
 from jaxllm.aot.store import Store
 from jaxllm.core.config import nearest, require
 from jaxllm.core.policy import Policy
-from jaxllm.core.tree import layer_tree, segments_of
-from jaxllm.core.weights import plain
+from jaxllm.core.qarray import num_bytes
+from jaxllm.core.quantize import Scheme
 from jaxllm.errors import ConfigError, ShapeError
 from jaxllm.infer import programs
 from jaxllm.infer.embed import Text, embed, pooling_of, token_rows
 from jaxllm.infer.generate import Generator, Timings
+from jaxllm.infer.leaves import host_leaf, plain_leaf, quantized_paths
 from jaxllm.infer.open import open_source, run_policy
-from jaxllm.infer.programs import Setup, row_length
+from jaxllm.infer.programs import row_length
+from jaxllm.infer.ready import generator_of
 from jaxllm.infer.sampling import Sampling
+from jaxllm.quant.apply import INCLUDE, quantize_params
 from jaxllm.spec.model import ModelSpec, Pooling
-from jaxllm.spec.table import fused_part
 from jaxllm.text.answer import Answer
 from jaxllm.text.tokenizer import Tokenizer
 from jaxllm.zoo.load import save_checkpoint
 
 __all__ = ["Generation", "Model", "Prompt", "load"]
-
-COMPILER_OPTIONS = {"gpu": (("xla_gpu_command_buffer_scheduling_mode", "CONCURRENT"),)}
-"""Per-program options of XLA; this one lets independent kernels of a step overlap (+1.2 % on an
-H100 at batch 1, 2026-11-24)."""
 
 Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int] | np.ndarray
 """A string, a list of messages, or a list of token ids."""
@@ -74,6 +69,7 @@ def load(
     mesh: Any = None,
     store: bool = True,
     policy: Policy | None = None,
+    packed: bool | None = None,
 ) -> Model:
     """Load a model.
 
@@ -85,6 +81,8 @@ def load(
       mesh: a mesh of `core.mesh.make_mesh` to shard over, or None for one device.
       store: keep weights in run layout and compiled programs in the user's cache.
       policy: how to run, in place of `dtype` and the device's defaults.
+      packed: keep quantized tensors as they are (GGUF: Q4_0, Q4_1, Q8_0) instead of expanding them
+        to `dtype`; by default those of a directory are kept and those of a GGUF file expanded.
 
     Raises:
       ConfigError, WeightsError, UnsupportedError: the source is unknown, damaged or of a kind that
@@ -94,23 +92,8 @@ def load(
     require(policy is None or dtype is None, "give dtype or policy, not both")
     policy = policy or run_policy(dtype, mesh=mesh)
     kept = Store.default() if store else None
-    opened = open_source(str(source), policy=policy, mesh=mesh, store=kept)
-    setup = Setup(
-        spec=opened.spec,
-        policy=policy,
-        params=jax.tree.map(_abstract if mesh is None else abstract_like, opened.params),
-        segments=segments_of(opened.params["layers"]),
-        mesh=mesh,
-        options=COMPILER_OPTIONS.get(jax.default_backend(), ()),
-    )
-    on_cpu = jax.default_backend() == "cpu"
-    generator = Generator(
-        setup,
-        opened.params,
-        kept,
-        tokens_per_call=4 if on_cpu else 8,
-        ahead=0 if on_cpu else 1,
-    )
+    opened = open_source(str(source), policy=policy, mesh=mesh, store=kept, packed=packed)
+    generator = generator_of(opened.spec, opened.params, policy, mesh, kept)
     return Model(
         spec=opened.spec,
         params=opened.params,
@@ -120,10 +103,6 @@ def load(
         generator=generator,
         weights_stored=opened.stored,
     )
-
-
-def _abstract(x: jax.Array) -> Any:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -340,37 +319,70 @@ class Model:
 
     def leaf(self, path: str) -> np.ndarray:
         """One parameter by its unstacked path (`layers.3.mlp.down`), canonical and on the host."""
-        *parents, name = path.split(".")
-        if parents[0] != "layers":
-            group = functools.reduce(lambda tree, key: tree[key], parents, self.params)
-            return np.ascontiguousarray(plain(host(group[name])))
-        layer = int(parents[1])
-        segment = next(s for s in segments_of(self.params["layers"]) if s.start <= layer < s.stop)
-        take = lambda leaf, i: jax.tree.map(lambda a: np.asarray(a)[i], leaf)  # noqa: E731
-        tree = layer_tree(segment, self.params["layers"][segment.key], layer, take)
-        leaves = tree[parents[2]]
-        if name in leaves:
-            return np.ascontiguousarray(plain(host(leaves[name])))
-        fused, cut = fused_part(self.spec, path)
-        return np.ascontiguousarray(plain(host(leaves[fused.rpartition(".")[2]]))[cut])
+        return plain_leaf(host_leaf(self.spec, self.params, path))
 
-    def save(self, directory: str | Path) -> None:
-        """Write the Hugging Face layout: config.json, safetensors, tokenizer. Loads back bit-equal.
+    def quantize(
+        self,
+        format: str = "int4",
+        *,
+        include: Sequence[str] = INCLUDE,
+        exclude: Sequence[str] = (),
+        **scheme: Any,
+    ) -> Model:
+        """The same model with matrices rounded to nearest in few bits.
+
+        Args:
+          format: `int8`, `int4`, `nf4`, `fp4`, `mxfp4` or `fp8`.
+          include: globs over unstacked paths (`layers.3.mlp.down`); by default all matrices of the
+            layers. `embed.table` and `head.kernel` are the others.
+          exclude: globs that take out of these.
+          **scheme: `group`, `rows`, `symmetric`, `double`; see `Scheme`. Without `group` int4
+            takes 128, or 64 or 32 where 128 does not divide the inputs.
 
         Raises:
-          UnsupportedError: no public config can say this spec; CapacityError: no space.
+          ConfigError: an unknown format, or rules that take nothing; ShapeError: a group that does
+            not divide a matrix's inputs.
+        """
+        known = {field.name for field in dataclasses.fields(Scheme)} - {"format"}
+        for name in scheme:
+            require(name in known, f"unknown option {name!r}; {nearest(name, known)}")
+        setup = self.generator.setup
+        params = quantize_params(
+            self.spec,
+            self.params,
+            Scheme(format=format, **scheme),
+            policy=self.policy,
+            rules=(tuple(include), tuple(exclude)),
+            group_given=scheme.get("group") is not None,
+        )
+        generator = generator_of(self.spec, params, self.policy, setup.mesh, self.generator.store)
+        return dataclasses.replace(self, params=params, generator=generator)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parameters on the devices."""
+        return num_bytes(self.params)
+
+    def save(self, directory: str | Path) -> None:
+        """Write config.json, safetensors and tokenizer. Loads back bit-equal.
+
+        The layout is Hugging Face's where a public family can say the spec, else our own; quantized
+        matrices lie packed beside plain tensors.
+
+        Raises:
+          CapacityError: no space.
         """
         directory = Path(directory)
         save_checkpoint(
-            directory, self.spec, self.leaf, dtype=self.policy.param_dtype, eos_ids=self.eos_ids
+            directory,
+            self.spec,
+            lambda path: host_leaf(self.spec, self.params, path),
+            dtype=self.policy.param_dtype,
+            eos_ids=self.eos_ids,
+            quantized=quantized_paths(self.params),
         )
         if self.tokenizer is not None:
             self.tokenizer.save(directory)
-
-
-def host(leaf: Any) -> Any:
-    """A leaf with its arrays on the host."""
-    return jax.tree.map(np.asarray, leaf)
 
 
 def _sampling(options: dict[str, Any], *others: str) -> Sampling:

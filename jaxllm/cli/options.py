@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-__all__ = ["COMMANDS", "Chat", "Doctor", "Generate", "Perplexity", "Pull", "Train"]
+__all__ = ["COMMANDS", "Chat", "Doctor", "Generate", "Perplexity", "Pull", "Quantize", "Train"]
 
 Source = tyro.conf.Positional[str]
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -106,6 +106,30 @@ class Pull:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Quantize:
+    """Write a model with its matrices in few bits."""
+
+    source: Source
+    """Catalogue name, Hugging Face directory, .gguf file, or org/name that was pulled."""
+    dest: tyro.conf.Positional[Path]
+    """Directory to write."""
+    format: Literal["int8", "int4", "nf4", "fp4", "mxfp4", "fp8"] = "int4"
+    """What a value is rounded to."""
+    group: int | None = None
+    """Inputs of one scale; 0 is a whole row. By default what suits the format."""
+    rows: int = 1
+    """Outputs of one scale; 0 is all of them (fp8)."""
+    asymmetric: bool = False
+    """Spread each group's range over all codes, with an offset (int8, int4)."""
+    include: Many = ()
+    """Glob over unstacked paths (layers.*.mlp.down); all matrices of the layers by default."""
+    exclude: Many = ()
+    """Glob that takes out of these."""
+    dtype: Dtype | None = None
+    """Of what stays unquantized; what suits the device by default."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Doctor:
     """Show devices, versions, chosen implementations and caches; fail if something is missing."""
 
@@ -119,5 +143,6 @@ COMMANDS = {
     "perplexity": Perplexity,
     "train": Train,
     "pull": Pull,
+    "quantize": Quantize,
     "doctor": Doctor,
 }

@@ -23,8 +23,11 @@ from jaxllm.aot.store import Store
 from jaxllm.core import runtime
 from jaxllm.core.config import to_dict
 from jaxllm.core.logging import log
+from jaxllm.core.packing import apart, together
 from jaxllm.core.policy import Policy
 from jaxllm.core.precision import default_dtype, dtype_of
+from jaxllm.core.qarray import QArray
+from jaxllm.core.qrows import quantized_axes
 from jaxllm.core.sharding import named_sharding
 from jaxllm.core.tree import Segment, flatten, map_leaves, single_segments, stack_equal, unflatten
 from jaxllm.core.weights import OutputsFirst
@@ -79,6 +82,7 @@ def run_policy(dtype: str | None = None, *, mesh: Any = None, **changes: Any) ->
         "layout": "unrolled" if single else "scan",
         "fused": single,
         "matrices": {"gpu": "out_in", "cpu": "in_out"}.get(platform if single else "", "canonical"),
+        "codes": "planes" if single and platform == "cpu" else "values",
     }
     return Policy(**(base | changes))  # pyright: ignore[reportArgumentType]
 
@@ -91,9 +95,16 @@ def run_segments(spec: ModelSpec, policy: Policy) -> tuple[Segment, ...]:
 
 
 def open_source(
-    source: str, *, policy: Policy, mesh: Any = None, store: Store | None = None
+    source: str,
+    *,
+    policy: Policy,
+    mesh: Any = None,
+    store: Store | None = None,
+    packed: bool | None = None,
 ) -> Opened:
     """Open a catalogue name, a Hugging Face directory, a GGUF file, or `random:PRESET`.
+
+    `packed` as in `load`.
 
     Raises:
       ConfigError: the source is none of these; WeightsError: its files are missing or damaged.
@@ -101,12 +112,13 @@ def open_source(
     if source.startswith("random:"):
         return _random(source.removeprefix("random:"), policy, mesh, store)
     checkpoint = zoo.open_checkpoint(_model_path(resolve(source)))
-    segments = run_segments(checkpoint.spec, policy)
+    packed = checkpoint.path.is_dir() if packed is None else packed
+    layout = _layout(policy, run_segments(checkpoint.spec, policy), packed)
     stored, known = False, None
     if store is None:
-        arrays = zoo.read_arrays(checkpoint, **_layout(policy, segments))
+        arrays = zoo.read_arrays(checkpoint, **layout)
     else:
-        arrays, known, stored = _kept_arrays(checkpoint, policy, segments)
+        arrays, known, stored = _kept_arrays(checkpoint, policy, layout)
     params = _place(checkpoint.spec, arrays, policy, mesh)
     tokenizer = _tokenizer(checkpoint, known)
     eos = tokenizer.eos_ids if tokenizer is not None else _config_eos(checkpoint.path)
@@ -125,10 +137,10 @@ def _model_path(path: Path) -> Path:
 
 
 def _kept_arrays(
-    checkpoint: zoo.Checkpoint, policy: Policy, segments: tuple[Segment, ...]
-) -> tuple[Iterable[tuple[str, np.ndarray]], str | None, bool]:
-    """(mapped arrays, a GGUF file's tokenizer, whether they were there), imported if need be."""
-    folder = _weights_folder(checkpoint, policy)
+    checkpoint: zoo.Checkpoint, policy: Policy, layout: dict[str, Any]
+) -> tuple[Iterable[tuple[str, Any]], str | None, bool]:
+    """(mapped leaves, a GGUF file's tokenizer, whether they were there), imported if need be."""
+    folder = _weights_folder(checkpoint, policy, layout["packed"])
     found = load_arrays(folder)
     stored = found is not None
     if found is None:
@@ -136,20 +148,25 @@ def _kept_arrays(
         for old in folder.parent.glob(folder.name[:-_CODE_LETTERS] + "?" * _CODE_LETTERS):
             shutil.rmtree(old, ignore_errors=True)
         tokenizer = None if checkpoint.path.is_dir() else _tokenizer(checkpoint, None)
-        extra = {} if tokenizer is None else {"tokenizer": tokenizer.to_json()}
-        save_arrays(folder, zoo.read_arrays(checkpoint, **_layout(policy, segments)), extra)
+        extra: dict[str, Any] = {"quantized": {}}
+        if tokenizer is not None:
+            extra["tokenizer"] = tokenizer.to_json()
+        leaves = zoo.read_arrays(checkpoint, **layout)
+        save_arrays(folder, apart(leaves, extra["quantized"]), extra)
         found = load_arrays(folder)
     if found is None:
         raise WeightsError(f"{folder}: the weights just written cannot be read back")
-    return flatten(found[0]), found[1].get("tokenizer"), stored
+    leaves = together(dict(flatten(found[0])), found[1].get("quantized", {}))
+    return leaves, found[1].get("tokenizer"), stored
 
 
-def _layout(policy: Policy, segments: tuple[Segment, ...]) -> dict[str, Any]:
+def _layout(policy: Policy, segments: tuple[Segment, ...], packed: bool) -> dict[str, Any]:
     return {
         "dtype": dtype_of(policy.param_dtype),
         "segments": segments,
         "fused": policy.fused,
         "matrices": policy.matrices,
+        "packed": policy.codes if packed else "",
     }
 
 
@@ -174,11 +191,13 @@ def _tokenizer(checkpoint: zoo.Checkpoint, known: str | None) -> Tokenizer | Non
     return Tokenizer.from_gguf(checkpoint.reader.metadata)
 
 
-def _weights_folder(checkpoint: zoo.Checkpoint, policy: Policy) -> Path:
+def _weights_folder(checkpoint: zoo.Checkpoint, policy: Policy, packed: str) -> Path:
     """Named by source, dtype and layout, then by the code that writes it: older ones give way."""
-    code = fingerprint.package_hash("spec", "zoo", "text", "aot/arrays.py")
+    code = fingerprint.package_hash("spec", "zoo", "text", "core", "aot/arrays.py")
     layout = "+".join(
-        [policy.param_dtype, policy.layout, policy.matrices] + ["fused"] * policy.fused
+        [policy.param_dtype, policy.layout, policy.matrices]
+        + ["fused"] * policy.fused
+        + ([packed] if packed else [])
     )
     source = zoo.source_hash(checkpoint)[:24]
     return runtime.weights_dir() / f"{source}-{layout}-{code[:_CODE_LETTERS]}"
@@ -192,19 +211,31 @@ def _sharding(definition: ParamDef, policy: Policy, mesh: Any) -> Any:
     return named_sharding(mesh, held.axes, policy.rules, held.shape)
 
 
-def _place(
-    spec: ModelSpec, arrays: Iterable[tuple[str, np.ndarray]], policy: Policy, mesh: Any
-) -> Any:
+def _place(spec: ModelSpec, arrays: Iterable[tuple[str, Any]], policy: Policy, mesh: Any) -> Any:
     """Held arrays straight to their (sharded) place, one at a time, as leaves."""
     table = dict(flatten(model_table(spec, run_segments(spec, policy), policy.fused)))
 
-    def leaf(path: str, array: np.ndarray) -> Any:
+    def leaf(path: str, array: Any) -> Any:
         definition = table[path]
+        if isinstance(array, QArray):
+            return _place_packed(array, definition, policy, mesh)
         placed = jax.device_put(array, _sharding(definition, policy, mesh))
         inputs = definition.held_inputs(policy.matrices)
         return OutputsFirst(placed, inputs=inputs) if inputs else placed
 
     return unflatten({path: leaf(path, array) for path, array in arrays})
+
+
+def _place_packed(leaf: QArray, definition: ParamDef, policy: Policy, mesh: Any) -> QArray:
+    """A quantized leaf's arrays to their places."""
+    if mesh is None:
+        return jax.device_put(leaf)
+    axes = quantized_axes(leaf, definition.axes)
+    return jax.tree.map(
+        lambda a, names: jax.device_put(a, named_sharding(mesh, names, policy.rules, a.shape)),
+        leaf,
+        axes,
+    )
 
 
 def _random(name: str, policy: Policy, mesh: Any, store: Store | None) -> Opened:

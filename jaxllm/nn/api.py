@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from jaxllm.core.policy import Policy
+from jaxllm.core.qrows import quantized_axes
 from jaxllm.core.sharding import named_sharding
 from jaxllm.core.tree import Segment, flatten, map_leaves, segments_of, unflatten, unstacked_paths
 from jaxllm.core.weights import AdaptedWeight, OutputsFirst, QArray
@@ -167,16 +168,7 @@ def _leaf_axes(leaf: Any, axes: tuple[str | None, ...]) -> Any:
         stop = lead + leaf.inputs
         return OutputsFirst((*axes[:lead], *axes[stop:], *axes[lead:stop]), inputs=leaf.inputs)
     if isinstance(leaf, QArray):
-        zero = None if leaf.zero is None else axes
-        return QArray(
-            axes,
-            axes,
-            zero,
-            format=leaf.format,
-            axis=leaf.axis,
-            group=leaf.group,
-            version=leaf.version,
-        )
+        return quantized_axes(leaf, axes)
     return axes
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -21,6 +22,7 @@ from jaxllm.core.weights import (
 )
 from jaxllm.errors import ShapeError
 from jaxllm.ops.grouped import grouped_product
+from jaxllm.ops.quantized import quantized_product
 from jaxllm.typing import AnyArray
 
 __all__ = [
@@ -117,6 +119,11 @@ def _matrix(x: Array, leaf: Any, inputs: int, out_dtype: Any) -> Array:
     shape = logical_shape(leaf)
     outputs = shape[inputs:]
     batch, width = x.shape[: x.ndim - inputs], math.prod(shape[:inputs])
+    if isinstance(leaf, QArray):
+        # On a mesh tokens stay a dim of their own, as below.
+        folded = jax.sharding.get_abstract_mesh().empty
+        x = x.reshape(-1, width) if folded else x.reshape(*batch, width)
+        return jnp.reshape(quantized_product(x, leaf, out_dtype), (*batch, *outputs))
     if isinstance(leaf, OutputsFirst):
         w = leaf.values.reshape(-1, width).astype(x.dtype)
         y = _rows_times(x.reshape(-1, width), w, out_dtype)
@@ -189,7 +196,7 @@ def take(
     `adapter_ids` as in `einsum`, for ids [B, T].
 
     Raises:
-      ShapeError: a quantized table that is grouped along V.
+      ShapeError: a quantized matrix that is no table.
     """
     if isinstance(leaf, AdaptedWeight):
         rows = take(leaf.base, ids, dtype=dtype)
@@ -201,25 +208,45 @@ def take(
         low = jnp.where((adapter_ids > 0)[:, None, None], low, jnp.zeros_like(low))
         return rows + leaf.scale * _product("BTR,BRD->BTD", low, leaf.b[index].astype(dtype), dtype)
     if isinstance(leaf, QArray):
-        if leaf.axis != -1:
-            raise ShapeError(f"an embedding table is grouped along its last dim, not {leaf.axis}")
-        zero = None if leaf.zero is None else jnp.take(leaf.zero, ids, axis=0)
-        values, scale = (jnp.take(a, ids, axis=0) for a in (leaf.values, leaf.scale))
-        rows = QArray(values, scale, zero, format=leaf.format, axis=-1, group=leaf.group)
-        return dequantize(rows, dtype)
+        return dequantize(_rows_of(leaf, jnp.asarray(ids)), dtype)
     if isinstance(leaf, OutputsFirst):
         return jnp.moveaxis(jnp.take(leaf.values, ids, axis=-1), 0, -1).astype(dtype)
     return jnp.take(leaf, ids, axis=0).astype(dtype)
 
 
-def _transposed(table: Any, dtype: Any) -> Any:
+def _rows_of(leaf: QArray, ids: Array) -> QArray:
+    """Rows of a quantized table, as tables of one row."""
+    if leaf.inputs:
+        raise ShapeError("a matrix [inputs, outputs] has no rows to take; quantize with inputs=0")
+
+    def row(array: Any, rows: int) -> Any:
+        where = jnp.minimum(ids // rows, array.shape[-2] - 1)
+        return jnp.take(array, where, axis=-2)[..., None, :]
+
+    def cut(node: QArray) -> QArray:
+        scale, offset = node.scale, node.offset
+        scale = cut(scale) if isinstance(scale, QArray) else row(scale, node.rows)
+        offset = None if offset is None else row(offset, node.rows)
+        shape = (1, node.shape[-1]) if not node.inputs else (node.shape[0], 1)
+        values = row(node.values, 1)
+        return dataclasses.replace(
+            node, values=values, scale=scale, offset=offset, shape=shape, rows=1
+        )
+
+    one = cut(leaf)
+    return dataclasses.replace(one, shape=(leaf.shape[-1],))
+
+
+def _transposed(table: Any) -> Any:
     """An embedding table [V, D] of any kind as a head [D, V]."""
     if isinstance(table, AdaptedWeight):
         a, b = (jnp.swapaxes(x, -1, -2) for x in (table.b, table.a))
-        return AdaptedWeight(_transposed(table.base, dtype), a, b, scale=table.scale)
+        return AdaptedWeight(_transposed(table.base), a, b, scale=table.scale)
     if isinstance(table, OutputsFirst):
         return table.values
-    return OutputsFirst(dense(table, dtype) if isinstance(table, QArray) else table, inputs=1)
+    if isinstance(table, QArray):
+        return dataclasses.replace(table, shape=table.shape[::-1], inputs=1)
+    return OutputsFirst(table, inputs=1)
 
 
 def unembed(
@@ -232,7 +259,7 @@ def unembed(
     adapter_ids: Int[AnyArray, "B"] | None = None,
 ) -> Float[Array, "B T V"]:
     """Logits from hidden states; a tied head is the embedding table [V, D], else leaf is [D, V]."""
-    leaf = _transposed(leaf, dtype) if tied else leaf
+    leaf = _transposed(leaf) if tied else leaf
     return einsum("BTD,DV->BTV", x, leaf, dtype=dtype, out_dtype=out_dtype, adapter_ids=adapter_ids)
 
 

@@ -26,6 +26,7 @@ from jaxllm.zoo import (
     nemotron_h,
     olmo2,
     olmoe,
+    own,
     phi,
     phi3,
     qwen3,
@@ -73,6 +74,7 @@ FAMILIES: dict[str, Family] = {
     "modernbert": modernbert.FAMILY,
     "longformer": longformer.FAMILY,
     "bigbird": bigbird.FAMILY,
+    "jaxllm": own.FAMILY,  # says any spec, so it is asked last
 }
 
 PRESETS = {**llama.PRESETS}

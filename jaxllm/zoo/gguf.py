@@ -99,6 +99,15 @@ class GGUFReader:
         _, packed = self.raw(name)
         return _dequantize(packed, info)
 
+    def leaf(self, name: str) -> Any:
+        """A matrix of Q4_0, Q4_1 or Q8_0 as a `QArray`, [out, in] held; None for other types."""
+        info = lookup(self.tensors, name, self.path)
+        from jaxllm.zoo.gguf_blocks import packed_blocks, packed_types  # they bring jax
+
+        if info.dtype not in packed_types or len(info.shape) != 2:
+            return None
+        return packed_blocks(*self.raw(name), info.shape)
+
     def raw(self, name: str) -> tuple[str, np.ndarray]:
         """ggml's type name and the packed bytes as read-only memory-mapped uint8 rows.
 

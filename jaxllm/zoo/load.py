@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import hashlib
+import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,13 @@ from jaxllm.core.config import nearest
 from jaxllm.core.tree import Segment, flatten, unstacked_paths
 from jaxllm.errors import ConfigError, UnsupportedError, WeightsError
 from jaxllm.spec.model import ModelSpec
-from jaxllm.spec.table import FUSED, fused_part, layer_paths, model_table
+from jaxllm.spec.table import fused_part, layer_paths, model_table
 from jaxllm.zoo.families import FAMILIES
 from jaxllm.zoo.gguf import open_gguf
+from jaxllm.zoo.packed import METHOD, fused_parts, packed_leaf, packed_tensors
+from jaxllm.zoo.quantized_files import open_packed
 from jaxllm.zoo.reader import Reader, TensorInfo
-from jaxllm.zoo.safetensors import open_safetensors
-from jaxllm.zoo.safetensors_writer import write_safetensors
+from jaxllm.zoo.safetensors import TensorSource, open_safetensors, write_safetensors
 from jaxllm.zoo.sentence import read_pooling, write_pooling
 from jaxllm.zoo.table import ConfigReader, Entry, Family, join
 
@@ -94,8 +96,7 @@ def _open_directory(path: Path) -> Checkpoint:
     config = _read_json(path / "config.json")
     kind = str(config.get("model_type"))
     family = _family(kind, lambda f: f.model_types, f"{path / 'config.json'}: model_type")
-    if "quantization_config" in config:
-        raise UnsupportedError(f"{path / 'config.json'}: quantization_config is not supported yet")
+    quantization = config.pop("quantization_config", None)
     reader = None
     if family.head_tensor:
         reader = open_safetensors(path)
@@ -103,6 +104,8 @@ def _open_directory(path: Path) -> Checkpoint:
         config["architectures"] = [kind]
     spec = family.read(ConfigReader(config, str(path / "config.json")))
     reader = reader or open_safetensors(path)
+    if quantization is not None:
+        reader = open_packed(reader, quantization, str(path / "config.json"))
     entries = [family.locate(entry, reader.tensors) for entry in family.names(spec)]
     if (pooling := read_pooling(path, spec.width)) is not None:
         spec = dataclasses.replace(spec, head=dataclasses.replace(spec.head, pooling=pooling))
@@ -154,8 +157,9 @@ def read_arrays(
     segments: tuple[Segment, ...],
     fused: bool,
     matrices: str,
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield (dotted path, host array) of every leaf in the run's layout, one at a time.
+    packed: str = "",
+) -> Iterator[tuple[str, Any]]:
+    """Yield (dotted path, host array or quantized leaf) in the run's layout, one at a time.
 
     At any moment one leaf and one source tensor are in memory.
 
@@ -165,6 +169,8 @@ def read_arrays(
       segments: how layers are stacked.
       fused: query/key/value and gate/up as one matrix each.
       matrices: how they are held, as `Policy.matrices` says.
+      packed: how quantized tensors are held, as `Policy.codes` says; empty for plain arrays. Where
+        parts of one leaf are quantized in different ways, or only some are, it is plain.
     """
     sources: dict[str, list[Entry]] = {}
     for entry in checkpoint.entries:
@@ -172,6 +178,11 @@ def read_arrays(
     for path, definition in flatten(model_table(checkpoint.spec, segments, fused)):
         layers = unstacked_paths(path)
         stacked = len(layers) > 1 or definition.axes[0] == "layers"
+        if packed and definition.std:
+            leaf = packed_leaf(checkpoint, sources, path, definition, planes=packed == "planes")
+            if leaf is not None:
+                yield path, leaf
+                continue
         held = np.float32 if definition.wide else dtype
         out = np.empty(definition.hold(matrices).shape, held)
         ours = out.transpose(np.argsort(definition.hold_order(matrices)))
@@ -185,9 +196,7 @@ def _fill(
 ) -> None:
     """Fill the place of one unstacked (possibly fused) leaf."""
     paths = layer_paths(checkpoint.spec)
-    parent, _, name = path.rpartition(".")
-    stem, bias = (name.removesuffix("_bias"), "_bias") if name.endswith("_bias") else (name, "")
-    fused = [f"{parent}.{part}{bias}" for part in FUSED.get(stem, ())]
+    fused = fused_parts(path)
     for part in fused or [path]:
         place = out[fused_part(checkpoint.spec, part)[1] if fused else ...]
         for entry in sources[part]:
@@ -199,52 +208,60 @@ def _fill(
 def save_checkpoint(
     directory: Path,
     spec: ModelSpec,
-    read: Callable[[str], np.ndarray],
+    read: Callable[[str], Any],
     *,
     dtype: str,
     eos_ids: tuple[int, ...] = (),
+    quantized: Collection[str] = (),
 ) -> None:
-    """Write config.json and safetensors in the Hugging Face layout; `read` gives unstacked leaves.
+    """Write config.json and safetensors; `read` gives unstacked leaves.
+
+    The layout is that of the first public family which can say the spec, else our own.
 
     Args:
       directory: made if absent; config.json is written last.
       spec: the model.
-      read: unstacked path -> canonical host array.
+      read: unstacked path -> canonical host array, or leaf of host arrays.
       dtype: name of the arrays' dtype, for the config and the header.
       eos_ids: tokens that end generation.
-
-    Raises:
-      UnsupportedError: no family can say this spec.
+      quantized: the paths of which `read` gives leaves.
     """
     family, config = _writer(spec)
     paths = layer_paths(spec)
     pooling = spec.head.pooling
     narrow = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}[dtype]
-    last: dict[str, np.ndarray] = {}
+    last: dict[str, Any] = {}
 
-    def leaf(path: str) -> np.ndarray:
+    def leaf(path: str) -> Any:
         if path not in last:  # experts, tensor by tensor, are those of one leaf
             last.clear()
             last[path] = read(path)
         return last[path]
 
-    def tensor(parts: list[Entry]) -> tuple[str, TensorInfo, Callable[[], np.ndarray]]:
+    facts: dict[str, Any] = {}
+
+    def tensor(parts: list[Entry]) -> Iterator[TensorSource]:
+        if all(entry.path in quantized for entry in parts):
+            yield from packed_tensors(parts, leaf, paths, facts)
+            return
         definition = paths[parts[0].path]
         tag = "F32" if definition.wide else narrow
         shape = parts[0].disk_shape(definition)
         info = TensorInfo(shape, tag, int(np.prod(shape)) * (4 if tag == "F32" else 2))
-        return parts[0].disk, info, lambda: make(parts)
+        yield parts[0].disk, info, lambda: make(parts)
 
     def make(parts: list[Entry]) -> np.ndarray:
         arrays = [entry.to_disk(leaf(entry.path), paths[entry.path]) for entry in parts]
         return join(parts, arrays, parts[0].axis(paths[parts[0].path]))
 
     directory.mkdir(parents=True, exist_ok=True)
-    tensors = map(tensor, _by_tensor(family.names(spec)))
+    tensors = itertools.chain.from_iterable(map(tensor, _by_tensor(family.names(spec))))
     write_safetensors(directory, tensors, metadata={"format": "pt"})
     if pooling is not None:
         write_pooling(directory, pooling, spec.width)
     config["torch_dtype"] = dtype
+    if facts:
+        config["quantization_config"] = {"quant_method": METHOD, "tensors": facts}
     if eos_ids:
         config["eos_token_id"] = eos_ids[0] if len(eos_ids) == 1 else list(eos_ids)
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -268,11 +285,8 @@ def _by_tensor(entries: list[Entry]) -> list[list[Entry]]:
 def _writer(spec: ModelSpec) -> tuple[Family, dict[str, Any]]:
     """The family that can say a spec, and the config.json in which it does."""
     spec = dataclasses.replace(spec, head=dataclasses.replace(spec.head, pooling=None))
-    for family in FAMILIES.values():
-        config = family.write(spec)
-        if config is not None and _same_spec(family, config, spec):
-            return family, config
-    raise UnsupportedError("no public family's config.json can say this spec")
+    said = ((family, family.write(spec)) for family in FAMILIES.values())
+    return next((f, c) for f, c in said if c is not None and _same_spec(f, c, spec))
 
 
 def _same_spec(family: Family, config: dict[str, Any], spec: ModelSpec) -> bool:

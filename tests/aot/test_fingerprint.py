@@ -15,7 +15,7 @@ from jaxllm.core.config import to_dict
 from jaxllm.core.mesh import make_mesh
 from jaxllm.core.policy import Policy
 from jaxllm.core.tree import segments_of
-from jaxllm.core.weights import quantize
+from jaxllm.core.weights import Scheme, quantize
 from jaxllm.infer import programs
 from jaxllm.infer.programs import Setup
 from tests.aot.programs import ARGS, build, program
@@ -30,7 +30,7 @@ def placed(axes):
 
 
 def quant(**options):
-    w = quantize(jnp.ones((8, 4)), "int8", axis=-2, **options)
+    w = quantize(jnp.ones((8, 4)), Scheme(format="int8", **options))
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), w)
 
 

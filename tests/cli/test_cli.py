@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from jaxllm.cli.main import main
+from jaxllm.core.qarray import QArray
+from jaxllm.model import load
 from tests.cli.toy import write_toy
 
 
@@ -85,6 +87,19 @@ def test_perplexity(toy: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     found = json.loads(capsys.readouterr().out)
     assert found["num_tokens"] == 3 * 31
     assert found["perplexity"] == pytest.approx(2.718281828459045 ** found["nll"])
+
+
+def test_quantize(toy: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--format", "int8", "--include", "layers.*.mlp.*", "--dtype", "float32"]
+    assert main(["quantize", toy, str(tmp_path / "small"), *options]) == 0
+    assert "MB of parameters" in capsys.readouterr().out
+    model = load(tmp_path / "small", store=False)
+    assert isinstance(model.params["layers"]["0"]["mlp"]["down"], QArray)
+    assert not isinstance(model.params["layers"]["0"]["attn"]["o"], QArray)
+    assert "exists" in refused(capsys, "quantize", toy, str(tmp_path / "small"))
+    wrong = ["quantize", toy, str(tmp_path / "other"), "--format", "int8", "--group", "5"]
+    assert "a group of 5" in refused(capsys, *wrong)
+    assert not (tmp_path / "other").exists()
 
 
 def test_chat_keeps_its_history(

@@ -14,19 +14,19 @@ from tests.text.toys import byte_tokenizer
 TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
 
 
-def toy_spec(vocab: int, context: int = 256) -> ModelSpec:
+def toy_spec(vocab: int, context: int = 256, *, width: int = 16, ffn: int = 24) -> ModelSpec:
     """One layer of width 16."""
     norm = Norm()
     block = Block(
         name="G",
         subs=(
-            sub("attn", Attention(heads=2, kv_heads=1, head_dim=8), norm_in=norm),
-            sub("mlp", MLP(width=24), norm_in=norm),
+            sub("attn", Attention(heads=2, kv_heads=1, head_dim=width // 2), norm_in=norm),
+            sub("mlp", MLP(width=ffn), norm_in=norm),
         ),
     )
     return ModelSpec(
         vocab=vocab,
-        width=16,
+        width=width,
         blocks=(block,),
         layers="G*1",
         context=context,
@@ -35,10 +35,10 @@ def toy_spec(vocab: int, context: int = 256) -> ModelSpec:
     )
 
 
-def write_toy(directory: Path, *, template: str | None = TEMPLATE) -> Path:
+def write_toy(directory: Path, *, template: str | None = TEMPLATE, **sizes: int) -> Path:
     """Write the toy and return its directory."""
     tokenizer = byte_tokenizer()
-    spec = toy_spec(tokenizer.vocab_size)
+    spec = toy_spec(tokenizer.vocab_size, **sizes)
     random = np.random.default_rng(0)
     arrays = {p: random.standard_normal(d.shape) * 0.3 for p, d in layer_paths(spec).items()}
     save_checkpoint(directory, spec, lambda p: arrays[p].astype(np.float32), dtype="float32")

@@ -11,6 +11,7 @@ from jaxllm.core.tree import map_leaves
 from jaxllm.core.weights import (
     AdaptedWeight,
     QArray,
+    Scheme,
     attach,
     dequantize,
     is_leaf,
@@ -31,17 +32,18 @@ def matrix(path: str) -> str | None:
 
 
 def quantized(weights: Any, *, plain: tuple[int, ...] = (), format: str = "int4") -> Any:
-    """Unstacked parameters with int4 matrices, in groups of 4, in all layers but `plain` ones.
+    """Unstacked parameters with quantized matrices, in groups of 4, in all layers but `plain` ones.
 
-    `up` brings zero points.
+    `up` brings offsets where the format knows them.
     """
 
     def leaf(path: str, w: Any) -> Any:
         name = matrix(path)
         if name is None or int(path.split(".")[1]) in plain:
             return w
-        axis = -3 if name in "qkv" else -2  # along an input dim
-        return quantize(w, format, axis=axis, group=4, symmetric=name != "up")
+        symmetric = name != "up" or format not in ("int8", "int4")
+        scheme = Scheme(format=format, group=4, symmetric=symmetric)
+        return quantize(w, scheme, inputs=INPUTS[name])
 
     return on_host(lambda w: map_leaves(leaf, w), weights)
 

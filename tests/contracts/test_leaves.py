@@ -51,6 +51,18 @@ def test_quantized_is_the_dequantized():
     assert np.abs(wanted - full(NAME)).max() > 0.05  # the rounding is felt
 
 
+@pytest.mark.parametrize("format", ["int8", "nf4", "fp8"])
+def test_formats_run_stacked_and_exported(format):
+    """In a scan over layers, and through a serialized program that takes the packed arrays."""
+    weights = restack(quantized(ALONE(), format=format), SPEC.segments)
+    wanted = logits(restack(dequantized(quantized(ALONE(), format=format)), SPEC.segments))
+    assert_close(logits(weights), wanted)
+    arrays, structure = jax.tree.flatten(weights)
+    run = jax.jit(lambda arrays, ids: forward(SPEC)(jax.tree.unflatten(structure, arrays), ids)[0])
+    blob = jax.export.export(run)(arrays, tokens(NAME)).serialize()
+    assert_close(jax.export.deserialize(blob).call(arrays, tokens(NAME)), wanted)
+
+
 def test_mixed_leaves_run_unrolled_and_in_runs():
     """Two layers plain among int4 ones: neighbours of one block and leaf type make one stack."""
     spec = SPECS["mha"]
@@ -84,12 +96,12 @@ def test_leaves_are_pytrees():
     assert isinstance(leaf, AdaptedWeight)
     assert isinstance(leaf.base, QArray)
     arrays, structure = jax.tree.flatten(leaf)
-    assert len(arrays) == 5  # values, scale, zero, a, b
+    assert len(arrays) == 5  # values, scale, offset, a, b
     assert all(len(x) == 2 for x in arrays)
     assert_equal(jax.tree.unflatten(structure, arrays), leaf)
     back = jax.jit(lambda x: x)(leaf)
     assert_equal(back, leaf)
-    assert (back.scale, back.base.group, back.base.format) == (2.0, 4, "int4")
+    assert (back.scale, back.base.group, back.base.format) == (2.0, 4, "uint4")
 
 
 def stacked_adapters(**options):

@@ -80,11 +80,15 @@ def test_activations_are_constrained_under_a_mesh():
     assert "sharding_constraint" not in str(jax.make_jaxpr(run)(params("mha"), tokens("mha")))
 
 
-@pytest.mark.parametrize("axes", EACH)
-def test_quantized_and_adapted_parameters_shard(axes):
+@pytest.mark.parametrize(
+    ("axes", "format"),
+    [("data", "int4"), ("data", "nf4"), pytest.param("fsdp", "int4", marks=pytest.mark.slow)],
+)
+def test_quantized_and_adapted_parameters_shard(axes, format):
     name = "mha"
     spec, mesh = SPECS[name], make_mesh(MESHES[axes])
-    weights = restack(adapted(quantized(single(params(name), 3))), spec.segments)
+    alone = quantized(single(params(name), 3), format=format)
+    weights = restack(adapted(alone), spec.segments)
     wanted, _ = runner(name)(weights, tokens(name))
     with jax.set_mesh(mesh):
         found, _ = quick(forward(spec))(placed(spec, weights, mesh), batched(mesh, tokens(name)))
@@ -97,8 +101,8 @@ def test_scales_are_sharded_like_their_values():
     weights = restack(quantized(single(params(name), 6)), spec.segments)
     leaf = placed(spec, weights, mesh)["layers"]["1:5:2"]["0"]["mlp"]["down"]
     assert isinstance(leaf, QArray)
-    assert leaf.values.sharding.spec == jax.P(None, "tensor", "fsdp")
-    assert leaf.scale.sharding.spec == jax.P(None, "tensor", "fsdp")
+    assert leaf.values.sharding.spec == jax.P(None, "fsdp", "tensor")
+    assert leaf.scale.sharding.spec == jax.P(None, "fsdp", "tensor")
     both = api.logical_axes(spec, restack(adapted(single(params(name), 6)), spec.segments))
     leaf = both["layers"]["1:5:2"]["0"]["mlp"]["down"]
     assert isinstance(leaf, AdaptedWeight)

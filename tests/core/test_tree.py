@@ -98,7 +98,7 @@ def test_layers_that_differ_are_not_stacked(change):
     other = {
         "shape": {"mlp": {"up": np.zeros(3, int)}},
         "dtype": {"mlp": {"up": np.zeros(2, np.int8)}},
-        "kind": {"mlp": {"up": quantize(jnp.ones(2), "int8", axis=-1)}},
+        "kind": {"mlp": {"up": quantize(jnp.ones((2, 2)), "int8")}},
         "names": {"mlp": {"down": np.zeros(2, int)}},
     }
     tree["layers"]["3"] = other[change]

@@ -115,10 +115,10 @@ def test_axes_of_leaves_follow_their_values():
     assert where(api.logical_axes(spec)) == plain
     q = where(api.logical_axes(spec, weights["quantized"]))
     assert isinstance(q, QArray)
-    assert q.values == q.scale == plain
+    assert q.values == q.scale == ("layers", "width", "heads")
     a = where(api.logical_axes(spec, weights["adapted"]))
     assert isinstance(a, AdaptedWeight)
-    assert a.base.values == plain
+    assert a.base.values == q.values
     assert (a.a, a.b) == (("layers", *[None] * 4), ("layers", *[None] * 3))
     turned = where(api.logical_axes(spec, weights["held"]))
     assert isinstance(turned, OutputsFirst)

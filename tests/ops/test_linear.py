@@ -9,6 +9,7 @@ from jaxllm.core.weights import (
     AdaptedWeight,
     OutputsFirst,
     QArray,
+    Scheme,
     dequantize,
     merge_adapter,
     quantize,
@@ -41,7 +42,7 @@ def leaf(kind, shape, inputs):
             dims = range(len(shape))
             return OutputsFirst(w.transpose(*dims[inputs:], *dims[:inputs]), inputs=inputs), w
         case "int8" | "int4":
-            q = quantize(w, kind, axis=-2, group=2, symmetric=kind == "int8")
+            q = quantize(w, Scheme(format=kind, group=2, symmetric=kind == "int8"), inputs=inputs)
             return q, dequantize(q, jnp.float32)
         case _:
             base, plain = leaf(kind.removeprefix("adapted "), shape, inputs)
@@ -113,7 +114,7 @@ def table(kind, rows=10, width=8):
         base, _ = table(kind.removeprefix("adapted").strip() or "plain")
         leaf = AdaptedWeight(base, draw(2, rows, 3), draw(2, 3, width), scale=0.5)
         return leaf, merge_adapter(leaf)
-    q = quantize(w, kind, axis=-1, group=4, symmetric=kind == "int8")
+    q = quantize(w, Scheme(format=kind, group=4, symmetric=kind == "int8"), inputs=0)
     return q, dequantize(q, jnp.float32)
 
 
@@ -151,9 +152,9 @@ def test_take_and_unembed_choose_adapters_by_row(kind):
         assert np.abs(logits[row] - wanted).max() < 1e-5
 
 
-def test_a_table_grouped_along_its_rows_is_an_error():
-    q = quantize(draw(10, 8), "int8", axis=-2, group=5)
-    with pytest.raises(ShapeError, match="last dim"):
+def test_a_matrix_has_no_rows_to_take():
+    q = quantize(draw(10, 8), "int8")
+    with pytest.raises(ShapeError, match="inputs=0"):
         linear.take(q, jnp.zeros((1, 1), jnp.int32), dtype="float32")
 
 
@@ -161,7 +162,7 @@ def test_a_table_grouped_along_its_rows_is_an_error():
 def test_grouped(kind):
     """Each row by its group's matrix; an empty group, and rows past the last group give zeros."""
     w = draw(4, 8, 6)
-    leaf = quantize(w, "int8", axis=-2, group=4) if "int8" in kind else w
+    leaf = quantize(w, Scheme(format="int8", group=4), lead=1) if "int8" in kind else w
     plain = np.asarray(dequantize(leaf, jnp.float32) if isinstance(leaf, QArray) else leaf)
     if "adapted" in kind:
         a, b = draw(1, 4, 8, 3), draw(1, 4, 3, 6)

@@ -173,7 +173,7 @@ def test_another_model_type_is_named(folder, kind, hint):
 
 
 def test_quantized_files_are_refused_by_name(folder):
-    edit(folder, quantization_config={"quant_method": "gptq"})
+    edit(folder, quantization_config={"quant_method": "quanto"})
     assert "quantization_config" in rejected(folder, UnsupportedError)
 
 

@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from jaxllm.core.qarray import dequantize_rows
 from jaxllm.errors import UnsupportedError, WeightsError
 from jaxllm.zoo.gguf import block_sizes, open_gguf, readable_types
 from jaxllm.zoo.reader import Reader, TensorInfo
@@ -151,6 +152,28 @@ def test_roundtrip_through_the_package(tmp_path: Path, kind: str):
     levels = {"F16": 2**11, "BF16": 2**8, "Q8_0": 127, "Q5_0": 31, "Q5_1": 31}.get(kind, 15)
     bound = 1.1 * span / levels
     assert np.abs(got.astype(np.float32) - values).max() < bound
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_1"])
+def test_packed_leaves_are_the_same_numbers(tmp_path: Path, kind: str):
+    """What the package makes of the blocks, in 4.5, 5 and 8.5 bits a value."""
+    packed = random_blocks(kind, 6, 4)
+    reader = open_gguf(write(tmp_path / "x.gguf", {"w": (packed, kind)}))
+    leaf = reader.leaf("w")
+    assert leaf is not None
+    expected = gguf.quants.dequantize(packed, kinds[kind])
+    found = np.asarray(dequantize_rows(leaf))
+    finite = np.isfinite(expected)
+    # Q4_1 has a product and a sum, which a compiler may round once.
+    near = 1e-6 * np.abs(expected[finite]).max() if kind == "Q4_1" else 0
+    np.testing.assert_allclose(found[finite], expected[finite], rtol=0, atol=near)
+    assert finite.mean() > 0.9
+    assert leaf.nbytes * 8 / expected.size == {"Q4_0": 4.5, "Q4_1": 5.0, "Q8_0": 8.5}[kind]
+
+
+def test_other_types_have_no_packed_leaf(tmp_path: Path):
+    packed = random_blocks("Q6_K", 2, 1)
+    assert open_gguf(write(tmp_path / "x.gguf", {"w": (packed, "Q6_K")})).leaf("w") is None
 
 
 def test_many_chunks_equal_one(tmp_path: Path):

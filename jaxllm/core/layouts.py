@@ -1,0 +1,48 @@
+"""Layout versions of quantized values; each holds the same numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxllm.core.qarray import NIBBLES, QArray, value_dtype
+
+__all__ = ["as_planes", "as_values", "has_planes"]
+
+
+def has_planes(leaf: QArray) -> bool:
+    """Whether a leaf of version 1 can be held as version 2: no group is cut in the middle."""
+    width = leaf.values.shape[-1]
+    groups = leaf.scale.values if isinstance(leaf.scale, QArray) else leaf.scale
+    whole = groups.shape[-1] == 1 or width % (2 * leaf.group) == 0
+    return leaf.version == 1 and leaf.format in NIBBLES and width % 2 == 0 and whole
+
+
+def _module(array: Any) -> Any:
+    return np if isinstance(array, np.ndarray) else jnp
+
+
+def as_planes(leaf: QArray) -> QArray:
+    """A leaf of four bits in version 2, or as it is where that cannot be."""
+    if not has_planes(leaf):
+        return leaf
+    module = _module(leaf.values)
+    codes = leaf.values.astype(module.int8)
+    codes = (codes + module.int8(8) if leaf.format == "int4" else codes).astype(module.uint8)
+    middle = codes.shape[-1] // 2
+    packed = codes[..., :middle] | (codes[..., middle:] << module.uint8(4))
+    return dataclasses.replace(leaf, values=packed, version=2)
+
+
+def as_values(leaf: QArray) -> QArray:
+    """A leaf of version 2 in version 1; one of version 1 as it is."""
+    if leaf.version == 1:
+        return leaf
+    module = _module(leaf.values)
+    low, high = leaf.values & module.uint8(15), leaf.values >> module.uint8(4)
+    codes = module.concatenate([low, high], axis=-1).astype(module.int8)
+    codes = codes - module.int8(8) if leaf.format == "int4" else codes
+    return dataclasses.replace(leaf, values=codes.astype(value_dtype(leaf.format)), version=1)

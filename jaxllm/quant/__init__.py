@@ -1,0 +1,1 @@
+"""Policy of quantization: which leaves, in which format."""
