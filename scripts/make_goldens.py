@@ -21,16 +21,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import torch
 import transformers
+from gguf_files import write_gguf
 from smollm2_prompts import CHATS, PARAGRAPH
 from tiny_experts import EXPERTS
 from tiny_hybrids import hub_hybrid
 from tiny_linear import LINEAR
 from tiny_models import BASE, Tiny
 from tiny_models import TINY as DENSE
+from tiny_more import MORE
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -41,7 +42,7 @@ PROMPTS = (17, 28)  # tokens of the two rows' prompts; logits are of 28 tokens i
 LENGTH, ANSWER = max(PROMPTS), 12
 LEAST_MARGIN = 2e-3  # of the largest logit, between the two best tokens of every greedy step
 MOST_NOISE = 2e-6  # float32 against float64 in transformers, of the largest logit
-TINY = DENSE | EXPERTS | LINEAR
+TINY = DENSE | EXPERTS | LINEAR | MORE
 # The grouped products of experts take no float64.
 EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}
 MAX_BYTES, MAX_TOTAL_BYTES = 200_000, 8_000_000
@@ -109,74 +110,6 @@ def hub_layers(config: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
-def interleave(rows: np.ndarray, head_dim: int) -> np.ndarray:
-    """Rows of q or k as GGUF's architecture `llama` keeps them: rotary pairs side by side.
-
-    Here row i of a head turns with row i + H/2; there rows 2i and 2i + 1 turn together.
-    """
-    half = head_dim // 2
-    heads = range(0, len(rows), head_dim)
-    return rows[[head + i + side for head in heads for i in range(half) for side in (0, half)]]
-
-
-GGUF_NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-
-
-def write_gguf(path: Path, model: Any, kind: str) -> None:
-    """Write a GGUF file, and give the model the values that a reader gets back from it."""
-    config = model.config
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    writer = gguf.GGUFWriter(path, config.model_type)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(head_dim)
-    writer.add_value_length(head_dim)
-    writer.add_rope_dimension_count(head_dim)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
-    quant = gguf.GGMLQuantizationType[kind]
-    for name, value in model.state_dict().items():
-        if name == "lm_head.weight" and config.tie_word_embeddings:
-            continue
-        stem, _, ending = name.rpartition(".")
-        layer = stem.split(".")[2] if stem.startswith("model.layers.") else None
-        inner = stem if layer is None else stem.removeprefix(f"model.layers.{layer}.")
-        disk = f"{'' if layer is None else f'blk.{layer}.'}{GGUF_NAMES[inner]}.{ending}"
-        array = value.numpy()
-        if kind != "F32" and array.ndim == 2:
-            whole = gguf.quants.dequantize(gguf.quants.quantize(array, quant), quant)
-            value.copy_(torch.from_numpy(whole))
-            array = value.numpy()
-        if config.model_type == "llama" and inner.endswith(("q_proj", "k_proj")):
-            array = interleave(array, head_dim)
-        if kind != "F32" and array.ndim == 2:
-            writer.add_tensor(disk, gguf.quants.quantize(array, quant), raw_dtype=quant)
-        else:
-            writer.add_tensor(disk, np.ascontiguousarray(array))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
 def write_model(folder: Path, tiny: Tiny, seed: int) -> Any:
     """Write a model's files and give the model that transformers reads from them, in float32."""
     config = tiny.config(**{k: v for k, v in (BASE | tiny.changes).items() if v is not ...})
@@ -184,13 +117,6 @@ def write_model(folder: Path, tiny: Tiny, seed: int) -> Any:
     redraw(model, seed)
     if tiny.gguf:
         write_gguf(folder / "model.gguf", model, tiny.gguf)
-        if not getattr(config, "attention_bias", False):
-            # transformers' own reader of GGUF must agree; it knows no biases in this architecture.
-            again = AutoModelForCausalLM.from_pretrained(
-                folder, gguf_file="model.gguf", dtype=torch.float32, attn_implementation="eager"
-            )
-            for name, value in model.state_dict().items():
-                assert torch.equal(value, again.state_dict()[name]), name
         return model.eval()
     more = {"max_shard_size": tiny.shard} if tiny.shard else {}
     model.to(getattr(torch, tiny.dtype)).save_pretrained(folder, **more)
@@ -265,10 +191,10 @@ def make_tiny(name: str) -> str:
             noise = float(np.abs(logits - wide).max() / np.abs(wide).max())
             if noise > MOST_NOISE:
                 continue
-            gguf = folder / "model.gguf"
+            single = folder / "model.gguf"
             about = provenance(
                 config_sha256=None if TINY[name].gguf else sha256(folder / "config.json"),
-                weights_sha256=sha256(gguf) if TINY[name].gguf else digest(folder),
+                weights_sha256=sha256(single) if TINY[name].gguf else digest(folder),
                 seed=seed,
                 float32_noise=noise,
                 least_margin=margin,

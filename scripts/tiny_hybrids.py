@@ -93,6 +93,11 @@ UNCACHED = {"cache": False}
 
 HYBRIDS: dict[str, dict[str, Any]] = {
     "mamba": {"config": Mamba, "changes": ALONE | {"state_size": 3}},
+    "gguf_mamba": {
+        "config": Mamba,
+        "changes": ALONE | {"num_hidden_layers": 2, "state_size": 3},
+        "gguf": "F32",
+    },
     "mamba_hub": {
         "config": Mamba,
         "changes": ALONE

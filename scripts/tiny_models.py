@@ -8,21 +8,17 @@ from tiny_hybrids import HYBRIDS
 from transformers import Cohere2Config as Cohere2
 from transformers import Gemma2Config as Gemma2
 from transformers import Gemma3TextConfig as Gemma3
-from transformers import GemmaConfig as Gemma
 from transformers import GPT2Config as GPT2
-from transformers import GPTNeoXConfig as GPTNeoX
 from transformers import GraniteConfig as Granite
 from transformers import LlamaConfig as Llama
 from transformers import MistralConfig as Mistral
 from transformers import Olmo2Config as Olmo2
-from transformers import Olmo3Config as Olmo3
 from transformers import Phi3Config as Phi3
-from transformers import PhiConfig as Phi
 from transformers import Qwen2Config as Qwen2
 from transformers import Qwen3Config as Qwen3
 from transformers import SmolLM3Config as SmolLM3
 
-__all__ = ["BASE", "TINY", "Tiny"]
+__all__ = ["BASE", "FACTORS", "GEMMA2", "GEMMA3", "SMALL", "TINY", "Tiny"]
 
 BASE = {
     "vocab_size": 80,
@@ -279,95 +275,6 @@ TINY = {
     "gpt2_hub": Tiny(
         GPT2,
         GPT | {"scale_attn_weights": False, "activation_function": "relu"},
-        hub=True,
-    ),
-}
-OLMO3 = SMALL | {"num_hidden_layers": 4, "sliding_window": 6}
-OLMO_ROPES = {
-    "sliding_attention": {"rope_type": "default", "rope_theta": 5e5},
-    "full_attention": {
-        "rope_type": "yarn",
-        "rope_theta": 3e3,
-        "factor": 4.0,
-        "original_max_position_embeddings": 16,
-    },
-}
-NEOX = SMALL | dict.fromkeys(("num_key_value_heads", "rms_norm_eps"), ...) | {
-    "num_attention_heads": 3,
-}  # fmt: skip
-
-# Families beside the first ones, of whole blocks.
-TINY |= {
-    "olmo3": Tiny(Olmo3, OLMO3),
-    "olmo3_hub": Tiny(
-        Olmo3,
-        OLMO3
-        | {
-            "num_hidden_layers": 2,
-            "layer_types": ["full_attention", "sliding_attention"],
-            "rope_parameters": OLMO_ROPES,
-            "attention_bias": True,
-            "tie_word_embeddings": True,
-        },
-        hub=True,
-    ),
-    "gemma1": Tiny(Gemma, SMALL | {"head_dim": 10, "num_key_value_heads": 1}),
-    "gemma1_hub": Tiny(
-        Gemma,
-        SMALL
-        | {"head_dim": 12, "hidden_act": "gelu", "attention_bias": True, "num_hidden_layers": 1},
-        hub=True,
-    ),
-    "gpt_neox": Tiny(GPTNeoX, NEOX),
-    "gpt_neox_hub": Tiny(
-        GPTNeoX,
-        NEOX
-        | {
-            "num_attention_heads": 4,
-            "use_parallel_residual": False,
-            "attention_bias": False,
-            "hidden_act": "gelu_new",
-            "tie_word_embeddings": True,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 300.0,
-                "partial_rotary_factor": 0.67,
-            },
-        },
-        hub=True,
-    ),
-    "gpt_neox_whole": Tiny(
-        GPTNeoX,
-        NEOX
-        | {
-            "num_hidden_layers": 1,
-            "rope_parameters": {
-                "rope_type": "linear",
-                "factor": 2.0,
-                "rope_theta": 1e4,
-                "partial_rotary_factor": 1.0,
-            },
-        },
-        hub=True,
-    ),
-    "phi2": Tiny(
-        Phi, SMALL | {"rms_norm_eps": ..., "num_attention_heads": 3, "num_key_value_heads": 3}
-    ),
-    "phi2_hub": Tiny(
-        Phi,
-        SMALL
-        | {
-            "rms_norm_eps": ...,
-            "num_attention_heads": 3,
-            "num_key_value_heads": 1,
-            "num_hidden_layers": 1,
-            "hidden_act": "gelu",
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 300.0,
-                "partial_rotary_factor": 0.75,
-            },
-        },
         hub=True,
     ),
 }

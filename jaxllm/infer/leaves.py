@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -27,7 +28,7 @@ def host_leaf(spec: ModelSpec, params: Any, path: str) -> Any:
     """A leaf on the host, unfused: a canonical array, or a `QArray` of layout version 1."""
     *parents, name = path.split(".")
     if parents[0] != "layers":
-        return _canonical(params[parents[0]][name])
+        return _canonical(functools.reduce(lambda tree, key: tree[key], parents, params)[name])
     layer = int(parents[1])
     segment = next(s for s in segments_of(params["layers"]) if s.start <= layer < s.stop)
     take = lambda leaf, i: jax.tree.map(lambda a: np.asarray(a)[i], leaf)  # noqa: E731

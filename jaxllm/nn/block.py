@@ -15,9 +15,11 @@ from jaxllm.core.policy import Policy
 from jaxllm.core.sharding import constrain
 from jaxllm.nn.attention import Attention
 from jaxllm.nn.aux import Aux, LayerAux
+from jaxllm.nn.infini import InfiniAttention
 from jaxllm.nn.latent import LatentAttention
 from jaxllm.nn.leaf import Leaves
 from jaxllm.nn.linear_attention import LinearAttention
+from jaxllm.nn.memory import Memory
 from jaxllm.nn.mlp import MLP
 from jaxllm.nn.moe import MoE
 from jaxllm.nn.state_space import Convolution, SelectiveScan, StateSpaceDual
@@ -32,12 +34,14 @@ __all__ = ["Block", "Norm", "dropout"]
 MODULES = {
     spec_ops.Attention: Attention,
     spec_ops.LatentAttention: LatentAttention,
+    spec_ops.InfiniAttention: InfiniAttention,
     spec_ops.MLP: MLP,
     spec_ops.MoE: MoE,
     spec_ops.LinearAttention: LinearAttention,
     spec_ops.SelectiveScan: SelectiveScan,
     spec_ops.StateSpaceDual: StateSpaceDual,
     spec_ops.Convolution: Convolution,
+    spec_ops.Memory: Memory,
 }
 
 

@@ -103,7 +103,7 @@ def decode(
     spec: ModelSpec, params: Any, inputs: Inputs, step: Step, state: Any, policy: Policy
 ) -> tuple[Float[Array, "B T D"], Any, Aux]:
     """Hidden states after the final norm, the new state, and by-products."""
-    carry = Carry(embed(spec, params, inputs, step, policy), step)
+    carry = Carry(embed(spec, params, inputs, step, policy), step, shared=params.get("shared"))
     carry, state = run(spec, params["layers"], carry, state, policy=policy)
     unknown = sorted(policy.taps - carry.aux.taps.keys())
     require(not unknown, f"taps: no matrix is at {', '.join(unknown)}; write layers.0.mlp.down")

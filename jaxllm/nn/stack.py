@@ -26,11 +26,15 @@ __all__ = ["Carry", "Stack", "run"]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Carry:
-    """What passes from layer to layer: hidden states [B, T, D], the step, by-products so far."""
+    """What passes from layer to layer: hidden states [B, T, D], the step, by-products so far.
+
+    `shared` is `params["shared"]`, leaves that several layers read.
+    """
 
     hidden: Slot
     step: Step
     aux: Aux = dataclasses.field(default_factory=Aux)
+    shared: Any = None
 
 
 def _copy(aux: Aux) -> Aux:
@@ -100,6 +104,7 @@ class Stack(nn.Module):
                 body = nn.scan(
                     _Unit,
                     variable_axes={"params": 0},
+                    variable_broadcast="shared",
                     split_rngs={"params": False},
                     in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]
                     length=segment.repeats,
@@ -131,6 +136,19 @@ class Stack(nn.Module):
 def _nest(segment: Segment, tree: Any) -> Any:
     """Linen's names of a segment's parameters: units of one layer stand under "0" too."""
     return tree if segment.unit > 1 else {"0": tree}
+
+
+def _shared(spec: ModelSpec, segments: tuple[Segment, ...], shared: Any) -> Any:
+    """Leaves that several layers read, under the path of every op that reads them."""
+    out: dict[str, Any] = {}
+    for segment in segments:
+        for place in range(segment.unit):
+            for sub in spec.block(segment.start + place).subs:
+                for named in sub.ops:
+                    if (leaves := shared.get(getattr(named.op, "share", None))) is not None:
+                        unit = out.setdefault(segment.key, {}).setdefault(str(place), {})
+                        unit[named.name] = leaves
+    return out
 
 
 def _check_blocks(spec: ModelSpec, segment: Segment) -> None:
@@ -208,7 +226,8 @@ def run(
         _check_blocks(spec, segment)
     params = {s.key: _nest(s, layers[s.key]) for s in found}
     stack = Stack(spec, policy, found)
-    carry, new_state = stack.apply({"params": params}, carry, state)
+    variables = {"params": params, "shared": _shared(spec, found, carry.shared or {})}
+    carry, new_state = stack.apply(variables, carry, state)
     if new_state is not None:
         new_state = {
             s.key: new_state[s.key] if s.unit > 1 else new_state[s.key]["0"] for s in found

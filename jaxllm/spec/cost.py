@@ -10,7 +10,7 @@ import numpy as np
 from jaxllm.core.tree import flatten
 from jaxllm.spec.mask import And, Causal, Full, Mask, Row, Window, allowed, draws, parts
 from jaxllm.spec.model import ModelSpec
-from jaxllm.spec.ops import Attention, LatentAttention
+from jaxllm.spec.ops import Attention, InfiniAttention, LatentAttention, Memory
 from jaxllm.spec.table import layer_paths, model_table
 
 __all__ = [
@@ -46,7 +46,8 @@ def _ops(spec: ModelSpec) -> list[Any]:
 
 
 def _attentions(spec: ModelSpec) -> list[Attention | LatentAttention]:
-    return [op for op in _ops(spec) if isinstance(op, Attention | LatentAttention)]
+    ops = [op.local if isinstance(op, InfiniAttention) else op for op in _ops(spec)]
+    return [op for op in ops if isinstance(op, Attention | LatentAttention)]
 
 
 def kv_bytes_per_token(spec: ModelSpec, dtype_bytes: int) -> int:
@@ -136,7 +137,8 @@ def flops(spec: ModelSpec, tokens: int, past: int = 0, logits: int | None = None
       logits: positions that are unembedded; all of them by default, none without a head.
 
     Returns:
-      `matmul`, `attention`, `recurrence` (with convolutions), `head` and their sum `total`.
+      `matmul`, `attention`, `recurrence` (with convolutions), `memory` (scores of keys and sums of
+      values), `head` and their sum `total`.
     """
     paths = layer_paths(spec)
     body = sum(
@@ -147,8 +149,10 @@ def flops(spec: ModelSpec, tokens: int, past: int = 0, logits: int | None = None
     pairs = sum(_attention(op, tokens, past) for op in _attentions(spec))
     last = spec.vocab + (0 if spec.head.transform is None else spec.width)
     count = (tokens if logits is None else logits) if spec.head.logits else 0
+    lookups = sum(op.lookup_flops(spec.width) for op in _ops(spec) if isinstance(op, Memory))
     found = {
         "matmul": body * tokens,
+        "memory": lookups * tokens,
         "attention": pairs,
         "recurrence": recurrence_flops(spec) * tokens,
         "head": 2 * spec.width * last * count,

@@ -12,7 +12,15 @@ from jaxllm.core.config import from_dict, nearest, require, to_dict
 from jaxllm.core.tree import Segment
 from jaxllm.errors import ConfigError
 from jaxllm.spec.mask import Blocks, Mask, decodes, draws, parts
-from jaxllm.spec.ops import Activation, Attention, Norm, Op
+from jaxllm.spec.ops import (
+    Activation,
+    Attention,
+    InfiniAttention,
+    LatentAttention,
+    Memory,
+    Norm,
+    Op,
+)
 from jaxllm.spec.pattern import Pattern, parse
 
 __all__ = [
@@ -26,6 +34,9 @@ __all__ = [
     "Transform",
     "sub",
 ]
+
+
+_ATTENTIONS = (Attention, LatentAttention, InfiniAttention)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -214,8 +225,27 @@ class ModelSpec:
         )
         names = [b.name for b in self.blocks]
         require(len(set(names)) == len(names), f"spec: block names used twice in {names}")
+        self._check_shared()
         for name in sorted(set(self.pattern.names)):
             require(name in names, f"layers: unknown block {name!r}; {nearest(name, names)}")
+
+    @functools.cached_property
+    def shared(self) -> dict[str, Memory]:
+        """Name of each table that several layers may share -> the first op that reads it."""
+        ops = [o.op for b in self.blocks for s in b.subs for o in s.ops]
+        named = [(op.share, op) for op in ops if isinstance(op, Memory) and op.share is not None]
+        return dict(reversed(named))
+
+    def _check_shared(self) -> None:
+        for block in self.blocks:
+            for op in (o.op for s in block.subs for o in s.ops):
+                if isinstance(op, Memory) and op.share is not None:
+                    first = self.shared[op.share]
+                    require(
+                        (op.keys, op.value_dim) == (first.keys, first.value_dim),
+                        f"spec: memories that share {op.share!r} have tables of unlike sizes, "
+                        f"{first.keys}^2 x {first.value_dim} and {op.keys}^2 x {op.value_dim}",
+                    )
 
     @functools.cached_property
     def pattern(self) -> Pattern:
@@ -236,7 +266,7 @@ class ModelSpec:
     def has_slots(self) -> bool:
         """Whether a layer remembers token by token, so that its state grows with the text."""
         ops = [o.op for b in self.blocks for s in b.subs for o in s.ops]
-        return any(isinstance(op, Attention) for op in ops)
+        return any(isinstance(op, _ATTENTIONS) for op in ops)
 
     @property
     def follows_length(self) -> bool:
@@ -248,7 +278,7 @@ class ModelSpec:
     def masks(self) -> tuple[Mask, ...]:
         """Masks of the attentions, each once."""
         ops = [o.op for b in self.blocks for s in b.subs for o in s.ops]
-        return tuple(dict.fromkeys(op.mask for op in ops if isinstance(op, Attention)))
+        return tuple(dict.fromkeys(op.mask for op in ops if isinstance(op, _ATTENTIONS)))
 
     @property
     def decodes(self) -> bool:

@@ -7,12 +7,12 @@ from typing import Any
 
 from jaxllm.spec.linear_attention import LinearAttention
 from jaxllm.spec.linear_attention_table import linear_attention
-from jaxllm.spec.ops import MLP, Attention, LatentAttention, MoE, Norm, Op
+from jaxllm.spec.ops import MLP, Attention, InfiniAttention, LatentAttention, Memory, MoE, Norm, Op
 from jaxllm.spec.param import ParamDef
 from jaxllm.spec.state_space import Convolution, SelectiveScan, StateSpaceDual
 from jaxllm.spec.state_space_table import convolution, selective_scan, state_space_dual
 
-__all__ = ["norm_table", "op_table"]
+__all__ = ["norm_table", "op_table", "values_table"]
 
 
 def norm_table(norm: Norm, width: int) -> dict[str, ParamDef]:
@@ -134,6 +134,37 @@ def _moe(op: MoE, width: int) -> dict[str, ParamDef]:
     return table | {name: d.repeat(op.experts, op.active) for name, d in experts.items()}
 
 
+def values_table(op: Memory, width: int) -> ParamDef:
+    """The values of a memory, whether it shares them or not."""
+    rows, one = op.keys**2, op.value_dim or width
+    active = min(1.0, op.heads * op.active / rows)
+    return ParamDef((rows, one), (None, "ffn"), one**-0.5, active=active)
+
+
+def _infini(op: InfiniAttention, width: int) -> dict[str, ParamDef]:
+    """Leaves of the local attention, and the logit of the memory's share."""
+    return _attention(op.local, width) | {"share": ParamDef((op.local.heads,), ("heads",))}
+
+
+def _memory(op: Memory, width: int) -> dict[str, ParamDef]:
+    half = op.key_dim // 2
+    shape = (op.heads, 2, op.keys, half)
+    axes = ("width", "heads", "head_dim")
+    table = {
+        "q": ParamDef((width, op.heads, op.key_dim), axes, width**-0.5, inputs=1),
+        "keys": ParamDef(shape, ("heads", None, None, None), half**-0.5),
+    }
+    if op.query_norm:
+        table["q_norm"] = ParamDef((half,), (None,), fill=1.0)
+    if op.gated:
+        gate = (width, op.value_dim or width)
+        table["gate"] = ParamDef(gate, ("width", "ffn"), width**-0.5, inputs=1)
+    if op.value_dim is not None:
+        down, std = (op.value_dim, width), op.value_dim**-0.5
+        table["down"] = ParamDef(down, ("ffn", "width"), std, inputs=1)
+    return table if op.share is not None else table | {"values": values_table(op, width)}
+
+
 TABLES: dict[type, Callable[[Any, int], dict[str, ParamDef]]] = {
     Attention: _attention,
     LatentAttention: _latent_attention,
@@ -143,4 +174,6 @@ TABLES: dict[type, Callable[[Any, int], dict[str, ParamDef]]] = {
     SelectiveScan: selective_scan,
     StateSpaceDual: state_space_dual,
     Convolution: convolution,
+    Memory: _memory,
+    InfiniAttention: _infini,
 }

@@ -9,7 +9,8 @@ from jaxllm.core.config import require
 from jaxllm.spec.activation import Activation
 from jaxllm.spec.latent import LatentAttention
 from jaxllm.spec.linear_attention import LinearAttention
-from jaxllm.spec.mask import Blocks, Causal, Full, Global, Mask, parts
+from jaxllm.spec.mask import And, Blocks, Causal, Chunk, Full, Global, Mask, parts
+from jaxllm.spec.memory import Memory
 from jaxllm.spec.mlp import MLP
 from jaxllm.spec.moe import MoE, Router
 from jaxllm.spec.rope import Rope
@@ -20,9 +21,11 @@ __all__ = [
     "Activation",
     "Attention",
     "Convolution",
+    "InfiniAttention",
     "LatentAttention",
     "LengthProjection",
     "LinearAttention",
+    "Memory",
     "MoE",
     "Norm",
     "Op",
@@ -180,13 +183,76 @@ class Attention:
         return self.head_dim**-0.5 if self.scale is None else self.scale
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InfiniAttention:
+    """Attention within segments, beside a memory of those before. Source: arXiv 2404.07143.
+
+    With s(x) = elu(x) + 1 of queries and keys that are not rotated, a key head's memory of closed
+    segments is M = sum s(k) v and z = sum s(k). A query finds s(q) M / s(q) z there, and an output
+    is the local one and this one in the proportion of a learned logit a head. A published
+    replication found quality to fall as more segments are compressed.
+
+    Attributes:
+      local: attention of which the mask is causal and in chunks, the segments.
+      delta: what the memory already says of a key is subtracted from its value before it is added.
+    """
+
+    kind: ClassVar[str] = "infini_attention"
+    local: Attention
+    delta: bool = True
+
+    def __post_init__(self) -> None:
+        local = self.local
+        match local.mask:
+            case And(first=Causal(), second=Chunk()):
+                pass
+            case _:
+                require(False, f"infini attention: a mask is causal in chunks, found {local.mask}")
+        plain = not (local.qk_norm or local.sinks or local.gate or local.temperature)
+        require(plain, "infini attention: no qk_norm, sinks, gate or temperature")
+
+    @property
+    def segment(self) -> int:
+        """Tokens of a segment."""
+        assert isinstance(self.local.mask, And) and isinstance(self.local.mask.second, Chunk)
+        return self.local.mask.second.size
+
+    @property
+    def mask(self) -> Mask:
+        """Of the local attention; the memory has what is before the segment."""
+        return self.local.mask
+
+    @property
+    def rope(self) -> Rope | None:
+        """Of the local attention."""
+        return self.local.rope
+
+    @property
+    def state_values(self) -> int:
+        """Values that a sequence's memory takes: closed segments and the open one."""
+        return 2 * self.local.kv_heads * self.local.head_dim * (self.local.head_dim + 1)
+
+    @property
+    def tail_values(self) -> int:
+        """None: there is no convolution."""
+        return 0
+
+    @property
+    def recurrence_flops(self) -> int:
+        """Multiply-adds x 2 a token: each query reads, each key is added and with delta read."""
+        heads, keys = self.local.heads, self.local.kv_heads * (2 if self.delta else 1)
+        return 2 * (heads + keys) * self.local.head_dim * (self.local.head_dim + 1)
+
+
 Op = (
     Attention
     | LatentAttention
+    | InfiniAttention
     | MLP
     | MoE
     | LinearAttention
     | SelectiveScan
     | StateSpaceDual
     | Convolution
+    | Memory
 )

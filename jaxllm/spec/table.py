@@ -13,7 +13,7 @@ from typing import Any
 from jaxllm.core.config import require
 from jaxllm.core.tree import Segment, flatten, single_segments
 from jaxllm.spec.model import Block, ModelSpec
-from jaxllm.spec.op_table import norm_table, op_table
+from jaxllm.spec.op_table import norm_table, op_table, values_table
 from jaxllm.spec.param import ParamDef
 
 __all__ = [
@@ -113,6 +113,10 @@ def model_table(
         "layers": layers,
     }
     table["embed"] |= _embed_tables(spec)
+    if spec.shared:
+        table["shared"] = {
+            name: {"values": values_table(op, spec.width)} for name, op in spec.shared.items()
+        }
     if spec.embedding.norm is not None:
         table["embed_norm"] = norm_table(spec.embedding.norm, spec.width)
     if spec.final_norm is not None:

@@ -16,6 +16,7 @@ from jaxllm.spec.model import Block, ModelSpec
 from jaxllm.spec.ops import (
     Attention,
     Convolution,
+    InfiniAttention,
     LatentAttention,
     LinearAttention,
     SelectiveScan,
@@ -109,6 +110,14 @@ def _linear(op: LinearAttention, batch: int, capacity: int) -> dict[str, Any]:
     return state
 
 
+def _infini(op: InfiniAttention, batch: int, capacity: int) -> dict[str, Any]:
+    heads, dim = op.local.kv_heads, op.local.head_dim
+    held = Held(
+        (batch, heads, 2, dim, dim + 1), ("batch", "kv_heads", None, "head_dim", None), np.float32
+    )
+    return {"local": _keys_and_values(op.local, batch, capacity), "memory": Recurrence(held)}
+
+
 def _selective(op: SelectiveScan, batch: int, capacity: int) -> dict[str, Any]:
     del capacity
     tail = Held((batch, op.conv - 1, op.channels), ("batch", None, "ffn"))
@@ -134,6 +143,7 @@ def _convolution(op: Convolution, batch: int, capacity: int) -> dict[str, Any]:
 
 KINDS: dict[type, Callable[[Any, int, int], Any]] = {
     Attention: _keys_and_values,
+    InfiniAttention: _infini,
     LatentAttention: _latent,
     LinearAttention: _linear,
     SelectiveScan: _selective,

@@ -8,15 +8,16 @@ the reference does.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from jaxllm.spec.model import Block, Embedding, Head, ModelSpec, sub
 from jaxllm.spec.ops import MLP, Attention, Norm, QKNorm
 from jaxllm.spec.rope import Rope
-from jaxllm.zoo import decoder
+from jaxllm.zoo import decoder, gguf_config
 from jaxllm.zoo.decoder import Kind
 from jaxllm.zoo.rope import read_rope, read_ropes, write_rope, write_ropes
-from jaxllm.zoo.table import ConfigReader, Family
+from jaxllm.zoo.table import ConfigReader, Entry, Family
 
 __all__ = ["GEMMA2", "GEMMA3"]
 
@@ -164,16 +165,58 @@ def _write3(spec: ModelSpec) -> dict[str, Any] | None:
     return config | write_ropes(ropes, context=spec.context)
 
 
+def _read_gguf(
+    config: ConfigReader, tensors: Mapping[str, Any], largest: int
+) -> tuple[ConfigReader, dict[str, Any]]:
+    """The keys of both generations; scores are scaled by D / N in the largest model alone."""
+    data = gguf_config.read_common(config, tensors)
+    heads = max(data["num_attention_heads"], 1)
+    even = data["num_hidden_layers"] == largest
+    scalar = data["hidden_size"] // heads if even else data["head_dim"]
+    window = config.take("attention.sliding_window", int)
+    for which in ("attn", "final"):
+        cap = config.take(f"{which}_logit_softcapping", float, 0.0)
+        data[f"{which}_logit_softcapping"] = gguf_config.short(cap) if cap else None
+    return config, data | {"query_pre_attn_scalar": scalar, "sliding_window": window}
+
+
+def _read_gguf2(config: ConfigReader, tensors: Mapping[str, Any]) -> ModelSpec:
+    config, data = _read_gguf(config, tensors, 46)
+    return _read2(config.translated(data | {"model_type": "gemma2"}))
+
+
+def _read_gguf3(config: ConfigReader, tensors: Mapping[str, Any]) -> ModelSpec:
+    config, data = _read_gguf(config, tensors, 62)
+    data |= {
+        "rope_local_base_freq": gguf_config.short(config.take("rope.freq_base_swa", float, 1e4)),
+        "sliding_window_pattern": config.take("attention.sliding_window_pattern", int, 6),
+        "model_type": "gemma3_text",
+    }
+    return _read3(config.translated(data))
+
+
+def _gguf_names(spec: ModelSpec, _: str) -> list[Entry]:
+    """Norms stand as what they multiply by, 1 + w."""
+    found = decoder.entries(spec, gguf_config.SANDWICH, layer="blk.{}.")
+    return [dataclasses.replace(e, form="one_more") if "norm" in e.path else e for e in found]
+
+
 GEMMA2 = Family(
     model_types=("gemma2",),
+    architectures=("gemma2",),
     read=_read2,
     write=_write2,
+    read_gguf=_read_gguf2,
+    gguf_names=_gguf_names,
     names=lambda spec: decoder.entries(spec, decoder.TENSORS | decoder.SANDWICH_NORMS),
 )
 GEMMA3 = Family(
     model_types=("gemma3_text",),
+    architectures=("gemma3",),
     read=_read3,
     write=_write3,
+    read_gguf=_read_gguf3,
+    gguf_names=_gguf_names,
     names=lambda spec: decoder.entries(
         spec, decoder.TENSORS | decoder.QK_NORMS | decoder.SANDWICH_NORMS
     ),

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
 from jaxllm.spec.mask import And, Causal, Mask, Window
 from jaxllm.spec.model import Block, Head, ModelSpec, sub
 from jaxllm.spec.ops import MLP, Attention, Norm
 from jaxllm.spec.rope import LinearScaling, Llama3Scaling, Rope
+from jaxllm.zoo import gguf_config, mixtral
 from jaxllm.zoo.decoder import (
     IGNORED_KEYS,
     PRE_NORMS,
@@ -19,6 +18,7 @@ from jaxllm.zoo.decoder import (
     read_activation,
     write_activation,
 )
+from jaxllm.zoo.gguf_config import short
 from jaxllm.zoo.rope import read_rope, usable_context, write_rope
 from jaxllm.zoo.table import ConfigReader, Entry, Family
 
@@ -157,27 +157,13 @@ def _write(spec: ModelSpec) -> dict[str, Any] | None:
 
 def _gguf_names(spec: ModelSpec, architecture: str) -> list[Entry]:
     """GGUF names; the architecture `llama` stores q and k for interleaved rope."""
-    found = entries(spec, _GGUF_TENSORS, layer="blk.{}.")
+    found = entries(spec, gguf_config.DECODER | mixtral.GGUF_EXPERTS, layer="blk.{}.")
     if architecture != "llama":
         return found
     rotary = ("attn.q", "attn.k", "attn.q_bias", "attn.k_bias")
     return [Entry(e.disk, e.path, "interleaved") if e.path.endswith(rotary) else e for e in found]
 
 
-_GGUF_TENSORS = {
-    "embed.table": "token_embd",
-    "final_norm": "output_norm",
-    "head.kernel": "output",
-    "attn.q": "attn_q",
-    "attn.k": "attn_k",
-    "attn.v": "attn_v",
-    "attn.o": "attn_output",
-    "mlp.gate": "ffn_gate",
-    "mlp.up": "ffn_up",
-    "mlp.down": "ffn_down",
-    "attn_norm": "attn_norm",
-    "mlp_norm": "ffn_norm",
-}
 _GGUF_IGNORED = (
     "rope.dimension_count",
     "attention.sliding_window",
@@ -185,20 +171,19 @@ _GGUF_IGNORED = (
     "rope.scaling.attn_factor",
     "rope.scaling.finetuned",
     "attention.layer_norm_epsilon",
-    "expert_count",
     "expert_used_count",
 )
 
 
 def _read_gguf(config: ConfigReader, tensors: Mapping[str, Any]) -> ModelSpec:
     """Keys below `<architecture>.`, read through a reader whose names lack that prefix."""
+    if config.take("expert_count", int, 0):
+        return mixtral.read_gguf(config, tensors)
     width = config.take("embedding_length", int)
     heads = config.take("attention.head_count", int)
     head_dim = config.take("attention.key_length", int, width // max(heads, 1))
     if config.take("attention.value_length", int, head_dim) != head_dim:
         config.problem("attention.value_length differs from attention.key_length")
-    if config.take("expert_count", int, 0):
-        config.problem("expert_count > 0: experts are not supported in this family")
     if config.take("rope.dimension_count", int, head_dim) != head_dim:
         config.problem("rope.dimension_count differs from the head width")
     config.ignore(*_GGUF_IGNORED)
@@ -207,7 +192,7 @@ def _read_gguf(config: ConfigReader, tensors: Mapping[str, Any]) -> ModelSpec:
         "vocab": config.take("vocab_size", int, table[0]),
         "layers": config.take("block_count", int),
         "context": config.take("context_length", int),
-        "eps": _short(config.take("attention.layer_norm_rms_epsilon", float)),
+        "eps": short(config.take("attention.layer_norm_rms_epsilon", float)),
         "tied": "output.weight" not in tensors,
     }
     parts = {
@@ -217,7 +202,7 @@ def _read_gguf(config: ConfigReader, tensors: Mapping[str, Any]) -> ModelSpec:
         "qkv_bias": "blk.0.attn_q.bias" in tensors,
         "out_bias": "blk.0.attn_output.bias" in tensors,
     }
-    theta = _short(config.take("rope.freq_base", float, 10_000.0))
+    theta = short(config.take("rope.freq_base", float, 10_000.0))
     factor = _gguf_linear_factor(config, tensors)
     mlp = {
         "width": config.take("feed_forward_length", int),
@@ -230,11 +215,6 @@ def _read_gguf(config: ConfigReader, tensors: Mapping[str, Any]) -> ModelSpec:
         return _spec(width=width, attn=attn, mlp=MLP(**mlp), **values)
 
     return config.finish(make)
-
-
-def _short(value: float) -> float:
-    """GGUF keeps float32: the shortest decimal of the same value, 1e-05 and not 9.99999974e-06."""
-    return float(str(np.float32(value)))
 
 
 def _gguf_linear_factor(config: ConfigReader, tensors: Mapping[str, Any]) -> float:

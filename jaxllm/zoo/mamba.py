@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from jaxllm.spec.model import Block, Head, ModelSpec, sub
 from jaxllm.spec.ops import Norm, SelectiveScan, StateSpaceDual
 from jaxllm.spec.state_space import GatedNorm
-from jaxllm.zoo import decoder, recurrent
-from jaxllm.zoo.table import ConfigReader, Entry, Family
+from jaxllm.zoo import decoder, gguf_config, recurrent
+from jaxllm.zoo.table import ConfigReader, Entry, Family, Form
 
 __all__ = ["FAMILY", "FAMILY2"]
 
@@ -173,5 +174,68 @@ def _names(spec: ModelSpec) -> list[Entry]:
     return recurrent.entries(spec, _ENDS | names, layer=_PREFIX + "layers.{}.")
 
 
-FAMILY = Family(model_types=("mamba",), read=_read, write=_write, names=_names, prefix=_PREFIX)
+_GGUF = {
+    "embed.table": "token_embd",
+    "final_norm": "output_norm",
+    "head.kernel": "output",
+    "ssm_norm": "attn_norm",
+    "ssm.x": "ssm_in",
+    "ssm.z": "ssm_in",
+    "ssm.conv": "ssm_conv1d",
+    "ssm.step": "ssm_x",
+    "ssm.b": "ssm_x",
+    "ssm.c": "ssm_x",
+    "ssm.dt": "ssm_dt",
+    "ssm.dt_offset": "ssm_dt.bias=",
+    "ssm.a_log": "ssm_a=",
+    "ssm.d": "ssm_d=",
+    "ssm.o": "ssm_out",
+}
+
+
+def _read_gguf(config: ConfigReader, tensors: Mapping[str, Any]) -> ModelSpec:
+    # Zeros for what it has not, and as many tokens as there is room for in other models.
+    config.ignore("context_length", "feed_forward_length", "attention.head_count")
+    width = config.take("embedding_length", int)
+    channels = config.take("ssm.inner_size", int)
+    table = tensors["token_embd.weight"].shape if "token_embd.weight" in tensors else (1,)
+    eps = config.take("attention.layer_norm_rms_epsilon", float, 1e-5)
+    if config.take("ssm.dt_b_c_rms", bool, False):
+        config.problem("ssm.dt_b_c_rms (norms inside, as Falcon Mamba's) is not supported")
+    data = {
+        "model_type": "mamba",
+        "vocab_size": config.take("vocab_size", int, table[0]),
+        "hidden_size": width,
+        "num_hidden_layers": config.take("block_count", int),
+        "expand": _expand(channels, max(width, 1)),
+        "intermediate_size": channels,
+        "conv_kernel": config.take("ssm.conv_kernel", int),
+        "state_size": config.take("ssm.state_size", int),
+        "time_step_rank": config.take("ssm.time_step_rank", int),
+        "layer_norm_epsilon": gguf_config.short(eps),
+        "tie_word_embeddings": "output.weight" not in tensors,
+    }
+    return _read(config.translated(data))
+
+
+def _gguf_names(spec: ModelSpec, _: str) -> list[Entry]:
+    forms: dict[str, Form] = {"ssm.conv": "conv_rows", "ssm.a_log": "minus_exp"}
+    found = recurrent.entries(spec, _GGUF, layer="blk.{}.")
+
+    def form(entry: Entry) -> Form:
+        return forms.get(".".join(entry.path.split(".")[-2:]), entry.form)
+
+    return [dataclasses.replace(entry, form=form(entry)) for entry in found]
+
+
+FAMILY = Family(
+    model_types=("mamba",),
+    architectures=("mamba",),
+    read=_read,
+    write=_write,
+    names=_names,
+    read_gguf=_read_gguf,
+    gguf_names=_gguf_names,
+    prefix=_PREFIX,
+)
 FAMILY2 = Family(model_types=("mamba2",), read=_read2, write=_write2, names=_names, prefix=_PREFIX)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from jaxllm.spec.model import Head, ModelSpec
 from jaxllm.spec.moe import MoE, Router
 from jaxllm.spec.ops import MLP, Attention, Norm
-from jaxllm.zoo import decoder, experts
+from jaxllm.zoo import decoder, experts, gguf_config
 from jaxllm.zoo.rope import read_rope, write_rope
 from jaxllm.zoo.table import ConfigReader, Family
 
-__all__ = ["FAMILY"]
+__all__ = ["FAMILY", "GGUF_EXPERTS", "read_gguf"]
 
 _TENSORS = {
     "moe.router": "block_sparse_moe.gate",
@@ -65,6 +66,28 @@ def _write(spec: ModelSpec) -> dict[str, Any] | None:
         "rms_norm_eps": parts.norm.eps,
         "hidden_act": decoder.write_activation(parts.mlp.activation),
     }
+
+
+GGUF_EXPERTS = {
+    "moe_norm": "ffn_norm",
+    "moe.router": "ffn_gate_inp",
+    "moe.gate": "ffn_gate_exps",
+    "moe.up": "ffn_up_exps",
+    "moe.down": "ffn_down_exps",
+}
+"""Names of experts in GGUF; a tensor has all of a layer."""
+
+
+def read_gguf(config: ConfigReader, tensors: Mapping[str, Any]) -> ModelSpec:
+    """The architecture `llama` with experts."""
+    data = gguf_config.read_common(config, tensors) | {
+        "model_type": "mixtral",
+        "num_local_experts": config.take("expert_count", int),
+        "num_experts_per_tok": config.take("expert_used_count", int),
+    }
+    data.setdefault("rope_theta", 1e4)  # of the architecture
+    window = config.take("attention.sliding_window", int, 0)
+    return _read(config.translated(data | {"sliding_window": window or None}))
 
 
 FAMILY = Family(

@@ -5,12 +5,13 @@ A spec that Llama's files can say, without partial rope, is saved in these.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from jaxllm.spec.mask import And
 from jaxllm.spec.model import Block, Head, ModelSpec, sub
 from jaxllm.spec.ops import MLP, Attention, Norm
-from jaxllm.zoo import decoder
+from jaxllm.zoo import decoder, gguf_config
 from jaxllm.zoo.rope import read_rope, write_rope
 from jaxllm.zoo.table import ConfigReader, Family
 
@@ -70,10 +71,26 @@ def _write(spec: ModelSpec) -> dict[str, Any] | None:
     }
 
 
+def _read_gguf(config: ConfigReader, tensors: Mapping[str, Any]) -> ModelSpec:
+    window = config.take("attention.sliding_window", int, 0)
+    data = gguf_config.read_common(config, tensors)
+    return _read(config.translated(data | {"model_type": "phi3", "sliding_window": window or None}))
+
+
+_GGUF = gguf_config.DECODER | {
+    "attn.q": "attn_qkv",
+    "attn.k": "attn_qkv",
+    "attn.v": "attn_qkv",
+    "mlp.gate": "ffn_up",
+    "mlp.up": "ffn_up",
+}
 FAMILY = Family(
     model_types=("phi3",),
+    architectures=("phi3",),
     read=_read,
     write=_write,
+    read_gguf=_read_gguf,
+    gguf_names=lambda spec, _: decoder.entries(spec, _GGUF, layer="blk.{}."),
     names=lambda spec: decoder.entries(spec, decoder.TENSORS | _FUSED | decoder.PRE_NORMS),
     ignored=("*.rotary_emb.inv_freq",),
 )

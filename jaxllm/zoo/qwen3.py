@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from jaxllm.spec.model import Block, Head, ModelSpec, sub
 from jaxllm.spec.ops import MLP, Attention, Norm, QKNorm
-from jaxllm.zoo import decoder
+from jaxllm.zoo import decoder, gguf_config
 from jaxllm.zoo.rope import read_rope, write_rope
 from jaxllm.zoo.table import ConfigReader, Family
 
@@ -79,10 +80,18 @@ def _write(spec: ModelSpec) -> dict[str, Any] | None:
     }
 
 
+def _read_gguf(config: ConfigReader, tensors: Mapping[str, Any]) -> ModelSpec:
+    data = gguf_config.read_common(config, tensors)
+    return _read(config.translated(data | {"model_type": "qwen3"}))
+
+
 FAMILY = Family(
     model_types=("qwen3",),
+    architectures=("qwen3",),
     read=_read,
     write=_write,
+    read_gguf=_read_gguf,
+    gguf_names=lambda spec, _: decoder.entries(spec, gguf_config.DECODER, layer="blk.{}."),
     names=lambda spec: decoder.entries(
         spec, decoder.TENSORS | decoder.QK_NORMS | decoder.PRE_NORMS
     ),

@@ -16,7 +16,17 @@ from jaxllm.spec.param import ParamDef
 
 __all__ = ["ConfigReader", "Entry", "Family", "Form", "join"]
 
-Form = Literal["linear", "plain", "interleaved", "in_out", "same", "conv"]
+Form = Literal[
+    "linear",
+    "plain",
+    "interleaved",
+    "in_out",
+    "same",
+    "conv",
+    "conv_rows",
+    "one_more",
+    "minus_exp",
+]
 _MISSING = object()
 
 
@@ -75,6 +85,11 @@ class ConfigReader:
         """Keys that do not change what the model computes at inference."""
         self._seen.update(keys)
 
+    def translated(self, data: Mapping[str, Any]) -> ConfigReader:
+        """A reader of other words for what this one read, once nothing is left unread in it."""
+        self.finish()
+        return ConfigReader(data, self._where)
+
     def problem(self, message: str) -> None:
         """Remember a problem; `finish` raises all of them."""
         self._problems.append(message)
@@ -107,7 +122,9 @@ class Entry:
     Forms: `plain` is a reshape; `linear` is [out, in] on disk and [*in, *out] here; `interleaved`
     is `linear` (or a bias) whose rotary rows are paired 2i, 2i + 1 on disk and i, i + H/2 here;
     `in_out` is [in, out] on disk as here, `same` has our shape there too; `conv` is a depthwise
-    convolution, [channels, 1, W] on disk and [W, *channels] here.
+    convolution, [channels, 1, W] on disk and [W, *channels] here, `conv_rows` [channels, W]. In
+    GGUF some values stand otherwise: `one_more` is `plain`, of x + 1, and `minus_exp` is `same`, of
+    -exp(x).
 
     Several leaves may fill one tensor: each is then a `part` (first output, number of outputs of
     the whole tensor), as q, k and v in `qkv_proj`. With `groups` the tensor is so many equal
@@ -131,10 +148,11 @@ class Entry:
     def part_shape(self, definition: ParamDef) -> tuple[int, ...]:
         """Shape of this leaf on disk: matrices [out, in], vectors flat, tables as they are."""
         own = self._own(definition)
-        if self.form == "same":
+        if self.form in ("same", "minus_exp"):
             return own.shape
-        if self.form == "conv":
-            return (own.size // own.shape[0], 1, own.shape[0])
+        if self.form in ("conv", "conv_rows"):
+            between = (1,) if self.form == "conv" else ()
+            return (own.size // own.shape[0], *between, own.shape[0])
         stack, one = own.shape[: own.lead], own.shape[own.lead :]
         if not own.std:
             return (*stack, math.prod(one))
@@ -170,8 +188,12 @@ class Entry:
             array = paired.swapaxes(1, 2).reshape(array.shape)
         if self.form in ("linear", "interleaved") and array.ndim == own.lead + 2:
             array = array.swapaxes(-1, -2)
-        if self.form == "conv":
-            array = array[:, 0].T
+        if self.form in ("conv", "conv_rows"):
+            array = array.reshape(array.shape[0], -1).T
+        if self.form == "one_more":
+            array = array.astype(np.float32) - 1
+        if self.form == "minus_exp":
+            array = np.log(-array.astype(np.float32))
         return array.reshape(own.shape)
 
     def to_disk(self, array: np.ndarray, definition: ParamDef) -> np.ndarray:
@@ -180,8 +202,12 @@ class Entry:
         lead, shape = self._own(definition).lead, self.part_shape(definition)
         if self.form in ("linear", "interleaved") and len(shape) == lead + 2:
             out = array.reshape(*shape[:lead], shape[-1], shape[-2]).swapaxes(-1, -2)
-        elif self.form == "conv":
-            out = array.reshape(shape[2], shape[0]).T[:, None]
+        elif self.form in ("conv", "conv_rows"):
+            out = array.reshape(shape[-1], shape[0]).T.reshape(shape)
+        elif self.form == "one_more":
+            out = (array.astype(np.float32) + 1).reshape(shape)
+        elif self.form == "minus_exp":
+            out = -np.exp(array.astype(np.float32)).reshape(shape)
         else:
             out = array.reshape(shape)
         if self.form == "interleaved":

@@ -18,7 +18,9 @@ from jaxllm.spec.ops import (
     MLP,
     Attention,
     Convolution,
+    InfiniAttention,
     LatentAttention,
+    Memory,
     MoE,
     Norm,
     QKNorm,
@@ -36,6 +38,7 @@ from tests.contracts.encoders import ENCODERS
 RMS, OFFSET, LAYER = Norm(), Norm(offset=1.0, eps=1e-6), Norm(type="layer", bias=True)
 LOCAL = And(first=Causal(), second=Window(left=2))
 CHUNKS = And(first=Causal(), second=Chunk(size=5))
+SEGMENTS = And(first=Causal(), second=Chunk(size=4))
 STREAMING = And(first=Causal(), second=Or(first=Window(left=2), second=Global(first=2)))
 NEAR = Rope(theta=100.0)
 
@@ -265,6 +268,28 @@ SPECS: dict[str, ModelSpec] = {
         ),
         layers="M*2 P",
         head=Head(tied=True),
+    ),
+    # Memories of product keys: one table for two layers, gated; and one of a layer's own.
+    "memory": model(
+        Block(
+            name="M",
+            subs=(
+                sub("attn", heads(4, 2), norm_in=RMS),
+                sub("mem", Memory(heads=2, keys=6, active=3, key_dim=8, value_dim=12, gated=True,
+                                  share="pool"), norm_in=RMS),
+            ),
+        ),
+        Block(name="P", subs=(sub("mem", Memory(heads=3, keys=4, active=5, key_dim=6,
+                                                query_norm=False), norm_in=RMS),)),
+        layers="(M P)*2",
+    ),
+    # Segments of 4 and 5 tokens beside a memory of those before, with the delta rule and without.
+    "infini": model(
+        Block(name="D", subs=(sub("attn", InfiniAttention(local=heads(4, 2, mask=SEGMENTS)),
+                                  norm_in=RMS),)),
+        Block(name="N", subs=(sub("attn", InfiniAttention(local=heads(2, 2, mask=CHUNKS),
+                                                          delta=False), norm_in=RMS),)),
+        layers="(D N)*2",
     ),
     # The first tokens stay in sight of a window.
     "streaming": model(pre("G", heads(4, 2, mask=STREAMING), MLP48), layers="G*2"),

@@ -8,10 +8,19 @@ import pytest
 
 from jaxllm.nn.api import Inputs
 from jaxllm.spec.mask import Causal, Row, allowed
-from jaxllm.spec.ops import MLP, Attention, LatentAttention, LinearAttention, MoE
+from jaxllm.spec.ops import (
+    MLP,
+    Attention,
+    InfiniAttention,
+    LatentAttention,
+    LinearAttention,
+    Memory,
+    MoE,
+)
 from tests.contracts import recurrences
 from tests.contracts.linear import linear_attention
 from tests.contracts.specs import NAMES, SPECS, assert_close, full, params, runner, single, tokens
+from tests.ops.memory_oracle import memory
 from tests.ops.routing_oracle import moe
 from tests.ops.test_attention import oracle as attend
 from tests.ops.test_norm import FORMULAS
@@ -87,6 +96,32 @@ def attention(op, w, x):
     return y + w["o_bias"] if op.out_bias else y
 
 
+def infini(op, w, x):
+    """By segments: what closed ones say is read for a whole segment, then it is added."""
+    parts, heads = [], op.local.heads
+    feature = lambda y: np.where(y > 0, y + 1, np.exp(np.minimum(y, 0)))  # noqa: E731
+    eye = np.eye(heads * op.local.head_dim).reshape(heads, op.local.head_dim, -1)
+    local = attention(op.local, w | {"o": eye}, x).reshape(*x.shape[:2], heads, -1)
+    q, k, v = (np.einsum("btd,dnh->btnh", x, w[name]) for name in "qkv")
+    q, k, group = feature(q), feature(k), heads // op.local.kv_heads
+    k, v = np.repeat(k, group, axis=2), np.repeat(v, group, axis=2)
+    m, z = np.zeros((len(x), heads, *k.shape[-1:] * 2)), np.zeros((len(x), heads, k.shape[-1]))
+    for start in range(0, x.shape[1], op.segment):
+        at = slice(start, start + op.segment)
+
+        def read(y, m=m, z=z):
+            whole = np.einsum("btnh,bnh->btn", y, z)[..., None]
+            return np.einsum("btnh,bnhv->btnv", y, m) / np.maximum(whole, 1e-20)
+
+        parts.append(read(q[:, at]))
+        new = v[:, at] - read(k[:, at]) if op.delta else v[:, at]
+        m = m + np.einsum("btnh,btnv->bnhv", k[:, at], new)
+        z = z + k[:, at].sum(1)
+    share = 1 / (1 + np.exp(-w["share"]))[:, None]
+    out = (1 - share) * local + share * np.concatenate(parts, axis=1)
+    return np.einsum("btnh,nhd->btd", out, w["o"])
+
+
 def latent(op, w, x):
     def normed(y, scale):
         return y / np.sqrt((y**2).mean(-1, keepdims=True) + op.eps) * scale
@@ -133,8 +168,10 @@ def mlp(op, w, x):
 OPS = {
     Attention: attention,
     LatentAttention: latent,
+    InfiniAttention: infini,
     MLP: mlp,
     MoE: moe,
+    Memory: memory,
     LinearAttention: linear_attention,
     **recurrences.OPS,
 }
@@ -154,9 +191,15 @@ def decode(spec, weights, ids, types=0):
         for sub in spec.block(layer).subs:
             name = sub.ops[0].name
             inner = norm(sub.norm_in, w.get(f"{name}_norm"), x)
+            shared = weights.get("shared", {})
             own = {o.name: norm(o.norm_in, w.get(f"{o.name}_norm"), inner) for o in sub.ops}
             update = sum(
-                o.scale * OPS[type(o.op)](o.op, w[o.name], o.scale_in * own[o.name])
+                o.scale
+                * OPS[type(o.op)](
+                    o.op,
+                    w[o.name] | shared.get(getattr(o.op, "share", None), {}),
+                    o.scale_in * own[o.name],
+                )
                 for o in sub.ops
             )
             x = x + sub.scale * norm(sub.norm_out, w.get(f"{name}_out_norm"), update)
@@ -300,6 +343,13 @@ FLAGS = [
     ("dual", ("blocks", 1, "subs", 0, "ops", 0, "scale"), 1.0),
     ("dual", ("blocks", 1, "subs", 0, "ops", 1, "scale_in"), 1.0),
     ("dual", (*op(1, 1), "gate_scale"), 1.0),
+    ("infini", (*op(0), "delta"), False),
+    ("infini", (*op(1), "delta"), True),
+    ("infini", (*op(0), "local", "mask", "second", "size"), 5),
+    ("memory", (*op(0, 1), "active"), 2),
+    ("memory", (*op(0, 1), "gated"), False),
+    ("memory", (*op(0, 1), "eps"), 1e-1),
+    ("memory", (*op(1), "active"), 4),
     ("bert", ("embedding", "position_offset"), 2),
     ("bert", ("embedding", "norm", "eps"), 1e-2),
     ("bert", ("embedding", "types"), None),

@@ -51,6 +51,12 @@ def qk_norm(**changes):
     return attn(qk_norm=renorm(**changes))
 
 
+def all_short(rope):
+    """A rope whose long factors are the short ones."""
+    scaling = dataclasses.replace(rope.scaling, long_factor=rope.scaling.short_factor)
+    return dataclasses.replace(rope, scaling=scaling)
+
+
 def one_norm(spec):
     """Both ops read what the attention's norm gives."""
 
@@ -124,6 +130,9 @@ MUTATIONS = {
     ("phi3_partial", "rope on whole heads"): rope(fraction=1.0),
     ("phi3_partial_hub", "rope on three quarters"): rope(fraction=0.75),
     ("phi3_partial_hub", "no window"): attn(mask=Causal()),
+    ("phi3_longrope", "not scaled"): rope(scaling=None),
+    ("phi3_longrope_hub", "not scaled"): rope(scaling=None),
+    ("phi3_longrope_hub", "short past the original"): attn(rope=all_short),
     ("cohere2", "rope pairs i, i + H/2"): only("L", attn(rope=Rope())),
     ("cohere2", "rope on full layers"): only("G", attn(rope=Rope(layout="interleaved"))),
     ("cohere2", "logits not scaled"): part("head", scale=1.0),

@@ -42,10 +42,12 @@ LATER = (
     "olmo2_hub",
     "olmo3_hub",
     "phi2_hub",
+    "phi3_longrope_hub",
     "phi3_partial_hub",
     "qwen3_window",
     "smollm3_hub",
     *("olmo_hybrid_nope", "qwen3_next_hub"),
+    *("gguf_gemma2", "gguf_phi3", "gguf_qwen3"),
     *(
         "deepseek_v2_hub",
         "deepseek_v3_hub",
@@ -92,6 +94,8 @@ GREEDY = {
         "llama_longrope_hub",
         "jamba",
         "mamba2",
+        "deepseek_v3",
+        "llama4",
     ),
     "scan": ("llama_mqa", "llama_odd", "mistral_window"),
 }
@@ -170,7 +174,13 @@ def test_saving_from_the_stacked_layout_writes_the_same_bytes(tmp_path):
     assert files[0] == files[1]
 
 
-@pytest.mark.parametrize("name", ["gguf_f32", "gguf_q8"])
+GGUF = ("gguf_f32", "gguf_gemma3", "gguf_mamba", "gguf_mixtral", "gguf_q8")
+GGUF_LATER = ("gguf_gemma2", "gguf_phi3", "gguf_qwen3")
+
+
+@pytest.mark.parametrize(
+    "name", [*GGUF, *(pytest.param(name, marks=pytest.mark.slow) for name in GGUF_LATER)]
+)
 def test_a_gguf_file_becomes_the_safetensors_of_the_same_model(name, tmp_path):
     want = golden(name)
     model = load(want.source)

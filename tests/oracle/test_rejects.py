@@ -9,6 +9,7 @@ from safetensors.numpy import save_file
 
 import jaxllm
 from jaxllm.errors import ConfigError, UnsupportedError, WeightsError
+from jaxllm.spec.rope import Rope, YarnScaling
 from jaxllm.zoo.families import FAMILIES
 from jaxllm.zoo.load import open_checkpoint
 from jaxllm.zoo.table import ConfigReader
@@ -231,9 +232,48 @@ def test_scaling_in_gguf_metadata(keys, factor):
         ({"rope.freq_base": 0.0}, "theta is positive"),
         ({"attention.head_count_kv": 3}, "no multiple of kv_heads 3"),
         ({"feed_forward_length": 0}, "width is positive"),
-        ({"expert_count": 8}, "experts are not supported"),
+        ({"expert_count": 8}, "expert_used_count is missing"),
     ],
 )
 def test_contradictions_in_gguf_metadata_name_the_file(keys, expected):
     with pytest.raises(ConfigError, match=f"^a.gguf: .*{expected}"):
         FAMILIES["llama"].read_gguf(ConfigReader(GGUF | keys, "a.gguf"), {})
+
+
+@pytest.mark.parametrize(
+    ("family", "keys", "expected"),
+    [
+        ("qwen3", {"rope.scaling.type": "dynamic"}, "'dynamic' is not supported"),
+        ("qwen3", {"rope.dimension_count": 4}, "partial_rotary_factor"),
+        ("qwen3", {"attention.value_length": 4}, "value_length differs"),
+        ("qwen3", {"expert_count": 8}, "unknown key 'expert_count'"),
+        ("gemma2", {}, "attention.sliding_window is missing"),
+        ("gemma3", {"attention.sliding_window": 0}, "sliding_window is missing"),
+        ("phi3", {"rope.scaling.type": "longrope"}, "'longrope' is not supported"),
+        ("llama", {"expert_count": 2, "expert_used_count": 3}, "active is 1 to 2"),
+        ("mamba", {"ssm.dt_b_c_rms": True}, "ssm.dt_b_c_rms"),
+    ],
+)
+def test_contradictions_in_gguf_metadata_of_other_families(family, keys, expected):
+    with pytest.raises(ConfigError, match=f"^a.gguf: .*{expected}"):
+        FAMILIES[family].read_gguf(ConfigReader(GGUF | keys, "a.gguf"), {})
+
+
+def test_a_scaling_of_gguf_metadata_is_that_of_the_config():
+    keys = {
+        "rope.scaling.type": "yarn",
+        "rope.scaling.factor": 4.0,
+        "rope.scaling.original_context_length": 16,
+        "rope.freq_base": 1e6,
+    }
+    spec = FAMILIES["qwen3"].read_gguf(ConfigReader(GGUF | keys, "a.gguf"), {})
+    rope = spec.block(0).subs[0].ops[0].op.rope
+    assert rope == Rope(theta=1e6, scaling=YarnScaling(factor=4.0, original_context=16))
+
+
+def test_the_largest_gemma_scales_scores_by_the_width_of_a_query():
+    """Its files do not say so; the layers tell it."""
+    for layers, scale in ((46, 8**-0.5), (1, 16**-0.5)):
+        keys = {"attention.key_length": 16, "attention.sliding_window": 4, "block_count": layers}
+        spec = FAMILIES["gemma2"].read_gguf(ConfigReader(GGUF | keys, "a.gguf"), {})
+        assert spec.block(0).subs[0].ops[0].op.scale == scale

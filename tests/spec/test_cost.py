@@ -23,6 +23,7 @@ from jaxllm.spec.mask import And, Blocks, Causal, Full, Global, Or, Random, Row,
 from jaxllm.spec.model import Head
 from jaxllm.spec.op_table import op_table
 from jaxllm.spec.ops import MoE
+from jaxllm.spec.table import model_table
 from jaxllm.state.dense import dense_state
 from jaxllm.zoo.families import PRESETS
 from tests.contracts.specs import SPECS, params
@@ -94,6 +95,17 @@ def used(op, width=32):
         own = 32 * op.experts + op.active * used(op.mlp, width)
         return own if op.latent is None else own + 2 * 32 * width
     return sum(d.size for d in op_table(op, width).values() if d.inputs)
+
+
+def test_a_memory_costs_its_lookups_and_a_token_uses_what_it_reads():
+    spec = SPECS["memory"]
+    scores, sums = 2 * 6 * 8 + 3 * 4 * 6, 2 * 3 * 12 + 3 * 5 * 32  # of one layer of each kind
+    assert flops(spec, 5)["memory"] == 2 * 2 * 5 * (scores + sums)
+    table = dict(flatten(model_table(spec)))
+    assert table["shared.pool.values"].size == 36 * 12
+    values = [d for path, d in table.items() if path.endswith("values")]
+    idle = sum(d.size - round(d.size * d.active) for d in values)
+    assert num_params(spec) - num_active_params(spec) == idle > 0
 
 
 @pytest.mark.parametrize("name", SPECS)

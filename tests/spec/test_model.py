@@ -23,11 +23,20 @@ from jaxllm.spec.mask import (
     Window,
 )
 from jaxllm.spec.model import Block, Embedding, Head, ModelSpec, NamedOp, Sub, sub
-from jaxllm.spec.ops import MLP, Attention, LengthProjection, MoE, Norm, Temperature
+from jaxllm.spec.ops import (
+    MLP,
+    Attention,
+    InfiniAttention,
+    LengthProjection,
+    Memory,
+    MoE,
+    Norm,
+    Temperature,
+)
 from jaxllm.spec.rope import Llama3Scaling, Rope
 from jaxllm.zoo.families import PRESETS
 from tests.contracts.encoders import heads
-from tests.contracts.specs import SPECS
+from tests.contracts.specs import CHUNKS, SPECS
 
 ALL = {**SPECS, **PRESETS}
 
@@ -174,6 +183,23 @@ def test_no_spec_at_all(text):
         lambda: Rope(fraction=2.0),
         lambda: dataclasses.replace(SPECS["mha"], blocks=SPECS["mha"].blocks * 2),
         lambda: Block(name="G", subs=()),
+        lambda: InfiniAttention(local=heads(4)),
+        lambda: InfiniAttention(local=heads(4, mask=CHUNKS, sinks=True)),
+        lambda: Memory(heads=1, keys=0, active=1, key_dim=4),
+        lambda: Memory(heads=1, keys=2, active=5, key_dim=4),
+        lambda: Memory(heads=1, keys=2, active=1, key_dim=3),
+        lambda: Memory(heads=1, keys=2, active=1, key_dim=4, gated=True),
+        lambda: Memory(heads=1, keys=2, active=1, key_dim=4, share="a.b"),
+        lambda: dataclasses.replace(
+            SPECS["memory"],
+            blocks=(
+                *SPECS["memory"].blocks,
+                Block(
+                    name="X",
+                    subs=(sub("m", Memory(heads=1, keys=5, active=1, key_dim=4, share="pool")),),
+                ),
+            ),
+        ),
         lambda: MoE(experts=2, active=1, mlp=MLP(width=4), latent=0),
         lambda: MoE(experts=2, active=1, mlp=MLP(width=4), latent_bias=True),
         lambda: Temperature(scale=1.0, period=0.0),
@@ -199,3 +225,8 @@ def test_specs_are_data():
 def test_nearest():
     assert nearest("hart", ["heart", "lung"]) == "did you mean 'heart'? allowed: heart, lung"
     assert nearest("zzz", ["heart", "lung"]) == "allowed: heart, lung"
+
+
+def test_latent_attention_remembers_token_by_token():
+    assert SPECS["latent"].has_slots
+    assert len(SPECS["latent"].masks) == 2
