@@ -32,7 +32,7 @@ class InfiniAttention(nn.Module):
     op: spec_ops.InfiniAttention
     policy: Policy
 
-    def _memory(self, state: Any, qkv: Any, step: Step) -> tuple[Array, Any]:
+    def _memory(self, qkv: Any, state: Any, step: Step) -> tuple[Array, Any]:
         """What the memory gives, and the memory after the tokens."""
         real = real_tokens(step)
         real = jnp.ones(step.positions.shape, bool) if real is None else real
@@ -52,7 +52,7 @@ class InfiniAttention(nn.Module):
         leaves = Leaves(self, table, policy=policy, aux=aux, adapter_ids=step.adapter_ids)
         q, k, v = (keep(y) for y in leaves.project("qkv", x, "BTD,DNH->BTNH"))
         held = {"local": None, "memory": None} if state is None else state
-        found, memory = self._memory(held["memory"], (q, k, v), step)
+        found, memory = recur.in_rows(held["memory"], (q, k, v), self._memory, step=step)
         if op.rope is not None:
             lengths = sequence_lengths(step) if op.rope.follows_length else None
             q, k = (apply_rope(y, step.positions, op.rope, lengths=lengths) for y in (q, k))

@@ -23,7 +23,7 @@ from jaxllm.ops.rope import apply_rope
 from jaxllm.spec import linear_attention as spec
 from jaxllm.spec.op_table import op_table
 from jaxllm.spec.ops import QKNorm
-from jaxllm.state.recur import carry, convolve, initial, resets, sequence_starts
+from jaxllm.state.recur import carry, convolve, in_rows, initial, resets, sequence_starts
 from jaxllm.state.step import Step, real_tokens, sequence_lengths
 
 __all__ = ["LinearAttention"]
@@ -53,19 +53,11 @@ class LinearAttention(nn.Module):
         )
         held = state or {}
         (q, k, v), new = self._inputs(x, leaves, held, step)
-        log_decay = self._log_decay(x, leaves)
-        if op.feature == "favor":
-            q, k, log_decay, new["peak"] = self._favor(q, k, log_decay, held.get("peak"), step)
-        else:
-            q, k = (FEATURES[op.feature](y) for y in (q, k))
-            q = q * op.query_scale
         v = v if op.normalizer is None else add_ones(v)
-        gates = Gates(log_decay, self._beta(x, leaves), resets(step), real_tokens(step))
-        matrix = initial(held.get("matrix"), step)
-        out, matrix = linear_attention(
-            (q, k, v), gates=gates, state=matrix, implementation=self.policy.scan
-        )
-        new["matrix"] = carry(held.get("matrix"), matrix)
+        tokens = (q, k, v, self._log_decay(x, leaves), self._beta(x, leaves))
+        memory = {name: held[name] for name in ("matrix", "peak") if name in held}
+        out, memory = in_rows(memory or None, tokens, self._recurrence, step=step)
+        new |= memory
         out = out if op.normalizer is None else divide(out, op.normalizer)
         out = keep(constrain(out, ("batch", "length", "heads", "head_dim"), self.policy.rules))
         out = self._outputs(out, x, leaves)
@@ -92,6 +84,22 @@ class LinearAttention(nn.Module):
         if op.l2_eps is not None:
             q, k = l2_normalize(q, op.l2_eps), l2_normalize(k, op.l2_eps)
         return [q, k, v], tails
+
+    def _recurrence(self, tokens: Any, held: Any, step: Step) -> tuple[Array, dict[str, Any]]:
+        """(what queries read [B, T, N, H], what is remembered after the tokens)."""
+        op, held, new = self.op, held or {}, {}
+        q, k, v, log_decay, beta = tokens
+        if op.feature == "favor":
+            q, k, log_decay, new["peak"] = self._favor(q, k, log_decay, held.get("peak"), step)
+        else:
+            q, k = (FEATURES[op.feature](y) for y in (q, k))
+            q = q * op.query_scale
+        gates = Gates(log_decay, beta, resets(step), real_tokens(step))
+        before = initial(held.get("matrix"), step)
+        out, matrix = linear_attention(
+            (q, k, v), gates=gates, state=before, implementation=self.policy.scan
+        )
+        return out, new | {"matrix": carry(held.get("matrix"), matrix)}
 
     def _projected(self, name: str, x: Array, leaves: Leaves, outputs: str) -> Array:
         """x times a matrix or the two whose product it is; outputs such as `NH`."""

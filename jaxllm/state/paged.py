@@ -22,7 +22,7 @@ from jaxllm.ops.attention import Scores
 from jaxllm.ops.paged import paged_attention, write_pages
 from jaxllm.spec.mask import Global, Mask, draws, parts, reach
 from jaxllm.spec.model import ModelSpec
-from jaxllm.spec.ops import Attention, LatentAttention
+from jaxllm.spec.ops import Attention, InfiniAttention, LatentAttention
 from jaxllm.state.dense import KINDS, Held, is_held, layout
 from jaxllm.state.step import Step
 from jaxllm.typing import Slot
@@ -73,6 +73,7 @@ def _check(mask: Mask) -> None:
 def _attentions(spec: ModelSpec) -> list[Attention | LatentAttention]:
     blocks = [spec.block(layer) for layer in range(spec.num_layers)]
     ops = [named.op for block in blocks for sub in block.subs for named in sub.ops]
+    ops = [op.local if isinstance(op, InfiniAttention) else op for op in ops]
     return [op for op in ops if isinstance(op, (Attention, LatentAttention))]
 
 
@@ -133,6 +134,8 @@ def paged_state(
     require(set(known) <= set(pages), f"paged state: give pages of {', '.join(known)}")
 
     def make(op: Any) -> Any:
+        if isinstance(op, InfiniAttention):
+            return KINDS[InfiniAttention](op, slots, 1) | {"local": make(op.local)}
         if not isinstance(op, (Attention, LatentAttention)):
             return KINDS[type(op)](op, slots, 1)
         lead, names = (pages[_group(op.mask)], page_size), (None, None, "kv_heads", None)

@@ -31,6 +31,7 @@ __all__ = [
     "Recurrence",
     "carry",
     "convolve",
+    "in_rows",
     "initial",
     "recurrence",
     "resets",
@@ -95,6 +96,26 @@ def carry(state: Any, final: Float[Array, "B ..."]) -> Recurrence | None:
     return None if state is None else Recurrence(final.astype(state.values.dtype))
 
 
+def in_rows(
+    state: Any, tokens: Any, run: Callable[[Any, Any, Step], tuple[Array, Any]], *, step: Step
+) -> tuple[Array, Any]:
+    """run(tokens, state, step), with a row for each sequence where the step has one row for all.
+
+    Args:
+      state: None (training) or a tree of `ConvTail` and `Recurrence`.
+      tokens: a tree of arrays [B, T, ...].
+      run: (tokens, state, step) -> (y [B, T, ...], the new state, a tree like the old one).
+      step: where the tokens stand.
+    """
+    if state is None or step.flat is None:
+        return run(tokens, state, step)
+    flat = step.flat
+    held = jax.tree.map(lambda x: _read(x, flat), state)
+    y, new = run(jax.tree.map(lambda x: to_rows(x, flat), tokens), held, _row_step(flat))
+    new = jax.tree.map(lambda old, x: _write(old, x, flat), state, new)
+    return from_rows(y, flat, step.positions.shape[1]), new
+
+
 def recurrence(
     state: Any, tokens: Any, run: Callable[..., tuple[Array, Array]], *, step: Step
 ) -> tuple[Array, Recurrence | None]:
@@ -113,15 +134,13 @@ def recurrence(
     Raises:
       UnsupportedError: the state is of another kind.
     """
-    if state is None or step.flat is None:
-        y, final = run(tokens, initial(state, step), resets(step))
-        return y, carry(state, final)
+
+    def one(tokens: Any, held: Any, step: Step) -> tuple[Array, Recurrence | None]:
+        y, final = run(tokens, initial(held, step), resets(step))
+        return y, carry(held, final)
+
     _check(state, Recurrence)
-    flat, rows = step.flat, _row_step(step.flat)
-    held = Recurrence(_read(state.values, flat))
-    y, final = run(jax.tree.map(lambda x: to_rows(x, flat), tokens), initial(held, rows), None)
-    new = Recurrence(_write(state.values, final, flat))
-    return from_rows(y, flat, step.positions.shape[1]), new
+    return in_rows(state, tokens, one, step=step)
 
 
 def _row_step(flat: Flat) -> Step:
@@ -164,11 +183,8 @@ def convolve(
     if state is None:
         return causal_conv(x, kernel, bias, starts=resets(step)), None
     if step.flat is not None:
-        flat, held = step.flat, ConvTail(_read(state.inputs, step.flat))
-        y, after = convolve(held, to_rows(x, flat), kernel, bias, step=_row_step(flat))
-        assert after is not None
-        new = ConvTail(_write(state.inputs, after.inputs, flat))
-        return from_rows(y, flat, x.shape[1]), new
+        one = lambda x, held, rows: convolve(held, x, kernel, bias, step=rows)  # noqa: E731
+        return in_rows(state, x, one, step=step)
     tail = jnp.zeros_like(state.inputs) if step.fresh else state.inputs
     starts = resets(step) if step.fresh else sequence_starts(step)
     y = causal_conv(x, kernel, bias, tail=tail, starts=starts)
