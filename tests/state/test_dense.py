@@ -11,8 +11,10 @@ from jaxllm.errors import UnsupportedError
 from jaxllm.spec.ops import (
     MLP,
     Attention,
+    InfiniAttention,
     LatentAttention,
     LinearAttention,
+    Memory,
     MoE,
     SelectiveScan,
     StateSpaceDual,
@@ -35,7 +37,7 @@ def test_the_state_has_the_shape_of_the_layers(name):
         alone = single({"layers": state}, spec.num_layers)["layers"]
         for layer in range(spec.num_layers):
             ops = [named for sub in spec.block(layer).subs for named in sub.ops]
-            wanted = {n.name: n.op for n in ops if not isinstance(n.op, MLP | MoE)}
+            wanted = {n.name: n.op for n in ops if not isinstance(n.op, MLP | MoE | Memory)}
             assert alone[str(layer)].keys() == wanted.keys()
             for key, op in wanted.items():
                 if isinstance(op, LatentAttention):
@@ -70,6 +72,10 @@ def check_recurrent(op, held):
             shapes["value"] = (3, op.conv - 1, op.heads, op.value_dim)
         found = {name: jax.tree.leaves(part) for name, part in held.items()}
         assert {name: part[0].shape for name, part in found.items()} == shapes
+    elif isinstance(op, InfiniAttention):
+        heads, dim = op.local.kv_heads, op.local.head_dim
+        assert held["memory"].values.shape == (3, heads, 2, dim, dim + 1)
+        assert held["local"].k.shape == held["local"].v.shape == (3, 7, heads, dim)
     elif isinstance(op, StateSpaceDual):
         assert held["x"].inputs.shape == (3, op.conv - 1, op.heads, op.head_dim)
         for name in "bc":

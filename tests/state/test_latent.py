@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from jaxllm.core.policy import Policy
-from jaxllm.core.weights import AdaptedWeight, dequantize, merge_adapter, quantize
+from jaxllm.core.qarray import dequantize
+from jaxllm.core.quantize import Scheme, quantize
+from jaxllm.core.weights import AdaptedWeight, merge_adapter
 from jaxllm.errors import ConfigError
 from jaxllm.nn import api
 from jaxllm.ops import linear
@@ -55,7 +57,7 @@ def test_absorbed_views_of_every_kind_of_weight(kind):
     draw = lambda *shape: random.standard_normal(shape).astype(np.float32)  # noqa: E731
     leaf = plain = draw(8, 2, 5)
     if kind == "quantized":
-        leaf = quantize(jnp.asarray(plain), "int8", axis=-3, group=4)
+        leaf = quantize(jnp.asarray(plain), Scheme(format="int8", group=4))
         plain = dequantize(leaf, jnp.float32)
     if kind == "adapted":
         leaf = AdaptedWeight(plain, draw(1, 8, 3), draw(1, 3, 2, 5), scale=0.5)
