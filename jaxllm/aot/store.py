@@ -14,6 +14,7 @@ import json
 import os
 import pickle
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ from jaxllm.errors import CapacityError, ConfigError
 __all__ = ["Store", "atomic_write"]
 
 _MAGIC = b"jaxllm-program-1\n"
+_ONE_AT_A_TIME = threading.Lock()
+"""Held while XLA loads an executable: two threads at once made its CPU client crash."""
 
 
 def atomic_write(path: Path, chunks: list[bytes]) -> None:
@@ -98,9 +101,10 @@ class Store:
             from jax.experimental import serialize_executable
 
             trees = pickle.loads(payload)
-            compiled = serialize_executable.deserialize_and_load(
-                *trees, backend=devices[0].client, execution_devices=devices
-            )
+            with _ONE_AT_A_TIME:
+                compiled = serialize_executable.deserialize_and_load(
+                    *trees, backend=devices[0].client, execution_devices=devices
+                )
         except Exception as error:
             log.warning("stored program %s is ignored and built again: %s", path, error)
             return None

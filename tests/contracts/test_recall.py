@@ -49,4 +49,5 @@ def test_a_token_is_not_drowned_by_the_first_layers_update(mqar):
 
 @pytest.mark.slow
 def test_gated_delta_net_recalls(mqar):
-    assert mqar.train("gated DeltaNet", 0)[500] > 0.95
+    with jax.numpy_dtype_promotion("standard"):  # optax mixes types
+        assert mqar.train("gated DeltaNet", 0)[500] > 0.95
