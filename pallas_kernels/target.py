@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import jax
 
-__all__ = ["interpreting", "target", "targeting"]
+__all__ = ["interpreting", "not_hopper", "processors", "target", "targeting"]
 
 TARGETS = ("cpu", "gpu", "tpu", "interpreter")
 _named = jax.make_user_context(None)  # part of jit's cache keys: no trace is used for another
@@ -41,3 +41,22 @@ def targeting(name: str) -> Iterator[None]:
         raise ValueError(f"there is no target {name!r}; there are {', '.join(TARGETS)}")
     with _named(name):
         yield
+
+
+def not_hopper(platform: str) -> str | None:
+    """Why the device at hand, if it is what is traced for, runs no kernel for Hopper, or None."""
+    if platform == jax.default_backend() == "gpu":
+        found = getattr(jax.devices()[0], "compute_capability", "unknown")
+        if found != "9.0":
+            return f"it needs compute capability 9.0 (Hopper), this device has {found}"
+    return None
+
+
+def processors() -> int:
+    """Multiprocessors that a kernel's grid is for: two in the interpreter, else those of the
+    device, or of an H100 where there is none."""
+    if interpreting():
+        return 2
+    if jax.default_backend() == "gpu":
+        return getattr(jax.devices()[0], "core_count", 132)
+    return 132

@@ -20,6 +20,7 @@ from jaxllm.ops.flash import Form, flash, form, obstacle
 from jaxllm.ops.mask import Visibility, visible
 from jaxllm.spec.mask import Full
 from jaxllm.typing import AnyArray, Slot
+from pallas_kernels.choice import Choice
 from pallas_kernels.target import target
 
 _WIDE = jnp.float32
@@ -49,14 +50,6 @@ class Call:
     form: Form = "plain"
     softcap: bool = False
     sinks: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Choice:
-    """An implementation and why it was taken."""
-
-    name: str
-    why: str
 
 
 @jax.tree_util.register_dataclass

@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 from typing import Any
 
 import jax
 
-from pallas_kernels.errors import UnsupportedError
+from pallas_kernels.choice import Choice, choose
 from pallas_kernels.flash_attention import cudnn, hopper, tpu
 from pallas_kernels.flash_attention.problem import Extras, Spec, Window, pose
 from pallas_kernels.flash_attention.reference import reference
 from pallas_kernels.target import target
 
 __all__ = ["IMPLEMENTATIONS", "Choice", "explain", "flash_attention", "unfit"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Choice:
-    """An implementation and why it was taken."""
-
-    name: str
-    why: str
 
 
 def _always(*_) -> None:
@@ -36,7 +26,6 @@ IMPLEMENTATIONS = {
     "cudnn": (cudnn.attention, cudnn.obstacle),
     "reference": (reference, _always),
 }
-_ORDER = tuple(IMPLEMENTATIONS)
 
 
 _UNFIT = {"mosaic_gpu": hopper.unfit, "mosaic_tpu": tpu.unfit}
@@ -62,27 +51,9 @@ def _choose(implementation: str, q, k, v, extras: Extras, spec: Spec, lse: bool)
             return "it returns no log-sum"
         return IMPLEMENTATIONS[name][1](q, k, v, extras, spec)
 
-    if implementation == "auto":
-        reasons = []
-        for name in _ORDER:
-            reason = obstacle(name)
-            if reason is None:
-                return Choice(name, "; ".join(reasons) or "the fastest")
-            reasons.append(f"not {name}: {reason}")
-    if implementation not in IMPLEMENTATIONS:
-        names = ("auto", *IMPLEMENTATIONS)
-        near = difflib.get_close_matches(implementation, names, n=1)
-        raise UnsupportedError(
-            f"flash_attention {implementation!r} is unknown; "
-            + (f"did you mean {near[0]!r}? " if near else "")
-            + f"there are {', '.join(names)}"
-        )
-    reason = obstacle(implementation)
-    if reason is not None:
-        raise UnsupportedError(
-            f"flash_attention {implementation!r}: {reason}; use 'auto' or 'reference'"
-        )
-    return Choice(implementation, "named")
+    return choose(
+        "flash_attention", implementation, IMPLEMENTATIONS, obstacle, "'auto' or 'reference'"
+    )
 
 
 def explain(q: jax.Array, k: jax.Array, v: jax.Array, **options) -> Choice:

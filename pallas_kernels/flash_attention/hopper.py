@@ -9,7 +9,7 @@ from pallas_kernels.flash_attention.mosaic_gpu import forward
 from pallas_kernels.flash_attention.mosaic_gpu_backward import backward
 from pallas_kernels.flash_attention.problem import Extras, Spec
 from pallas_kernels.flash_attention.tiles import backward_tiles, forward_tiles
-from pallas_kernels.target import interpreting, target
+from pallas_kernels.target import interpreting, not_hopper, processors, target
 
 __all__ = ["attention", "obstacle", "unfit"]
 
@@ -22,11 +22,7 @@ def unfit(*, dtype: str, widths: tuple[int, int], platform: str) -> str | None:
         return f"it takes bfloat16 and float16, not {dtype}"
     if any(width % 16 or not 16 <= width <= 256 for width in widths):
         return f"it takes head widths that are multiples of 16 up to 256, not {widths}"
-    if platform == jax.default_backend():
-        found = getattr(jax.devices()[0], "compute_capability", "unknown")
-        if found != "9.0":
-            return f"it needs compute capability 9.0 (Hopper), this device has {found}"
-    return None
+    return not_hopper(platform)
 
 
 def obstacle(q, k, v, extras: Extras, spec: Spec) -> str | None:
@@ -37,16 +33,9 @@ def obstacle(q, k, v, extras: Extras, spec: Spec) -> str | None:
     return unfit(dtype=str(q.dtype), widths=(q.shape[-1], v.shape[-1]), platform=target())
 
 
-def _processors() -> int:
-    """Multiprocessors of the device, or of an H100 where there is none."""
-    if jax.default_backend() == "gpu":
-        return getattr(jax.devices()[0], "core_count", 132)
-    return 132
-
-
 def attention(q, k, v, extras: Extras, *, spec: Spec) -> tuple[jax.Array, jax.Array]:
     """As `reference`."""
     tiles = (forward_tiles(q.shape, v.shape, spec), backward_tiles(q.shape, v.shape, spec))
-    kind = {"processors": 2 if interpreting() else _processors(), "interpret": interpreting()}
+    kind = {"processors": processors(), "interpret": interpreting()}
     plan = Plan(spec=spec, kernels=(forward, backward), tiles=tiles, options=tuple(kind.items()))
     return run(*clean(q, k, v, extras), extras, plan)

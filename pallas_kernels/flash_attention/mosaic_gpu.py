@@ -35,6 +35,7 @@ from pallas_kernels.flash_attention.pieces import (
 )
 from pallas_kernels.flash_attention.problem import Extras, Spec
 from pallas_kernels.flash_attention.ranges import Walk
+from pallas_kernels.warpgroups import roles
 
 __all__ = ["Tiles", "forward"]
 
@@ -277,20 +278,7 @@ class Forward:
             full[name] = plgpu.Barrier(num_barriers=stages)
             free[name] = plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=stages)
 
-        def scoped(smem, full, free):
-            wg = lax.axis_index("wg")
-
-            @pl.when(wg < CONSUMERS)
-            def _():
-                plgpu.set_max_registers(240, action="increase")
-                self.compute(refs, smem, full, free)
-
-            @pl.when(wg == CONSUMERS)
-            def _():
-                plgpu.set_max_registers(24, action="decrease")
-                self.load(refs, smem, full, free)
-
-        pl.run_scoped(scoped, smem, full, free, collective_axes="wg")
+        roles(self, refs, smem, full, free)
 
 
 def forward(

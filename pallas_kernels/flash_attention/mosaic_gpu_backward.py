@@ -36,6 +36,7 @@ from pallas_kernels.flash_attention.pieces import (
 )
 from pallas_kernels.flash_attention.problem import Extras, Spec
 from pallas_kernels.flash_attention.ranges import Walk
+from pallas_kernels.warpgroups import roles
 
 __all__ = ["BackwardTiles", "backward"]
 
@@ -463,25 +464,6 @@ class SplitKeyValueGradients(KeyValueGradients):
         full["done"] = plgpu.Barrier(num_arrivals=CONSUMERS)
         free["weights"] = plgpu.Barrier(num_barriers=2)
         return smem, full, free
-
-
-def roles(kernel, refs, smem, full, free):
-    """Gives each warpgroup its part: the last one loads, the others compute."""
-
-    def scoped(smem, full, free):
-        wg = lax.axis_index("wg")
-
-        @pl.when(wg < CONSUMERS)
-        def _():
-            plgpu.set_max_registers(240, action="increase")
-            kernel.compute(refs, smem, full, free)
-
-        @pl.when(wg == CONSUMERS)
-        def _():
-            plgpu.set_max_registers(24, action="decrease")
-            kernel.load(refs, smem, full, free)
-
-    pl.run_scoped(scoped, smem, full, free, collective_axes="wg")
 
 
 def _call(kernel, inputs, outputs, *, name: str, grid: dict[str, int], interpret: bool):

@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-
 import jax
 import jax.core
 import jax.numpy as jnp
 
-from pallas_kernels.errors import ShapeError, UnsupportedError
+from pallas_kernels.choice import Choice, choose
+from pallas_kernels.errors import ShapeError
 from pallas_kernels.grouped_matmul import hopper, mosaic_tpu
 from pallas_kernels.grouped_matmul.ragged import ragged
 from pallas_kernels.grouped_matmul.reference import reference
 from pallas_kernels.target import target
 
 __all__ = ["IMPLEMENTATIONS", "Choice", "explain", "grouped_matmul", "unfit"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Choice:
-    """An implementation and why it was taken."""
-
-    name: str
-    why: str
 
 
 def _always(*_) -> None:
@@ -88,27 +78,13 @@ def _check_sizes(sizes, rows: int) -> None:
 
 
 def _choose(implementation: str, lhs, rhs) -> Choice:
-    if implementation == "auto":
-        reasons = []
-        for name, (_, obstacle) in IMPLEMENTATIONS.items():
-            reason = obstacle(lhs, rhs)
-            if reason is None:
-                return Choice(name, "; ".join(reasons) or "the fastest")
-            reasons.append(f"not {name}: {reason}")
-    if implementation not in IMPLEMENTATIONS:
-        names = ("auto", *IMPLEMENTATIONS)
-        near = difflib.get_close_matches(implementation, names, n=1)
-        raise UnsupportedError(
-            f"grouped_matmul {implementation!r} is unknown; "
-            + (f"did you mean {near[0]!r}? " if near else "")
-            + f"there are {', '.join(names)}"
-        )
-    reason = IMPLEMENTATIONS[implementation][1](lhs, rhs)
-    if reason is not None:
-        raise UnsupportedError(
-            f"grouped_matmul {implementation!r}: {reason}; use 'auto' or 'ragged_dot'"
-        )
-    return Choice(implementation, "named")
+    return choose(
+        "grouped_matmul",
+        implementation,
+        IMPLEMENTATIONS,
+        lambda name: IMPLEMENTATIONS[name][1](lhs, rhs),
+        "'auto' or 'ragged_dot'",
+    )
 
 
 def explain(lhs, rhs, *, implementation: str = "auto") -> Choice:

@@ -11,7 +11,7 @@ from pallas_kernels.grouped_matmul.derivative import run
 from pallas_kernels.grouped_matmul.mosaic_gpu import Tiles, outer, product
 from pallas_kernels.grouped_matmul.tables import UNIT, group_bounds, row_tiles
 from pallas_kernels.grouped_matmul.tiles import group_tiles_for, row_tiles_for
-from pallas_kernels.target import interpreting, target
+from pallas_kernels.target import interpreting, not_hopper, processors, target
 
 __all__ = ["Hopper", "grouped", "obstacle", "unfit"]
 
@@ -24,11 +24,7 @@ def unfit(*, dtype: str, sides: tuple[int, int], platform: str) -> str | None:
         return f"it takes bfloat16 and float16, not {dtype}"
     if any(side % 64 for side in sides):
         return f"it takes matrices whose sides are multiples of 64, not {sides}"
-    if platform == jax.default_backend():
-        found = getattr(jax.devices()[0], "compute_capability", "unknown")
-        if found != "9.0":
-            return f"it needs compute capability 9.0 (Hopper), this device has {found}"
-    return None
+    return not_hopper(platform)
 
 
 def obstacle(lhs, rhs) -> str | None:
@@ -36,13 +32,6 @@ def obstacle(lhs, rhs) -> str | None:
     if 0 in (*lhs.shape, *rhs.shape):
         return "it takes no empty arrays"
     return unfit(dtype=str(lhs.dtype), sides=rhs.shape[1:], platform=target())
-
-
-def _processors() -> int:
-    """Multiprocessors of the device, or of an H100 where there is none."""
-    if jax.default_backend() == "gpu":
-        return getattr(jax.devices()[0], "core_count", 132)
-    return 132
 
 
 def _padded(x: jax.Array) -> jax.Array:
@@ -86,7 +75,7 @@ def grouped(lhs, rhs, sizes, *, transpose_rhs: bool = False) -> jax.Array:
     kernel = Hopper(
         rows=row_tiles_for(lhs.shape[0], rhs.shape[0]),
         matrices=group_tiles_for(rhs.shape[2]),
-        processors=2 if interpreting() else _processors(),
+        processors=processors(),
         interpret=interpreting(),
     )
     return run(lhs, rhs, sizes, kernel, transpose_rhs)

@@ -20,7 +20,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.grouped_matmul.masks import clear, store_inside
 from pallas_kernels.grouped_matmul.tables import FIRST, GROUP, HEIGHT, ROW, START, STOP, UNIT, Map
-from pallas_kernels.warpgroups import CONSUMERS, swizzled
+from pallas_kernels.warpgroups import CONSUMERS, roles, swizzled
 
 __all__ = ["Tiles", "outer", "product"]
 
@@ -238,20 +238,7 @@ class Frame:
         else:
             free = plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=tiles.stages)
 
-        def scoped(smem, full, free):
-            wg = lax.axis_index("wg")
-
-            @pl.when(wg < CONSUMERS)
-            def _():
-                plgpu.set_max_registers(240, action="increase")
-                self.compute(refs, smem, full, free)
-
-            @pl.when(wg == CONSUMERS)
-            def _():
-                plgpu.set_max_registers(24, action="decrease")
-                self.load(refs, smem, full, free)
-
-        pl.run_scoped(scoped, smem, full, free, collective_axes="wg")
+        roles(self, refs, smem, full, free)
 
     def call(self, name: str, inputs: dict, out: tuple[int, ...]) -> jax.Array:
         """Runs the kernel."""

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.choice import known
 from pallas_kernels.errors import ShapeError, UnsupportedError
 from pallas_kernels.quantized_matmul.mosaic_gpu import Tiles, run
 from pallas_kernels.quantized_matmul.reference import dequantized, reference
+from pallas_kernels.target import not_hopper
 
 __all__ = ["IMPLEMENTATIONS", "Plan", "obstacle", "quantized_matmul", "tiles_for"]
 
@@ -52,11 +53,7 @@ def obstacle(x: jax.Array, values: jax.Array, scale: jax.Array) -> str | None:
             "it takes outputs that are a multiple of 64 and groups of 64 or of a multiple of 128 "
             f"inputs, not {outputs} outputs and groups of {group}"
         )
-    if jax.default_backend() == "gpu":
-        found = getattr(jax.devices()[0], "compute_capability", "unknown")
-        if found != "9.0":
-            return f"it needs compute capability 9.0 (Hopper), this device has {found}"
-    return None
+    return not_hopper("gpu")
 
 
 def _check(x: jax.Array, values: jax.Array, scale: jax.Array, offset: jax.Array | None) -> None:
@@ -105,13 +102,7 @@ def quantized_matmul(
         the call, with the reason.
     """
     _check(x, values, scale, offset)
-    if implementation not in IMPLEMENTATIONS:
-        near = difflib.get_close_matches(implementation, IMPLEMENTATIONS, n=1)
-        raise UnsupportedError(
-            f"quantized_matmul {implementation!r} is unknown; "
-            + (f"did you mean {near[0]!r}? " if near else "")
-            + f"there are {', '.join(IMPLEMENTATIONS)}"
-        )
+    known("quantized_matmul", implementation, IMPLEMENTATIONS)
     plan = Plan(implementation=implementation)
     if implementation == "mosaic_gpu":
         reason = obstacle(x, values, scale)
