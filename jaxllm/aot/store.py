@@ -100,6 +100,10 @@ class Store:
             report, payload = _checked(content, fingerprint)
             from jax.experimental import serialize_executable
 
+            if devices[0].platform == "gpu":
+                # A program that was not traced here may call our kernels: these bring its handlers.
+                import jax.experimental.mosaic.gpu  # noqa: F401
+
             trees = pickle.loads(payload)
             with _ONE_AT_A_TIME:
                 compiled = serialize_executable.deserialize_and_load(

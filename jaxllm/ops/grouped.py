@@ -6,7 +6,6 @@ and why) or a name; a named choice that cannot be served raises.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -18,7 +17,7 @@ from jaxllm.core.config import nearest
 from jaxllm.core.logging import note_once
 from jaxllm.core.precision import at_least_float32
 from jaxllm.errors import ConfigError, UnsupportedError
-from pallas_kernels.grouped_matmul import grouped_matmul, unfit
+from pallas_kernels.choice import Choice
 from pallas_kernels.target import target
 
 __all__ = ["IMPLEMENTATIONS", "Choice", "choose", "grouped_product"]
@@ -27,12 +26,10 @@ _SMALLEST, _LARGEST = 8, 32  # rows of a block
 _KERNELS = ("mosaic_gpu", "mosaic_tpu")
 
 
-@dataclasses.dataclass(frozen=True)
-class Choice:
-    """An implementation and why it was taken."""
+def _unfit(implementation: str, **kind: Any) -> str | None:
+    from pallas_kernels.grouped_matmul import unfit  # Pallas takes a third of a second to import
 
-    name: str
-    why: str
+    return unfit(implementation, **kind)
 
 
 @functools.lru_cache(maxsize=256)
@@ -54,7 +51,7 @@ def choose(implementation: str, *, platform: str, dtype: str, sides: tuple[int, 
             f"{nearest(implementation, ('auto', *IMPLEMENTATIONS))}"
         )
     kind = {"dtype": dtype, "sides": sides, "platform": platform}
-    if implementation in _KERNELS and (obstacle := unfit(implementation, **kind)):
+    if implementation in _KERNELS and (obstacle := _unfit(implementation, **kind)):
         raise UnsupportedError(
             f"grouped product {implementation!r}: {obstacle}; use 'ragged_dot' or 'auto'"
         )
@@ -64,7 +61,7 @@ def choose(implementation: str, *, platform: str, dtype: str, sides: tuple[int, 
         return Choice("blocked", "XLA's own form does the work of all groups for each row on a CPU")
     if platform == "tpu":
         return Choice("ragged_dot", "XLA's own form; our kernel has not been timed on a TPU")
-    obstacle = unfit("mosaic_gpu", **kind)
+    obstacle = _unfit("mosaic_gpu", **kind)
     if obstacle is None:
         return Choice("mosaic_gpu", "many times faster than XLA's own form on a Hopper GPU")
     return Choice("ragged_dot", f"mosaic_gpu: {obstacle}")
@@ -102,6 +99,8 @@ def _ragged_dot(precision: Any, x: Array, w: Array, sizes: Array) -> Array:
 
 
 def _kernel(name: str, precision: Any, x: Array, w: Array, sizes: Array) -> Array:
+    from pallas_kernels.grouped_matmul import grouped_matmul
+
     del precision
     return grouped_matmul(x, w, sizes, implementation=name)
 
