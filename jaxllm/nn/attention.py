@@ -13,14 +13,13 @@ from jaxtyping import Array, Float
 from jaxllm.core.policy import Policy
 from jaxllm.core.sharding import constrain
 from jaxllm.nn.aux import LayerAux
-from jaxllm.nn.leaf import Leaves
+from jaxllm.nn.leaf import Leaves, leaves_of
 from jaxllm.nn.remat import keep
 from jaxllm.ops.linformer import project_length
 from jaxllm.ops.norm import qk_norm
 from jaxllm.ops.rope import apply_rope, query_temperature
 from jaxllm.spec import ops as spec_ops
 from jaxllm.spec.mask import Full
-from jaxllm.spec.op_table import op_table
 from jaxllm.state.attend import attend, global_tokens
 from jaxllm.state.step import Step, sequence_lengths
 
@@ -58,13 +57,7 @@ class Attention(nn.Module):
     ) -> tuple[Float[Array, "B T D"], Any]:
         """(x, the op's state) -> (update of x, new state)."""
         op, policy = self.op, self.policy
-        leaves = Leaves(
-            self,
-            op_table(op, x.shape[-1]),
-            policy=policy,
-            aux=aux,
-            adapter_ids=step.adapter_ids,
-        )
+        leaves = leaves_of(self, x.shape[-1], step, aux)
         q, k, v = (keep(y) for y in leaves.project("qkv", x, "BTD,DNH->BTNH"))
         if op.qk_norm is not None and not op.qk_norm.after_rope:
             q, k = self._norm(q, "q_norm", leaves), self._norm(k, "k_norm", leaves)

@@ -12,13 +12,12 @@ from jaxtyping import Array, Float
 from jaxllm.core.policy import Policy
 from jaxllm.core.sharding import constrain
 from jaxllm.nn.aux import LayerAux
-from jaxllm.nn.leaf import Leaves
+from jaxllm.nn.leaf import leaves_of
 from jaxllm.nn.remat import keep
 from jaxllm.ops.infini import read_memory
 from jaxllm.ops.linear import align
 from jaxllm.ops.rope import apply_rope
 from jaxllm.spec import ops as spec_ops
-from jaxllm.spec.op_table import op_table
 from jaxllm.state import recur
 from jaxllm.state.attend import attend
 from jaxllm.state.step import Step, real_tokens, sequence_lengths
@@ -48,8 +47,7 @@ class InfiniAttention(nn.Module):
     ) -> tuple[Float[Array, "B T D"], Any]:
         """(x, the op's state) -> (update of x, new state)."""
         op, policy = self.op.local, self.policy
-        table = op_table(self.op, x.shape[-1])
-        leaves = Leaves(self, table, policy=policy, aux=aux, adapter_ids=step.adapter_ids)
+        leaves = leaves_of(self, x.shape[-1], step, aux)
         q, k, v = (keep(y) for y in leaves.project("qkv", x, "BTD,DNH->BTNH"))
         held = {"local": None, "memory": None} if state is None else state
         found, memory = recur.in_rows(held["memory"], (q, k, v), self._memory, step=step)

@@ -11,12 +11,11 @@ from jaxtyping import Array, Float
 from jaxllm.core.policy import Policy
 from jaxllm.core.sharding import constrain
 from jaxllm.nn.aux import LayerAux
-from jaxllm.nn.leaf import Leaves
+from jaxllm.nn.leaf import leaves_of
 from jaxllm.nn.remat import keep
 from jaxllm.ops.norm import rms_norm
 from jaxllm.ops.rope import apply_rope
 from jaxllm.spec import ops as spec_ops
-from jaxllm.spec.op_table import op_table
 from jaxllm.state.latent import attend_latent
 from jaxllm.state.step import Step, sequence_lengths
 
@@ -38,9 +37,7 @@ class LatentAttention(nn.Module):
     ) -> tuple[Float[Array, "B T D"], Any]:
         """(x, the op's state) -> (update of x, new state)."""
         op, policy = self.op, self.policy
-        leaves = Leaves(
-            self, op_table(op, x.shape[-1]), policy=policy, aux=aux, adapter_ids=step.adapter_ids
-        )
+        leaves = leaves_of(self, x.shape[-1], step, aux)
         if op.q_rank is None:
             q = keep(leaves.product("q", x, "BTD,DNH->BTNH"))
         else:

@@ -13,11 +13,13 @@ from jaxllm.core.weights import logical_shape
 from jaxllm.errors import WeightsError
 from jaxllm.nn.aux import LayerAux
 from jaxllm.ops import linear
+from jaxllm.spec.op_table import op_table
 from jaxllm.spec.param import ParamDef
 from jaxllm.spec.table import FUSED, fuse_table, fused_dim
+from jaxllm.state.step import Step
 from jaxllm.typing import AnyArray
 
-__all__ = ["Leaves", "checked"]
+__all__ = ["Leaves", "checked", "leaves_of"]
 
 
 def checked(leaf: Any, shape: tuple[int, ...], where: str) -> Any:
@@ -121,3 +123,14 @@ class Leaves:
         sizes = [self._table[part].shape[dim] for part in parts]
         stops = [sum(sizes[:i]) for i in range(1, len(sizes))]
         return jnp.split(y, stops, axis=dim)
+
+
+def leaves_of(module: Any, width: int, step: Step, aux: LayerAux) -> Leaves:
+    """The parameters of a module's `op` on inputs of a width, as they are read in a step."""
+    return Leaves(
+        module,
+        op_table(module.op, width),
+        policy=module.policy,
+        aux=aux,
+        adapter_ids=step.adapter_ids,
+    )

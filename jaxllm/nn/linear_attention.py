@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from jaxllm.core.policy import Policy
 from jaxllm.core.sharding import constrain
 from jaxllm.nn.aux import LayerAux
-from jaxllm.nn.leaf import Leaves
+from jaxllm.nn.leaf import Leaves, leaves_of
 from jaxllm.nn.remat import keep
 from jaxllm.ops.activation import activation
 from jaxllm.ops.features import FEATURES, favor, l2_normalize, projection
@@ -21,7 +21,6 @@ from jaxllm.ops.linear_attention import Gates, add_ones, divide, linear_attentio
 from jaxllm.ops.norm import qk_norm
 from jaxllm.ops.rope import apply_rope
 from jaxllm.spec import linear_attention as spec
-from jaxllm.spec.op_table import op_table
 from jaxllm.spec.ops import QKNorm
 from jaxllm.state.recur import carry, convolve, in_rows, initial, resets, sequence_starts
 from jaxllm.state.step import Step, real_tokens, sequence_lengths
@@ -44,13 +43,7 @@ class LinearAttention(nn.Module):
     ) -> tuple[Float[Array, "B T D"], Any]:
         """(x, the op's state) -> (update of x, new state)."""
         op = self.op
-        leaves = Leaves(
-            self,
-            op_table(op, x.shape[-1]),
-            policy=self.policy,
-            aux=aux,
-            adapter_ids=step.adapter_ids,
-        )
+        leaves = leaves_of(self, x.shape[-1], step, aux)
         held = state or {}
         (q, k, v), new = self._inputs(x, leaves, held, step)
         v = v if op.normalizer is None else add_ones(v)

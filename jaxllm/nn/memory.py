@@ -11,13 +11,13 @@ from jaxtyping import Array, Float
 
 from jaxllm.core.policy import Policy
 from jaxllm.nn.aux import LayerAux
-from jaxllm.nn.leaf import Leaves, checked
+from jaxllm.nn.leaf import Leaves, checked, leaves_of
 from jaxllm.nn.remat import keep
 from jaxllm.ops import linear
 from jaxllm.ops.memory import best_pairs
 from jaxllm.ops.norm import rms_norm
 from jaxllm.spec import ops as spec_ops
-from jaxllm.spec.op_table import op_table, values_table
+from jaxllm.spec.op_table import values_table
 from jaxllm.state.step import Step
 
 __all__ = ["Memory"]
@@ -48,8 +48,7 @@ class Memory(nn.Module):
     ) -> tuple[Float[Array, "B T D"], Any]:
         """x -> (update of x, the state as it was)."""
         op, width = self.op, x.shape[-1]
-        table = op_table(op, width)
-        leaves = Leaves(self, table, policy=self.policy, aux=aux, adapter_ids=step.adapter_ids)
+        leaves = leaves_of(self, width, step, aux)
         q = keep(leaves.product("q", x, "BTD,DNH->BTNH"))
         q = q.reshape(*q.shape[:-1], 2, op.key_dim // 2)
         if op.query_norm:

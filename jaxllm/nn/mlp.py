@@ -11,11 +11,10 @@ from jaxtyping import Array, Float
 from jaxllm.core.policy import Policy
 from jaxllm.core.sharding import constrain
 from jaxllm.nn.aux import LayerAux
-from jaxllm.nn.leaf import Leaves
+from jaxllm.nn.leaf import leaves_of
 from jaxllm.nn.remat import keep
 from jaxllm.ops.activation import mlp_hidden
 from jaxllm.spec import ops as spec_ops
-from jaxllm.spec.op_table import op_table
 from jaxllm.state.step import Step
 
 __all__ = ["MLP"]
@@ -36,13 +35,7 @@ class MLP(nn.Module):
     ) -> tuple[Float[Array, "B T D"], Any]:
         """x -> (update of x, the state as it was)."""
         op = self.op
-        leaves = Leaves(
-            self,
-            op_table(op, x.shape[-1]),
-            policy=self.policy,
-            aux=aux,
-            adapter_ids=step.adapter_ids,
-        )
+        leaves = leaves_of(self, x.shape[-1], step, aux)
         if op.gated:
             gate, up = (keep(y) for y in leaves.project("gate_up", x, "BTD,DF->BTF"))
             hidden = mlp_hidden(op, up, gate)

@@ -12,12 +12,11 @@ from jaxllm.core.policy import Policy
 from jaxllm.errors import UnsupportedError
 from jaxllm.nn.aux import LayerAux
 from jaxllm.nn.experts import Experts
-from jaxllm.nn.leaf import Leaves
+from jaxllm.nn.leaf import leaves_of
 from jaxllm.nn.remat import keep
 from jaxllm.ops.linear import is_adapted
 from jaxllm.ops.routing import Routing, load_balance, loads, route, router_z
 from jaxllm.spec import ops as spec_ops
-from jaxllm.spec.op_table import op_table
 from jaxllm.state.step import Step, real_tokens
 
 __all__ = ["MoE"]
@@ -42,8 +41,7 @@ class MoE(nn.Module):
     ) -> tuple[Float[Array, "B T D"], Any]:
         """x -> (update of x, the state as it was)."""
         op, name = self.op, str(self.name)
-        table = op_table(op, x.shape[-1])
-        leaves = Leaves(self, table, policy=self.policy, aux=aux, adapter_ids=step.adapter_ids)
+        leaves = leaves_of(self, x.shape[-1], step, aux)
         logits = leaves.product("router", x, "BTD,DE->BTE", dtype=jnp.float32)
         bias = leaves["balance_bias"] if op.router.balance_bias else None
         routing, real = route(logits, op, bias), real_tokens(step)

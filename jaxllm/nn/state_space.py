@@ -12,23 +12,17 @@ from jaxtyping import Array, Float
 from jaxllm.core.policy import Policy
 from jaxllm.core.sharding import constrain
 from jaxllm.nn.aux import LayerAux
-from jaxllm.nn.leaf import Leaves
+from jaxllm.nn.leaf import Leaves, leaves_of
 from jaxllm.nn.remat import keep
 from jaxllm.ops.activation import activation
 from jaxllm.ops.linear import align
 from jaxllm.ops.norm import rms_norm
 from jaxllm.ops.ssm import Dual, Selective, dual_scan, gated_norm, selective_scan
 from jaxllm.spec import state_space as spec
-from jaxllm.spec.op_table import op_table
 from jaxllm.state import recur
 from jaxllm.state.step import Step, real_tokens
 
 __all__ = ["Convolution", "SelectiveScan", "StateSpaceDual"]
-
-
-def _leaves(module: Any, width: int, step: Step, aux: LayerAux) -> Leaves:
-    table = op_table(module.op, width)
-    return Leaves(module, table, policy=module.policy, aux=aux, adapter_ids=step.adapter_ids)
 
 
 def _convolve(leaves: Leaves, name: str, x: Array, tail: Any, step: Step) -> tuple[Array, Any]:
@@ -63,7 +57,7 @@ class SelectiveScan(nn.Module):
     ) -> tuple[Float[Array, "B T D"], Any]:
         """(x, the op's state) -> (update of x, new state)."""
         op, rules, held = self.op, self.policy.rules, state or {}
-        leaves, names = _leaves(self, x.shape[-1], step, aux), ("batch", "length", "ffn")
+        leaves, names = leaves_of(self, x.shape[-1], step, aux), ("batch", "length", "ffn")
         x, z = (keep(leaves.product(n, x, "BTD,DI->BTI")) for n in ("x", "z"))
         x, z = constrain(x, names, rules), constrain(z, names, rules)
         x, tail = _convolve(leaves, "conv", x, held.get("conv"), step)
@@ -110,7 +104,7 @@ class StateSpaceDual(nn.Module):
     ) -> tuple[Float[Array, "B T D"], Any]:
         """(x, the op's state) -> (update of x, new state)."""
         op, held = self.op, state or {}
-        leaves = _leaves(self, x.shape[-1], step, aux)
+        leaves = leaves_of(self, x.shape[-1], step, aux)
         z, *convolved, raw = self._project(x, leaves)
         new: dict[str, Any] = {}
         for i, name in enumerate(("x", "b", "c")):
@@ -145,7 +139,7 @@ class Convolution(nn.Module):
         self, x: Float[Array, "B T D"], *, step: Step, state: Any, aux: LayerAux
     ) -> tuple[Float[Array, "B T D"], Any]:
         """(x, the op's state) -> (update of x, new state)."""
-        leaves = _leaves(self, x.shape[-1], step, aux)
+        leaves = leaves_of(self, x.shape[-1], step, aux)
         b, c, x = (keep(leaves.product(n, x, "BTD,DI->BTI")) for n in ("b", "c", "x"))
         tail = None if state is None else state["conv"]
         y, tail = _convolve(leaves, "conv", b * x, tail, step)
