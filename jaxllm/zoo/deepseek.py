@@ -160,10 +160,10 @@ def _read(config: ConfigReader, own: _Generation) -> ModelSpec:
 
 
 def _write(spec: ModelSpec, own: _Generation) -> dict[str, Any] | None:
-    mixed = experts.mixed_of(spec)
-    attn = None if mixed is None else next(iter(mixed.attns.values()))
-    if mixed is None or mixed.shared is None or not isinstance(attn, LatentAttention):
+    mixed = experts.mixed_of(spec, LatentAttention)
+    if mixed is None or mixed.shared is None:
         return None
+    attn = mixed.parts.attn
     router = mixed.moe.router
     return {
         "architectures": [f"{own.name}ForCausalLM"],

@@ -8,7 +8,7 @@ from typing import Any
 
 from jaxllm.spec.model import Block, ModelSpec, NamedOp, Sub, sub
 from jaxllm.spec.moe import MoE
-from jaxllm.spec.ops import MLP, Attention, LatentAttention, LinearAttention, Norm
+from jaxllm.spec.ops import MLP, Attention, Norm
 from jaxllm.zoo import decoder
 from jaxllm.zoo.table import ConfigReader, Entry
 
@@ -78,10 +78,14 @@ def layer(
     return Block(name=name, subs=(first, Sub(ops=tuple(ops), norm_in=norm)))
 
 
-def mixed_of(spec: ModelSpec) -> Mixed | None:
+def mixed_of(spec: ModelSpec, mixer: type = Attention) -> Mixed | None:
     """The parts from which a family writes its config, or None for a spec of another form.
 
     That all blocks are alike is not looked at: what is written is read again and compared.
+
+    Args:
+      spec: the model.
+      mixer: the kind of its attentions.
     """
     attns, moes, mlps = {}, {}, {}
     shared = None
@@ -89,7 +93,7 @@ def mixed_of(spec: ModelSpec) -> Mixed | None:
         if len(block.subs) != 2 or len(block.subs[0].ops) != 1:
             return None
         attn = block.subs[0].ops[0].op
-        if not isinstance(attn, Attention | LatentAttention):
+        if not isinstance(attn, mixer):
             return None
         attns[block.name] = attn
         ops = [named.op for named in block.subs[1].ops]
@@ -103,8 +107,6 @@ def mixed_of(spec: ModelSpec) -> Mixed | None:
             case _:
                 return None
     if not moes or spec.final_norm is None:
-        return None
-    if any(isinstance(op, LinearAttention) for op in attns.values()):
         return None
     norms = {name: norm for part in spec.blocks[0].subs for name, norm in part.norms.items()}
     sparse = [name in moes for name in spec.pattern.names]

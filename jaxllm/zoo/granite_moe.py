@@ -77,7 +77,7 @@ def _read(config: ConfigReader, shared: int) -> ModelSpec:
 
 def _write(spec: ModelSpec, kind: str, name: str) -> dict[str, Any] | None:
     mixed = experts.mixed_of(spec)
-    if mixed is None or not isinstance(mixed.parts.attn, Attention) or spec.head.scale <= 0:
+    if mixed is None or spec.head.scale <= 0:
         return None
     parts = mixed.parts
     shared = {} if mixed.shared is None else {"shared_intermediate_size": mixed.shared.width}

@@ -132,7 +132,7 @@ def _make(config: ConfigReader, sizes: decoder.Sizes, own: _Own) -> ModelSpec:
 
 def _write(spec: ModelSpec, kind: str, name: str) -> dict[str, Any] | None:
     mixed = experts.mixed_of(spec)
-    if mixed is None or not isinstance(mixed.parts.attn, Attention):
+    if mixed is None:
         return None
     parts = mixed.parts
     windows = decoder.write_kinds(spec, parts)
