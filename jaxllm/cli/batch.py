@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
-from pathlib import Path
 
 from jaxllm.cli.options import Batch
+from jaxllm.cli.serve import name_of
 from jaxllm.core.logging import show_notes
 
 __all__ = ["run"]
@@ -24,8 +24,7 @@ def run(options: Batch) -> int:
     from jaxllm.serve.engine import Engine
 
     model = load(options.source, dtype=options.dtype)
-    path = Path(options.source)
-    name = path.name if path.exists() else options.source
+    name = name_of(options.source)
     with Engine(model) as engine:
         begun = time.perf_counter()
         counts = asyncio.run(

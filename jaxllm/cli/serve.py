@@ -12,7 +12,7 @@ from jaxllm.cli.options import Serve
 from jaxllm.core.logging import show_notes
 from jaxllm.errors import ConfigError
 
-__all__ = ["run"]
+__all__ = ["name_of", "run"]
 
 
 def _keys(options: Serve) -> tuple[str, ...]:
@@ -28,11 +28,10 @@ def _keys(options: Serve) -> tuple[str, ...]:
     return (*options.api_key, *lines)
 
 
-def _name(options: Serve) -> str:
-    if options.name is not None:
-        return options.name
-    path = Path(options.source)
-    return path.name if path.exists() else options.source
+def name_of(source: str) -> str:
+    """What clients call the model of a source: a folder's or file's own name."""
+    path = Path(source)
+    return path.name if path.exists() else source
 
 
 def run(options: Serve) -> int:
@@ -64,7 +63,7 @@ def run(options: Serve) -> int:
         embedder = None
         if engine is None or model.spec.head.pooling is not None:
             embedder = stack.enter_context(Embedder(model, max_tokens=options.context or 512))
-        app = App(_name(options), model, engine, config, embedder=embedder)
+        app = App(options.name or name_of(options.source), model, engine, config, embedder=embedder)
         server = Server(app)
 
         async def serve() -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import concurrent.futures
+import dataclasses
 import threading
 from collections.abc import Sequence
 
 import numpy as np
 
 from jaxllm.aot import counter
-from jaxllm.errors import ShapeError, UnsupportedError
+from jaxllm.errors import UnsupportedError
 from jaxllm.infer import programs
 from jaxllm.infer.embed import Text, embed, pooling_of, token_rows
 from jaxllm.infer.programs import row_length
@@ -70,10 +71,8 @@ class Embedder:
         Raises:
           Busy: too many texts wait; Gone: it is closed; ShapeError: wrong or too many token ids.
         """
-        rows = token_rows(texts, self.model.tokenizer, self.model.spec, self.pooling)
-        over = max(map(len, rows)) - self.max_tokens
-        if over > 0:
-            rows = self._cut(texts, rows)
+        bounded = dataclasses.replace(self.pooling, max_tokens=self.max_tokens)
+        rows = token_rows(texts, self.model.tokenizer, self.model.spec, bounded)
         with self._lock:
             if self._closed:
                 raise Gone("the server is shutting down")
@@ -86,21 +85,6 @@ class Embedder:
             with self._lock:
                 self._waiting -= len(rows)
         return found, sum(map(len, rows))
-
-    def _cut(self, texts: Sequence[Text], rows: list[list[int]]) -> list[list[int]]:
-        """Strings cut to what the table holds.
-
-        Raises:
-          ShapeError: token ids that are too many.
-        """
-        out = []
-        for text, row in zip(texts, rows, strict=True):
-            if len(row) > self.max_tokens:
-                if not isinstance(text, str) or self.model.tokenizer is None:
-                    raise ShapeError(f"{len(row)} tokens exceed the {self.max_tokens} of a text")
-                row = self.model.tokenizer.encode_cut(text, self.max_tokens)
-            out.append(row)
-        return out
 
     def _run(self, rows: list[list[int]]) -> np.ndarray:
         """In steps of as many rows as the table holds, so that others get their turn."""

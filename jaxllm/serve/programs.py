@@ -22,7 +22,18 @@ from jaxllm.ops.sampling import History
 from jaxllm.state.paged import paged_state
 from jaxllm.typing import Slot
 
-__all__ = ["BIASES", "TOP", "Carry", "Drawn", "Memory", "Options", "Shape", "shapes", "step"]
+__all__ = [
+    "BIASES",
+    "TOP",
+    "Carry",
+    "Drawn",
+    "Memory",
+    "Options",
+    "Shape",
+    "shapes",
+    "step",
+    "unpack",
+]
 
 TOP = 20
 """Alternatives of which log probabilities are given."""
@@ -88,6 +99,16 @@ class Shape:
             out[f"firsts:{group}"] = (self.rows,)
             out[f"pages:{group}"] = (self.rows, width)
         return out
+
+
+def unpack(packed: Any, parts: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Parts of a step's integers by name; of a host array they are views."""
+    out, place = {}, 0
+    for name, shape in parts.items():
+        size = math.prod(shape)
+        out[name] = packed[place : place + size].reshape(shape)
+        place += size
+    return out
 
 
 def shapes(

@@ -139,11 +139,7 @@ class Runner:
         """The step's integers."""
         parts = shape.parts(self.memory)
         packed = np.zeros((sum(math.prod(part) for part in parts.values()),), np.int32)
-        views, place = {}, 0
-        for name, part in parts.items():
-            size = math.prod(part)
-            views[name] = packed[place : place + size].reshape(part)
-            place += size
+        views = programs.unpack(packed, parts)
         used = len(turns)
         sequences = [turn.sequence for turn in turns]
         views["slots"][used:] = self.memory.slots

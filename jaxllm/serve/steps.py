@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,19 +14,10 @@ from jaxllm.nn import api
 from jaxllm.ops.flat import Flat
 from jaxllm.ops.paged import PageTable
 from jaxllm.ops.sampling import History, penalize, sample
-from jaxllm.serve.programs import TOP, Carry, Drawn, Memory, Options, Shape
+from jaxllm.serve.programs import TOP, Carry, Drawn, Memory, Options, Shape, unpack
 from jaxllm.state.step import flat_step
 
 __all__ = ["serve_step"]
-
-
-def _unpack(packed: Array, parts: dict[str, tuple[int, ...]]) -> dict[str, Array]:
-    out, place = {}, 0
-    for name, shape in parts.items():
-        size = math.prod(shape)
-        out[name] = packed[place : place + size].reshape(shape)
-        place += size
-    return out
 
 
 def _seen(history: History, new: dict[str, Array], flat: Flat, penalized: Array) -> History:
@@ -36,7 +26,7 @@ def _seen(history: History, new: dict[str, Array], flat: Flat, penalized: Array)
     A token counts when it is fed, so that one that is computed again after a preemption counts
     again from nothing.
     """
-    slots, vocab = history.prompt.shape
+    slots = history.prompt.shape[0]
     slot = jnp.where(penalized, flat.slots, slots)
     begun = jnp.where(new["begins"] > 0, slot, slots)
     prompt = history.prompt.at[begun].set(False, mode="drop")
@@ -50,7 +40,6 @@ def _seen(history: History, new: dict[str, Array], flat: Flat, penalized: Array)
     ids, place = new["ids"], jnp.take(slot, row)
     prompt = prompt.at[jnp.where(real & asked, place, slots), ids].set(True, mode="drop")
     answer = answer.at[jnp.where(real & ~asked, place, slots), ids].add(1, mode="drop")
-    del vocab
     return History(prompt, answer)
 
 
@@ -98,7 +87,7 @@ def serve_step(setup: Setup, memory: Memory, shape: Shape) -> Callable[..., Any]
     parts = shape.parts(memory)
 
     def run(params: Any, state: Any, carry: Carry, options: Options, packed: Array) -> Any:
-        new = _unpack(packed, parts)
+        new = unpack(packed, parts)
         flat = Flat(new["counts"], new["starts"], new["slots"], shape.longest)
         table = {
             group: PageTable(new[f"pages:{group}"], new[f"firsts:{group}"])
