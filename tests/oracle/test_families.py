@@ -18,9 +18,9 @@ from jaxllm.zoo.families import FAMILIES
 from jaxllm.zoo.load import open_checkpoint, saved_paths
 from jaxllm.zoo.table import ConfigReader
 from tests.contracts.specs import SPECS
+from tests.oracle.checks import check_moved, check_named
 from tests.oracle.golden import NAMES, TOLERANCE, copy, golden, relative, tensors
 from tests.oracle.mutate import (
-    FACTOR,
     POLICY,
     attn,
     change,
@@ -167,12 +167,7 @@ MUTATIONS = {
 
 @pytest.mark.parametrize(("name", "what"), MUTATIONS)
 def test_a_flipped_feature_moves_the_logits(name, what, models):
-    model, want = models(name), golden(name)
-    spec = MUTATIONS[name, what](model.spec)
-    assert spec != model.spec
-    moved = relative(logits(spec, model.params, want.ids), want.logits)
-    print(f"{name}, {what}: {moved:.1e}")
-    assert moved > FACTOR * TOLERANCE
+    check_moved(models(name), MUTATIONS[name, what], name, what)
 
 
 def test_the_two_gelus_are_told_apart(models):
@@ -232,11 +227,7 @@ PROBLEMS = {
 
 @pytest.mark.parametrize("what", PROBLEMS)
 def test_a_contradiction_is_named(what, tmp_path):
-    name, changes, expected = PROBLEMS[what]
-    folder = copy(name, tmp_path, **changes)
-    with pytest.raises(ConfigError, match=expected) as caught:
-        open_checkpoint(folder)
-    assert str(caught.value).startswith(str(folder / "config.json"))
+    check_named(PROBLEMS[what], tmp_path)
 
 
 def test_a_fused_tensor_of_another_shape_is_named_once(tmp_path):
