@@ -204,20 +204,30 @@ class Frame:
             return pl.multiple_of(wg * rows, rows), 0
         return 0, pl.multiple_of(wg * columns, columns)
 
-    def send(self, slots, values, target):
+    def send(self, slots, values, first: tuple, out):
         """Stores a consumer's values by TMA, which leaves out what lies past the array's ends.
 
+        Mosaic drops the index of pieces along columns where the array has one such piece, so that
+        later ones would land on the first: they are left out here.
+
         Args:
-          target: first row and column of a piece -> where it goes.
+          first: row and column of the values.
+          out: the array they are part of.
         """
         across = values.shape[1] // PIECE
+        narrow = self.shape[2] == PIECE
         for i in range(values.shape[0] // PIECE * across):
-            row, column = i // across * PIECE, i % across * PIECE
+            down, right = i // across * PIECE, i % across * PIECE
             slot = slots.at[i % self.tiles.slots]
-            plgpu.wait_smem_to_gmem(self.tiles.slots - 1, wait_read_only=True)
-            slot[...] = values[row : row + PIECE, column : column + PIECE]
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(slot, target(row, column))
+            row, column = first[0] + down, first[1] + right
+
+            def one(slot=slot, row=row, column=column, down=down, right=right):
+                plgpu.wait_smem_to_gmem(self.tiles.slots - 1, wait_read_only=True)
+                slot[...] = values[down : down + PIECE, right : right + PIECE]
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(slot, out.at[pl.ds(row, PIECE), pl.ds(column, PIECE)])
+
+            pl.when(column < PIECE)(one) if narrow else one()
 
     def mate(self, which: str):
         """0 or 1: which of the two programs along a side this is."""
@@ -329,8 +339,7 @@ class Rows(Frame):
 
         @pl.when(whole)
         def _():
-            square = lambda i, j: out.at[pl.ds(row + i, PIECE), pl.ds(column + j, PIECE)]  # noqa: E731
-            self.send(slots, values, square)
+            self.send(slots, values, (row, column), out)
 
         @pl.when(jnp.logical_not(whole) & (high > 0))
         def _():
@@ -403,9 +412,7 @@ class Groups(Frame):
 
     def store(self, refs, slots, values, place: Place, wg):
         row, column = (x + y for x, y in zip((place.row, place.column), self.part(wg), strict=True))
-        out = refs["out"].at[place.group]
-        square = lambda i, j: out.at[pl.ds(row + i, PIECE), pl.ds(column + j, PIECE)]  # noqa: E731
-        self.send(slots, values, square)
+        self.send(slots, values, (row, column), refs["out"].at[place.group])
 
 
 def product(
