@@ -18,9 +18,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.grouped_matmul.masks import clear, store_inside
+from pallas_kernels.grouped_matmul.masks import store_inside
 from pallas_kernels.grouped_matmul.tables import FIRST, GROUP, HEIGHT, ROW, START, STOP, UNIT, Map
-from pallas_kernels.warpgroups import CONSUMERS, roles, swizzled
+from pallas_kernels.once import lowered_once
+from pallas_kernels.warpgroups import CONSUMERS, clear, roles, swizzled
 
 __all__ = ["Tiles", "outer", "product"]
 
@@ -214,20 +215,23 @@ class Frame:
           first: row and column of the values.
           out: the array they are part of.
         """
-        across = values.shape[1] // PIECE
         narrow = self.shape[2] == PIECE
-        for i in range(values.shape[0] // PIECE * across):
-            down, right = i // across * PIECE, i % across * PIECE
-            slot = slots.at[i % self.tiles.slots]
-            row, column = first[0] + down, first[1] + right
+        places = [
+            (down, right)
+            for down in range(0, values.shape[0], PIECE)
+            for right in range(0, PIECE if narrow else values.shape[1], PIECE)
+        ]
 
-            def one(slot=slot, row=row, column=column, down=down, right=right):
+        def run():
+            for i, (down, right) in enumerate(places):
+                slot = slots.at[i % self.tiles.slots]
                 plgpu.wait_smem_to_gmem(self.tiles.slots - 1, wait_read_only=True)
                 slot[...] = values[down : down + PIECE, right : right + PIECE]
                 plgpu.commit_smem()
+                row, column = first[0] + down, first[1] + right
                 plgpu.copy_smem_to_gmem(slot, out.at[pl.ds(row, PIECE), pl.ds(column, PIECE)])
 
-            pl.when(column < PIECE)(one) if narrow else one()
+        pl.when(first[1] == 0)(run) if narrow else run()
 
     def mate(self, which: str):
         """0 or 1: which of the two programs along a side this is."""
@@ -415,6 +419,7 @@ class Groups(Frame):
         self.send(slots, values, (row, column), refs["out"].at[place.group])
 
 
+@lowered_once("transpose", "tiles", "processors", "interpret")
 def product(
     lhs: jax.Array,
     rhs: jax.Array,
@@ -442,6 +447,7 @@ def product(
     return out[: lhs.shape[0], :outputs]
 
 
+@lowered_once("tiles", "processors", "interpret")
 def outer(
     lhs: jax.Array,
     rhs: jax.Array,
