@@ -203,3 +203,31 @@ def test_published_configs_are_read_and_said_again(name):
     assert num_params(spec) == count
     assert spec.layers == layers
     assert family.read(ConfigReader(family.write(spec) or {}, name)) == spec
+
+
+def test_the_text_part_of_a_model_that_sees_is_counted():
+    """Of the 4,300,079,472 published for gemma-3-4b, tower and projector take the rest."""
+    text = {
+        "hidden_size": 2560,
+        "intermediate_size": 10240,
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 34,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+        "sliding_window": 1024,
+    }
+    config = {
+        "boi_token_index": 255_999,
+        "eoi_token_index": 256_000,
+        "image_token_index": 262_144,
+        "mm_tokens_per_image": 256,
+        "model_type": "gemma3",
+        "text_config": text,
+        "torch_dtype": "bfloat16",
+        "vision_config": {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27},
+    }
+    spec = FAMILIES["gemma3_vision"].read(ConfigReader(config, "gemma-3-4b"))
+    width, ffn, patch, places = 1152, 4304, 14 * 14 * 3, 4096
+    layer = 4 * (width**2 + width) + 2 * width * ffn + ffn + width + 4 * width
+    tower = 27 * layer + patch * width + width + places * width + 2 * width
+    assert num_params(spec) + tower + width * 2560 + width == 4_300_079_472
+    assert spec.layers == "(L*5 G)*5 L*4"
