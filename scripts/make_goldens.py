@@ -36,7 +36,7 @@ from tiny_vision import VISION, hub_text, hub_vision
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from tests.oracle.draws import digest, pack, redraw_matrices
+from tests.oracle.draws import KEPT, digest, pack, redraw_matrices
 
 FOLDER = Path(__file__).resolve().parents[1] / "tests/oracle/goldens"
 PROMPTS = (17, 28)  # tokens of the two rows' prompts; logits are of 28 tokens in both rows
@@ -54,6 +54,7 @@ def redraw(model: Any, seed: int) -> None:
     generator, stored = torch.Generator().manual_seed(seed), model.state_dict()
     parameters = dict(model.named_parameters())
     names = [n for n, _ in (*model.named_parameters(), *model.named_buffers()) if n in stored]
+    names = [n for n in names if not n.endswith(KEPT)]
     for name in names:
         value = parameters.get(name, stored[name])
         noise = torch.randn(value.shape, generator=generator)

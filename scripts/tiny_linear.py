@@ -1,6 +1,7 @@
 """The tiny hybrids with linear attention of scripts/make_goldens.py."""
 
 from tiny_models import SMALL, Tiny
+from transformers import MiniMaxConfig as MiniMax
 from transformers import OlmoHybridConfig as OlmoHybrid
 from transformers import Qwen3NextConfig as Qwen3Next
 
@@ -31,8 +32,39 @@ HYBRID = SMALL | {
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
 }
+MINIMAX = SMALL | {
+    "intermediate_size": 12,
+    "num_hidden_layers": 3,
+    "num_local_experts": 4,
+    "block_size": 8,
+    "full_attn_alpha_factor": 1.3,
+    "full_attn_beta_factor": 0.7,
+    "linear_attn_alpha_factor": 0.8,
+    "linear_attn_beta_factor": 1.4,
+    "mlp_alpha_factor": 1.2,
+    "mlp_beta_factor": 0.6,
+}
 
 LINEAR = {
+    "minimax": Tiny(
+        MiniMax,
+        MINIMAX | {"layer_types": ["linear_attention", "linear_attention", "full_attention"]},
+    ),
+    "minimax_hub": Tiny(
+        MiniMax,
+        MINIMAX
+        | {
+            "num_hidden_layers": 2,
+            "head_dim": 10,
+            "num_experts_per_tok": 1,
+            "sliding_window": 9,
+            "hidden_act": "gelu",
+            "tie_word_embeddings": True,
+            "mlp_alpha_factor": 1,
+            "mlp_beta_factor": 1,
+        },
+        hub=True,
+    ),
     "qwen3_next": Tiny(Qwen3Next, NEXT),
     "qwen3_next_hub": Tiny(
         Qwen3Next,

@@ -120,7 +120,9 @@ class Block(nn.Module):
             y = dropout(
                 y, self.policy.dropout, None if key is None else jax.random.fold_in(key, index)
             )
-            x = x + (y if sub.scale == 1.0 else y * sub.scale)
+            kept = inner if sub.skip_normed else x
+            kept = kept if sub.skip_scale == 1.0 else kept * sub.skip_scale
+            x = kept + (y if sub.scale == 1.0 else y * sub.scale)
             x = self._norm(sub.norm_after, f"{sub.name}_after_norm", x)
             x = constrain(x, residual, rules)
         return x, (None if state is None else new_state, aux.found)

@@ -58,10 +58,11 @@ class NamedOp:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sub:
-    """One residual update: x <- after(x + scale * out(sum of ops(in(x)))).
+    """One residual update: x <- after(skip_scale * x + scale * out(sum of ops(in(x)))).
 
     Several ops run in parallel on one input, each with factors of its own, or with a norm too.
-    Pre-LN sets `norm_in`, output-only `norm_out`, sandwich both, post-LN `norm_after`.
+    Pre-LN sets `norm_in`, output-only `norm_out`, sandwich both, post-LN `norm_after`. With
+    `skip_normed` what goes past the ops is in(x) too (arXiv 2501.08313).
     """
 
     ops: tuple[NamedOp, ...]
@@ -69,9 +70,15 @@ class Sub:
     norm_out: Norm | None = None
     norm_after: Norm | None = None
     scale: float = 1.0
+    skip_scale: float = 1.0
+    skip_normed: bool = False
 
     def __post_init__(self) -> None:
         require(len(self.ops) >= 1, "sub: needs at least one op")
+        require(
+            self.norm_in is not None or not self.skip_normed,
+            "sub: skip_normed is of the norm before the ops; give norm_in",
+        )
         own = [named.name for named in self.ops if named.norm_in is not None]
         require(
             not own or (len(self.ops) > 1 and self.norm_in is None),

@@ -73,6 +73,8 @@ def hybrid_of(spec: ModelSpec) -> Hybrid | None:
         match ffn:
             case [MLP() as mlp]:
                 mlps[block.name] = mlp
+            case [MoE() as moe]:
+                moes[block.name] = moe
             case [MoE() as moe, MLP() as beside]:
                 moes[block.name], shared = moe, beside
             case _:

@@ -141,7 +141,8 @@ class Entry:
     stretches of outputs, and `part` is a leaf's place and the outputs of all in each of them: a
     head's queries beside its keys, a gate's output beside one of `up`. Several tensors may fill one
     leaf of experts: each is then the expert `index` of it. Where the tensor has all experts, it has
-    a leading dim for them, before those of one.
+    a leading dim for them, before those of one. `same` with `ones` has so many dims of 1 before and
+    after ours on disk.
     """
 
     disk: str
@@ -150,6 +151,7 @@ class Entry:
     part: tuple[int, int] | None = None
     groups: int = 1
     index: int | None = None
+    ones: tuple[int, int] = (0, 0)
 
     def _own(self, definition: ParamDef) -> ParamDef:
         """What of the leaf stands in the tensor: one expert, or all of it."""
@@ -159,7 +161,7 @@ class Entry:
         """Shape of this leaf on disk: matrices [out, in], vectors flat, tables as they are."""
         own = self._own(definition)
         if self.form in ("same", "minus_exp"):
-            return own.shape
+            return (1,) * self.ones[0] + own.shape + (1,) * self.ones[1]
         if self.form in ("conv", "conv_rows"):
             between = (1,) if self.form == "conv" else ()
             return (own.size // own.shape[0], *between, own.shape[0])

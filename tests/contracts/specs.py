@@ -148,7 +148,15 @@ SPECS: dict[str, ModelSpec] = {
     # Performer, RetNet, linear transformer, GLA, and attention after them.
     "kernels": model(
         pre("P", linear(feature="favor", features=24, normalizer=1e-20), MLP48),
-        pre("R", linear(decay=ConstantDecay(), rope=NEAR, out_norm=OutNorm(over="full")), MLP48),
+        # What goes past its ops is normed, and weighed.
+        Block(
+            name="R",
+            subs=(
+                sub("attn", linear(decay=ConstantDecay(), rope=NEAR, out_norm=OutNorm(over="full")),
+                    norm_in=RMS, skip_normed=True, skip_scale=1.5, scale=0.5),
+                sub("mlp", MLP48, norm_in=OFFSET, skip_scale=0.5),
+            ),
+        ),
         pre("E", linear(feature="elu1", normalizer=1e-6, scale=1.0, conv=3), MLP48),
         pre("A", linear(key_heads=1, decay=GatedDecay(over="channel", form="sigmoid",
                                                       temperature=2.0)), MLP48),

@@ -202,7 +202,8 @@ def decode(spec, weights, ids, types=0):
                 )
                 for o in sub.ops
             )
-            x = x + sub.scale * norm(sub.norm_out, w.get(f"{name}_out_norm"), update)
+            kept = sub.skip_scale * (inner if sub.skip_normed else x)
+            x = kept + sub.scale * norm(sub.norm_out, w.get(f"{name}_out_norm"), update)
             x = norm(sub.norm_after, w.get(f"{name}_after_norm"), x)
     x = norm(spec.final_norm, weights.get("final_norm"), x)
     head = weights.get("head", {})
