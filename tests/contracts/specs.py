@@ -170,13 +170,15 @@ SPECS: dict[str, ModelSpec] = {
         experts("S", GROUPED, shared=MLP(width=24, out_gate=True)),
         layers="E S*2",
     ),
-    # Latent attention: queries from a short vector or not; a rope of pairs side by side or not.
+    # Latent attention: queries from a short vector or not; a rope of pairs side by side, not, none.
     "latent": model(
         pre("A", LatentAttention(heads=4, kv_rank=12, q_rank=10, nope_dim=6, rope_dim=4, v_dim=5,
                                  bias=True, rope=Rope(theta=100.0, layout="interleaved")), MLP48),
         pre("B", LatentAttention(heads=2, kv_rank=16, nope_dim=8, rope_dim=6, v_dim=8, scale=0.4,
                                  rope=NEAR, mask=LOCAL), MLP48),
-        layers="A B*2",
+        pre("N", LatentAttention(heads=2, kv_rank=8, nope_dim=3, rope_dim=5, v_dim=4, rope=None),
+            MLP48),
+        layers="A B*2 N",
     ),
     # Softmax over the chosen; clamps, gain, offset and biases; weights on what goes in, and
     # a latent width.

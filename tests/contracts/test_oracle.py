@@ -138,8 +138,9 @@ def latent(op, w, x):
     both = np.einsum("btr,rnh->btnh", normed(vectors, w["kv_norm"]), w["kv_up"])
     q, turned = np.split(q, [op.nope_dim], axis=-1)
     k, v = np.split(both, [op.nope_dim], axis=-1)
-    q = np.concatenate([q, rotated(turned, places, op.rope)], axis=-1)
-    shared = np.repeat(rotated(shared[:, :, None], places, op.rope), op.heads, axis=2)
+    rotate = lambda y: y if op.rope is None else rotated(y, places, op.rope)  # noqa: E731
+    q = np.concatenate([q, rotate(turned)], axis=-1)
+    shared = np.repeat(rotate(shared[:, :, None]), op.heads, axis=2)
     k = np.concatenate([k, shared], axis=-1)
     seen = allowed(op.mask, places[:, :, None], places[:, None, :])
     out = attend(q, k, v, seen, op.query_scale, softcap=None, sinks=None)

@@ -15,9 +15,10 @@ from jaxllm.zoo.load import open_checkpoint, saved_paths
 from tests.oracle.checks import check_moved, check_named
 from tests.oracle.golden import NAMES, TOLERANCE, copy, golden, relative, tensors
 from tests.oracle.mutate import POLICY, attn, change, logits, only, part, renorm, rope, subs, window
+from tests.oracle.test_experts import latent, router
 from tests.oracle.test_families import spec_of
 
-OURS = [name for name in NAMES if name.startswith(("qwen3_next", "olmo_hybrid", "minimax"))]
+OURS = [name for name in NAMES if name.startswith(("qwen3_next", "olmo_hybrid", "minimax", "kimi"))]
 
 
 def linear(**changes):
@@ -56,6 +57,20 @@ MUTATIONS = {
     ("minimax_hub", "window 9 -> 10"): window(10),
     ("minimax_hub", "no rope"): attn(rope=None),
     ("minimax_hub", "silu"): linear(activation="silu"),
+    ("kimi_linear", "no delta rule"): linear(delta=False),
+    ("kimi_linear", "no decay"): linear(decay=None),
+    ("kimi_linear", "no convolution"): linear(conv=None),
+    ("kimi_linear", "no activation after it"): linear(activation=None),
+    ("kimi_linear", "keys of any length"): linear(l2_eps=None),
+    ("kimi_linear", "betas up to 2"): linear(beta_max=2.0),
+    ("kimi_linear", "reads not normed"): linear(out_norm=None),
+    ("kimi_linear", "a gate by silu"): linear(gate="silu"),
+    ("kimi_linear", "a rope"): latent(rope=Rope(fraction=0.8)),
+    ("kimi_linear", "one group more"): router(groups_kept=3),
+    ("kimi_linear", "no bias in the choice"): router(balance_bias=False),
+    ("kimi_linear", "not renormalised"): router(renormalize=False),
+    ("kimi_linear_hub", "renormalised"): router(renormalize=True),
+    ("kimi_linear_hub", "weights not scaled"): router(scale=1.0),
     ("olmo_hybrid_nope", "a rope"): attn(rope=Rope()),
     ("olmo_hybrid_nope", "betas up to 2"): linear(beta_max=2.0),
 }
@@ -87,6 +102,18 @@ PROBLEMS = {
     "no experts": ("minimax", {"num_local_experts": 0}, "experts is positive"),
     "another kind": ("minimax", {"layer_types": ["conv"] * 3}, "'conv'"),
     "a factor": ("minimax", {"mlp_alpha_factor": "2"}, "mlp_alpha_factor is '2'"),
+    "a rope": ("kimi_linear_hub", {"mla_use_nope": False}, "mla_use_nope is False"),
+    "layers twice": (
+        "kimi_linear_hub",
+        {"linear_attn_config": {"full_attn_layers": [2], "kda_layers": [2]}},
+        "full_attn_layers and kda_layers are not the layers 1 to 2",
+    ),
+    "a key inside": (
+        "kimi_linear_hub",
+        {"linear_attn_config": {"num_head": 3}},
+        "linear_attn_config: unknown key 'num_head'",
+    ),
+    "an mlp": ("kimi_linear", {"mlp_layer_types": ["dense"] * 2 + ["moe"]}, "dense or sparse"),
     "unknown": ("olmo_hybrid", {"linear_use_gate": True}, "unknown key 'linear_use_gate'"),
 }
 

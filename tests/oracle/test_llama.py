@@ -47,7 +47,7 @@ LATER = (
     "phi3_partial_hub",
     "qwen3_window",
     "smollm3_hub",
-    *("minimax_hub", "olmo_hybrid_nope", "qwen3_next_hub"),
+    *("kimi_linear_hub", "minimax_hub", "olmo_hybrid_nope", "qwen3_next_hub"),
     *("gguf_gemma2", "gguf_phi3", "gguf_qwen3"),
     *(
         "deepseek_v2_hub",
@@ -92,6 +92,7 @@ GREEDY = {
         "qwen3_next",
         "olmo_hybrid",
         "minimax",
+        "kimi_linear",
         "llama_dynamic_hub",
         "llama_longrope_hub",
         "jamba",

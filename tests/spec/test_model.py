@@ -204,6 +204,7 @@ def test_no_spec_at_all(text):
         lambda: MoE(experts=2, active=1, mlp=MLP(width=4), latent_bias=True),
         lambda: Temperature(scale=1.0, period=0.0),
         lambda: Sub(ops=(NamedOp(name="mlp", op=MLP(width=4), norm_in=Norm()),)),
+        lambda: sub("mlp", MLP(width=4), skip_normed=True),
     ],
 )
 def test_contradictions_are_errors(make):
