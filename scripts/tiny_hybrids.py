@@ -361,6 +361,10 @@ def hub_hybrid(config: dict[str, Any]) -> dict[str, Any]:
         out["attn_rotary_emb"] = 3
         out["rope_parameters"] = dict(out["rope_parameters"])
         del out["rope_parameters"]["partial_rotary_factor"]
+    if kind == "zamba2":
+        kinds = out["layers_block_type"]
+        out["layers_block_type"] = [k if k == "hybrid" else "mamba" for k in kinds]
+        out |= {"time_step_limit": None, "use_shared_mlp_adapter": True}
     if kind == "kimi_linear":
         out |= _hub_kimi(out)
         del out["mlp_layer_types"]

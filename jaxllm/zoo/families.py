@@ -36,6 +36,7 @@ from jaxllm.zoo import (
     qwen3_next,
     qwen_moe,
     smollm3,
+    zamba2,
 )
 from jaxllm.zoo.table import Family
 
@@ -73,6 +74,7 @@ FAMILIES: dict[str, Family] = {
     "mamba": mamba.FAMILY,
     "mamba2": mamba.FAMILY2,
     "jamba": jamba.FAMILY,
+    "zamba2": zamba2.FAMILY,
     "bamba": bamba.FAMILY,
     "nemotron_h": nemotron_h.FAMILY,
     "falcon_h1": falcon_h1.FAMILY,

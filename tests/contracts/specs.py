@@ -18,6 +18,7 @@ from jaxllm.spec.ops import (
     Convolution,
     InfiniAttention,
     LatentAttention,
+    Linear,
     Memory,
     MoE,
     Norm,
@@ -226,6 +227,27 @@ SPECS: dict[str, ModelSpec] = {
         Block(name="P", subs=(sub("mem", Memory(heads=3, keys=4, active=5, key_dim=6,
                                                 query_norm=False), norm_in=RMS),)),
         layers="(M P)*2",
+    ),
+    # Attention and MLP that read the embedding too and go into what the recurrence reads: two sets
+    # of parameters, each for two layers, which have adapters of their own.
+    "shared": model(
+        Block(name="M", subs=(sub("ssm", BARE, norm_in=RMS),)),
+        *(
+            Block(
+                name=name,
+                subs=(
+                    sub("attn", heads(4, 4, out_width=32, adapter_rank=3, scale=0.5), norm_in=RMS,
+                        reads="embedded", aside=True, share=name),
+                    sub("mlp", MLP(width=24, activation="gelu", adapter_rank=2), norm_in=OFFSET,
+                        reads="aside", aside=True, share=name),
+                    sub("linear", Linear(), reads="aside", aside=True, scale=0.5),
+                    sub("ssm", BARE, norm_in=RMS, reads="sum"),
+                ),
+            )
+            for name in ("A", "B")
+        ),
+        layers="M (A M B)*2",
+        head=Head(tied=True),
     ),
     # Segments of 4 and 5 tokens beside a memory of those before, with the delta rule and without.
     "infini": model(

@@ -47,6 +47,7 @@ LATER = (
     "phi3_partial_hub",
     "qwen3_window",
     "smollm3_hub",
+    "zamba2_hub",
     *("kimi_linear_hub", "minimax_hub", "olmo_hybrid_nope", "qwen3_next_hub"),
     *("gguf_gemma2", "gguf_phi3", "gguf_qwen3"),
     *(
@@ -93,6 +94,7 @@ GREEDY = {
         "olmo_hybrid",
         "minimax",
         "kimi_linear",
+        "zamba2",
         "llama_dynamic_hub",
         "llama_longrope_hub",
         "jamba",
