@@ -26,6 +26,7 @@ import torch
 import transformers
 from gguf_files import write_gguf
 from smollm2_prompts import CHATS, PARAGRAPH
+from tiny_dense import ROWS
 from tiny_experts import EXPERTS
 from tiny_hybrids import hub_hybrid
 from tiny_linear import LINEAR
@@ -43,7 +44,7 @@ PROMPTS = (17, 28)  # tokens of the two rows' prompts; logits are of 28 tokens i
 LENGTH, ANSWER = max(PROMPTS), 12
 LEAST_MARGIN = 2e-3  # of the largest logit, between the two best tokens of every greedy step
 MOST_NOISE = 2e-6  # float32 against float64 in transformers, of the largest logit
-TINY = DENSE | EXPERTS | LINEAR | MORE | VISION
+TINY = DENSE | EXPERTS | LINEAR | MORE | ROWS | VISION
 # The grouped products of experts take no float64.
 EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}
 MAX_BYTES, MAX_TOTAL_BYTES = 200_000, 8_000_000
@@ -110,7 +111,7 @@ def hub_layers(config: dict[str, Any]) -> dict[str, Any]:
         out["sliding_window_pattern"] = 1 + config["layer_types"].index("full_attention")
     if kind == "cohere2":
         out |= {"sliding_window_pattern": 4, "use_qk_norm": False, "rotary_pct": 1.0}
-    if kind in ("smollm3", "gpt_oss", "olmo3"):
+    if kind in ("exaone4", "smollm3", "gpt_oss", "olmo3"):
         out["layer_types"] = config["layer_types"]
     return out
 

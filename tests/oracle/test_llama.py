@@ -49,6 +49,8 @@ LATER = (
     "smollm3_hub",
     "zamba2_hub",
     *("kimi_linear_hub", "minimax_hub", "olmo_hybrid_nope", "qwen3_next_hub"),
+    *("arcee_hub", "ernie4_5_hub", "exaone4_hub", "glm4_hub", "helium", "nemotron_hub"),
+    *("seed_oss", "seed_oss_hub"),
     *("gguf_gemma2", "gguf_phi3", "gguf_qwen3"),
     *(
         "deepseek_v2_hub",

@@ -322,3 +322,31 @@ def test_the_text_part_of_a_model_that_sees_is_counted():
     tower = 27 * layer + patch * width + width + places * width + 2 * width
     assert num_params(spec) + tower + width * 2560 + width == 4_300_079_472
     assert spec.layers == "(L*5 G)*5 L*4"
+
+
+SHORT = {
+    "ERNIE-4.5-0.3B": (360_748_032, "ernie4_5", (103_424, 1024, 3072, 18), (16, 2, 128)),
+    "Seed-OSS-36B": (36_151_104_512, "seed_oss", (155_136, 5120, 27_648, 64), (80, 8, 128)),
+    "GLM-4-9B-0414": (9_400_279_040, "glm4", (151_552, 4096, 13_696, 40), (32, 2, 128)),
+    "EXAONE-4.0-1.2B": (1_279_391_488, "exaone4", (102_400, 2048, 4096, 30), (32, 8, 64)),
+}
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_parameters_of_families_of_one_kind_of_layer(name):
+    count, kind, (vocab, width, ffn, layers), (heads, kv_heads, head_dim) = SHORT[name]
+    config = {
+        "vocab_size": vocab,
+        "hidden_size": width,
+        "intermediate_size": ffn,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "model_type": kind,
+    }
+    if kind == "exaone4":
+        config |= {"sliding_window": None, "tie_word_embeddings": True}
+    spec = FAMILIES[kind].read(ConfigReader(config, name))
+    assert num_params(spec) == count
+    assert spec.layers == f"G*{layers}"
