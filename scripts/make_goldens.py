@@ -26,23 +26,25 @@ import torch
 import transformers
 from gguf_files import write_gguf
 from smollm2_prompts import CHATS, PARAGRAPH
+from tiny_dense import ROWS
 from tiny_experts import EXPERTS
 from tiny_hybrids import hub_hybrid
 from tiny_linear import LINEAR
 from tiny_models import BASE, Tiny
 from tiny_models import TINY as DENSE
 from tiny_more import MORE
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tiny_vision import VISION, hub_text, hub_vision
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from tests.oracle.draws import digest, pack, redraw_matrices
+from tests.oracle.draws import KEPT, digest, pack, redraw_matrices
 
 FOLDER = Path(__file__).resolve().parents[1] / "tests/oracle/goldens"
 PROMPTS = (17, 28)  # tokens of the two rows' prompts; logits are of 28 tokens in both rows
 LENGTH, ANSWER = max(PROMPTS), 12
 LEAST_MARGIN = 2e-3  # of the largest logit, between the two best tokens of every greedy step
 MOST_NOISE = 2e-6  # float32 against float64 in transformers, of the largest logit
-TINY = DENSE | EXPERTS | LINEAR | MORE
+TINY = DENSE | EXPERTS | LINEAR | MORE | ROWS | VISION
 # The grouped products of experts take no float64.
 EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}
 MAX_BYTES, MAX_TOTAL_BYTES = 200_000, 8_000_000
@@ -53,6 +55,7 @@ def redraw(model: Any, seed: int) -> None:
     generator, stored = torch.Generator().manual_seed(seed), model.state_dict()
     parameters = dict(model.named_parameters())
     names = [n for n, _ in (*model.named_parameters(), *model.named_buffers()) if n in stored]
+    names = [n for n in names if not n.endswith(KEPT)]
     for name in names:
         value = parameters.get(name, stored[name])
         noise = torch.randn(value.shape, generator=generator)
@@ -65,9 +68,12 @@ def redraw(model: Any, seed: int) -> None:
 
 def hub_dialect(config: dict[str, Any]) -> dict[str, Any]:
     """A config of transformers 5 in the words that files on the hub have."""
+    if "text_config" in config:
+        return hub_vision(config) | {"text_config": hub_text(hub_dialect(config["text_config"]))}
     config = hub_hybrid(config)
     out = {k: v for k, v in config.items() if k not in ("rope_parameters", "dtype", "layer_types")}
-    out["torch_dtype"] = config["dtype"]
+    if "dtype" in config:
+        out["torch_dtype"] = config["dtype"]
     if "rope_parameters" not in config:
         return dict(sorted(out.items()))
     rope = dict(config["rope_parameters"])
@@ -105,7 +111,7 @@ def hub_layers(config: dict[str, Any]) -> dict[str, Any]:
         out["sliding_window_pattern"] = 1 + config["layer_types"].index("full_attention")
     if kind == "cohere2":
         out |= {"sliding_window_pattern": 4, "use_qk_norm": False, "rotary_pct": 1.0}
-    if kind in ("smollm3", "gpt_oss", "olmo3"):
+    if kind in ("exaone4", "smollm3", "gpt_oss", "olmo3"):
         out["layer_types"] = config["layer_types"]
     return out
 
@@ -113,7 +119,9 @@ def hub_layers(config: dict[str, Any]) -> dict[str, Any]:
 def write_model(folder: Path, tiny: Tiny, seed: int) -> Any:
     """Write a model's files and give the model that transformers reads from them, in float32."""
     config = tiny.config(**{k: v for k, v in (BASE | tiny.changes).items() if v is not ...})
-    model = AutoModelForCausalLM.from_config(config, **EAGER)
+    sees = hasattr(config, "vision_config")
+    auto = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+    model = auto.from_config(config, **EAGER)
     redraw(model, seed)
     if tiny.gguf:
         write_gguf(folder / "model.gguf", model, tiny.gguf)
@@ -125,7 +133,10 @@ def write_model(folder: Path, tiny: Tiny, seed: int) -> Any:
     if tiny.hub:
         path = folder / "config.json"
         path.write_text(json.dumps(hub_dialect(json.loads(path.read_text())), indent=2) + "\n")
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **EAGER).eval()
+    model = auto.from_pretrained(folder, dtype=torch.float32, **EAGER).eval()
+    # Llama 4's own forward pass fails in transformers 5.24 where there is no picture.
+    inner = getattr(model, "language_model", None)
+    return inner if hasattr(inner, "lm_head") else model
 
 
 def forget(model: Any) -> None:
@@ -175,7 +186,7 @@ def make_tiny(name: str) -> str:
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
             model = write_model(folder, TINY[name], seed)
-            vocab = model.config.vocab_size
+            vocab = model.config.get_text_config().vocab_size
             ids = np.random.default_rng(seed).integers(3, vocab, (2, LENGTH)).astype(np.int32)
             rows = [
                 greedy(model, r[:n].tolist(), ANSWER, cache=TINY[name].cache)

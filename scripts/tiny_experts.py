@@ -12,7 +12,7 @@ from transformers import OlmoeConfig as Olmoe
 from transformers import Qwen2MoeConfig as Qwen2Moe
 from transformers import Qwen3MoeConfig as Qwen3Moe
 
-__all__ = ["EXPERTS"]
+__all__ = ["EXPERTS", "LLAMA4"]
 
 MOE = SMALL | {"intermediate_size": 20, "num_experts_per_tok": 2}
 MANY = MOE | {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 12}

@@ -324,6 +324,29 @@ HYBRIDS |= {
 _LETTERS = {"linear_attention": "M", "full_attention": "*", "mlp": "-", "moe": "E"}
 
 
+def _hub_kimi(out: dict[str, Any]) -> dict[str, Any]:
+    """The keys of delta attention, in an object of their own; layers count from 1."""
+    numbers = {"full_attention": [], "linear_attention": []}
+    for number, kind in enumerate(out["layer_types"], 1):
+        numbers[kind].append(number)
+    linear = {
+        "full_attn_layers": numbers["full_attention"],
+        "kda_layers": numbers["linear_attention"],
+        "num_heads": out.pop("linear_num_heads"),
+        "head_dim": out.pop("linear_head_dim"),
+        "short_conv_kernel_size": out.pop("linear_conv_kernel_dim"),
+    }
+    return {
+        "linear_attn_config": linear,
+        "first_k_dense_replace": out["mlp_layer_types"].index("sparse"),
+        "mla_use_nope": True,
+        "moe_layer_freq": 1,
+        "moe_router_activation_func": "sigmoid",
+        "rope_theta": 10000.0,
+        "use_grouped_topk": True,
+    }
+
+
 def hub_hybrid(config: dict[str, Any]) -> dict[str, Any]:
     """A config of transformers 5 with its layers as files on the hub before it name them."""
     kind, out = config["model_type"], dict(config)
@@ -338,6 +361,13 @@ def hub_hybrid(config: dict[str, Any]) -> dict[str, Any]:
         out["attn_rotary_emb"] = 3
         out["rope_parameters"] = dict(out["rope_parameters"])
         del out["rope_parameters"]["partial_rotary_factor"]
+    if kind == "zamba2":
+        kinds = out["layers_block_type"]
+        out["layers_block_type"] = [k if k == "hybrid" else "mamba" for k in kinds]
+        out |= {"time_step_limit": None, "use_shared_mlp_adapter": True}
+    if kind == "kimi_linear":
+        out |= _hub_kimi(out)
+        del out["mlp_layer_types"]
     if kind == "lfm2":
         kinds = out.pop("layer_types")
         out["full_attn_idxs"] = [i for i, k in enumerate(kinds) if k == "full_attention"]

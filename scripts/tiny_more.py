@@ -10,6 +10,7 @@ from transformers import Olmo3Config as Olmo3
 from transformers import Phi3Config as Phi3
 from transformers import PhiConfig as Phi
 from transformers import Qwen3Config as Qwen3
+from transformers import Zamba2Config as Zamba2
 
 __all__ = ["MORE"]
 
@@ -35,8 +36,41 @@ LONGROPE = {
     "long_factor": [1.2, 3.0, 5.5],
 }
 PHI3 = SMALL | {"num_attention_heads": 3, "num_key_value_heads": 1}
+ZAMBA2 = SMALL | {
+    "num_hidden_layers": 5,
+    "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid", "hybrid"],
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1.0,  # ops follow each other without residuals: it keeps noise from growing
+    "n_mamba_heads": 6,
+    "mamba_d_state": 5,
+    "mamba_ngroups": 2,
+    "num_mem_blocks": 2,
+    "adapter_rank": 3,
+    "use_shared_attention_adapter": True,
+    "use_mem_rope": True,
+}
 
 MORE = {
+    # Two sets of parameters in turns. The reference's decode step has no least step size.
+    "zamba2": Tiny(Zamba2, ZAMBA2, cache=False),
+    "zamba2_hub": Tiny(
+        Zamba2,
+        ZAMBA2
+        | {
+            "num_hidden_layers": 3,
+            "layers_block_type": ["hybrid", "linear_attention", "hybrid"],
+            "num_key_value_heads": 2,
+            "num_mem_blocks": 1,
+            "use_shared_attention_adapter": False,
+            "use_mem_rope": False,
+            "add_bias_linear": True,
+            "mamba_expand": 1,
+            "mamba_d_conv": 3,
+            "time_step_min": 0.1,
+        },
+        hub=True,
+        cache=False,
+    ),
     # The prompts lie within the original context, or past it.
     "phi3_longrope": Tiny(
         Phi3,

@@ -174,7 +174,8 @@ def _config_eos(path: Path) -> tuple[int, ...]:
     """End tokens of a directory without a tokenizer, from its generation or model config."""
     for name in ("generation_config.json", "config.json"):
         if (path / name).is_file():
-            value = json.loads((path / name).read_text()).get("eos_token_id")
+            data = json.loads((path / name).read_text())
+            value = data.get("eos_token_id", (data.get("text_config") or {}).get("eos_token_id"))
             if value is not None:
                 return tuple(value) if isinstance(value, list) else (int(value),)
     return ()

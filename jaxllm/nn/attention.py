@@ -41,6 +41,11 @@ class Attention(nn.Module):
         assert self.op.qk_norm is not None
         return qk_norm(x, leaves[name] if self.op.qk_norm.scale else None, self.op.qk_norm)
 
+    def _adapter(self, name: str, x: Array, leaves: Leaves) -> Array:
+        """What a layer adds to a projection that it shares."""
+        low = leaves.product(f"{name}_adapter_a", x, "BTD,DR->BTR")
+        return leaves.product(f"{name}_adapter_b", low, "BTR,RNH->BTNH")
+
     def _global_rows(self, x: Array, out: Array, *, step: Step, leaves: Leaves) -> Array:
         """`out` with the rows of global queries replaced: these see all, by projections apart."""
         special = global_tokens(self.op.mask, step)
@@ -54,11 +59,16 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(
         self, x: Float[Array, "B T D"], *, step: Step, state: Any, aux: LayerAux
-    ) -> tuple[Float[Array, "B T D"], Any]:
+    ) -> tuple[Float[Array, "B T _"], Any]:
         """(x, the op's state) -> (update of x, new state)."""
         op, policy = self.op, self.policy
         leaves = leaves_of(self, x.shape[-1], step, aux)
-        q, k, v = (keep(y) for y in leaves.project("qkv", x, "BTD,DNH->BTNH"))
+        q, k, v = leaves.project("qkv", x, "BTD,DNH->BTNH")
+        if op.adapter_rank is not None:
+            q, k, v = (
+                y + self._adapter(name, x, leaves) for name, y in zip("qkv", (q, k, v), strict=True)
+            )
+        q, k, v = keep(q), keep(k), keep(v)
         if op.qk_norm is not None and not op.qk_norm.after_rope:
             q, k = self._norm(q, "q_norm", leaves), self._norm(k, "k_norm", leaves)
         if op.rope is not None:

@@ -20,14 +20,16 @@ from jaxllm.nn.latent import LatentAttention
 from jaxllm.nn.leaf import Leaves
 from jaxllm.nn.linear_attention import LinearAttention
 from jaxllm.nn.memory import Memory
-from jaxllm.nn.mlp import MLP
+from jaxllm.nn.mlp import MLP, Linear
 from jaxllm.nn.moe import MoE
 from jaxllm.nn.state_space import Convolution, SelectiveScan, StateSpaceDual
 from jaxllm.ops.norm import layer_norm, rms_norm
 from jaxllm.spec import ops as spec_ops
 from jaxllm.spec.model import Block as BlockSpec
+from jaxllm.spec.model import Sub
 from jaxllm.spec.op_table import norm_table
 from jaxllm.state.step import Step
+from jaxllm.typing import Slot
 
 __all__ = ["Block", "Norm", "dropout"]
 
@@ -36,6 +38,7 @@ MODULES = {
     spec_ops.LatentAttention: LatentAttention,
     spec_ops.InfiniAttention: InfiniAttention,
     spec_ops.MLP: MLP,
+    spec_ops.Linear: Linear,
     spec_ops.MoE: MoE,
     spec_ops.LinearAttention: LinearAttention,
     spec_ops.SelectiveScan: SelectiveScan,
@@ -53,6 +56,17 @@ def dropout(
         return x
     keep = jax.random.bernoulli(key, 1 - rate, x.shape)
     return jnp.where(keep, x / (1 - rate), jnp.zeros_like(x))
+
+
+def _seen(sub: Sub, x: Array, embedded: Array | None, aside: Array | None) -> Array:
+    """What the ops of a residual update read."""
+    if sub.reads == "hidden":
+        return x
+    if sub.reads == "embedded":
+        assert embedded is not None  # `run` has seen to it
+        return jnp.concatenate([x, embedded], axis=-1)
+    assert aside is not None  # the spec has seen to it
+    return aside if sub.reads == "aside" else x + aside
 
 
 class Norm(nn.Module):
@@ -84,33 +98,39 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B T D"], step: Step, state: Any, key: Key[Array, ""] | None
+        self,
+        x: Float[Array, "B T D"],
+        given: tuple[Step, Slot | None],
+        state: Any,
+        key: Key[Array, ""] | None,
     ) -> tuple[Float[Array, "B T D"], tuple[Any, Aux]]:
         """Run one layer.
 
         Args:
           x: hidden states.
-          step: where the tokens stand.
+          given: where the tokens stand; the embedding [B, T, D], or None where no layer reads it.
           state: dict op name -> state, or None.
           key: dropout key of this layer, or None.
 
         Returns:
           (hidden states, (new state, by-products by local name)).
         """
+        (step, embedded), aside = given, None
         aux, new_state = LayerAux(self.taps), {}
         rules, residual = self.policy.rules, ("batch", "sequence", None)
         for index, sub in enumerate(self.block.subs):
             # Sequence parallel: norms, dropout and sums see a part of the tokens, ops see all.
+            seen = _seen(sub, x, embedded, aside)
             inner = constrain(
-                self._norm(sub.norm_in, f"{sub.name}_norm", x), ("batch", "length", None), rules
+                self._norm(sub.norm_in, f"{sub.name}_norm", seen), ("batch", "length", None), rules
             )
             updates: list[Array] = []
             for named in sub.ops:
                 module = MODULES[type(named.op)](named.op, self.policy, name=named.name)
                 held = None if state is None else state.get(named.name)
-                given = self._norm(named.norm_in, f"{named.name}_norm", inner)
-                given = given if named.scale_in == 1.0 else given * named.scale_in
-                y, held = module(given, step=step, state=held, aux=aux)
+                own = self._norm(named.norm_in, f"{named.name}_norm", inner)
+                own = own if named.scale_in == 1.0 else own * named.scale_in
+                y, held = module(own, step=step, state=held, aux=aux)
                 y = y if named.scale == 1.0 else y * named.scale
                 if held is not None:
                     new_state[named.name] = held
@@ -120,7 +140,12 @@ class Block(nn.Module):
             y = dropout(
                 y, self.policy.dropout, None if key is None else jax.random.fold_in(key, index)
             )
-            x = x + (y if sub.scale == 1.0 else y * sub.scale)
+            y = y if sub.scale == 1.0 else y * sub.scale
+            if sub.aside:
+                aside = y
+                continue
+            kept = inner if sub.skip_normed else x
+            x = (kept if sub.skip_scale == 1.0 else kept * sub.skip_scale) + y
             x = self._norm(sub.norm_after, f"{sub.name}_after_norm", x)
             x = constrain(x, residual, rules)
         return x, (None if state is None else new_state, aux.found)

@@ -48,13 +48,15 @@ class LatentAttention(nn.Module):
         low = keep(leaves.product("kv_down", x, "BTD,DR->BTR"))
         latent, rotated = low[..., : op.kv_rank], low[..., op.kv_rank :]
         latent = rms_norm(latent, leaves["kv_norm"], eps=op.eps)
-        lengths = sequence_lengths(step) if op.rope.follows_length else None
-        turned = apply_rope(q[..., op.nope_dim :], step.positions, op.rope, lengths=lengths)
-        rotated = apply_rope(rotated[:, :, None], step.positions, op.rope, lengths=lengths)
-        q = jnp.concatenate([q[..., : op.nope_dim], turned], axis=-1)
+        if op.rope is not None:
+            lengths = sequence_lengths(step) if op.rope.follows_length else None
+            turned = apply_rope(q[..., op.nope_dim :], step.positions, op.rope, lengths=lengths)
+            q = jnp.concatenate([q[..., : op.nope_dim], turned], axis=-1)
+            rotated = apply_rope(rotated[:, :, None], step.positions, op.rope, lengths=lengths)
+            rotated = rotated[:, :, 0]
         out, state = attend_latent(
             state,
-            (q, latent, rotated[:, :, 0]),
+            (q, latent, rotated),
             leaves["kv_up"],
             step=step,
             op=op,

@@ -56,8 +56,8 @@ class Leaves:
         self._adapter_ids = adapter_ids
 
     def has(self, name: str) -> bool:
-        """Whether the parameters hold a leaf of this name."""
-        return self._module.has_variable("params", name)
+        """Whether the parameters hold a leaf of this name, the layer's own or a shared one."""
+        return any(self._module.has_variable(kind, name) for kind in ("params", "shared"))
 
     @property
     def names(self) -> list[str]:
@@ -77,7 +77,8 @@ class Leaves:
             raise WeightsError(f"parameter {where!r} is missing")
         if name not in table:
             raise WeightsError(f"parameter {where!r} is none that the spec has")
-        return checked(self._module.get_variable("params", name), table[name].shape, where)
+        kind = "params" if self._module.has_variable("params", name) else "shared"
+        return checked(self._module.get_variable(kind, name), table[name].shape, where)
 
     def vector(self, name: str) -> Float[AnyArray, "..."]:
         """A bias or scale in the compute dtype."""

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from jaxllm.core.config import require
 from jaxllm.core.policy import Policy
 from jaxllm.core.tree import Segment, layer_tree, take_repeat
 from jaxllm.errors import ConfigError, WeightsError
@@ -28,13 +29,15 @@ __all__ = ["Carry", "Stack", "run"]
 class Carry:
     """What passes from layer to layer: hidden states [B, T, D], the step, by-products so far.
 
-    `shared` is `params["shared"]`, leaves that several layers read.
+    `shared` is `params["shared"]`, leaves that several layers read; `embedded` the embedding
+    [B, T, D] where a layer reads it, and else None.
     """
 
     hidden: Slot
     step: Step
     aux: Aux = dataclasses.field(default_factory=Aux)
     shared: Any = None
+    embedded: Slot | None = None
 
 
 def _copy(aux: Aux) -> Aux:
@@ -65,9 +68,9 @@ class _Unit(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B T D"], inputs: Any, step: Step
+        self, x: Float[Array, "B T D"], inputs: Any, given: tuple[Step, Slot | None]
     ) -> tuple[Float[Array, "B T D"], Any]:
-        repeat, state = inputs
+        (repeat, state), step = inputs, given[0]
         block = remat(Block, self.policy.remat, scanned=self.segment.stacked)
         states, found = {}, {}
         for place in range(self.segment.unit):
@@ -81,7 +84,7 @@ class _Unit(nn.Module):
             if state is not None and self.segment.unit > 1:
                 held = state[str(place)]
             module = block(self.spec.block(layer), self.policy, wanted, name=str(place))
-            x, (states[str(place)], found[str(place)]) = module(x, step, held, key)
+            x, (states[str(place)], found[str(place)]) = module(x, given, held, key)
         return x, (None if state is None else states, found)
 
 
@@ -110,7 +113,7 @@ class Stack(nn.Module):
                     length=segment.repeats,
                 )
             unit = body(self.spec, self.policy, segment, name=segment.key)
-            x, (held, found) = unit(x, (repeats, held), carry.step)
+            x, (held, found) = unit(x, (repeats, held), (carry.step, carry.embedded))
             new_state[segment.key] = held
             self._collect(segment, found, aux)
         carry = dataclasses.replace(carry, hidden=x, aux=aux)
@@ -143,11 +146,16 @@ def _shared(spec: ModelSpec, segments: tuple[Segment, ...], shared: Any) -> Any:
     out: dict[str, Any] = {}
     for segment in segments:
         for place in range(segment.unit):
+            unit: dict[str, Any] = {}
             for sub in spec.block(segment.start + place).subs:
+                names = (*(named.name for named in sub.ops), *sub.norms)
+                held = shared.get(sub.share, {})
+                unit |= {name: held[name] for name in names if name in held}
                 for named in sub.ops:
                     if (leaves := shared.get(getattr(named.op, "share", None))) is not None:
-                        unit = out.setdefault(segment.key, {}).setdefault(str(place), {})
                         unit[named.name] = leaves
+            if unit:
+                out.setdefault(segment.key, {})[str(place)] = unit
     return out
 
 
@@ -213,6 +221,9 @@ def run(
     start, stop = span or (0, spec.num_layers)
     if not 0 <= start < stop <= spec.num_layers:
         raise ConfigError(f"layers {start}:{stop} are not among the model's 0:{spec.num_layers}")
+    if spec.reads_embedding and carry.embedded is None:
+        require(not start, "layers read the embedding: give it as Carry.embedded after a cut")
+        carry = dataclasses.replace(carry, embedded=carry.hidden)
     given, layers = layers, _cut(layers, start, stop)
     if span is None and set(layers) != set(given):
         raise WeightsError(f"the spec has {stop} layers; the parameters: {', '.join(given)}")

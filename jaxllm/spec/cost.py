@@ -121,10 +121,19 @@ def _attention(op: Attention | LatentAttention, tokens: int, past: int) -> int:
 
 def _is_matrix(spec: ModelSpec, path: str, inputs: int) -> bool:
     """Whether a leaf multiplies every token; those of marked tokens alone are not counted."""
-    if not path.startswith("layers.") or not inputs:
+    if not path.startswith(("layers.", "shared.")) or not inputs:
         return False
     marked = any(getattr(part, "marked", False) for mask in spec.masks for part in parts(mask))
     return not (marked and "_global" in path)
+
+
+def _uses(spec: ModelSpec, path: str) -> int:
+    """How many layers a matrix is used in."""
+    if not path.startswith("shared."):
+        return 1
+    _, share, name, _ = path.split(".")
+    parts = [part for i in range(spec.num_layers) for part in spec.block(i).subs]
+    return sum(part.share == share and name in {o.name for o in part.ops} for part in parts)
 
 
 def flops(spec: ModelSpec, tokens: int, past: int = 0, logits: int | None = None) -> dict[str, Any]:
@@ -142,7 +151,7 @@ def flops(spec: ModelSpec, tokens: int, past: int = 0, logits: int | None = None
     """
     paths = layer_paths(spec)
     body = sum(
-        2 * round(d.size * d.active)
+        2 * round(d.size * d.active) * _uses(spec, path)
         for path, d in paths.items()
         if _is_matrix(spec, path, d.inputs)
     )

@@ -29,7 +29,7 @@ class LatentAttention:
       bias: on the projections from x to short vectors, and on the output.
       eps: of the norms of the short vectors.
       scale: factor on the scores; (nope_dim + rope_dim)^-1/2 by default.
-      rope: rotation of the `rope_dim` dims.
+      rope: rotation of the `rope_dim` dims; None for none, so that they are shared keys alone.
       mask: which keys a query sees.
     """
 
@@ -43,7 +43,7 @@ class LatentAttention:
     bias: bool = False
     eps: float = 1e-6
     scale: float | None = None
-    rope: Rope = Rope(layout="interleaved")
+    rope: Rope | None = Rope(layout="interleaved")
     mask: Mask = Causal()
 
     def __post_init__(self) -> None:
@@ -53,7 +53,8 @@ class LatentAttention:
             f"latent attention: heads, ranks and dims are positive, found {self}",
         )
         require(self.eps > 0, f"latent attention: eps is positive, found {self.eps}")
-        self.rope.check(self.rope_dim, "latent attention")
+        if self.rope is not None:
+            self.rope.check(self.rope_dim, "latent attention")
 
     @property
     def query_dim(self) -> int:

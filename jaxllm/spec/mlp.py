@@ -8,7 +8,7 @@ from typing import ClassVar
 from jaxllm.core.config import require
 from jaxllm.spec.activation import Activation
 
-__all__ = ["MLP"]
+__all__ = ["MLP", "Linear"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,6 +26,9 @@ class MLP:
       gain: silu becomes x sigmoid(gain x).
       up_offset: added to a gated `up x` after the clamp.
       out_gate: the update is multiplied by sigmoid(x w), one number a token.
+      adapter_rank: of the product of two matrices that is added to gate and up, and that each layer
+        has for itself where layers share the rest; the two have the first matrix in common. None
+        for none.
     """
 
     kind: ClassVar[str] = "mlp"
@@ -38,6 +41,7 @@ class MLP:
     gain: float = 1.0
     up_offset: float = 0.0
     out_gate: bool = False
+    adapter_rank: int | None = None
 
     def __post_init__(self) -> None:
         require(self.width >= 1, f"mlp: width is positive, found {self.width}")
@@ -51,3 +55,14 @@ class MLP:
             self.gated or self.up_offset == 0,
             f"mlp: up_offset {self.up_offset} needs a gate; set gated=True",
         )
+        require(
+            self.adapter_rank is None or self.adapter_rank >= 1,
+            f"mlp: adapter_rank is positive, found {self.adapter_rank}",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Linear:
+    """One matrix, of the model's width on both sides: W x."""
+
+    kind: ClassVar[str] = "linear"

@@ -6,11 +6,12 @@ import dataclasses
 import functools
 import json
 import math
-from typing import Any, Literal
+from typing import Literal
 
 from jaxllm.core.config import from_dict, nearest, require, to_dict
 from jaxllm.core.tree import Segment
 from jaxllm.errors import ConfigError
+from jaxllm.spec.block import Block, NamedOp, Sub, sub
 from jaxllm.spec.mask import Blocks, Mask, decodes, draws, parts
 from jaxllm.spec.ops import (
     Activation,
@@ -19,7 +20,6 @@ from jaxllm.spec.ops import (
     LatentAttention,
     Memory,
     Norm,
-    Op,
 )
 from jaxllm.spec.pattern import Pattern, parse
 
@@ -37,78 +37,6 @@ __all__ = [
 
 
 _ATTENTIONS = (Attention, LatentAttention, InfiniAttention)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class NamedOp:
-    """An op, the name its parameters stand under, and factors on its input and output.
-
-    `norm_in` is for ops side by side that have a norm each; it stands under `<name>_norm`.
-    """
-
-    name: str
-    op: Op
-    norm_in: Norm | None = None
-    scale_in: float = 1.0
-    scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        require(self.name.isidentifier(), f"op name {self.name!r} is no identifier")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Sub:
-    """One residual update: x <- after(x + scale * out(sum of ops(in(x)))).
-
-    Several ops run in parallel on one input, each with factors of its own, or with a norm too.
-    Pre-LN sets `norm_in`, output-only `norm_out`, sandwich both, post-LN `norm_after`.
-    """
-
-    ops: tuple[NamedOp, ...]
-    norm_in: Norm | None = None
-    norm_out: Norm | None = None
-    norm_after: Norm | None = None
-    scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        require(len(self.ops) >= 1, "sub: needs at least one op")
-        own = [named.name for named in self.ops if named.norm_in is not None]
-        require(
-            not own or (len(self.ops) > 1 and self.norm_in is None),
-            f"sub: a norm_in of the ops {', '.join(own)} is for several ops without one in common",
-        )
-
-    @property
-    def name(self) -> str:
-        """Name of the first op; the norms stand under `<name>_norm`, `_out_norm`, `_after_norm`."""
-        return self.ops[0].name
-
-    @property
-    def norms(self) -> dict[str, Norm]:
-        """The norms present, by the name of their parameters."""
-        named = {"norm": self.norm_in, "out_norm": self.norm_out, "after_norm": self.norm_after}
-        norms = {f"{self.name}_{key}": norm for key, norm in named.items() if norm is not None}
-        own = {f"{o.name}_norm": o.norm_in for o in self.ops if o.norm_in is not None}
-        return norms | own
-
-
-def sub(name: str, op: Op, **norms: Any) -> Sub:
-    """A residual update of one op."""
-    return Sub(ops=(NamedOp(name=name, op=op),), **norms)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Block:
-    """A named layer kind: residual updates in order."""
-
-    name: str
-    subs: tuple[Sub, ...]
-
-    def __post_init__(self) -> None:
-        names = [n for s in self.subs for n in (*(o.name for o in s.ops), *s.norms)]
-        double = sorted({n for n in names if names.count(n) > 1})
-        require(not double, f"block {self.name!r}: names used twice: {', '.join(double)}")
-        require(len(self.subs) >= 1, f"block {self.name!r}: needs at least one sub")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -226,6 +154,7 @@ class ModelSpec:
         names = [b.name for b in self.blocks]
         require(len(set(names)) == len(names), f"spec: block names used twice in {names}")
         self._check_shared()
+        self._check_subs()
         for name in sorted(set(self.pattern.names)):
             require(name in names, f"layers: unknown block {name!r}; {nearest(name, names)}")
 
@@ -235,6 +164,32 @@ class ModelSpec:
         ops = [o.op for b in self.blocks for s in b.subs for o in s.ops]
         named = [(op.share, op) for op in ops if isinstance(op, Memory) and op.share is not None]
         return dict(reversed(named))
+
+    @functools.cached_property
+    def shared_subs(self) -> dict[str, dict[str, Sub]]:
+        """Name of parameters that several layers read -> the updates that do, by their names."""
+        found: dict[str, dict[str, Sub]] = {}
+        for part in (part for block in self.blocks for part in block.subs):
+            if part.share is not None:
+                found.setdefault(part.share, {}).setdefault(part.name, part)
+        return found
+
+    @property
+    def reads_embedding(self) -> bool:
+        """Whether a layer reads the embedding beside what passes from layer to layer."""
+        return any(part.reads == "embedded" for block in self.blocks for part in block.subs)
+
+    def _check_subs(self) -> None:
+        for part in (part for block in self.blocks for part in block.subs):
+            widths = {getattr(o.op, "out_width", None) for o in part.ops} - {None, self.width}
+            require(not widths, f"spec: out_width is the width {self.width}, found {widths}")
+            if part.share is not None:
+                require(
+                    part == self.shared_subs[part.share][part.name],
+                    f"spec: updates {part.name!r} that share {part.share!r} are not alike",
+                )
+        both = sorted(self.shared.keys() & self.shared_subs.keys())
+        require(not both, f"spec: shared by memories and by updates: {', '.join(both)}")
 
     def _check_shared(self) -> None:
         for block in self.blocks:

@@ -106,3 +106,4 @@ class MoE:
         require(
             not self.mlp.out_gate, "moe: an expert has no out_gate; the router weighs its update"
         )
+        require(self.mlp.adapter_rank is None, "moe: an expert has no adapter_rank")

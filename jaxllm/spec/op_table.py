@@ -7,12 +7,22 @@ from typing import Any
 
 from jaxllm.spec.linear_attention import LinearAttention
 from jaxllm.spec.linear_attention_table import linear_attention
-from jaxllm.spec.ops import MLP, Attention, InfiniAttention, LatentAttention, Memory, MoE, Norm, Op
+from jaxllm.spec.ops import (
+    MLP,
+    Attention,
+    InfiniAttention,
+    LatentAttention,
+    Linear,
+    Memory,
+    MoE,
+    Norm,
+    Op,
+)
 from jaxllm.spec.param import ParamDef
 from jaxllm.spec.state_space import Convolution, SelectiveScan, StateSpaceDual
 from jaxllm.spec.state_space_table import convolution, selective_scan, state_space_dual
 
-__all__ = ["norm_table", "op_table", "values_table"]
+__all__ = ["adapters", "norm_table", "op_table", "values_table"]
 
 
 def norm_table(norm: Norm, width: int) -> dict[str, ParamDef]:
@@ -28,21 +38,30 @@ def op_table(op: Op, width: int) -> dict[str, ParamDef]:
     return TABLES[type(op)](op, width)
 
 
+def adapters(table: dict[str, ParamDef]) -> dict[str, ParamDef]:
+    """Of an op's leaves those that a layer has for itself where layers share the rest."""
+    return {name: d for name, d in table.items() if "adapter" in name}
+
+
 def _attention(op: Attention, width: int) -> dict[str, ParamDef]:
     n, k, h = op.heads, op.kv_heads, op.head_dim
-    std = width**-0.5
+    std, out = width**-0.5, op.out_width or width
     table = {
         "q": ParamDef((width, n, h), ("width", "heads", "head_dim"), std, inputs=1),
         "k": ParamDef((width, k, h), ("width", "kv_heads", "head_dim"), std, inputs=1),
         "v": ParamDef((width, k, h), ("width", "kv_heads", "head_dim"), std, inputs=1),
-        "o": ParamDef((n, h, width), ("heads", "head_dim", "width"), (n * h) ** -0.5, inputs=2),
+        "o": ParamDef((n, h, out), ("heads", "head_dim", "width"), (n * h) ** -0.5, inputs=2),
     }
+    if op.adapter_rank is not None:
+        low = ParamDef((width, op.adapter_rank), ("width", None), std, inputs=1)
+        table |= {f"{x}_adapter_a": low for x in "qkv"}
+        table |= {f"{x}_adapter_b": _up(table[x], op.adapter_rank) for x in "qkv"}
     if op.qkv_bias:
         table["q_bias"] = ParamDef((n, h), ("heads", "head_dim"))
         table["k_bias"] = ParamDef((k, h), ("kv_heads", "head_dim"))
         table["v_bias"] = ParamDef((k, h), ("kv_heads", "head_dim"))
     if op.out_bias:
-        table["o_bias"] = ParamDef((width,), ("width",))
+        table["o_bias"] = ParamDef((out,), ("width",))
     if op.gate:
         table["out_gate"] = table["q"]
     if op.sinks:
@@ -55,6 +74,12 @@ def _attention(op: Attention, width: int) -> dict[str, ParamDef]:
         sums = ParamDef((length, rows), (None, None), length**-0.5)
         table |= {"k_length": sums, "v_length": sums}
     return table | _qk_norm_table(op)
+
+
+def _up(whole: ParamDef, rank: int) -> ParamDef:
+    """The second of two matrices whose product has the inputs and outputs of `whole`."""
+    axes = (None, *whole.axes[1:])
+    return ParamDef((rank, *whole.shape[1:]), axes, rank**-0.5, inputs=1)
 
 
 def _qk_norm_table(op: Attention) -> dict[str, ParamDef]:
@@ -111,7 +136,16 @@ def _mlp(op: MLP, width: int) -> dict[str, ParamDef]:
         table |= {"up_bias": bias, "down_bias": ParamDef((width,), ("width",))}
     if op.out_gate:
         table["out_gate"] = ParamDef((width, 1), ("width", None), width**-0.5, inputs=1)
+    if op.adapter_rank is not None:
+        low = ParamDef((width, op.adapter_rank), ("width", None), width**-0.5, inputs=1)
+        ups = ("gate", "up") if op.gated else ("up",)
+        table |= {"adapter_a": low}
+        table |= {f"{name}_adapter_b": _up(up, op.adapter_rank) for name in ups}
     return table
+
+
+def _linear(_: Linear, width: int) -> dict[str, ParamDef]:
+    return {"kernel": ParamDef((width, width), ("width", None), width**-0.5, inputs=1)}
 
 
 def _moe(op: MoE, width: int) -> dict[str, ParamDef]:
@@ -169,6 +203,7 @@ TABLES: dict[type, Callable[[Any, int], dict[str, ParamDef]]] = {
     Attention: _attention,
     LatentAttention: _latent_attention,
     MLP: _mlp,
+    Linear: _linear,
     MoE: _moe,
     LinearAttention: linear_attention,
     SelectiveScan: selective_scan,

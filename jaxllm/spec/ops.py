@@ -11,7 +11,7 @@ from jaxllm.spec.latent import LatentAttention
 from jaxllm.spec.linear_attention import LinearAttention
 from jaxllm.spec.mask import And, Blocks, Causal, Chunk, Full, Global, Mask, parts
 from jaxllm.spec.memory import Memory
-from jaxllm.spec.mlp import MLP
+from jaxllm.spec.mlp import MLP, Linear
 from jaxllm.spec.moe import MoE, Router
 from jaxllm.spec.rope import Rope
 from jaxllm.spec.state_space import Convolution, SelectiveScan, StateSpaceDual
@@ -24,6 +24,7 @@ __all__ = [
     "InfiniAttention",
     "LatentAttention",
     "LengthProjection",
+    "Linear",
     "LinearAttention",
     "Memory",
     "MoE",
@@ -127,6 +128,9 @@ class Attention:
       global_projections: queries that a `Global` mask makes global use query, key and value
         projections of their own, over all keys (Longformer).
       length_projection: keys and values are summed over the length; for a `Full` mask alone.
+      out_width: of the output, where it is not that of the input.
+      adapter_rank: of the product of two matrices that is added to each of the projections in, and
+        that each layer has for itself where layers share the rest; None for none.
     """
 
     kind: ClassVar[str] = "attention"
@@ -145,8 +149,13 @@ class Attention:
     mask: Mask = Causal()
     global_projections: bool = False
     length_projection: LengthProjection | None = None
+    out_width: int | None = None
+    adapter_rank: int | None = None
 
     def __post_init__(self) -> None:
+        for name in ("out_width", "adapter_rank"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"attention: {name} is positive, found {value}")
         require(
             min(self.heads, self.kv_heads, self.head_dim) >= 1,
             f"attention: heads, kv_heads and head_dim are positive, found {self}",
@@ -209,7 +218,10 @@ class InfiniAttention:
             case _:
                 require(False, f"infini attention: a mask is causal in chunks, found {local.mask}")
         plain = not (local.qk_norm or local.sinks or local.gate or local.temperature)
-        require(plain, "infini attention: no qk_norm, sinks, gate or temperature")
+        plain = plain and local.out_width is None and local.adapter_rank is None
+        require(
+            plain, "infini attention: no qk_norm, sinks, gate, temperature, adapters, out_width"
+        )
 
     @property
     def segment(self) -> int:
@@ -249,6 +261,7 @@ Op = (
     | LatentAttention
     | InfiniAttention
     | MLP
+    | Linear
     | MoE
     | LinearAttention
     | SelectiveScan

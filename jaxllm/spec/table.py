@@ -12,8 +12,8 @@ from typing import Any
 
 from jaxllm.core.config import require
 from jaxllm.core.tree import Segment, flatten, single_segments
-from jaxllm.spec.model import Block, ModelSpec
-from jaxllm.spec.op_table import norm_table, op_table, values_table
+from jaxllm.spec.model import Block, ModelSpec, Sub
+from jaxllm.spec.op_table import adapters, norm_table, op_table, values_table
 from jaxllm.spec.param import ParamDef
 
 __all__ = [
@@ -30,12 +30,40 @@ FUSED: dict[str, tuple[str, ...]] = {"qkv": ("q", "k", "v"), "gate_up": ("gate",
 
 
 def block_table(block: Block, width: int) -> dict[str, dict[str, ParamDef]]:
-    """Leaves of one layer: ops and norms by name."""
+    """Leaves of one layer, ops and norms by name; without those that it shares."""
     table: dict[str, dict[str, ParamDef]] = {}
     for sub in block.subs:
-        table |= {name: norm_table(norm, width) for name, norm in sub.norms.items()}
-        table |= {named.name: op_table(named.op, width) for named in sub.ops}
+        if sub.share is None:
+            table |= _sub_table(sub, width)
+        else:
+            ops = {o.name: adapters(op_table(o.op, sub.width_in(width))) for o in sub.ops}
+            table |= {name: own for name, own in ops.items() if own}
     return table
+
+
+def _sub_table(sub: Sub, width: int) -> dict[str, dict[str, ParamDef]]:
+    """Leaves of one residual update, ops and norms by name."""
+    wide, after = sub.width_in(width), (f"{sub.name}_out_norm", f"{sub.name}_after_norm")
+    table = {
+        name: norm_table(norm, width if name in after else wide) for name, norm in sub.norms.items()
+    }
+    return table | {named.name: op_table(named.op, wide) for named in sub.ops}
+
+
+def _shared_tables(spec: ModelSpec) -> dict[str, Any]:
+    """Leaves that several layers read, by the name that they share."""
+    tables: dict[str, Any] = {
+        name: {"values": values_table(op, spec.width)} for name, op in spec.shared.items()
+    }
+    for share, subs in spec.shared_subs.items():
+        found: dict[str, dict[str, ParamDef]] = {}
+        for sub in subs.values():
+            found |= _sub_table(sub, spec.width)
+        tables[share] = {
+            name: {leaf: d for leaf, d in leaves.items() if leaf not in adapters(leaves)}
+            for name, leaves in found.items()
+        }
+    return tables
 
 
 def fuse_table(table: dict[str, ParamDef]) -> dict[str, ParamDef]:
@@ -113,10 +141,8 @@ def model_table(
         "layers": layers,
     }
     table["embed"] |= _embed_tables(spec)
-    if spec.shared:
-        table["shared"] = {
-            name: {"values": values_table(op, spec.width)} for name, op in spec.shared.items()
-        }
+    if shared := _shared_tables(spec):
+        table["shared"] = shared
     if spec.embedding.norm is not None:
         table["embed_norm"] = norm_table(spec.embedding.norm, spec.width)
     if spec.final_norm is not None:

@@ -31,6 +31,8 @@ def read_hf_directory(directory: Path) -> dict[str, Any] | None:
     config = _read_json(directory / "special_tokens_map.json")
     config |= _read_json(directory / "tokenizer_config.json")
     model = _read_json(directory / "config.json")
+    inner = model.get("text_config")  # of a model that sees
+    model = {**(inner if isinstance(inner, dict) else {}), **model}
     model |= _read_json(directory / "generation_config.json")
     _add_listed_tokens(backend, config, directory)
     special = _special_texts(backend, config, model, directory)

@@ -39,6 +39,7 @@ __all__ = [
     "read_kinds",
     "read_layers",
     "read_sizes",
+    "window_in",
     "window_of",
     "write_activation",
     "write_kinds",
@@ -313,12 +314,13 @@ def kinds_of(spec: ModelSpec, parts: Parts) -> list[Kind]:
 
 def write_kinds(spec: ModelSpec, parts: Parts) -> dict[str, Any]:
     """`layer_types` and `sliding_window`."""
-    windows = [_window(attn.mask) for attn in parts.attns.values()]
+    windows = [window_in(attn.mask) for attn in parts.attns.values()]
     window = next((size for size in windows if size is not None), None)
     return {"layer_types": kinds_of(spec, parts), "sliding_window": window}
 
 
-def _window(mask: Mask) -> int | None:
+def window_in(mask: Mask) -> int | None:
+    """Keys of a sliding window, or None for another mask."""
     match mask:
         case And(first=Causal(), second=Window(left=left)):
             return left + 1

@@ -22,9 +22,9 @@ from jaxllm.zoo.qwen_moe import EXPERTS
 from jaxllm.zoo.rope import read_rope, write_rope
 from jaxllm.zoo.table import ConfigReader, Entry, Family
 
-__all__ = ["DEEPSEEK_V2", "DEEPSEEK_V3"]
+__all__ = ["DEEPSEEK_V2", "DEEPSEEK_V3", "LATENT", "read_latent", "write_latent"]
 
-_TENSORS = {
+LATENT = {
     "attn.q": "self_attn.q_proj",
     "attn.q_down": "self_attn.q_a_proj",
     "attn.q_norm": "self_attn.q_a_layernorm",
@@ -32,6 +32,9 @@ _TENSORS = {
     "attn.kv_down": "self_attn.kv_a_proj_with_mqa",
     "attn.kv_norm": "self_attn.kv_a_layernorm",
     "attn.kv_up": "self_attn.kv_b_proj",
+}
+"""Names of latent attention."""
+_TENSORS = LATENT | {
     "moe.balance": "mlp.gate.e_score_correction",
     "shared.gate": "mlp.shared_experts.gate_proj",
     "shared.up": "mlp.shared_experts.up_proj",
@@ -76,8 +79,9 @@ def _router3(config: ConfigReader) -> Router | None:
     return config.attempt(lambda: Router(score="sigmoid", balance_bias=True, **parts))
 
 
-def _attention(config: ConfigReader) -> dict[str, Any]:
-    rank = None if config.has("q_lora_rank") else 1536
+def read_latent(config: ConfigReader, q_rank: int | None) -> dict[str, Any]:
+    """The sizes of latent attention; `q_rank` is what the absence of its key means."""
+    rank = None if config.has("q_lora_rank") else q_rank
     config.ignore("qk_head_dim")
     return {
         "kv_rank": config.take("kv_lora_rank", int, 512),
@@ -119,7 +123,7 @@ def _read(config: ConfigReader, own: _Generation) -> ModelSpec:
     sizes = decoder.read_sizes(config, context=own.context)
     paired = own.kind == "deepseek_v2" or config.take("rope_interleave", bool, True)
     rope = read_rope(config, context=sizes.context, layout="interleaved" if paired else "half")
-    attention, router = _attention(config), own.router(config)
+    attention, router = read_latent(config, 1536), own.router(config)
     dense = config.take("first_k_dense_replace", int, own.dense)
     width = config.take("moe_intermediate_size", int, own.experts[0])
     count = config.take("num_local_experts", int, own.experts[1])
@@ -159,11 +163,27 @@ def _read(config: ConfigReader, own: _Generation) -> ModelSpec:
     return config.finish(make)
 
 
+def write_latent(attn: LatentAttention) -> dict[str, Any]:
+    """The keys of `read_latent`, and of the heads."""
+    return {
+        "num_attention_heads": attn.heads,
+        "num_key_value_heads": attn.heads,
+        "kv_lora_rank": attn.kv_rank,
+        "q_lora_rank": attn.q_rank,
+        "qk_nope_head_dim": attn.nope_dim,
+        "qk_rope_head_dim": attn.rope_dim,
+        "v_head_dim": attn.v_dim,
+        "attention_bias": attn.bias,
+    }
+
+
 def _write(spec: ModelSpec, own: _Generation) -> dict[str, Any] | None:
     mixed = experts.mixed_of(spec, LatentAttention)
     if mixed is None or mixed.shared is None:
         return None
     attn = mixed.parts.attn
+    if attn.rope is None:
+        return None
     router = mixed.moe.router
     return {
         "architectures": [f"{own.name}ForCausalLM"],
@@ -172,15 +192,8 @@ def _write(spec: ModelSpec, own: _Generation) -> dict[str, Any] | None:
         "hidden_size": spec.width,
         "intermediate_size": (mixed.mlp or mixed.moe.mlp).width,
         "num_hidden_layers": spec.num_layers,
-        "num_attention_heads": attn.heads,
-        "num_key_value_heads": attn.heads,
         **write_rope(attn.rope, context=spec.context),
-        "kv_lora_rank": attn.kv_rank,
-        "q_lora_rank": attn.q_rank,
-        "qk_nope_head_dim": attn.nope_dim,
-        "qk_rope_head_dim": attn.rope_dim,
-        "v_head_dim": attn.v_dim,
-        "attention_bias": attn.bias,
+        **write_latent(attn),
         "first_k_dense_replace": mixed.sparse.index(True),
         "moe_intermediate_size": mixed.moe.mlp.width,
         "n_shared_experts": mixed.shared.width // mixed.moe.mlp.width,
@@ -205,7 +218,7 @@ def _write_router(router: Router, attn: LatentAttention, own: _Generation) -> di
     if own.kind == "deepseek_v2":
         grouped = router.group_score == "one"
         return found | {"topk_method": "group_limited_greedy" if grouped else "greedy"}
-    paired = attn.rope.layout == "interleaved"
+    paired = attn.rope is not None and attn.rope.layout == "interleaved"
     return found | {"topk_method": "noaux_tc", "rope_interleave": paired}
 
 

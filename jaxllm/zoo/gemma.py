@@ -16,10 +16,11 @@ from jaxllm.spec.ops import MLP, Attention, Norm, QKNorm
 from jaxllm.spec.rope import Rope
 from jaxllm.zoo import decoder, gguf_config
 from jaxllm.zoo.decoder import Kind
+from jaxllm.zoo.multimodal import text_part
 from jaxllm.zoo.rope import read_rope, read_ropes, write_rope, write_ropes
 from jaxllm.zoo.table import ConfigReader, Entry, Family
 
-__all__ = ["GEMMA2", "GEMMA3"]
+__all__ = ["GEMMA2", "GEMMA3", "GEMMA3_VISION"]
 
 _BLOCKS = {"full_attention": "G", "sliding_attention": "L"}
 _THETAS = {"full_attention": 1e6, "sliding_attention": 1e4}
@@ -220,4 +221,17 @@ GEMMA3 = Family(
     names=lambda spec: decoder.entries(
         spec, decoder.TENSORS | decoder.QK_NORMS | decoder.SANDWICH_NORMS
     ),
+)
+GEMMA3_VISION = text_part(
+    GEMMA3,
+    "gemma3",
+    vision="vision_tower",
+    defaults={
+        "vocab_size": 262_208,
+        "hidden_size": 2304,
+        "intermediate_size": 9216,
+        "num_hidden_layers": 26,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+    },
 )

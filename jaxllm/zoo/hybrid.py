@@ -44,7 +44,7 @@ class Hybrid:
       sparse: for each layer, whether it has experts.
     """
 
-    attn: Attention
+    attn: Any
     linear: LinearAttention
     mlp: MLP | None
     moe: MoE | None
@@ -54,25 +54,31 @@ class Hybrid:
     sparse: list[bool]
 
 
-def hybrid_of(spec: ModelSpec) -> Hybrid | None:
+def hybrid_of(spec: ModelSpec, attention: type = Attention) -> Hybrid | None:
     """The parts from which a family writes its config, or None for a spec of another form.
 
     That all blocks are alike is not looked at: what is written is read again and compared.
+
+    Args:
+      spec: the model.
+      attention: the kind of its attentions.
     """
-    attns: dict[str, Attention] = {}
+    attns: dict[str, Any] = {}
     linears: dict[str, LinearAttention] = {}
     mlps, moes, shared = {}, {}, None
     for block in spec.blocks:
         match [[named.op for named in part.ops] for part in block.subs]:
-            case [[Attention() as op], ffn]:
-                attns[block.name] = op
             case [[LinearAttention() as op], ffn]:
                 linears[block.name] = op
+            case [[op], ffn] if isinstance(op, attention):
+                attns[block.name] = op
             case _:
                 return None
         match ffn:
             case [MLP() as mlp]:
                 mlps[block.name] = mlp
+            case [MoE() as moe]:
+                moes[block.name] = moe
             case [MoE() as moe, MLP() as beside]:
                 moes[block.name], shared = moe, beside
             case _:

@@ -15,10 +15,11 @@ from jaxllm.spec.moe import MoE, Router
 from jaxllm.spec.ops import MLP, Attention, Norm, QKNorm, Temperature
 from jaxllm.spec.rope import Rope
 from jaxllm.zoo import decoder, experts
+from jaxllm.zoo.multimodal import text_part
 from jaxllm.zoo.rope import read_rope, write_rope
 from jaxllm.zoo.table import ConfigReader, Entry, Family
 
-__all__ = ["FAMILY"]
+__all__ = ["FAMILY", "VISION"]
 
 # (has experts, has a rope and chunks) -> name of the block
 _BLOCKS = {(True, True): "S", (True, False): "E", (False, True): "C", (False, False): "N"}
@@ -175,3 +176,4 @@ def _names(spec: ModelSpec) -> list[Entry]:
 
 
 FAMILY = Family(model_types=("llama4_text",), read=_read, write=_write, names=_names)
+VISION = text_part(FAMILY, "llama4", vision="vision_model")

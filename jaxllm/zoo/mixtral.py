@@ -12,14 +12,15 @@ from jaxllm.zoo import decoder, experts, gguf_config
 from jaxllm.zoo.rope import read_rope, write_rope
 from jaxllm.zoo.table import ConfigReader, Family
 
-__all__ = ["FAMILY", "GGUF_EXPERTS", "read_gguf"]
+__all__ = ["FAMILY", "GGUF_EXPERTS", "TENSORS", "read_gguf"]
 
-_TENSORS = {
+TENSORS = {
     "moe.router": "block_sparse_moe.gate",
     "moe.gate": "block_sparse_moe.experts.{}.w1",
     "moe.up": "block_sparse_moe.experts.{}.w3",
     "moe.down": "block_sparse_moe.experts.{}.w2",
 }
+"""Names of the router and of experts."""
 
 
 def _read(config: ConfigReader) -> ModelSpec:
@@ -94,5 +95,5 @@ FAMILY = Family(
     model_types=("mixtral",),
     read=_read,
     write=_write,
-    names=lambda spec: decoder.entries(spec, decoder.TENSORS | experts.NORMS | _TENSORS),
+    names=lambda spec: decoder.entries(spec, decoder.TENSORS | experts.NORMS | TENSORS),
 )

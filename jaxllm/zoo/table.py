@@ -30,6 +30,11 @@ Form = Literal[
 _MISSING = object()
 
 
+def _some(kind: type) -> Any:
+    """A value to read on with, where a problem has been found."""
+    return kind() if kind in (dict, list) else kind(1)
+
+
 class ConfigReader:
     """A config's keys, each of which must be taken or ignored; problems are raised all at once."""
 
@@ -47,12 +52,12 @@ class ConfigReader:
             if default is not _MISSING:
                 return default
             self.problem(f"{key} is missing")
-            return kind(1)
+            return _some(kind)
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             self.problem(f"{key} is {value!r}; it must be of type {kind.__name__}")
-            return kind(1) if default is _MISSING else default
+            return _some(kind) if default is _MISSING else default
         if kind in (int, float) and not (value >= 0 and math.isfinite(value) and value < 2**48):
             self.problem(f"{key} is {value!r}; it must be finite and not negative")
             return kind(1)
@@ -85,10 +90,15 @@ class ConfigReader:
         """Keys that do not change what the model computes at inference."""
         self._seen.update(keys)
 
-    def translated(self, data: Mapping[str, Any]) -> ConfigReader:
-        """A reader of other words for what this one read, once nothing is left unread in it."""
+    def translated(self, data: Mapping[str, Any], part: str = "") -> ConfigReader:
+        """A reader of other words for what this one read, once nothing is left unread in it.
+
+        Args:
+          data: the words.
+          part: of the file, where they are not all of it; named in messages.
+        """
         self.finish()
-        return ConfigReader(data, self._where)
+        return ConfigReader(data, f"{self._where}: {part}" if part else self._where)
 
     def problem(self, message: str) -> None:
         """Remember a problem; `finish` raises all of them."""
@@ -131,7 +141,8 @@ class Entry:
     stretches of outputs, and `part` is a leaf's place and the outputs of all in each of them: a
     head's queries beside its keys, a gate's output beside one of `up`. Several tensors may fill one
     leaf of experts: each is then the expert `index` of it. Where the tensor has all experts, it has
-    a leading dim for them, before those of one.
+    a leading dim for them, before those of one. `same` with `ones` has so many dims of 1 before and
+    after ours on disk.
     """
 
     disk: str
@@ -140,6 +151,7 @@ class Entry:
     part: tuple[int, int] | None = None
     groups: int = 1
     index: int | None = None
+    ones: tuple[int, int] = (0, 0)
 
     def _own(self, definition: ParamDef) -> ParamDef:
         """What of the leaf stands in the tensor: one expert, or all of it."""
@@ -149,7 +161,7 @@ class Entry:
         """Shape of this leaf on disk: matrices [out, in], vectors flat, tables as they are."""
         own = self._own(definition)
         if self.form in ("same", "minus_exp"):
-            return own.shape
+            return (1,) * self.ones[0] + own.shape + (1,) * self.ones[1]
         if self.form in ("conv", "conv_rows"):
             between = (1,) if self.form == "conv" else ()
             return (own.size // own.shape[0], *between, own.shape[0])

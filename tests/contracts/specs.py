@@ -18,6 +18,7 @@ from jaxllm.spec.ops import (
     Convolution,
     InfiniAttention,
     LatentAttention,
+    Linear,
     Memory,
     MoE,
     Norm,
@@ -148,7 +149,15 @@ SPECS: dict[str, ModelSpec] = {
     # Performer, RetNet, linear transformer, GLA, and attention after them.
     "kernels": model(
         pre("P", linear(feature="favor", features=24, normalizer=1e-20), MLP48),
-        pre("R", linear(decay=ConstantDecay(), rope=NEAR, out_norm=OutNorm(over="full")), MLP48),
+        # What goes past its ops is normed, and weighed.
+        Block(
+            name="R",
+            subs=(
+                sub("attn", linear(decay=ConstantDecay(), rope=NEAR, out_norm=OutNorm(over="full")),
+                    norm_in=RMS, skip_normed=True, skip_scale=1.5, scale=0.5),
+                sub("mlp", MLP48, norm_in=OFFSET, skip_scale=0.5),
+            ),
+        ),
         pre("E", linear(feature="elu1", normalizer=1e-6, scale=1.0, conv=3), MLP48),
         pre("A", linear(key_heads=1, decay=GatedDecay(over="channel", form="sigmoid",
                                                       temperature=2.0)), MLP48),
@@ -162,13 +171,15 @@ SPECS: dict[str, ModelSpec] = {
         experts("S", GROUPED, shared=MLP(width=24, out_gate=True)),
         layers="E S*2",
     ),
-    # Latent attention: queries from a short vector or not; a rope of pairs side by side or not.
+    # Latent attention: queries from a short vector or not; a rope of pairs side by side, not, none.
     "latent": model(
         pre("A", LatentAttention(heads=4, kv_rank=12, q_rank=10, nope_dim=6, rope_dim=4, v_dim=5,
                                  bias=True, rope=Rope(theta=100.0, layout="interleaved")), MLP48),
         pre("B", LatentAttention(heads=2, kv_rank=16, nope_dim=8, rope_dim=6, v_dim=8, scale=0.4,
                                  rope=NEAR, mask=LOCAL), MLP48),
-        layers="A B*2",
+        pre("N", LatentAttention(heads=2, kv_rank=8, nope_dim=3, rope_dim=5, v_dim=4, rope=None),
+            MLP48),
+        layers="A B*2 N",
     ),
     # Softmax over the chosen; clamps, gain, offset and biases; weights on what goes in, and
     # a latent width.
@@ -216,6 +227,27 @@ SPECS: dict[str, ModelSpec] = {
         Block(name="P", subs=(sub("mem", Memory(heads=3, keys=4, active=5, key_dim=6,
                                                 query_norm=False), norm_in=RMS),)),
         layers="(M P)*2",
+    ),
+    # Attention and MLP that read the embedding too and go into what the recurrence reads: two sets
+    # of parameters, each for two layers, which have adapters of their own.
+    "shared": model(
+        Block(name="M", subs=(sub("ssm", BARE, norm_in=RMS),)),
+        *(
+            Block(
+                name=name,
+                subs=(
+                    sub("attn", heads(4, 4, out_width=32, adapter_rank=3, scale=0.5), norm_in=RMS,
+                        reads="embedded", aside=True, share=name),
+                    sub("mlp", MLP(width=24, activation="gelu", adapter_rank=2), norm_in=OFFSET,
+                        reads="aside", aside=True, share=name),
+                    sub("linear", Linear(), reads="aside", aside=True, scale=0.5),
+                    sub("ssm", BARE, norm_in=RMS, reads="sum"),
+                ),
+            )
+            for name in ("A", "B")
+        ),
+        layers="M (A M B)*2",
+        head=Head(tied=True),
     ),
     # Segments of 4 and 5 tokens beside a memory of those before, with the delta rule and without.
     "infini": model(

@@ -15,13 +15,16 @@ import ml_dtypes  # noqa: F401 - numpy's bfloat16
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-__all__ = ["digest", "pack", "redraw_matrices", "unpack"]
+__all__ = ["KEPT", "digest", "pack", "redraw_matrices", "unpack"]
 
 LIST, REST = "drawn.json", "rest.safetensors"
+KEPT = ("slope_rate", "query_decay", "key_decay", "diagonal_decay")
+"""Tables that follow from the config: they stay as they are."""
 
 
-def _matrix(array: np.ndarray) -> bool:
-    return array.ndim > 1 and array.dtype in (np.float32, np.dtype("bfloat16"))
+def _matrix(name: str, array: np.ndarray) -> bool:
+    floats = array.dtype in (np.float32, np.dtype("bfloat16"))
+    return array.ndim > 1 and floats and not name.endswith(KEPT)
 
 
 def _draw(name: str, shape: tuple[int, ...], dtype: Any, seed: int) -> np.ndarray:
@@ -40,7 +43,7 @@ def redraw_matrices(folder: Path, seed: int) -> None:
     for path in _files(folder):
         arrays = load_file(path)
         drawn = {
-            name: _draw(name, a.shape, a.dtype, seed) if _matrix(a) else a
+            name: _draw(name, a.shape, a.dtype, seed) if _matrix(name, a) else a
             for name, a in arrays.items()
         }
         save_file(drawn, path, metadata={"format": "pt"})
@@ -63,10 +66,10 @@ def pack(folder: Path, seed: int) -> None:
     for path in _files(folder):
         arrays = load_file(path)
         listed[path.name] = {
-            name: [list(a.shape), str(a.dtype)] if _matrix(a) else None
+            name: [list(a.shape), str(a.dtype)] if _matrix(name, a) else None
             for name, a in arrays.items()
         }
-        rest |= {name: a for name, a in arrays.items() if not _matrix(a)}
+        rest |= {name: a for name, a in arrays.items() if not _matrix(name, a)}
         path.unlink()
     save_file(rest, folder / REST)
     (folder / LIST).write_text(json.dumps({"seed": seed, "files": listed}) + "\n")

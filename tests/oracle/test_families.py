@@ -35,9 +35,15 @@ from tests.oracle.mutate import (
 
 DENSE = (
     *("qwen3", "olmo2", "olmo3", "gemma1", "gemma2", "gemma3", "smollm3", "granite", "phi2"),
-    *("phi3", "cohere2", "gpt2", "gpt_neox"),
+    *("phi3", "cohere2", "gpt2", "gpt_neox", "seed_oss", "ernie4_5", "arcee", "helium", "glm4"),
+    *("nemotron", "exaone4"),
 )
-OTHERS = ("granite_hybrid", "qwen3_next")  # of other test files, as all with experts
+OTHERS = (
+    "gemma3_vision",
+    "granite_hybrid",
+    "nemotron_h",
+    "qwen3_next",
+)  # of other test files, as all with experts
 OURS = [n for n in NAMES if n.startswith(DENSE) and "_moe" not in n and not n.startswith(OTHERS)]
 
 
@@ -160,6 +166,22 @@ MUTATIONS = {
     ("gpt2", "RMSNorm"): subs(norm_in=renorm(type="rms")),
     ("gpt2", "silu"): act("silu"),
     ("gpt2_hub", "scores scaled"): attn(scale=None),
+    ("ernie4_5", "rope pairs i, i + H/2"): rope(layout="half"),
+    ("helium", "rope pairs i, i + H/2"): rope(layout="half"),
+    ("helium", "theta"): rope(theta=1e4),
+    ("arcee", "relu"): act("relu"),
+    ("glm4", "no norms out"): subs(norm_out=None),
+    ("glm4", "rope on whole heads"): rope(fraction=1.0),
+    ("glm4_hub", "rope pairs i, i + H/2"): rope(layout="half"),
+    ("nemotron", "norms in are w"): subs(norm_in=renorm(offset=0.0)),
+    ("nemotron", "final norm is w"): part("final_norm", offset=0.0),
+    ("nemotron", "RMSNorm"): subs(norm_in=renorm(type="rms", bias=False)),
+    ("nemotron", "rope on whole heads"): rope(fraction=1.0),
+    ("exaone4", "a rope on full layers"): only("G", attn(rope=Rope())),
+    ("exaone4", "sliding layers are full"): only("L", attn(mask=Causal())),
+    ("exaone4", "after rope"): only("L", qk_norm(after_rope=True)),
+    ("exaone4", "no norms out"): subs(norm_out=None),
+    ("exaone4_hub", "no rope"): attn(rope=None),
     ("cohere2", "window 6 -> 7"): only("L", window(7)),
     ("cohere2", "sliding layers are full"): only("L", attn(mask=Causal())),
 }
@@ -221,6 +243,9 @@ PROBLEMS = {
     "normed queries": ("cohere2", {"use_qk_norm": True}, "use_qk_norm is True"),
     "scores by layer": ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "inverse_layer"),
     "odd heads": ("gpt2", {"n_head": 5}, "no multiple of n_head 5"),
+    "no window to slide": ("exaone4", {"sliding_window": 0}, "sliding_window is missing"),
+    "a bias nobody has": ("glm4", {"mlp_bias": True}, "unknown key 'mlp_bias'"),
+    "an activation": ("nemotron", {"hidden_act": "tanh"}, "hidden_act 'tanh' is unknown"),
     "partial rope": ("qwen3", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
 }
 

@@ -2,20 +2,27 @@
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 import jaxllm
+from jaxllm.core.tree import single_segments
 from jaxllm.errors import ConfigError
-from jaxllm.spec.cost import kv_bytes_per_token
+from jaxllm.nn.api import apply
+from jaxllm.spec.cost import kv_bytes_per_token, num_params
 from jaxllm.spec.ops import MLP, Attention, Convolution, SelectiveScan, StateSpaceDual
 from jaxllm.spec.rope import Rope
+from jaxllm.state.dense import dense_state
+from jaxllm.state.step import training_step
 from jaxllm.zoo.load import open_checkpoint
 from tests.oracle.checks import check_moved, check_named
-from tests.oracle.golden import copy, golden
-from tests.oracle.mutate import attn, change, part, rope, subs
+from tests.oracle.golden import TOLERANCE, copy, golden, relative
+from tests.oracle.mutate import POLICY, attn, change, only, part, rope, subs
 
 HYBRIDS = (
-    "bamba", "falcon_h1", "granite_hybrid", "jamba", "lfm2", "mamba", "mamba2", "nemotron_h"
+    "bamba", "falcon_h1", "granite_hybrid", "jamba", "lfm2", "mamba", "mamba2", "nemotron_h",
+    "zamba2",
 )  # fmt: skip
 
 
@@ -60,6 +67,11 @@ def named(index, **changes):
     return apply
 
 
+def reading(**changes):
+    """A mutation of what updates read: what they read -> what they read then."""
+    return subs(reads=lambda old: changes.get(old, old))
+
+
 MUTATIONS = {
     ("mamba", "relu"): scan(activation="relu"),
     ("mamba_hub", "silu"): scan(activation="silu"),
@@ -94,6 +106,17 @@ MUTATIONS = {
     ("falcon_h1", "norm after the gate"): norm(before_gate=False),
     ("lfm2", "no norm of queries and keys"): attn(qk_norm=None),
     ("lfm2", "theta"): rope(theta=1e4),
+    ("zamba2", "attention without adapters"): attn(adapter_rank=None),
+    ("zamba2", "an mlp without adapters"): lambda s: change(s, MLP, adapter_rank=None),
+    ("zamba2", "no rope"): attn(rope=None),
+    ("zamba2", "scale of scores is H^-1/2"): attn(scale=None),
+    ("zamba2", "silu"): lambda s: change(s, MLP, activation="silu"),
+    ("zamba2", "the mlp sees x too"): reading(aside="sum"),
+    ("zamba2", "the state space sees x alone"): reading(sum="hidden"),
+    ("zamba2", "the matrix sees x"): only("H1", reading(aside="hidden")),
+    ("zamba2", "sets in another order"): lambda s: dataclasses.replace(s, layers="M H1 M H0 H1"),
+    ("zamba2", "one group in the norm"): norm(groups=1),
+    ("zamba2_hub", "least step"): dual(dt_min=0.5),
     ("granite_hybrid", "residuals not scaled"): subs(scale=1.0),
     ("granite_hybrid", "a rope"): attn(rope=Rope()),
     ("granite_hybrid", "scale of scores"): attn(scale=None),
@@ -131,6 +154,21 @@ PROBLEMS = {
     "factors": ("falcon_h1", {"ssm_multipliers": [1.0, 2.0]}, "ssm_multipliers"),
     "conv layers": ("lfm2", {"layer_types": ["conv", "gru", "conv"]}, "'gru'"),
     "positions": ("granite_hybrid", {"position_embedding_type": "alibi"}, "alibi"),
+    "a kind among transformers": (
+        "zamba2",
+        {"layers_block_type": ["hybrid"] * 4 + ["rnn"]},
+        "'rnn'",
+    ),
+    "too few kinds": ("zamba2", {"layers_block_type": ["hybrid"]}, "has 1 layers"),
+    "no sets": ("zamba2", {"num_mem_blocks": 0}, "num_mem_blocks is 0"),
+    "adapters of fewer keys": (
+        "zamba2",
+        {"num_key_value_heads": 2},
+        "use_shared_attention_adapter",
+    ),
+    "heads of attention": ("zamba2", {"attention_head_dim": 10}, "attention_head_dim 10 is not 2"),
+    "head apart": ("zamba2", {"tie_word_embeddings": False}, "tie_word_embeddings is False"),
+    "a longer context": ("zamba2", {"use_long_context": True}, "use_long_context is True"),
     "no divisor": ("granite_hybrid", {"logits_scaling": 0.0}, "logits_scaling is 0"),
 }
 
@@ -155,3 +193,35 @@ def test_a_model_without_attention_keeps_its_programs_as_its_text_grows():
     names = list(model.generator.loaded)
     assert not any(name.startswith("model-grow") for name in names)
     assert sum("decode" in name for name in names) == 1
+
+
+def test_a_shared_set_is_one_copy_and_each_use_has_a_cache():
+    model = jaxllm.load(golden("zamba2").source, store=False, dtype="float32")
+    assert set(model.params["shared"]) == {"H0", "H1"}
+    assert num_params(model.spec) == sum(x.size for x in jax.tree.leaves(model.params))
+    state = dense_state(model.spec, 1, 8, dtype="float32", segments=single_segments(5))
+    assert [i for i in range(5) if "attn" in state[str(i)]] == [1, 3, 4]
+
+
+def test_a_shared_set_learns_from_all_its_uses(models):
+    """The gradient of one set is the sum of what it is where each layer has a copy."""
+    model, ids = models("zamba2"), jnp.asarray(golden("zamba2").ids)
+
+    def loss(shared, spec):
+        params = model.params | {"shared": shared}
+        hidden, _, _ = apply(spec, params, ids, training_step(*ids.shape), policy=POLICY)
+        return jnp.mean(hidden**2)
+
+    def split(spec):
+        """The layers 1 and 4, which share H0, with a copy each."""
+        blocks = {b.name: b for b in spec.blocks}
+        again = [dataclasses.replace(s, share=s.share and "H2") for s in blocks["H0"].subs]
+        more = dataclasses.replace(blocks["H0"], name="H2", subs=tuple(again))
+        return dataclasses.replace(spec, blocks=(*spec.blocks, more), layers="M H0 M H1 H2")
+
+    shared = model.params["shared"]
+    one = jax.grad(loss)(shared, model.spec)["H0"]
+    two = jax.grad(loss)(shared | {"H2": shared["H0"]}, split(model.spec))
+    total = jax.tree.map(jnp.add, two["H0"], two["H2"])
+    errors = jax.tree.map(lambda a, b: relative(a, b), one, total)
+    assert max(jax.tree.leaves(errors)) < TOLERANCE

@@ -9,15 +9,16 @@ import jaxllm
 from jaxllm.core.tree import partition
 from jaxllm.errors import WeightsError
 from jaxllm.spec.linear_attention import GatedDecay
-from jaxllm.spec.ops import LinearAttention
+from jaxllm.spec.ops import LinearAttention, MoE
 from jaxllm.spec.rope import Rope
 from jaxllm.zoo.load import open_checkpoint, saved_paths
 from tests.oracle.checks import check_moved, check_named
 from tests.oracle.golden import NAMES, TOLERANCE, copy, golden, relative, tensors
-from tests.oracle.mutate import POLICY, attn, change, logits, only, part, renorm, rope, subs
+from tests.oracle.mutate import POLICY, attn, change, logits, only, part, renorm, rope, subs, window
+from tests.oracle.test_experts import latent, router
 from tests.oracle.test_families import spec_of
 
-OURS = [name for name in NAMES if name.startswith(("qwen3_next", "olmo_hybrid"))]
+OURS = [name for name in NAMES if name.startswith(("qwen3_next", "olmo_hybrid", "minimax", "kimi"))]
 
 
 def linear(**changes):
@@ -45,6 +46,31 @@ MUTATIONS = {
     ("olmo_hybrid", "betas up to 1"): linear(beta_max=1.0),
     ("olmo_hybrid", "no rope"): attn(rope=None),
     ("olmo_hybrid", "no norms out"): only("G", subs(norm_out=None)),
+    ("minimax", "no decay"): linear(decay=None),
+    ("minimax", "no activation"): linear(activation=None),
+    ("minimax", "reads not normed"): linear(out_norm=None),
+    ("minimax", "a gate by silu"): linear(gate="silu"),
+    ("minimax", "residuals not normed"): subs(skip_normed=False),
+    ("minimax", "what is kept not weighed"): subs(skip_scale=1.0),
+    ("minimax", "updates not weighed"): subs(scale=1.0),
+    ("minimax", "one expert"): lambda s: change(s, MoE, active=1),
+    ("minimax_hub", "window 9 -> 10"): window(10),
+    ("minimax_hub", "no rope"): attn(rope=None),
+    ("minimax_hub", "silu"): linear(activation="silu"),
+    ("kimi_linear", "no delta rule"): linear(delta=False),
+    ("kimi_linear", "no decay"): linear(decay=None),
+    ("kimi_linear", "no convolution"): linear(conv=None),
+    ("kimi_linear", "no activation after it"): linear(activation=None),
+    ("kimi_linear", "keys of any length"): linear(l2_eps=None),
+    ("kimi_linear", "betas up to 2"): linear(beta_max=2.0),
+    ("kimi_linear", "reads not normed"): linear(out_norm=None),
+    ("kimi_linear", "a gate by silu"): linear(gate="silu"),
+    ("kimi_linear", "a rope"): latent(rope=Rope(fraction=0.8)),
+    ("kimi_linear", "one group more"): router(groups_kept=3),
+    ("kimi_linear", "no bias in the choice"): router(balance_bias=False),
+    ("kimi_linear", "not renormalised"): router(renormalize=False),
+    ("kimi_linear_hub", "renormalised"): router(renormalize=True),
+    ("kimi_linear_hub", "weights not scaled"): router(scale=1.0),
     ("olmo_hybrid_nope", "a rope"): attn(rope=Rope()),
     ("olmo_hybrid_nope", "betas up to 2"): linear(beta_max=2.0),
 }
@@ -73,6 +99,21 @@ PROBLEMS = {
     "a gate's bias": ("qwen3_next", {"attention_bias": True}, "gate of attention has no bias"),
     "experts": ("qwen3_next", {"num_experts_per_tok": 5}, "active"),
     "no convolution": ("qwen3_next", {"linear_conv_kernel_dim": 0}, "conv is positive"),
+    "no experts": ("minimax", {"num_local_experts": 0}, "experts is positive"),
+    "another kind": ("minimax", {"layer_types": ["conv"] * 3}, "'conv'"),
+    "a factor": ("minimax", {"mlp_alpha_factor": "2"}, "mlp_alpha_factor is '2'"),
+    "a rope": ("kimi_linear_hub", {"mla_use_nope": False}, "mla_use_nope is False"),
+    "layers twice": (
+        "kimi_linear_hub",
+        {"linear_attn_config": {"full_attn_layers": [2], "kda_layers": [2]}},
+        "full_attn_layers and kda_layers are not the layers 1 to 2",
+    ),
+    "a key inside": (
+        "kimi_linear_hub",
+        {"linear_attn_config": {"num_head": 3}},
+        "linear_attn_config: unknown key 'num_head'",
+    ),
+    "an mlp": ("kimi_linear", {"mlp_layer_types": ["dense"] * 2 + ["moe"]}, "dense or sparse"),
     "unknown": ("olmo_hybrid", {"linear_use_gate": True}, "unknown key 'linear_use_gate'"),
 }
 
@@ -118,3 +159,13 @@ def test_absent_keys_mean_what_the_reference_means(tmp_path):
         assert spec.layers == pattern
         ops = [o.op for b in spec.blocks for s in b.subs for o in s.ops]
         assert dataclasses.asdict(next(o for o in ops if isinstance(o, LinearAttention)))["delta"]
+
+
+def test_the_rates_of_forgetting_stand_in_the_file(tmp_path):
+    folder = copy("minimax", tmp_path)
+    found, name = tensors(folder), "model.layers.1.self_attn.slope_rate"
+    params = jaxllm.load(folder, policy=POLICY, store=False).params
+    assert (params["layers"]["1"]["linear"]["rate"] == found[name].ravel()).all()
+    save_file(found | {name: found[name][:, 0]}, folder / "model.safetensors")
+    with pytest.raises(WeightsError, match=r"has shape \(4, 1\), not \(4, 1, 1\)"):
+        open_checkpoint(folder)

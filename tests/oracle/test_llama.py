@@ -25,6 +25,7 @@ LATER = (
     "gemma1_hub",
     "gemma2_hub",
     "gemma3_hub",
+    "gemma3_vision_hub",
     "gpt2_hub",
     "gpt_neox_hub",
     "gpt_neox_whole",
@@ -46,7 +47,10 @@ LATER = (
     "phi3_partial_hub",
     "qwen3_window",
     "smollm3_hub",
-    *("olmo_hybrid_nope", "qwen3_next_hub"),
+    "zamba2_hub",
+    *("kimi_linear_hub", "minimax_hub", "olmo_hybrid_nope", "qwen3_next_hub"),
+    *("arcee_hub", "ernie4_5_hub", "exaone4_hub", "glm4_hub", "helium", "nemotron_hub"),
+    *("seed_oss", "seed_oss_hub"),
     *("gguf_gemma2", "gguf_phi3", "gguf_qwen3"),
     *(
         "deepseek_v2_hub",
@@ -90,6 +94,9 @@ GREEDY = {
         "gpt2",
         "qwen3_next",
         "olmo_hybrid",
+        "minimax",
+        "kimi_linear",
+        "zamba2",
         "llama_dynamic_hub",
         "llama_longrope_hub",
         "jamba",
@@ -124,6 +131,18 @@ def same_bits(first, second):
     )
 
 
+def own_tensors(folder):
+    """The tensors that a model is saved with: no vision tower, no tables that follow from others.
+
+    They have the names of a text model.
+    """
+    found, inner = tensors(folder), "language_model."
+    found = {k: v for k, v in found.items() if not k.endswith("_decay")}
+    if not any(name.startswith(inner) for name in found):
+        return found
+    return {k.removeprefix(inner): v for k, v in found.items() if k.startswith(inner)}
+
+
 def test_there_is_something_to_check():
     assert len(NAMES) >= 24
     noise = {name: golden(name).provenance["float32_noise"] for name in NAMES}
@@ -155,7 +174,7 @@ def test_saved_files_are_those_of_the_reference(name, tmp_path):
     want = golden(name)
     model = load(want.source)
     model.save(tmp_path)
-    before, after = tensors(want.source), tensors(tmp_path)
+    before, after = own_tensors(want.source), tensors(tmp_path)
     assert {k: v.shape for k, v in before.items()} == {k: v.shape for k, v in after.items()}
     for key, value in before.items():
         assert np.array_equal(after[key], value.astype(np.float32)), key

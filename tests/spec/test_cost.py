@@ -112,7 +112,7 @@ def test_a_memory_costs_its_lookups_and_a_token_uses_what_it_reads():
 def test_flops_of_matrices_count_each_weight_once_a_token(name):
     spec = SPECS[name]
     layers = [s for i in range(spec.num_layers) for s in spec.block(i).subs]
-    matrices = sum(used(named.op) for part in layers for named in part.ops)
+    matrices = sum(used(named.op, part.width_in(32)) for part in layers for named in part.ops)
     assert flops(spec, 3)["matmul"] == 2 * 3 * matrices
 
 

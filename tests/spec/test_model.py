@@ -204,6 +204,34 @@ def test_no_spec_at_all(text):
         lambda: MoE(experts=2, active=1, mlp=MLP(width=4), latent_bias=True),
         lambda: Temperature(scale=1.0, period=0.0),
         lambda: Sub(ops=(NamedOp(name="mlp", op=MLP(width=4), norm_in=Norm()),)),
+        lambda: sub("mlp", MLP(width=4), skip_normed=True),
+        lambda: sub("mlp", MLP(width=4), skip_normed=True, norm_in=Norm(), reads="sum"),
+        lambda: sub("mlp", MLP(width=4), aside=True, skip_scale=2.0),
+        lambda: sub("mlp", MLP(width=4), aside=True, norm_after=Norm()),
+        lambda: sub("mlp", MLP(width=4), reads="embedded"),
+        lambda: sub("mlp", MLP(width=4), share="a b"),
+        lambda: sub("moe", MoE(experts=2, active=1, mlp=MLP(width=4)), share="A"),
+        lambda: sub("attn", Attention(heads=1, kv_heads=1, head_dim=4, out_width=32)),
+        lambda: Block(name="G", subs=(sub("mlp", MLP(width=4), reads="aside"),)),
+        lambda: MLP(width=4, adapter_rank=0),
+        lambda: Attention(heads=1, kv_heads=1, head_dim=4, out_width=0),
+        lambda: dataclasses.replace(
+            SPECS["shared"],
+            blocks=tuple(
+                dataclasses.replace(
+                    b, subs=tuple(dataclasses.replace(s, share=s.share and "A") for s in b.subs)
+                )
+                if b.name == "A"
+                else dataclasses.replace(
+                    b,
+                    subs=tuple(
+                        dataclasses.replace(s, share=s.share and "A", scale=0.5) for s in b.subs
+                    ),
+                )
+                for b in SPECS["shared"].blocks
+            ),
+        ),
+        lambda: dataclasses.replace(SPECS["shared"], width=64),
     ],
 )
 def test_contradictions_are_errors(make):
