@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from jaxllm.core.qarray import QArray, dequantize_rows, half_rows, halves, scales
 from jaxllm.core.qrows import row_blocks
+from pallas_kernels.target import target
 
 __all__ = ["quantized_product"]
 
@@ -89,7 +90,7 @@ def _whole(x: Array, leaf: QArray, out_dtype: Any) -> Array:
 
 
 def _on_cpu() -> bool:
-    return jax.default_backend() == "cpu" and jax.sharding.get_abstract_mesh().empty
+    return target() in ("cpu", "interpreter") and jax.sharding.get_abstract_mesh().empty
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
