@@ -247,6 +247,7 @@ def _variant(
     _, _, capacities = options.sizes.fit(opened.spec)
     hopper = any(KERNEL_CALLS["mosaic_gpu"] in calls for calls in calls_of.values())
     policy = way.policy
+    fresh = {(r["tokens"], r["capacity"]) for r in programs.values() if r["kind"] == "prefill"}
     chosen = {op: getattr(policy, op) for op in ("attention", "experts", "scan", "latent")}
     return {
         "folder": way.name,
@@ -261,11 +262,7 @@ def _variant(
         "compute_dtype": policy.compute_dtype,
         "implementations": chosen,
         "policy": to_dict(dataclasses.replace(policy, taps=frozenset())),
-        "prefill": [
-            [r["tokens"], r["capacity"]]
-            for r in programs.values()
-            if r["kind"] == "prefill" and r["mode"] == "greedy"
-        ],
+        "prefill": sorted(fresh),
         "capacities": list(capacities),
         "tokens_per_call": tokens_per_call(device),
         "compiler_options": dict(COMPILER_OPTIONS.get(device, ())),

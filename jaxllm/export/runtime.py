@@ -45,8 +45,8 @@ class Bundle:
     def __init__(self, path):
         self.path, self.ready, self.files = path, {}, files_of(Path(path))
         try:
-            self.manifest = json.loads(bytes(self.read("manifest.json")))
-        except ValueError as error:
+            self.manifest = dict(json.loads(bytes(self.read("manifest.json"))))
+        except (ValueError, TypeError) as error:
             raise BundleError(f"{path}: no bundle or a damaged one: {error}") from None
         need(
             (found := self.manifest.get("format")) == FORMAT, f"{path}: has format {found}: update"

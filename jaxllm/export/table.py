@@ -31,7 +31,7 @@ class Sizes:
     """
 
     context: int | None = None
-    prefill: tuple[int, ...] = (32, 128, 512, 2048)
+    prefill: tuple[int, ...] = (32, 64, 128, 256, 512, 1024, 2048)
 
     def __post_init__(self) -> None:
         require(
@@ -90,7 +90,7 @@ class Row:
 
 def table(setup: Setup, sizes: Sizes, *, tokens_per_call: int) -> Iterator[Row]:
     """All programs of a bundle for one way to run it."""
-    _, lengths, capacities = sizes.fit(setup.spec)
+    context, lengths, capacities = sizes.fit(setup.spec)
     longest, top = lengths[-1], capacities[-1]
     has_slots = setup.spec.has_slots
     for mode in _MODES:
@@ -101,7 +101,7 @@ def table(setup: Setup, sizes: Sizes, *, tokens_per_call: int) -> Iterator[Row]:
             program = programs.prefill(setup, **size, mode=mode, fresh=True)
             yield Row(kind="prefill", mode=mode, tokens=length, capacity=capacity, program=program)
         for capacity in capacities:
-            if 2 * longest <= capacity or not has_slots:
+            if context > longest and (2 * longest <= capacity or not has_slots):
                 size = {"batch": 1, "length": longest, "capacity": capacity}
                 program = programs.prefill(setup, **size, mode=mode, fresh=False)
                 yield Row(
