@@ -31,7 +31,11 @@ TOYS = {
 }
 
 
-@pytest.mark.parametrize("name", TOYS)
+SLOW = {"moe", "hybrid"}
+NAMES = [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in TOYS]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_tokens_are_the_models(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec, mode, options = TOYS[name]
     monkeypatch.setattr("jaxllm.export.table._MODES", (mode,))

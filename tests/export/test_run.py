@@ -41,15 +41,34 @@ def test_answers_are_those_of_generate(
 ) -> None:
     source, bundle = talking
     rest = ["--prompt", "hello", "--max-tokens", "6", "--json"]
-    more = ["--temperature", "0.8", "--seed", "3", "--stop", "e", "--top-k", "30"]
+    more = ["--temperature", "0", "--stop", "e"]
     wanted = printed(capsys, "generate", source, *rest, *more)
     found = printed(capsys, "run", str(bundle), "generate", *rest, *more)
     wanted.pop("timings")
     assert found.pop("timings")["prompt_tokens"] == len(found["prompt_token_ids"])
     assert found == wanted
     again = load_bundle(bundle)
-    answer = again.generate("hello", max_tokens=6, temperature=0.8)
+    answer = again.generate("hello", max_tokens=6)
     assert answer.text and all(p.stored for p in again.bundle.ready.values())
+
+
+def test_sampling_options_arrive(
+    talking: tuple[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: dict[str, Any] = {}
+
+    def stream(self: Bundle, ids: list[int], max_tokens: int, **options: Any) -> Any:
+        seen.update(options, max_tokens=max_tokens)
+        yield [65]
+
+    monkeypatch.setattr(Bundle, "stream", stream)
+    ask = ["--raw-prompt", "hi", "--temperature", "0.8", "--top-k", "30", "--seed", "3"]
+    assert main(["run", str(talking[1]), "generate", *ask, "--max-tokens", "9"]) == 0
+    capsys.readouterr()
+    known = {name for name, *_ in Bundle(talking[1]).manifest["sampling"]}
+    assert set(seen) == known | {"max_tokens"}
+    wanted = {"temperature": 0.8, "top_k": 30, "seed": 3, "top_p": 1.0, "max_tokens": 9}
+    assert {name: seen[name] for name in wanted} == wanted
 
 
 def test_chat(
@@ -152,7 +171,7 @@ def test_native_executables_need_trust(
     native: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     executables = sorted((native / "native").iterdir())
-    assert len(executables) == 2
+    assert len(executables) == 3
     assert stored(native) == [True, True]  # built by this user: in the own store
     monkeypatch.setenv("JAXLLM_CACHE", str(tmp_path / "stranger"))
     before = counter.compilations()
