@@ -16,8 +16,8 @@ from jaxllm.zoo.safetensors import array_info, write_safetensors
 
 __all__ = ["Placed", "abstract", "parameters", "placed", "write_weights"]
 
-_SHARD_BYTES = 2**29
-"""Files are checked side by side: several small ones are ready sooner than a large one."""
+_LEAST_BYTES, _MOST_FILES = 2**27, 32
+"""Files are checked side by side: several are ready sooner than one, too many are a nuisance."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +68,11 @@ def write_weights(folder: Path, params: Any) -> dict[str, tuple[Path, int]]:
         return name, array_info(_stored(array)), lambda: _stored(array)
 
     tensors = [source(name, leaf.array) for name, leaf in parameters(params)]
+    total = sum(info.nbytes for _, info, _ in tensors)
     found = {}
-    for file in write_safetensors(folder, tensors, max_shard_bytes=_SHARD_BYTES):
+    for file in write_safetensors(
+        folder, tensors, max_shard_bytes=max(_LEAST_BYTES, total // _MOST_FILES)
+    ):
         if file.suffix == ".safetensors":
             with open(file, "rb") as stream:
                 size = int.from_bytes(stream.read(8), "little")
