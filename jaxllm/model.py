@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Generator as Pieces
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,15 +16,16 @@ from jaxllm.core.config import nearest, require
 from jaxllm.core.policy import Policy
 from jaxllm.core.qarray import num_bytes
 from jaxllm.core.quantize import Scheme
-from jaxllm.errors import ConfigError, ShapeError
+from jaxllm.errors import ShapeError
 from jaxllm.infer import programs
 from jaxllm.infer.embed import Text, embed, pooling_of, token_rows
-from jaxllm.infer.generate import Generator, Timings
+from jaxllm.infer.generate import Generator
 from jaxllm.infer.leaves import host_leaf, plain_leaf, quantized_paths
 from jaxllm.infer.open import open_source, run_policy
 from jaxllm.infer.programs import row_length
 from jaxllm.infer.ready import generator_of
-from jaxllm.infer.sampling import Sampling
+from jaxllm.infer.reply import Generation, Prompt, prompt_ids, reply, sampling_of, whole
+from jaxllm.infer.timings import Timings
 from jaxllm.quant.apply import INCLUDE, quantize_params
 from jaxllm.spec.model import ModelSpec, Pooling
 from jaxllm.text.answer import Answer
@@ -32,34 +33,6 @@ from jaxllm.text.tokenizer import Tokenizer
 from jaxllm.zoo.load import save_checkpoint
 
 __all__ = ["Generation", "Model", "Prompt", "load"]
-
-Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int] | np.ndarray
-"""A string, a list of messages, or a list of token ids."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Generation:
-    """What a request gave.
-
-    Attributes:
-      text: the answer, without special tokens and without what a stop string cut off.
-      token_ids: all tokens generated, the end token included.
-      prompt_token_ids: what the model was given.
-      finish_reason: `stop` (end token or stop string) or `length`.
-      timings: where the time went.
-    """
-
-    text: str
-    token_ids: list[int]
-    prompt_token_ids: list[int]
-    finish_reason: str
-    timings: Timings
-
-    @property
-    def usage(self) -> dict[str, int]:
-        """Token counts, as OpenAI's API names them."""
-        prompt, new = len(self.prompt_token_ids), len(self.token_ids)
-        return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
 
 
 def load(
@@ -200,24 +173,7 @@ class Model:
         Raises:
           ConfigError: text without a tokenizer, messages without a template, nothing at all.
         """
-        if not isinstance(prompt, str) and all(isinstance(i, (int, np.integer)) for i in prompt):
-            ids = [int(i) for i in cast("Sequence[int]", prompt)]
-            if ids and not 0 <= min(ids) <= max(ids) < self.spec.vocab:
-                raise ShapeError(
-                    f"token ids are in 0..{self.spec.vocab - 1}, found {min(ids)}..{max(ids)}"
-                )
-        elif self.tokenizer is None:
-            raise ConfigError("this model has no tokenizer: give token ids")
-        elif isinstance(prompt, str):
-            require(bool(prompt), "the prompt is empty; give at least one character")
-            if raw or self.tokenizer.chat_template is None:
-                ids = self.tokenizer.encode(prompt)
-            else:
-                ids = self.tokenizer.apply_chat([{"role": "user", "content": prompt}])
-        else:
-            ids = self.tokenizer.apply_chat(cast("Sequence[Mapping[str, Any]]", prompt))
-        require(bool(ids), "the prompt is empty; give at least one token")
-        return ids
+        return prompt_ids(prompt, self.tokenizer, self.spec.vocab, raw=raw)
 
     def stream(
         self,
@@ -243,42 +199,18 @@ class Model:
             CapacityError: the prompt exceeds the context.
         """
         programs.check_decodes(self.spec)
-        options = _sampling(sampling, "max_tokens", "stop", "raw")
-        stops = [stop] if isinstance(stop, str) else list(stop)
+        options = sampling_of(sampling, "max_tokens", "stop", "raw")
+        answer = Answer(
+            self.tokenizer, self.eos_ids, [stop] if isinstance(stop, str) else list(stop)
+        )
         ids = self.prompt_ids(prompt, raw=raw)
         timings = Timings()
         chunks = self.generator.stream([ids], options, max_tokens, timings)
-        return self._stream(ids, chunks, stops, timings)
-
-    def _stream(
-        self, ids: list[int], chunks: Iterator[np.ndarray], stops: list[str], timings: Timings
-    ) -> Pieces[str, None, Generation]:
-        answer = Answer(self.tokenizer, self.eos_ids, stops)
-        for chunk in chunks:
-            piece = answer.push(chunk[0].tolist())
-            if piece:
-                yield piece
-            if answer.finished:
-                break
-        tail = answer.flush()
-        if tail:
-            yield tail
-        return Generation(
-            text=answer.text,
-            token_ids=answer.token_ids,
-            prompt_token_ids=ids,
-            finish_reason="stop" if answer.finished else "length",
-            timings=timings,
-        )
+        return reply(ids, (chunk[0].tolist() for chunk in chunks), answer, timings)
 
     def generate(self, prompt: Prompt, **options: Any) -> Generation:
         """Generate an answer; takes what `stream` takes."""
-        pieces = self.stream(prompt, **options)
-        while True:
-            try:
-                next(pieces)
-            except StopIteration as end:
-                return end.value
+        return whole(self.stream(prompt, **options))
 
     def generate_batch(
         self,
@@ -293,7 +225,7 @@ class Model:
         Takes what `stream` takes, without `stop`; row i draws with seed + i.
         """
         programs.check_decodes(self.spec)
-        options = _sampling(sampling, "max_tokens", "raw")
+        options = sampling_of(sampling, "max_tokens", "raw")
         rows = [self.prompt_ids(p, raw=raw) for p in prompts]
         answers = [Answer(self.tokenizer, self.eos_ids, []) for _ in rows]
         timings = Timings()
@@ -383,12 +315,3 @@ class Model:
         )
         if self.tokenizer is not None:
             self.tokenizer.save(directory)
-
-
-def _sampling(options: dict[str, Any], *others: str) -> Sampling:
-    """Sampling options, checked; `others` are the names that the caller takes besides."""
-    known = {f.name for f in dataclasses.fields(Sampling)}
-    for name in options:
-        hint = nearest(name, known | set(others))
-        require(name in known, f"unknown option {name!r}; {hint}")
-    return Sampling(**options)

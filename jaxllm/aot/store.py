@@ -24,7 +24,7 @@ from jaxllm.core.config import from_dict, to_dict
 from jaxllm.core.logging import log
 from jaxllm.errors import CapacityError, ConfigError
 
-__all__ = ["Store", "atomic_write"]
+__all__ = ["Store", "atomic_write", "load_bytes"]
 
 _MAGIC = b"jaxllm-program-1\n"
 _ONE_AT_A_TIME = threading.Lock()
@@ -96,23 +96,33 @@ class Store:
             content = path.read_bytes()
         except FileNotFoundError:
             return None
-        try:
-            report, payload = _checked(content, fingerprint)
-            from jax.experimental import serialize_executable
+        return load_bytes(content, fingerprint, devices, where=str(path))
 
-            if devices[0].platform == "gpu":
-                # A program that was not traced here may call our kernels: these bring its handlers.
-                import jax.experimental.mosaic.gpu  # noqa: F401
 
-            trees = pickle.loads(payload)
-            with _ONE_AT_A_TIME:
-                compiled = serialize_executable.deserialize_and_load(
-                    *trees, backend=devices[0].client, execution_devices=devices
-                )
-        except Exception as error:
-            log.warning("stored program %s is ignored and built again: %s", path, error)
-            return None
-        return compiled, report
+def load_bytes(
+    content: bytes, fingerprint: str, devices: Any, *, where: str
+) -> tuple[Any, Report] | None:
+    """The executable in a stored file's bytes, or None if they hold no such one.
+
+    The bytes become code: the caller answers for where they come from. `where` is for the warning.
+    """
+    try:
+        report, payload = _checked(content, fingerprint)
+        from jax.experimental import serialize_executable
+
+        if devices[0].platform == "gpu":
+            # A program that was not traced here may call our kernels: these bring its handlers.
+            import jax.experimental.mosaic.gpu  # noqa: F401
+
+        trees = pickle.loads(payload)
+        with _ONE_AT_A_TIME:
+            compiled = serialize_executable.deserialize_and_load(
+                *trees, backend=devices[0].client, execution_devices=devices
+            )
+    except Exception as error:
+        log.warning("stored program %s is ignored and built again: %s", where, error)
+        return None
+    return compiled, report
 
 
 def _checked(content: bytes, fingerprint: str) -> tuple[Report, bytes]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from jaxllm.cli.generate import sampling_of
@@ -11,7 +12,7 @@ from jaxllm.cli.options import Chat
 from jaxllm.core.logging import show_notes
 from jaxllm.errors import CapacityError
 
-__all__ = ["run"]
+__all__ = ["run", "talk"]
 
 _HELP = "Type a message; /reset forgets the conversation, /quit (or Ctrl-D) ends it."
 
@@ -19,10 +20,19 @@ _HELP = "Type a message; /reset forgets the conversation, /quit (or Ctrl-D) ends
 def run(options: Chat) -> int:
     """Run the subcommand."""
     show_notes()
-    sampling = sampling_of(options)
-    from jaxllm.model import load
 
-    model = load(options.source, dtype=options.dtype)
+    def load() -> Any:
+        from jaxllm.model import load
+
+        return load(options.source, dtype=options.dtype)
+
+    return talk(options, load)
+
+
+def talk(options: Chat, load: Callable[[], Any]) -> int:
+    """Talk with a model, which is loaded once all options are checked."""
+    sampling = sampling_of(options)
+    model = load()
     first = [] if options.system is None else [{"role": "system", "content": options.system}]
     history: list[dict[str, Any]] = [*first]
     with contextlib.suppress(ImportError):

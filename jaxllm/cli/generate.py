@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from jaxllm.core.logging import show_notes
 from jaxllm.errors import ConfigError
 from jaxllm.infer.sampling import Sampling
 
-__all__ = ["prompt_of", "run", "sampling_of"]
+__all__ = ["answer", "prompt_of", "run", "sampling_of"]
 
 
 def sampling_of(options: Any) -> dict[str, Any]:
@@ -48,11 +49,20 @@ def prompt_of(options: Generate) -> tuple[Any, bool]:
 def run(options: Generate) -> int:
     """Run the subcommand."""
     show_notes()
+
+    def load() -> Any:
+        from jaxllm.model import load
+
+        return load(options.source, dtype=options.dtype)
+
+    return answer(options, load)
+
+
+def answer(options: Generate, load: Callable[[], Any]) -> int:
+    """Print the answer of a model, which is loaded once all options are checked."""
     prompt, raw = prompt_of(options)
     sampling = sampling_of(options)
-    from jaxllm.model import load
-
-    model = load(options.source, dtype=options.dtype)
+    model = load()
     if not raw and isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
     pieces = model.stream(prompt, raw=raw, **sampling)
@@ -90,10 +100,12 @@ def report(model: Any, result: Any) -> str:
     """What the run took and where its parts came from."""
     from jaxllm.aot import counter
 
-    loaded = model.generator.loaded.values()
+    bundle = getattr(model, "bundle", None)
+    loaded = (model.generator.loaded if bundle is None else bundle.ready).values()
     stored = [p for p in loaded if p.stored]
     timings = result.timings
-    weights = "stored in run layout, memory-mapped" if model.weights_stored else "imported"
+    mapped = bundle is not None or model.weights_stored
+    weights = "stored in run layout, memory-mapped" if mapped else "imported"
     return "\n".join(
         [
             "",

@@ -31,6 +31,10 @@ def parse(arguments: list[str]) -> Any:
         from jaxllm.cli.train import parse_run
 
         return _quietly(arguments, lambda: parse_run(arguments[1], arguments[2:]))
+    if arguments[:1] == ["run"] and len(arguments) > 1 and not arguments[1].startswith("-"):
+        from jaxllm.cli import run
+
+        return _quietly(arguments, lambda: run.parse_run(arguments[1], arguments[2:]))
     return _quietly(
         arguments,
         lambda: tyro.extras.subcommand_cli_from_dict(

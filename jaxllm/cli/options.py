@@ -13,10 +13,12 @@ __all__ = [
     "Batch",
     "Chat",
     "Doctor",
+    "Export",
     "Generate",
     "Perplexity",
     "Pull",
     "Quantize",
+    "Run",
     "Serve",
     "Train",
 ]
@@ -198,6 +200,40 @@ class Batch:
     """Of weights and activations; what suits the device by default."""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Export:
+    """Write a bundle: weights, tokenizer and programs that run without the model's code."""
+
+    source: Source
+    """Catalogue name, Hugging Face directory, .gguf file, or org/name that was pulled."""
+    bundle: tyro.conf.Positional[Path]
+    """Directory to write, or a file whose name ends in .tar."""
+    platform: Many = ()
+    """cpu, cuda or tpu; may be given several times; all three by default."""
+    mesh: Many = ()
+    """Programs for a mesh such as data=2,tensor=4; may be given several times; else one device."""
+    context: int | None = None
+    """Most tokens of prompt and answer; the model's own, at most 4096, by default."""
+    prefill: Annotated[tuple[int, ...], tyro.conf.UseAppendAction] = ()
+    """A length to which prompts are padded; may be given several times; 32 to 2048 by default."""
+    dtype: Dtype | None = None
+    """Of weights and activations; what suits each platform by default."""
+    attention: Literal["reference", "cudnn", "mosaic_gpu", "mosaic_tpu"] | None = None
+    """A kernel, on the platform that has it; by default what runs on every device."""
+    experts: Literal["ragged_dot", "mosaic_gpu", "mosaic_tpu"] | None = None
+    """A kernel, on the platform that has it; by default what runs on every device."""
+    native: bool = False
+    """Also compile for this very machine and put the executables into the bundle."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """Run a bundle: jaxllm run BUNDLE generate|chat, with the options of generate and chat."""
+
+    bundle: Source
+    """What jaxllm export wrote: a directory or a .tar."""
+
+
 COMMANDS = {
     "generate": Generate,
     "chat": Chat,
@@ -207,5 +243,7 @@ COMMANDS = {
     "train": Train,
     "pull": Pull,
     "quantize": Quantize,
+    "export": Export,
+    "run": Run,
     "doctor": Doctor,
 }

@@ -13,6 +13,8 @@ from jaxllm.errors import WeightsError
 __all__ = [
     "apart",
     "checked_leaf",
+    "four_bits",
+    "nibbles",
     "packed_arrays",
     "packed_facts",
     "together",
@@ -23,7 +25,7 @@ __all__ = [
 _FACTS = ("format", "shape", "inputs", "group", "rows", "version")
 
 
-def _nibbles(values: np.ndarray) -> np.ndarray:
+def nibbles(values: np.ndarray) -> np.ndarray:
     """int4 or uint4 [..., I] as bytes [..., I / 2], the even one below."""
     codes = values.astype(np.int8).view(np.uint8) & 15
     return codes[..., ::2] | (codes[..., 1::2] << 4)
@@ -35,7 +37,8 @@ def _from_nibbles(packed: np.ndarray, dtype: Any) -> np.ndarray:
     return (((signed ^ 8) - 8) if dtype.name == "int4" else signed).astype(dtype)
 
 
-def _four_bits(dtype: Any) -> bool:
+def four_bits(dtype: Any) -> bool:
+    """Whether two values of a dtype share a byte in files."""
     return str(dtype) in ("int4", "uint4")
 
 
@@ -45,9 +48,9 @@ def packed_arrays(leaf: QArray, prefix: str = "") -> dict[str, np.ndarray]:
     Two values of four bits share a byte (an odd number of them in a row has a byte each).
     """
     values = np.asarray(leaf.values)
-    if _four_bits(values.dtype):
+    if four_bits(values.dtype):
         whole = values.shape[-1] % 2 == 0
-        values = _nibbles(values) if whole else values.astype(np.int8)
+        values = nibbles(values) if whole else values.astype(np.int8)
     out = {f"{prefix}values": values}
     if isinstance(leaf.scale, QArray):
         out |= packed_arrays(leaf.scale, f"{prefix}scale.")
@@ -127,7 +130,7 @@ def unpacked(
     values = read(f"{prefix}values")
     dtype = value_dtype(fields["format"])
     width = QArray(values, None, **fields).num_inputs
-    if _four_bits(dtype) and fields["version"] == 1:
+    if four_bits(dtype) and fields["version"] == 1:
         halved = values.dtype == np.uint8 and values.shape[-1] * 2 == width
         values = _from_nibbles(values, dtype) if halved else values.astype(dtype)
     scale: Any

@@ -20,35 +20,12 @@ from jaxllm.errors import CapacityError
 from jaxllm.infer import programs
 from jaxllm.infer.programs import Setup, bucket
 from jaxllm.infer.sampling import Mode, Sampling
+from jaxllm.infer.timings import Timings
 
 __all__ = ["Generator", "Timings"]
 
 PREFILL_TOKENS = 2048
 """The longest prefill bucket; longer prompts come in chunks."""
-
-
-@dataclasses.dataclass
-class Timings:
-    """Where the time of a request went; milliseconds by the host's clock.
-
-    Attributes:
-      time_to_first_token_ms: from the call to the first token.
-      decode_ms: from the first token to the last.
-      decoded_tokens: tokens after the first.
-      prompt_tokens: tokens of the prompt.
-      build_ms: loading or compiling programs, part of the above.
-    """
-
-    time_to_first_token_ms: float = 0.0
-    decode_ms: float = 0.0
-    decoded_tokens: int = 0
-    prompt_tokens: int = 0
-    build_ms: float = 0.0
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Decoded tokens a second, the first one and program building left out."""
-        return 1e3 * self.decoded_tokens / self.decode_ms if self.decode_ms > 0 else 0.0
 
 
 @dataclasses.dataclass

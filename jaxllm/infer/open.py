@@ -42,6 +42,8 @@ from jaxllm.zoo.pull import resolve
 
 __all__ = ["Opened", "open_source", "run_policy", "run_segments"]
 
+Put = Callable[[Any, Any], Any]
+"""(array on the host, sharding or None) -> what stands for it in the parameters."""
 
 _CODE_LETTERS = 12
 """Letters of the hash of the importing code at the end of a stored weight folder's name."""
@@ -66,13 +68,16 @@ class Opened:
     stored: bool
 
 
-def run_policy(dtype: str | None = None, *, mesh: Any = None, **changes: Any) -> Policy:
-    """The policy that suits the device: its dtype, and the layout that decodes fastest there.
+def run_policy(
+    dtype: str | None = None, *, mesh: Any = None, platform: str | None = None, **changes: Any
+) -> Policy:
+    """The policy that suits a device: its dtype, and the layout that decodes fastest there.
 
     On a CPU and a GPU one array a layer with fused projections (slices of stacked weights are
-    copied at every step); on a mesh and a TPU the canonical stacks.
+    copied at every step); on a mesh and a TPU the canonical stacks. `platform` is `cpu`, `gpu` or
+    `tpu`; by default that of the devices at hand.
     """
-    platform = jax.default_backend()
+    platform = platform or jax.default_backend()
     kind = default_dtype(platform) if dtype is None else dtype
     dtype_of(kind)
     single = mesh is None and platform != "tpu"
@@ -101,10 +106,12 @@ def open_source(
     mesh: Any = None,
     store: Store | None = None,
     packed: bool | None = None,
+    put: Put = jax.device_put,
 ) -> Opened:
     """Open a catalogue name, a Hugging Face directory, a GGUF file, or `random:PRESET`.
 
-    `packed` as in `load`.
+    `packed` as in `load`; `put` takes each array of a file and its sharding, and gives what stands
+    for it in the parameters.
 
     Raises:
       ConfigError: the source is none of these; WeightsError: its files are missing or damaged.
@@ -119,7 +126,7 @@ def open_source(
         arrays = zoo.read_arrays(checkpoint, **layout)
     else:
         arrays, known, stored = _kept_arrays(checkpoint, policy, layout)
-    params = _place(checkpoint.spec, arrays, policy, mesh)
+    params = _place(checkpoint.spec, arrays, policy, mesh, put)
     tokenizer = _tokenizer(checkpoint, known)
     eos = tokenizer.eos_ids if tokenizer is not None else _config_eos(checkpoint.path)
     return Opened(
@@ -213,28 +220,32 @@ def _sharding(definition: ParamDef, policy: Policy, mesh: Any) -> Any:
     return named_sharding(mesh, held.axes, policy.rules, held.shape)
 
 
-def _place(spec: ModelSpec, arrays: Iterable[tuple[str, Any]], policy: Policy, mesh: Any) -> Any:
+def _place(
+    spec: ModelSpec, arrays: Iterable[tuple[str, Any]], policy: Policy, mesh: Any, put: Put
+) -> Any:
     """Held arrays straight to their (sharded) place, one at a time, as leaves."""
     table = dict(flatten(model_table(spec, run_segments(spec, policy), policy.fused)))
 
     def leaf(path: str, array: Any) -> Any:
         definition = table[path]
         if isinstance(array, QArray):
-            return _place_packed(array, definition, policy, mesh)
-        placed = jax.device_put(array, _sharding(definition, policy, mesh))
+            return _place_packed(array, definition, policy, mesh, put)
+        placed = put(array, _sharding(definition, policy, mesh))
         inputs = definition.held_inputs(policy.matrices)
         return OutputsFirst(placed, inputs=inputs) if inputs else placed
 
     return unflatten({path: leaf(path, array) for path, array in arrays})
 
 
-def _place_packed(leaf: QArray, definition: ParamDef, policy: Policy, mesh: Any) -> QArray:
+def _place_packed(
+    leaf: QArray, definition: ParamDef, policy: Policy, mesh: Any, put: Put
+) -> QArray:
     """A quantized leaf's arrays to their places."""
     if mesh is None:
-        return jax.device_put(leaf)
+        return jax.tree.map(lambda a: put(a, None), leaf)
     axes = quantized_axes(leaf, definition.axes)
     return jax.tree.map(
-        lambda a, names: jax.device_put(a, named_sharding(mesh, names, policy.rules, a.shape)),
+        lambda a, names: put(a, named_sharding(mesh, names, policy.rules, a.shape)),
         leaf,
         axes,
     )

@@ -126,7 +126,7 @@ def _by_kernel(x: Array, leaf: QArray, out_dtype: Any) -> Array:
 
 
 def _on_cpu() -> bool:
-    return jax.default_backend() == "cpu" and jax.sharding.get_abstract_mesh().empty
+    return target() in ("cpu", "interpreter") and jax.sharding.get_abstract_mesh().empty
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

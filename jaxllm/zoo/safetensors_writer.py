@@ -171,7 +171,7 @@ def _write_shard(path: Path, shard: Sequence[TensorSource], metadata: dict[str, 
         }
         begin = end
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the tensors begin aligned
+    text += b" " * (-(len(text) + 8) % 64)  # the tensors begin where a CPU takes a map as it is
     _write_file(path, _shard_bytes(struct.pack("<Q", len(text)) + text, shard))
 
 

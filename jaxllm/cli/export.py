@@ -1,0 +1,45 @@
+"""`jaxllm export`: write a bundle that runs without the model's code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jaxllm.cli.options import Export
+from jaxllm.core.logging import show_notes
+
+__all__ = ["run"]
+
+
+def run(options: Export) -> int:
+    """Run the subcommand; prints what was written and how large it is."""
+    show_notes()
+    from jaxllm.export.bundle import export_bundle
+    from jaxllm.export.table import Sizes
+    from jaxllm.export.ways import Options
+
+    sizes = Sizes(context=options.context, **_given("prefill", options.prefill))
+    wanted = Options(
+        meshes=options.mesh,
+        sizes=sizes,
+        dtype=options.dtype,
+        attention=options.attention,
+        experts=options.experts,
+        native=options.native,
+        **_given("platforms", options.platform),
+    )
+    export_bundle(options.source, options.bundle, wanted)
+    total, programs = _bytes(options.bundle, ""), _bytes(options.bundle, "programs/")
+    shown = f"{total / 1e6:.1f} MB" + (f", {programs / 1e6:.1f} of programs" if programs else "")
+    print(f"{options.bundle}: {shown}; jaxllm run {options.bundle} generate --prompt ...")
+    return 0
+
+
+def _given(name: str, values: tuple) -> dict[str, tuple]:
+    """An option that was given; else the house's own default stands."""
+    return {name: values} if values else {}
+
+
+def _bytes(bundle: Path, below: str) -> int:
+    if bundle.is_file():
+        return 0 if below else bundle.stat().st_size
+    return sum(p.stat().st_size for p in (bundle / below).rglob("*") if p.is_file())

@@ -1,0 +1,75 @@
+"""`jaxllm run BUNDLE generate|chat`: what `jaxllm generate|chat` do, from a bundle.
+
+Imports nothing of the model's code: neither `jaxllm.nn` nor `jaxllm.zoo` nor flax.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from jaxllm.cli import chat, generate
+from jaxllm.cli.options import Chat, Generate
+from jaxllm.core.config import nearest, require
+from jaxllm.core.logging import show_notes
+
+__all__ = ["parse_run", "run"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Trust:
+    trust: bool = False
+    """Load executables that came with the bundle; they are code of whoever made it."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Generate(_Trust, Generate):
+    """Answer one prompt; `source` is the bundle."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Chat(_Trust, Chat):
+    """Talk with the model over several turns; `source` is the bundle."""
+
+
+_COMMANDS = {"generate": _Generate, "chat": _Chat}
+
+
+def parse_run(bundle: str, arguments: list[str]) -> Any:
+    """Options of `jaxllm run BUNDLE COMMAND ...`.
+
+    Raises:
+      ConfigError: no such command.
+    """
+    import tyro
+
+    name = arguments[0] if arguments else ""
+    require(name in _COMMANDS, f"run {bundle} {name or '...'}: {nearest(name, _COMMANDS)}")
+    return tyro.cli(
+        _COMMANDS[name],
+        prog=f"jaxllm run {bundle} {name}",
+        args=[bundle, *arguments[1:]],
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+
+
+def run(options: Any) -> int:
+    """Run the subcommand."""
+    show_notes()
+    require(
+        isinstance(options, _Trust),
+        "name a bundle and then what to do: jaxllm run BUNDLE generate --prompt ...",
+    )
+    require(
+        options.dtype is None,
+        f"--dtype {options.dtype}: a bundle's dtype is fixed; export it with another --dtype",
+    )
+
+    def load() -> Any:
+        from jaxllm.export.model import load_bundle
+
+        return load_bundle(options.source, trust=options.trust)
+
+    if isinstance(options, Chat):
+        return chat.talk(options, load)
+    return generate.answer(options, load)

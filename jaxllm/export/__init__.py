@@ -1,0 +1,1 @@
+"""Bundles: a model compiled into files that run without the model's code."""

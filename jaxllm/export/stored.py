@@ -1,0 +1,87 @@
+"""A bundle whose executables are kept: in the user's own store, or brought along and trusted.
+
+The portable programs of a bundle are compiled at their first use, and the executables stored by
+fingerprint as any other program's. Executables inside a bundle are code of whoever made it: they
+are loaded only on request, after their hash matched, and only for exactly this stack.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxllm.aot.program import Executable, Program
+from jaxllm.aot.store import Store, load_bytes
+from jaxllm.core.logging import log
+from jaxllm.export.runtime import Bundle
+
+__all__ = ["StoredBundle"]
+
+
+class StoredBundle(Bundle):
+    """A `Bundle` that compiles as little as it can.
+
+    Args:
+      path: directory or .tar.
+      store: where executables are kept, or None.
+      trust: take executables out of the bundle too.
+    """
+
+    def __init__(self, path: str | Path, store: Store | None, *, trust: bool = False):
+        self.store, self.trust = store, trust
+        self.build_ms = 0.0
+        super().__init__(path)
+
+    def build(self, entry: dict[str, Any], *args: Any) -> Executable:
+        """The executable of a program: from the store, from the bundle, or compiled and stored."""
+        del args  # shapes stand in the program itself, so that a fingerprint needs no run
+        start = time.perf_counter()
+        made = self._kept(entry)
+        self.build_ms += 1e3 * (time.perf_counter() - start)
+        return made
+
+    def _kept(self, entry: dict[str, Any]) -> Executable:
+        program = self.program(entry)
+        key = program.fingerprint()
+        name = f"native/{Store(Path()).path(program.name, key).name}"
+        if self.trust and name in self.manifest["files"]:
+            content = bytes(self.read(name))
+            found = load_bytes(content, key, program.devices(), where=f"{self.path}: {name}")
+            if found is not None:
+                log.info("program %s: from the bundle", program.name)
+                return Executable(
+                    name=program.name,
+                    compiled=found[0],
+                    report=found[1],
+                    stored=True,
+                    seconds=0.0,
+                    fingerprint=key,
+                )
+        return program.load(self.store)
+
+    def compile_all(self) -> None:
+        """Compile and store every program for this machine."""
+        for entry in self.way["programs"].values():
+            self.program(entry).load(self.store)
+
+    def program(self, entry: dict[str, Any]) -> Program:
+        """A portable program as one of ours, which knows its own shapes."""
+        portable = self.exported(entry)
+        places = portable.in_shardings_jax(self.mesh) if self.way["devices"] > 1 else ()
+        lie = [*places] or [None] * len(portable.in_avals)
+        flat = [
+            jax.ShapeDtypeStruct(kind.shape, kind.dtype, sharding=place)
+            for kind, place in zip(portable.in_avals, lie, strict=True)
+        ]
+        return Program(
+            name=f"bundle-{self.way['folder']}-{entry['name']}",
+            build=lambda: portable.call,
+            args=jax.tree.unflatten(portable.in_tree, flat)[0],
+            depends={"portable": self.manifest["files"][entry["file"]]},
+            donate=tuple(entry["donate"]),
+            mesh=self.mesh if self.way["devices"] > 1 else None,
+            options=tuple(sorted(self.way["compiler_options"].items())),
+        )
