@@ -15,6 +15,7 @@ __all__ = [
     "Doctor",
     "Generate",
     "Perplexity",
+    "Plan",
     "Pull",
     "Quantize",
     "Serve",
@@ -198,6 +199,38 @@ class Batch:
     """Of weights and activations; what suits the device by default."""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Say before a device is rented whether a run fits, how fast it is at most, on which mesh."""
+
+    source: Source
+    """Config file of a run (.py), or a model: a folder with config.json, .gguf, random:PRESET …"""
+    devices: str
+    """What to plan for: v5e:4x4, v5p:8x8x8, v6e:16x16, tpu7x:2x2x1, h100:8, a100:8, cpu:8 …"""
+    purpose: Annotated[Literal["train", "serve"] | None, tyro.conf.arg(name="for")] = None
+    """The training step, or prefill and decoding; by default a config trains, a model serves."""
+    mesh: str | None = None
+    """Devices by axis, data=2,tensor=4; by default fsdp to train, heads over tensor to serve."""
+    batch: int | None = None
+    """Rows of a step, or sequences at once."""
+    length: int | None = None
+    """Tokens of a training row."""
+    context: int | None = None
+    """Slots of a served sequence; 4096 by default."""
+    prompt: int | None = None
+    """Tokens of a prompt; 1024 by default."""
+    dtype: Dtype | None = None
+    """Of activations (and of served weights); what suits the device by default."""
+    remat: Literal["none", "save_dots", "save_attention", "full", "auto"] | None = None
+    """What the backward pass computes again; `auto` takes the first policy that fits."""
+    attention: Literal["auto", "reference", "cudnn", "mosaic_gpu", "mosaic_tpu"] | None = None
+    """Implementation of softmax attention."""
+    set: Many = ()
+    """Another field of the run's config, NAME=VALUE; may be given several times."""
+    json: bool = False
+    """Print one JSON object."""
+
+
 COMMANDS = {
     "generate": Generate,
     "chat": Chat,
@@ -205,6 +238,7 @@ COMMANDS = {
     "serve": Serve,
     "batch": Batch,
     "train": Train,
+    "plan": Plan,
     "pull": Pull,
     "quantize": Quantize,
     "doctor": Doctor,

@@ -66,13 +66,15 @@ class Opened:
     stored: bool
 
 
-def run_policy(dtype: str | None = None, *, mesh: Any = None, **changes: Any) -> Policy:
-    """The policy that suits the device: its dtype, and the layout that decodes fastest there.
+def run_policy(
+    dtype: str | None = None, *, mesh: Any = None, platform: str | None = None, **changes: Any
+) -> Policy:
+    """The policy that suits a platform: its dtype, and the layout that decodes fastest there.
 
     On a CPU and a GPU one array a layer with fused projections (slices of stacked weights are
     copied at every step); on a mesh and a TPU the canonical stacks.
     """
-    platform = jax.default_backend()
+    platform = platform or jax.default_backend()
     kind = default_dtype(platform) if dtype is None else dtype
     dtype_of(kind)
     single = mesh is None and platform != "tpu"
