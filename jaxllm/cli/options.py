@@ -227,6 +227,14 @@ class Plan:
     """Implementation of softmax attention."""
     set: Many = ()
     """Another field of the run's config, NAME=VALUE; may be given several times."""
+    explain: bool = False
+    """Say what bounds the run and what to change; compiles every remat policy of a step."""
+    search: bool = False
+    """Try mesh shapes, sharding tables, batch and remat; plan the fastest that fits."""
+    tries: int = 4
+    """How many of them a search compiles."""
+    html: Path | None = None
+    """Write a page with plots to this file."""
     json: bool = False
     """Print one JSON object."""
 

@@ -21,27 +21,43 @@ __all__ = ["run", "run_config"]
 def run(options: Options) -> int:
     """Run the subcommand; exit code 1 if the plan does not fit."""
     show_notes()
+    from jaxllm.plan.explain import explain
     from jaxllm.plan.place import find_place
 
-    place = find_place(options.devices)
-    plan = _plan(options, place)
+    require(
+        options.html is None or options.html.parent.is_dir(),
+        f"--html {options.html}: there is no folder {options.html and options.html.parent}",
+    )
+    plan, found = _plan(options, find_place(options.devices))
+    lines = explain(plan) if options.explain or plan.fits is False else []
     if options.json:
-        print(json.dumps(plan.to_json()))
+        said = plan.to_json() | {"explain": lines}
+        if found is not None:
+            said["search"] = [trial.to_json() for trial in found.trials]
+        print(json.dumps(said))
     else:
-        from jaxllm.plan.show import print_plan
+        from jaxllm.plan.show import print_plan, print_search
 
         print_plan(plan)
+        if found is not None:
+            print_search(found.trials)
+        for line in lines:
+            print(f"- {line}")
+    if options.html is not None:
+        from jaxllm.plan.html import page
+
+        options.html.write_text(page(plan, lines, found))
+        log.info("plan: wrote %s", options.html)
     return 1 if plan.fits is False else 0
 
 
-def _plan(options: Options, place: Any) -> Any:
+def _plan(options: Options, place: Any) -> tuple[Any, Any]:
+    """(the plan, what a search found or None)."""
     is_config = options.source.endswith(".py")
     purpose = options.purpose or ("train" if is_config else "serve")
+    require(purpose == "train" or not options.search, "--search varies training runs: --for train")
     if purpose == "train":
-        from jaxllm.plan.train import plan_training
-
-        config = run_config(options, here=not place.estimated and place.platform != "tpu")
-        return plan_training(config, place, source=options.source, mesh=options.mesh)
+        return _train_plan(options, place)
     from jaxllm.plan.serve import ServeOptions, plan_serving
     from jaxllm.plan.source import spec_of
 
@@ -53,7 +69,23 @@ def _plan(options: Options, place: Any) -> Any:
     }
     context = min(given.get("context", ServeOptions.context), spec.context)
     given |= {"context": context, "prompt": min(given.get("prompt", ServeOptions.prompt), context)}
-    return plan_serving(spec, place, ServeOptions(**given), source=options.source)
+    return plan_serving(spec, place, ServeOptions(**given), source=options.source), None
+
+
+def _train_plan(options: Options, place: Any) -> tuple[Any, Any]:
+    from jaxllm.plan.train import plan_training, present
+
+    config = run_config(options, here=not place.estimated and place.platform != "tpu")
+    if options.search:
+        from jaxllm.plan.search import search
+
+        require(options.mesh is None, "--search chooses the mesh: leave --mesh out")
+        found = search(config, place, batch=options.batch, tries=options.tries)
+        return present(*found.shown, place, source=options.source), found
+    plan = plan_training(
+        config, place, source=options.source, mesh=options.mesh, every=options.explain
+    )
+    return plan, None
 
 
 def run_config(options: Options, *, here: bool) -> RunConfig:

@@ -9,12 +9,12 @@ from rich.table import Table
 
 from jaxllm.plan.result import Plan, ProgramPlan
 
-__all__ = ["gib", "milliseconds", "percent", "print_plan", "quantity"]
+__all__ = ["VERDICT", "gib", "milliseconds", "percent", "print_plan", "print_search", "quantity"]
 
 _GIB = 2**30
 
 
-def gib(number: float | None) -> str:
+def gib(number: int | float | None) -> str:
     """Bytes in GiB; small ones in MiB."""
     if number is None:
         return "unknown"
@@ -31,7 +31,7 @@ def percent(share: float | None) -> str:
     return "unknown" if share is None else f"{100 * share:.1f} %"
 
 
-def quantity(number: float) -> str:
+def quantity(number: int | float) -> str:
     """A count with a prefix: 1.24 G."""
     for size, letter in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if number >= size:
@@ -39,7 +39,8 @@ def quantity(number: float) -> str:
     return f"{number:.0f}"
 
 
-_VERDICT = {True: "fits", False: "does not fit", None: "memory of the device unknown"}
+VERDICT = {True: "fits", False: "does not fit", None: "memory of the device unknown"}
+"""Words for whether a plan fits."""
 
 
 def _memory(program: ProgramPlan) -> Table:
@@ -159,4 +160,27 @@ def print_plan(plan: Plan, console: Any = None) -> None:
     _serving(plan, console)
     for note in plan.notes:
         console.print(f"note: {note}")
-    console.print(f"verdict: {_VERDICT[plan.fits]}")
+    console.print(f"verdict: {VERDICT[plan.fits]}")
+
+
+def print_search(trials: Any, console: Any = None, *, top: int = 12) -> None:
+    """The table of a search's trials, the compiled ones first."""
+    console = console or Console(highlight=False)
+    table = Table(title="search", title_justify="left")
+    for name in ("mesh", "sharding", "batch", "remat", "memory", "tokens/s at most", "verdict"):
+        table.add_column(name, overflow="fold")
+    for trial in trials[:top]:
+        config, step = trial.config, trial.step
+        rate = None if step is None else step.tokens_per_s
+        table.add_row(
+            config.mesh or "one device",
+            config.sharding,
+            str(config.batch),
+            config.remat,
+            "" if step is None else gib(step.memory.total),
+            "" if rate is None else f"{rate:,.0f}",
+            trial.verdict,
+        )
+    console.print(table)
+    if len(trials) > top:
+        console.print(f"and {len(trials) - top} more that the cost model puts behind these")

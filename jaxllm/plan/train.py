@@ -17,7 +17,7 @@ from jaxllm.train.devices import row_flops
 from jaxllm.train.memory import remat_order
 from jaxllm.train.programs import plan_programs
 
-__all__ = ["general_notes", "nearest_mesh", "plan_step", "plan_training", "settle"]
+__all__ = ["general_notes", "nearest_mesh", "plan_step", "plan_training", "present", "settle"]
 
 SETTINGS = (
     "batch", "accumulate", "length", "remat", "layout", "fused", "dtype", "param_dtype",
@@ -120,8 +120,15 @@ def plan_training(
         for policy in ("none", "save_dots", "save_attention", "full"):
             if policy not in tried:
                 tried[policy] = plan_step(dataclasses.replace(config, remat=policy), place)
-    step = tried[chosen]
     config = dataclasses.replace(config, remat=chosen)
+    remat = tuple(_cost(policy, one, devices) for policy, one in tried.items())
+    made = present(config, tried[chosen], place, source=source)
+    return dataclasses.replace(made, remat=remat, notes=(*notes, *made.notes))
+
+
+def present(config: RunConfig, step: ProgramPlan, place: Place, *, source: str) -> Plan:
+    """The plan of a settled config whose step was compiled."""
+    devices = len(place.devices)
     return Plan(
         source=source,
         purpose="train",
@@ -132,8 +139,8 @@ def plan_training(
         settings={name: getattr(config, name) for name in SETTINGS},
         num_params=num_params(config.spec),
         programs=(step,),
-        remat=tuple(_cost(policy, one, devices) for policy, one in tried.items()),
-        notes=(*notes, *general_notes(place, step)),
+        remat=(_cost(config.remat, step, devices),),
+        notes=tuple(general_notes(place, step)),
     )
 
 
