@@ -23,7 +23,8 @@ _NO_TRAFFIC = {
     "conditional", "after-all", "partition-id", "replica-id", "iota", "opt-barrier",
 }  # fmt: skip
 _SLICES = ("dynamic-slice", "slice", "gather")
-_KERNELS = ("tpu_custom_call", "mosaic_gpu", "__gpu$xla.gpu.triton")
+_KERNELS = ("tpu_custom_call", "mosaic_gpu", "__cudnn$fmha")
+_CUBLAS = re.compile(r'"lhs_contracting_dimensions":\[([^\]]*)\]')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,14 +103,21 @@ def _convolution(one: Instruction, lhs: tuple[int, ...], rhs: tuple[int, ...]) -
 
 
 def product_flops(one: Instruction, inside: Computation) -> float:
-    """Multiply-adds x 2 of one `dot` or `convolution` (as which a TPU holds matrix products)."""
+    """Multiply-adds x 2 of one product: a `dot`, a `convolution` as which a TPU holds one, or a
+    call of cuBLAS as which a GPU does; 0 of anything else."""
+    library = _CUBLAS.search(one.attributes) if one.opcode == "custom-call" else None
+    if one.opcode not in ("dot", "convolution") and library is None:
+        return 0.0
     sources = [inside.instructions.get(name) for name in one.operands[:2]]
     if len(sources) < 2 or any(x is None or not x.arrays for x in sources):
         return 0.0
     lhs, rhs = (x.arrays[0].dims for x in sources if x is not None)
     if one.opcode == "convolution":
         return _convolution(one, lhs, rhs)
-    contracted = math.prod(lhs[dim] for dim in one.numbers("lhs_contracting_dims"))
+    dims = one.numbers("lhs_contracting_dims")
+    if library is not None:
+        dims = tuple(int(x) for x in re.findall(r"\d+", library.group(1)))
+    contracted = math.prod(lhs[dim] for dim in dims)
     return 2.0 * math.prod(one.arrays[0].dims) * contracted
 
 
@@ -204,9 +212,8 @@ def count(text: str, mesh: Mapping[str, int], *, top: int = 8) -> Counts:
     large: dict[str, Tensor] = {}
     for visit in every:
         one = visit.instruction
-        if one.opcode in ("dot", "convolution"):
-            flops += visit.times * product_flops(one, visit.computation)
-        elif one.opcode == "custom-call":
+        flops += visit.times * product_flops(one, visit.computation)
+        if one.opcode == "custom-call":
             kernels += visit.times * any(name in one.attributes for name in _KERNELS)
         elif one.opcode == "while":
             unknown += hlo.trips(module, one, visit.computation) is None

@@ -69,6 +69,13 @@ class Place:
             return Limits(memory_bytes=room, memory_bytes_per_s=0.0, link_bytes_per_s=0.0)
         return known
 
+    @property
+    def alone(self) -> bool:
+        """Whether it is the one device that programs without a mesh run on."""
+        import jax
+
+        return self.devices == tuple(jax.devices()[:1])
+
     def peak(self, dtype: str) -> float | None:
         """FLOP/s of one device in a dtype, or None if it is not known."""
         return peak_flops(self.kind, dtype)

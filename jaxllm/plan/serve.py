@@ -15,6 +15,7 @@ from jaxllm.core.precision import default_dtype, dtype_of
 from jaxllm.infer import programs
 from jaxllm.infer.open import run_policy, run_segments
 from jaxllm.infer.programs import Setup, bucket
+from jaxllm.infer.ready import COMPILER_OPTIONS
 from jaxllm.nn import api
 from jaxllm.plan.compiled import Parts, Work, device_bytes, plan_program
 from jaxllm.plan.place import Place
@@ -167,13 +168,13 @@ def plan_serving(spec: ModelSpec, place: Place, options: ServeOptions, *, source
     programs.check_decodes(spec)
     context = min(options.context, spec.context)
     sizes = _mesh(spec, place, options)
-    one = len(place.devices) == 1 and place.devices[0].platform != "tpu"
-    mesh: Any = None if one else make_mesh(sizes, place.devices)
+    mesh: Any = None if place.alone else make_mesh(sizes, place.devices)
     dtype = options.dtype or default_dtype(place.platform)
     policy = run_policy(dtype, mesh=mesh, platform=place.platform, attention=options.attention)
     if mesh is not None:
         note_whole(spec, sizes.get("tensor", 1))
-    setup = _setup(spec, policy, mesh)
+    compiler = COMPILER_OPTIONS.get(place.devices[0].platform, ())
+    setup = dataclasses.replace(_setup(spec, policy, mesh), options=compiler)
     capacity, length = bucket(context, 256), bucket(min(options.prompt, context))
     axes = {axis: sizes.get(axis, 1) for axis in AXES} if mesh is not None else {}
     slots = {"batch": options.batch, "capacity": capacity}

@@ -70,8 +70,7 @@ def nearest_mesh(sizes: dict[str, int], devices: int) -> str:
 def plan_step(config: RunConfig, place: Place) -> ProgramPlan:
     """The step of a settled config with a remat policy that is named."""
     sizes = parse_mesh(config.mesh)
-    one = len(place.devices) == 1 and place.devices[0].platform == "cpu"
-    mesh: Any = None if one else make_mesh(sizes, place.devices)
+    mesh: Any = None if place.alone else make_mesh(sizes, place.devices)
     step = plan_programs(config, mesh).step
     state = step.args[0]
     work = Work(
@@ -126,6 +125,22 @@ def plan_training(
     return dataclasses.replace(made, remat=remat, notes=(*notes, *made.notes))
 
 
+_TILE = 128
+"""Values along the last dim of a TPU's tile."""
+
+
+def _narrow(config: RunConfig, place: Place) -> list[str]:
+    """A note where `fsdp` cuts the width finer than a TPU's tiles."""
+    fsdp, width = parse_mesh(config.mesh).get("fsdp", 1), config.spec.width
+    if place.platform != "tpu" or fsdp == 1 or width // fsdp >= _TILE:
+        return []
+    return [
+        f"fsdp={fsdp} leaves {width // fsdp} of {width} values a device, less than a tile of "
+        f"{_TILE}: XLA then gathers by all-reduce, which sends twice as much; fsdp up to "
+        f"{max(1, width // _TILE)}, with data for the other devices, does not"
+    ]
+
+
 def present(config: RunConfig, step: ProgramPlan, place: Place, *, source: str) -> Plan:
     """The plan of a settled config whose step was compiled."""
     devices = len(place.devices)
@@ -140,7 +155,7 @@ def present(config: RunConfig, step: ProgramPlan, place: Place, *, source: str) 
         num_params=num_params(config.spec),
         programs=(step,),
         remat=(_cost(config.remat, step, devices),),
-        notes=tuple(general_notes(place, step)),
+        notes=(*_narrow(config, place), *general_notes(place, step)),
     )
 
 

@@ -86,6 +86,11 @@ DOT = (
 BATCHED = (
     "convolution(%l, %r), window={size=2x8 stride=1x7 lhs_dilate=2x8}, dim_labels=01bf_01oi->01bf"
 )
+CUBLAS = (
+    'custom-call(%l, %r), custom_call_target="__cublas$gemm", backend_config='
+    '{"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],'
+    '"rhs_contracting_dimensions":["0"]}}}'
+)
 SPLIT = (
     "convolution(%l, %r), window={size=1x8x2 pad=0_0x7_7x0_0 rhs_reversal=0x1x0}, "
     "dim_labels=0b2f1_1o2i0->0b1f2"
@@ -96,6 +101,7 @@ SPLIT = (
     ("line", "shapes", "wanted"),
     [
         (DOT, ("4,8,16", "4,16,32", "4,8,32"), 2 * 4 * 8 * 16 * 32),
+        (CUBLAS, ("8,16", "16,32", "8,32"), 2 * 8 * 16 * 32),
         ("convolution(%l, %r), dim_labels=bf_io->bf", ("8,16", "16,32", "8,32"), 2 * 8 * 16 * 32),
         (BATCHED, ("2,8,64,16", "2,8,32,16", "2,8,64,32"), 2 * (2 * 8) * 64 * 16 * 32),
         (SPLIT, ("2,64,2,16,1", "8,32,2,16,1", "2,64,8,32,1"), 2 * 2 * 64 * 8 * 32 * 32),

@@ -66,6 +66,7 @@ def test_a_small_step_on_a_v5e():
     assert 4 * step.counts.flops == pytest.approx(step.needed_flops, rel=0.1)
     assert {axis for c in step.counts.collectives for axis in c.axes} == {"data", "fsdp"}
     assert step.counts.unknown_loops == 0
+    assert not any("tile" in note for note in found.notes)
 
 
 PUBLISHED = {
