@@ -16,6 +16,7 @@ __all__ = [
     "Export",
     "Generate",
     "Perplexity",
+    "Plan",
     "Pull",
     "Quantize",
     "Run",
@@ -234,6 +235,46 @@ class Run:
     """What jaxllm export wrote: a directory or a .tar."""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Say before a device is rented whether a run fits, how fast it is at most, on which mesh."""
+
+    source: Source
+    """Config file of a run (.py), or a model: a folder with config.json, .gguf, random:PRESET …"""
+    devices: str
+    """What to plan for: v5e:4x4, v5p:8x8x8, v6e:16x16, tpu7x:2x2x1, h100:8, a100:8, cpu:8 …"""
+    purpose: Annotated[Literal["train", "serve"] | None, tyro.conf.arg(name="for")] = None
+    """The training step, or prefill and decoding; by default a config trains, a model serves."""
+    mesh: str | None = None
+    """Devices by axis, data=2,tensor=4; by default fsdp to train, heads over tensor to serve."""
+    batch: int | None = None
+    """Rows of a step, or sequences at once."""
+    length: int | None = None
+    """Tokens of a training row."""
+    context: int | None = None
+    """Slots of a served sequence; 4096 by default."""
+    prompt: int | None = None
+    """Tokens of a prompt; 1024 by default."""
+    dtype: Dtype | None = None
+    """Of activations (and of served weights); what suits the device by default."""
+    remat: Literal["none", "save_dots", "save_attention", "full", "auto"] | None = None
+    """What the backward pass computes again; `auto` takes the first policy that fits."""
+    attention: Literal["auto", "reference", "cudnn", "mosaic_gpu", "mosaic_tpu"] | None = None
+    """Implementation of softmax attention."""
+    set: Many = ()
+    """Another field of the run's config, NAME=VALUE; may be given several times."""
+    explain: bool = False
+    """Say what bounds the run and what to change; compiles every remat policy of a step."""
+    search: bool = False
+    """Try mesh shapes, sharding tables, batch and remat; plan the fastest that fits."""
+    tries: int = 4
+    """How many of them a search compiles."""
+    html: Path | None = None
+    """Write a page with plots to this file."""
+    json: bool = False
+    """Print one JSON object."""
+
+
 COMMANDS = {
     "generate": Generate,
     "chat": Chat,
@@ -241,6 +282,7 @@ COMMANDS = {
     "serve": Serve,
     "batch": Batch,
     "train": Train,
+    "plan": Plan,
     "pull": Pull,
     "quantize": Quantize,
     "export": Export,

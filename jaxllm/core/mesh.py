@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Any
 
 from jaxllm.core.config import nearest, require
-from jaxllm.errors import CapacityError
+from jaxllm.errors import CapacityError, ConfigError
 
 __all__ = ["AXES", "make_mesh", "parse_mesh"]
 
@@ -35,7 +36,8 @@ def make_mesh(sizes: Mapping[str, int], devices: Any = None) -> Any:
     wait for ever.
 
     Raises:
-      ConfigError: an unknown axis, or devices of several processes left out.
+      ConfigError: an unknown axis, devices of several processes left out, or axes that a TPU's
+        torus does not hold.
       CapacityError: more devices asked for than there are.
     """
     import jax
@@ -55,9 +57,23 @@ def make_mesh(sizes: Mapping[str, int], devices: Any = None) -> Any:
         f"name all, for example --mesh fsdp={len(available)}",
     )
     auto = jax.sharding.AxisType.Auto
-    return jax.make_mesh(
-        tuple(sizes.get(name, 1) for name in AXES),
-        AXES,
-        axis_types=(auto,) * len(AXES),
-        devices=available[:wanted],
-    )
+    try:
+        return jax.make_mesh(
+            tuple(sizes.get(name, 1) for name in AXES),
+            AXES,
+            axis_types=(auto,) * len(AXES),
+            devices=available[:wanted],
+        )
+    except NotImplementedError:  # jax's word for axes that do not lie on a TPU's torus
+        sides = _sides(available)
+        fits = sorted({math.prod(c) for n in range(4) for c in itertools.combinations(sides, n)})
+        raise ConfigError(
+            f"mesh {dict(sizes)} does not lie on the torus of these devices: every size has to be "
+            f"the product of some of its sides, {' x '.join(map(str, sides))}, so one of "
+            f"{', '.join(map(str, fits))}"
+        ) from None
+
+
+def _sides(devices: list[Any]) -> list[int]:
+    """Sides of the torus that TPUs lie on."""
+    return [1 + max(places) for places in zip(*(d.coords for d in devices), strict=True)]

@@ -9,7 +9,7 @@ from jaxllm.core.config import require
 from jaxllm.core.precision import DtypeName, dtype_of
 from jaxllm.core.sharding import DEFAULT_RULES, Rules
 
-__all__ = ["Codes", "Layout", "Matrices", "Policy", "Remat"]
+__all__ = ["AttentionKind", "Codes", "Layout", "Matrices", "Policy", "Remat"]
 
 Layout = Literal["scan", "unrolled", "runs"]
 Matrices = Literal["canonical", "in_out", "out_in"]

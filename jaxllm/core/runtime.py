@@ -17,11 +17,13 @@ __all__ = [
     "Cluster",
     "cache_dir",
     "cluster",
+    "compile_for_tpu",
     "data_dir",
     "hf_endpoint",
     "hf_offline",
     "models_dir",
     "programs_dir",
+    "stay_on_cpu",
     "weights_dir",
     "xla_flags",
 ]
@@ -88,6 +90,29 @@ def hf_offline() -> bool:
 def xla_flags() -> str:
     """`XLA_FLAGS`, one space between words (order counts: the last of two equals wins)."""
     return " ".join(os.environ.get("XLA_FLAGS", "").split())
+
+
+def compile_for_tpu(accelerator: str) -> None:
+    """Let libtpu compile in this process without a TPU; what is set already stays.
+
+    Args:
+        accelerator: a type of the generation, such as `v5p-8`.
+    """
+    for name, value in (
+        ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"),  # two processes at once abort on its lock file
+        ("TPU_SKIP_MDS_QUERY", "1"),
+        ("TPU_WORKER_HOSTNAMES", "localhost"),
+        ("TPU_ACCELERATOR_TYPE", accelerator),
+        ("TPU_STDERR_LOG_LEVEL", "3"),
+        ("TPU_MIN_LOG_LEVEL", "3"),
+    ):
+        os.environ.setdefault(name, value)
+    stay_on_cpu()
+
+
+def stay_on_cpu() -> None:
+    """Keep jax, if it has not started, from looking for accelerators, unless told where to look."""
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
 _OWN = ("JAXLLM_COORDINATOR", "JAXLLM_NUM_PROCESSES", "JAXLLM_PROCESS_ID")

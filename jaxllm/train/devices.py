@@ -1,4 +1,4 @@
-"""Dense peaks of devices by jax's `device_kind`, and the FLOPs that a training step needs.
+"""Peaks and limits of devices by jax's `device_kind`, and the FLOPs that a training step needs.
 
 MFU (model FLOPs utilisation) is needed FLOPs / second / peak. A device or dtype that is not in the
 table has no MFU, rather than a wrong one. So the kinds are whole strings: a part of a card
@@ -9,12 +9,16 @@ H100 (SXM, PCIe, NVL): "H100 Tensor Core GPU" data sheet. H200: its data sheet (
 Hopper Superchip" data sheet. A100: "A100 Tensor Core GPU" data sheet. B200, GB200: "GB200 NVL72"
 and "HGX B200" specifications. L4, L40S: their data sheets. RTX 4090: "Ada GPU architecture"
 whitepaper, bf16 with float32 accumulation. TPU: docs.cloud.google.com/tpu/docs/v4, v5e, v5p, v6e
-("peak compute per chip, bf16"); their kinds as in jax/_src/tpu_info.py. jax sees a v2, v3 or 7x
-chip as two devices, so these are left out.
+("peak compute per chip, bf16"), tpu7x; their kinds as in jax/_src/tpu_info.py. jax sees a v2, v3
+or 7x chip as two devices: v2 and v3 are left out, a TPU7x stands for half a chip.
+
+Memory, its bandwidth and links: the same pages and data sheets. TPU pages give "bidirectional ICI
+bandwidth per chip", NVIDIA's sheets "NVLink" (both directions together); a device sends half of it.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -23,7 +27,7 @@ import numpy as np
 from jaxllm.spec.cost import flops
 from jaxllm.spec.model import ModelSpec
 
-__all__ = ["peak_flops", "row_flops", "step_flops"]
+__all__ = ["Limits", "limits", "peak_flops", "row_flops", "step_flops"]
 
 _TERA = 1e12
 
@@ -55,8 +59,57 @@ _TPU_BFLOAT16 = {
     "TPU v5p": 459.0,
     "TPU v6 lite": 918.0,
     "TPU v6e": 918.0,
+    "TPU7x": 1153.5,
 }
 """TFLOP/s in bfloat16; none is published for float32, and float16 is no type of these chips."""
+
+_GIB, _GB = 2**30, 1e9
+_MEMORY_AND_LINKS = {
+    "NVIDIA H100 80GB HBM3": (80 * _GB, 3350, 450),
+    "NVIDIA H100 PCIe": (80 * _GB, 2000, 300),
+    "NVIDIA H100 NVL": (94 * _GB, 3900, 300),
+    "NVIDIA H200": (141 * _GB, 4800, 450),
+    "NVIDIA GH200 480GB": (96 * _GB, 4000, 450),
+    "NVIDIA B200": (180 * _GB, 7700, 900),
+    "NVIDIA GB200": (186 * _GB, 8000, 900),
+    "NVIDIA A100-SXM4-40GB": (40 * _GB, 1555, 300),
+    "NVIDIA A100-SXM4-80GB": (80 * _GB, 2039, 300),
+    "NVIDIA L4": (24 * _GB, 300, 32),
+    "NVIDIA L40S": (48 * _GB, 864, 32),
+    "NVIDIA GeForce RTX 4090": (24 * _GB, 1008, 32),
+    "TPU v5 lite": (16 * _GIB, 819, 200),
+    "TPU v5": (95 * _GIB, 2765, 600),
+    "TPU v6 lite": (32 * _GIB, 1638, 400),
+    "TPU7x": (96 * _GIB, 3690, 300),
+}
+"""Bytes of memory, GB/s of memory, GB/s that a device can send over all its links (cards without
+NVLink: PCIe gen 4 x16)."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a device holds and moves.
+
+    Attributes:
+      memory_bytes: of its main memory.
+      memory_bytes_per_s: read and written.
+      link_bytes_per_s: that it can send to other devices, over all its links together.
+    """
+
+    memory_bytes: int
+    memory_bytes_per_s: float
+    link_bytes_per_s: float
+
+
+def limits(device_kind: str) -> Limits | None:
+    """Memory and bandwidths of one device, or None if they are not known."""
+    found = _MEMORY_AND_LINKS.get(device_kind)
+    if found is None:
+        return None
+    memory, moved, sent = found
+    return Limits(
+        memory_bytes=int(memory), memory_bytes_per_s=moved * _GB, link_bytes_per_s=sent * _GB
+    )
 
 
 def peak_flops(device_kind: str, dtype: str) -> float | None:

@@ -16,7 +16,7 @@ from jaxllm.spec.ops import MLP, Attention, MoE
 if TYPE_CHECKING:
     from jaxllm.train.config import RunConfig
 
-__all__ = ["check_mesh", "note_whole"]
+__all__ = ["check_mesh", "note_whole", "tensor_sizes"]
 
 TRAINS = ("data", "fsdp", "expert", "tensor")
 """Mesh axes that training takes; the others may have size 1."""
@@ -34,10 +34,15 @@ def _split_by_tensor(spec: ModelSpec) -> Iterator[tuple[str, int]]:
                         yield f"{named.name} in block {block.name} is {width} wide", width
 
 
+def tensor_sizes(spec: ModelSpec) -> tuple[int, ...]:
+    """Sizes of the tensor axis that heads and feed-forward of a model divide by, rising."""
+    common = math.gcd(*(size for _, size in _split_by_tensor(spec)))
+    return tuple(n for n in range(1, common + 1) if common % n == 0) or (1,)
+
+
 def _check_tensor(config: RunConfig, tensor: int) -> None:
     found = list(_split_by_tensor(config.spec))
-    common = math.gcd(*(size for _, size in found))
-    fits = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
+    fits = ", ".join(map(str, tensor_sizes(config.spec)))
     for what, size in found:
         require(
             size % tensor == 0,

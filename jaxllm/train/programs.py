@@ -70,6 +70,7 @@ def run_policy(config: RunConfig) -> Policy:
         expert_capacity=config.expert_capacity or None,
         remat=cast(Remat, config.remat),
         logit_dtype=config.logit_dtype,
+        attention=config.attention,
         layout=config.layout,
         fused=config.fused,
         rules=row.params,

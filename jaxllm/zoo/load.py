@@ -32,6 +32,7 @@ __all__ = [
     "Checkpoint",
     "open_checkpoint",
     "read_arrays",
+    "read_spec",
     "save_checkpoint",
     "saved_paths",
     "source_hash",
@@ -123,6 +124,26 @@ def open_checkpoint(path: Path) -> Checkpoint:
     checkpoint = _open_directory(path) if path.is_dir() else _open_gguf(path)
     _check_tensors(checkpoint)
     return checkpoint
+
+
+def read_spec(path: Path) -> ModelSpec:
+    """What a model is, from its config alone: the weights need not be there.
+
+    Args:
+      path: a directory with config.json, that file itself, or a GGUF file (its header is read).
+
+    Raises:
+      WeightsError, ConfigError, UnsupportedError: as `open_checkpoint`.
+    """
+    if path.suffix.lower() == ".gguf":
+        return _open_gguf(path).spec
+    file = path / "config.json" if path.is_dir() else path
+    config = _read_json(file)
+    family = _family(str(config.get("model_type")), lambda f: f.model_types, f"{file}: model_type")
+    if family.head_tensor:
+        return _open_directory(file.parent).spec
+    config.pop("quantization_config", None)
+    return family.read(ConfigReader(config, str(file)))
 
 
 def _check_tensors(checkpoint: Checkpoint) -> None:
