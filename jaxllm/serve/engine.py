@@ -22,6 +22,7 @@ from jaxllm.errors import CapacityError, ShapeError
 from jaxllm.infer.generate import Generator
 from jaxllm.infer.programs import check_decodes
 from jaxllm.serve.config import EngineConfig, lay_out, recurrent, table
+from jaxllm.serve.grammar import Grammars
 from jaxllm.serve.pages import Pages
 from jaxllm.serve.request import Busy, Choice, Gone, Logprob, Request, Stream
 from jaxllm.serve.runner import Runner
@@ -111,6 +112,7 @@ class Engine:
         )
         pages = {group: Pages(count) for group, count in memory.pages.items()}
         self.scheduler = Scheduler(limits, pages, memory.windows)
+        self._grammars = Grammars(model.tokenizer, model.spec.vocab, model.eos_ids)
         self.error: str | None = None
         self._stats = Stats(total_pages=sum(memory.pages.values()))
         self._lock = threading.Condition()
@@ -134,7 +136,7 @@ class Engine:
 
         Raises:
           CapacityError: the prompt does not fit; Busy: the queue is full; Gone: it is not alive.
-          ShapeError: token ids outside of the vocabulary.
+          ShapeError: token ids outside of the vocabulary; ConfigError: a wrong grammar.
         """
         stream = Stream(request, self._cancel, loop)
         sequences = self._sequences(request, stream)
@@ -204,6 +206,7 @@ class Engine:
         ends = frozenset(request.stop_ids) | frozenset(
             () if request.ignore_eos else self.model.eos_ids
         )
+        guide = None if request.grammar is None else self._grammars.guide(request.grammar)
         out: list[Sequence] = []
         for index in range(request.n):
             answer = Answer(self.model.tokenizer, tuple(ends), list(request.stop))
@@ -217,6 +220,7 @@ class Engine:
                     cacheable=request.sampling.mode != "penalize",
                     after=out[0] if out else None,
                     owner=Draft(stream, index, answer, ends),
+                    guide=guide.copy() if guide is not None else None,
                 )
             )
         return out
@@ -260,6 +264,8 @@ class Engine:
     def _loop(self) -> None:
         pending: collections.deque[tuple[list[Turn], Any]] = collections.deque()
         while self._take_in(idle=not pending):
+            while pending and self.scheduler.held_up:
+                self._read(*pending.popleft())
             start = time.perf_counter()
             turns = self.scheduler.plan()
             if turns:
@@ -319,8 +325,12 @@ class Engine:
             if not self.scheduler.drawn(turn, token):
                 continue
             self._stats.drawn_tokens += 1
-            finish = self._finish_reason(sequence, token)
-            draft = sequence.owner
+            draft, finish = sequence.owner, self._finish_reason(sequence, token)
+            if sequence.guide is not None and sequence.guide.error is not None:
+                self._writer.fail(draft, sequence.guide.error, refused=True)
+                self.scheduler.finish(sequence)
+                ended.append(draft)
+                continue
             logprobs = _logprobs(draft.stream.request, token, scores, row)
             self._writer.tokens(draft, (token,), logprobs, finish)
             if finish is not None:
@@ -335,6 +345,10 @@ class Engine:
     def _finish_reason(self, sequence: Sequence, token: int) -> str | None:
         if token in sequence.owner.ends:
             return "stop"
+        if sequence.guide is not None:
+            sequence.guide.take(token)
+            if sequence.guide.finished:
+                return "stop"
         return "length" if len(sequence.tokens) >= sequence.limit else None
 
 

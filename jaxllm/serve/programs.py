@@ -19,6 +19,7 @@ from jaxllm.core.precision import dtype_of
 from jaxllm.infer.programs import Setup
 from jaxllm.infer.sampling import Sampling
 from jaxllm.ops.sampling import History
+from jaxllm.serve.grammar import words
 from jaxllm.state.paged import paged_state
 from jaxllm.typing import Slot
 
@@ -90,9 +91,10 @@ class Shape:
     def parts(self, memory: Memory) -> dict[str, tuple[int, ...]]:
         """Names and shapes of a step's integers, in their order in one array.
 
-        `unread` marks rows whose one token is the last one drawn, `begins` those that start anew.
+        `unread` marks rows whose one token is the last one drawn, `begins` those that start anew,
+        `masked` those whose next token a mask limits.
         """
-        rows = ("counts", "starts", "slots", "prompts", "unread", "begins")
+        rows = ("counts", "starts", "slots", "prompts", "unread", "begins", "masked")
         out: dict[str, tuple[int, ...]] = {"ids": (self.tokens,)}
         out |= dict.fromkeys(rows, (self.rows,))
         for group, width in self.widths(memory).items():
@@ -218,7 +220,10 @@ def abstract_state(setup: Setup, memory: Memory) -> tuple[Any, Carry]:
 
 
 def step(setup: Setup, memory: Memory, shape: Shape) -> Program:
-    """One step: (params, state, carry, options, integers) -> (state, carry, `Drawn`)."""
+    """One step: (params, state, carry, options, integers, masks) -> (state, carry, `Drawn`).
+
+    Masks are [R, words] int32, a bit a token, those that may be drawn.
+    """
 
     def build() -> Any:
         from jaxllm.serve.steps import serve_step
@@ -238,7 +243,13 @@ def step(setup: Setup, memory: Memory, shape: Shape) -> Program:
     return setup.program(
         f"serve-{shape.name}",
         build,
-        (setup.params, *abstract_state(setup, memory), options, setup.ints(size)),
+        (
+            setup.params,
+            *abstract_state(setup, memory),
+            options,
+            setup.ints(size),
+            setup.ints(shape.rows, words(setup.spec.vocab)),
+        ),
         depends=depends,
         donate=(1, 2),
     )

@@ -17,6 +17,7 @@ from jaxllm.errors import CapacityError, UnsupportedError
 from jaxllm.infer.programs import Setup
 from jaxllm.infer.sampling import Sampling
 from jaxllm.serve import programs
+from jaxllm.serve.grammar import fill, words
 from jaxllm.serve.programs import BIASES, Drawn, Memory, Shape
 from jaxllm.serve.scheduler import Turn
 
@@ -52,6 +53,11 @@ class Runner:
         self._options = programs.empty_options(memory.slots, setup.spec.vocab)
         self._on_device = jax.device_put(_copy(self._options))
         self._stale = False
+        self._words = words(setup.spec.vocab)
+        self._no_masks = {
+            rows: jax.device_put(np.zeros((rows, self._words), np.int32))
+            for rows in {shape.rows for shape in self._shapes}
+        }
         # What each slot's sequence holds; columns past its end are left over and never looked at.
         widths: dict[str, int] = {}
         for shape in self._shapes:
@@ -131,9 +137,18 @@ class Runner:
         packed = jax.device_put(self._pack(turns, shape))
         run = self._programs[shape]
         self.state, self.carry, drawn = run(
-            self.params, self.state, self.carry, self._on_device, packed
+            self.params, self.state, self.carry, self._on_device, packed, self._masks(turns, shape)
         )
         return drawn
+
+    def _masks(self, turns: Sequence[Turn], shape: Shape) -> jax.Array:
+        """Bits of the tokens that each row may draw; what lies on the device if all may be."""
+        guides = [(t.sequence.guide, i, ()) for i, t in enumerate(turns) if t.masked]
+        if not guides:
+            return self._no_masks[shape.rows]
+        masks = np.zeros((shape.rows, self._words), np.int32)
+        fill(masks, guides)
+        return jax.device_put(masks)
 
     def _pack(self, turns: Sequence[Turn], shape: Shape) -> np.ndarray:
         """The step's integers."""
@@ -149,6 +164,7 @@ class Runner:
         views["prompts"][:used] = [s.prompt_length for s in sequences]
         views["unread"][:used] = [turn.unread for turn in turns]
         views["begins"][:used] = [turn.begins for turn in turns]
+        views["masked"][:used] = [turn.masked for turn in turns]
         if shape.longest == 1:
             known = [i for i, turn in enumerate(turns) if not turn.unread]
             views["ids"][known] = [turns[i].sequence.tokens[turns[i].start] for i in known]

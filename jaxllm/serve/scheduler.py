@@ -71,6 +71,11 @@ class Turn:
     begins: bool
     unread: bool
 
+    @property
+    def masked(self) -> bool:
+        """Whether a grammar limits what it draws."""
+        return self.draws and self.sequence.guide is not None
+
 
 class Scheduler:
     """Sequences that wait and run, and the pages they hold.
@@ -134,6 +139,11 @@ class Scheduler:
         if sequence in self.running:
             self.running.remove(sequence)
             self._give_back(sequence)
+
+    @property
+    def held_up(self) -> bool:
+        """Whether a sequence cannot go on before what was drawn is read."""
+        return any(sequence.held_up for sequence in self.running)
 
     def plan(self) -> list[Turn]:
         """The turns of the next step; empty when there is nothing to do."""

@@ -49,6 +49,7 @@ class Sequence:
       named: full pages that can be found by their hash.
       done: nothing more is wanted of it.
       begins: whether its next chunk is its first since it got its slot.
+      guide: its way through a grammar, or None; the next token is drawn when the last is known.
     """
 
     tokens: list[int]
@@ -70,6 +71,7 @@ class Sequence:
     named: int = 0
     done: bool = False
     begins: bool = True
+    guide: Any = None
 
     def __post_init__(self) -> None:
         self.length = len(self.tokens)
@@ -81,8 +83,15 @@ class Sequence:
 
     @property
     def wanted(self) -> int:
-        """Tokens to compute before the next is drawn; 0 when the answer is as long as allowed."""
-        return 0 if self.done or self.length >= self.limit else self.length - self.computed
+        """Tokens to compute before the next is drawn; 0 when the answer is as long as allowed, or
+        while it is held up."""
+        ended = self.done or self.length >= self.limit
+        return 0 if ended or self.held_up else self.length - self.computed
+
+    @property
+    def held_up(self) -> bool:
+        """Whether it needs a token of which the host does not know yet."""
+        return self.guide is not None and self.unread > 0
 
     @property
     def ready(self) -> bool:

@@ -43,7 +43,16 @@ def _seen(history: History, new: dict[str, Array], flat: Flat, penalized: Array)
     return History(prompt, answer)
 
 
-def _draw(logits: Array, options: Options, history: History, flat: Flat, positions: Array) -> Drawn:
+def _allowed(logits: Array, masks: Array, masked: Array) -> Array:
+    """Logits [R, V] with -inf where a masked row's bit of masks [R, words] is 0."""
+    bits = masks[:, :, None] >> jnp.arange(32, dtype=jnp.int32)[None, None]
+    may = (bits.reshape(bits.shape[0], -1)[:, : logits.shape[-1]] & 1) > 0
+    return jnp.where(may | ~masked[:, None], logits, -jnp.inf)
+
+
+def _draw(
+    logits: Array, options: Options, history: History, flat: Flat, new: dict[str, Array]
+) -> Drawn:
     """A token for each row of logits [R, V]; what no row asks for is not computed."""
     take = lambda x: jnp.take(x, flat.slots, axis=0, mode="clip")  # noqa: E731
     used = flat.counts > 0
@@ -61,6 +70,11 @@ def _draw(logits: Array, options: Options, history: History, flat: Flat, positio
     has_bias = jnp.any((ids < logits.shape[-1]) & used[:, None])
     changed = jax.lax.cond(has_bias, biased, lambda x: x, logits)
     changed = jax.lax.cond(jnp.any(penalized), punished, lambda x: x, changed)
+    masked = new["masked"] > 0
+    changed = jax.lax.cond(
+        jnp.any(masked), lambda x: _allowed(x, new["masks"], masked), lambda x: x, changed
+    )
+    positions = flat.starts + flat.counts
     tokens = jax.lax.cond(
         jnp.any((rows.temperature > 0) & used),
         lambda x: sample(x, rows, positions),
@@ -86,8 +100,10 @@ def serve_step(setup: Setup, memory: Memory, shape: Shape) -> Callable[..., Any]
     """See `programs.step`."""
     parts = shape.parts(memory)
 
-    def run(params: Any, state: Any, carry: Carry, options: Options, packed: Array) -> Any:
-        new = unpack(packed, parts)
+    def run(
+        params: Any, state: Any, carry: Carry, options: Options, packed: Array, masks: Array
+    ) -> Any:
+        new = unpack(packed, parts) | {"masks": masks}
         flat = Flat(new["counts"], new["starts"], new["slots"], shape.longest)
         table = {
             group: PageTable(new[f"pages:{group}"], new[f"firsts:{group}"])
@@ -111,8 +127,7 @@ def serve_step(setup: Setup, memory: Memory, shape: Shape) -> Callable[..., Any]
             lambda h: h,
             carry.history,
         )
-        positions = flat.starts + flat.counts
-        drawn = _draw(logits.astype(jnp.float32), options, history, flat, positions)
+        drawn = _draw(logits.astype(jnp.float32), options, history, flat, new)
         tokens = carry.last.at[flat.slots].set(drawn.tokens, mode="drop")
         return state, Carry(tokens, history), drawn
 

@@ -154,9 +154,10 @@ class App:
         name = body.get("model")
         self._check_name(name if isinstance(name, str) else None)
         wanted = await asyncio.to_thread(read, body, self.model, self.config)
+        tenant, loop = request.scope.get("tenant", ""), asyncio.get_running_loop()
         answers = Answers(
             wanted,
-            self._submit(wanted, request.scope.get("tenant", "")),
+            await asyncio.to_thread(self._submit, wanted, tenant, loop),
             model=self.name,
             chat=chat,
             tokenizer=self.model.tokenizer,
@@ -167,15 +168,17 @@ class App:
             return StreamingResponse(events, media_type="text/event-stream", headers=headers)
         return JSONResponse(await self._unless_gone(request, answers))
 
-    def _submit(self, wanted: asked.Asked, tenant: str) -> list[Any]:
-        """All prompts, or none."""
+    def _submit(
+        self, wanted: asked.Asked, tenant: str, loop: asyncio.AbstractEventLoop
+    ) -> list[Any]:
+        """All prompts, or none; not on the event loop, as it may compile a grammar."""
         if self.engine is None:
             raise RequestError(
                 "this model is an encoder: it answers /v1/embeddings", code="unsupported"
             )
         if self.draining:
             raise Gone("the server is shutting down")
-        loop, streams = asyncio.get_running_loop(), []
+        streams = []
         try:
             for one in wanted.requests:
                 one = dataclasses.replace(one, tenant=tenant)

@@ -8,6 +8,7 @@ from typing import Any
 
 from jaxllm.errors import ConfigError
 from jaxllm.infer.sampling import Sampling
+from jaxllm.serve import grammar
 from jaxllm.serve.engine import Served
 from jaxllm.serve.http.config import ServerConfig
 from jaxllm.serve.http.errors import RequestError
@@ -84,6 +85,63 @@ def _stream(fields: Fields) -> tuple[bool, bool]:
     return stream, usage
 
 
+def _object(given: Any, name: str) -> Fields:
+    if not isinstance(given, dict):
+        raise RequestError(f"{name} must be an object", param=name)
+    return Fields(given)
+
+
+def _format(given: Any) -> grammar.Grammar | None:
+    """The grammar of a `response_format`."""
+    name = "response_format"
+    if given is None:
+        return None
+    fields = _object(given, name)
+    kind, inner = fields.text("type"), fields.raw("json_schema")
+    fields.close()
+    if kind not in ("text", "json_object", "json_schema"):
+        raise RequestError(f"{name}.type is text, json_object or json_schema", param=name)
+    if kind != "json_schema":
+        return grammar.json_schema({"type": "object"}) if kind == "json_object" else None
+    return named_schema(inner, f"{name}.json_schema")
+
+
+def named_schema(given: Any, name: str) -> grammar.Grammar:
+    """The grammar of a schema with its name and strictness; it is kept strictly always."""
+    fields = _object(given, name)
+    fields.text("name", most=64)
+    fields.text("description", most=4096)
+    fields.flag("strict")
+    schema = fields.raw("schema")
+    fields.close()
+    if schema is None:
+        raise RequestError(f"{name}.schema is missing", param="response_format")
+    return grammar.json_schema(schema)
+
+
+def _grammar(fields: Fields) -> grammar.Grammar | None:
+    """The grammar that any of the fields asks for."""
+    inner = fields.raw("structured_outputs")
+    more = Fields({}) if inner is None else _object(inner, "structured_outputs")
+    made = {"response_format": _format(fields.raw("response_format"))}
+    for source, prefix in ((fields, "guided_"), (more, "")):
+        name = "structured_outputs" if source is more else prefix + "json"
+        schema = source.raw(f"{prefix}json")
+        pattern = source.text(f"{prefix}regex", most=grammar.MAX_REGEX_CHARS)
+        texts = source.texts(f"{prefix}choice", grammar.MAX_CHOICES)
+        if schema is not None:
+            made[name] = grammar.json_schema(schema)
+        if pattern is not None:
+            made[f"{prefix}regex"] = grammar.regex(pattern)
+        if texts:
+            made[f"{prefix}choice"] = grammar.choice(texts)
+    more.close()
+    found = {name: one for name, one in made.items() if one is not None}
+    if len(found) > 1:
+        raise RequestError(f"{' and '.join(found)} exclude each other", param=min(found))
+    return next(iter(found.values()), None)
+
+
 def _requests(
     fields: Fields, prompts: list[list[int]], config: ServerConfig, **more: Any
 ) -> tuple[Request, ...]:
@@ -97,6 +155,7 @@ def _requests(
         "stop_ids": _ids(fields.raw("stop_token_ids"), "stop_token_ids", 64),
         "ignore_eos": fields.flag("ignore_eos"),
         "logit_bias": _bias(fields),
+        "grammar": _grammar(fields),
         "priority": fields.integer("priority", -100, 100) or 0,
         **more,
     }
@@ -179,7 +238,6 @@ def chat(body: dict[str, Any], model: Served, config: ServerConfig) -> Asked:
     wanted, top = fields.flag("logprobs"), fields.integer("top_logprobs", 0, TOP)
     if top is not None and not wanted:
         raise RequestError("top_logprobs needs logprobs: true", param="top_logprobs")
-    fields.only("response_format", {"type": "text"})
     fields.only("tools", [])
     fields.only("tool_choice", "none", "auto")
     fields.only("parallel_tool_calls", True, False)
