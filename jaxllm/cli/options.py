@@ -165,6 +165,8 @@ class _Engine:
     """Tokens that the page cache holds; by the memory there is by default."""
     no_prefix_cache: bool = False
     """Prompts do not look for pages that earlier ones left."""
+    draft_tokens: int = 0
+    """Tokens of an answer guessed ahead by what followed the same words before; 0 guesses none."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

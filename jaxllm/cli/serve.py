@@ -48,6 +48,7 @@ def bounds_of(options: Serve | Bench) -> EngineConfig:
         context=options.context,
         cache_tokens=options.cache_tokens,
         prefix_cache=not options.no_prefix_cache,
+        draft_tokens=options.draft_tokens,
     )
 
 

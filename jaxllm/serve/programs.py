@@ -34,6 +34,7 @@ __all__ = [
     "shapes",
     "step",
     "unpack",
+    "verifying",
 ]
 
 TOP = 20
@@ -68,17 +69,25 @@ class Shape:
       rows: R.
       longest: most tokens of one row; 1 for a step of decoding, where T is R.
       context: most tokens of a sequence, those of the step included.
+      every: whether a token is drawn after every token, not only after a row's last: for drafts.
     """
 
     tokens: int
     rows: int
     longest: int
     context: int
+    every: bool = False
+
+    @property
+    def places(self) -> int:
+        """P: tokens that are drawn."""
+        return self.tokens if self.every else self.rows
 
     @property
     def name(self) -> str:
         """For the program's name."""
-        return f"t{self.tokens}-r{self.rows}-l{self.longest}-s{self.context}"
+        drawn = "-every" * self.every
+        return f"t{self.tokens}-r{self.rows}-l{self.longest}-s{self.context}{drawn}"
 
     def widths(self, memory: Memory) -> dict[str, int]:
         """Columns of the page table of every group."""
@@ -92,11 +101,11 @@ class Shape:
         """Names and shapes of a step's integers, in their order in one array.
 
         `unread` marks rows whose one token is the last one drawn, `begins` those that start anew,
-        `masked` those whose next token a mask limits.
+        `masked` places whose token a mask limits.
         """
-        rows = ("counts", "starts", "slots", "prompts", "unread", "begins", "masked")
+        rows = ("counts", "starts", "slots", "prompts", "unread", "begins")
         out: dict[str, tuple[int, ...]] = {"ids": (self.tokens,)}
-        out |= dict.fromkeys(rows, (self.rows,))
+        out |= dict.fromkeys(rows, (self.rows,)) | {"masked": (self.places,)}
         for group, width in self.widths(memory).items():
             out[f"firsts:{group}"] = (self.rows,)
             out[f"pages:{group}"] = (self.rows, width)
@@ -141,6 +150,28 @@ def shapes(
     return tuple(out)
 
 
+def verifying(*, tokens: int, sequences: int, drafts: int, context: int) -> tuple[Shape, ...]:
+    """Steps of 2, 4, 8, … tokens that verify drafts.
+
+    Args:
+      tokens: most of a step.
+      sequences: most of a step.
+      drafts: most of one sequence.
+      context: see `Shape`.
+    """
+    sizes = sorted({min(2 << i, tokens) for i in range((tokens - 1).bit_length())})
+    return tuple(
+        Shape(
+            tokens=n,
+            rows=min(n, sequences),
+            longest=min(n, 1 + drafts),
+            context=context,
+            every=True,
+        )
+        for n in sizes
+    )
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Carry:
@@ -181,10 +212,10 @@ class Drawn:
     """What a step drew.
 
     Attributes:
-      tokens: [R] int32.
-      logprobs: [R] float32 of the tokens, by the model's own distribution; 0 if nobody wants any.
-      top_ids: [R, TOP] int32, the most likely tokens.
-      top_logprobs: [R, TOP] float32.
+      tokens: [P] int32.
+      logprobs: [P] float32 of the tokens, by the model's own distribution; 0 if nobody wants any.
+      top_ids: [P, TOP] int32, the most likely tokens.
+      top_logprobs: [P, TOP] float32.
     """
 
     tokens: Slot
@@ -222,7 +253,7 @@ def abstract_state(setup: Setup, memory: Memory) -> tuple[Any, Carry]:
 def step(setup: Setup, memory: Memory, shape: Shape) -> Program:
     """One step: (params, state, carry, options, integers, masks) -> (state, carry, `Drawn`).
 
-    Masks are [R, words] int32, a bit a token, those that may be drawn.
+    Masks are [P, words] int32, a bit a token, those that may be drawn.
     """
 
     def build() -> Any:
@@ -248,7 +279,7 @@ def step(setup: Setup, memory: Memory, shape: Shape) -> Program:
             *abstract_state(setup, memory),
             options,
             setup.ints(size),
-            setup.ints(shape.rows, words(setup.spec.vocab)),
+            setup.ints(shape.places, words(setup.spec.vocab)),
         ),
         depends=depends,
         donate=(1, 2),

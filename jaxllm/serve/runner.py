@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,7 +22,7 @@ from jaxllm.serve.grammar import fill, words
 from jaxllm.serve.programs import BIASES, Drawn, Memory, Shape
 from jaxllm.serve.scheduler import Turn
 
-__all__ = ["Runner"]
+__all__ = ["Runner", "places_of"]
 
 
 class Runner:
@@ -55,8 +56,8 @@ class Runner:
         self._stale = False
         self._words = words(setup.spec.vocab)
         self._no_masks = {
-            rows: jax.device_put(np.zeros((rows, self._words), np.int32))
-            for rows in {shape.rows for shape in self._shapes}
+            places: jax.device_put(np.zeros((places, self._words), np.int32))
+            for places in {shape.places for shape in self._shapes}
         }
         # What each slot's sequence holds; columns past its end are left over and never looked at.
         widths: dict[str, int] = {}
@@ -112,10 +113,12 @@ class Runner:
         tokens = sum(turn.count for turn in turns)
         longest = max(turn.count for turn in turns)
         context = max(turn.start + turn.count for turn in turns)
+        every = any(turn.drafts for turn in turns)
         fits = (
             shape
             for shape in self._shapes
-            if shape.tokens >= tokens
+            if shape.every == every
+            and shape.tokens >= tokens
             and shape.rows >= len(turns)
             and shape.longest >= longest
             and shape.context >= context
@@ -142,11 +145,12 @@ class Runner:
         return drawn
 
     def _masks(self, turns: Sequence[Turn], shape: Shape) -> jax.Array:
-        """Bits of the tokens that each row may draw; what lies on the device if all may be."""
-        guides = [(t.sequence.guide, i, ()) for i, t in enumerate(turns) if t.masked]
+        """Bits of the tokens that each place may draw; what lies on the device if all may be."""
+        pairs = zip(turns, places_of(turns), strict=True)
+        guides = [(t.sequence.guide, place, t.drafts) for t, place in pairs if t.masked]
         if not guides:
-            return self._no_masks[shape.rows]
-        masks = np.zeros((shape.rows, self._words), np.int32)
+            return self._no_masks[shape.places]
+        masks = np.zeros((shape.places, self._words), np.int32)
         fill(masks, guides)
         return jax.device_put(masks)
 
@@ -164,7 +168,9 @@ class Runner:
         views["prompts"][:used] = [s.prompt_length for s in sequences]
         views["unread"][:used] = [turn.unread for turn in turns]
         views["begins"][:used] = [turn.begins for turn in turns]
-        views["masked"][:used] = [turn.masked for turn in turns]
+        for turn, place in zip(turns, places_of(turns), strict=True):
+            if turn.masked:
+                views["masked"][place : place + 1 + len(turn.drafts)] = 1
         if shape.longest == 1:
             known = [i for i, turn in enumerate(turns) if not turn.unread]
             views["ids"][known] = [turns[i].sequence.tokens[turns[i].start] for i in known]
@@ -184,12 +190,19 @@ class Runner:
         return packed
 
 
+def places_of(turns: Sequence[Turn]) -> list[int]:
+    """Where in what a step draws each turn's tokens begin."""
+    if not any(turn.drafts for turn in turns):
+        return list(range(len(turns)))
+    return list(itertools.accumulate((turn.count for turn in turns[:-1]), initial=0))
+
+
 def _chunks(turns: Sequence[Turn], ids: np.ndarray) -> None:
     """Token ids of chunks, one after another."""
     at = 0
     for turn in turns:
         if not turn.unread:
-            ids[at : at + turn.count] = turn.sequence.tokens[turn.start : turn.start + turn.count]
+            ids[at : at + turn.count] = turn.fed
         at += turn.count
 
 
