@@ -11,6 +11,7 @@ import tyro
 __all__ = [
     "COMMANDS",
     "Batch",
+    "Bench",
     "Chat",
     "Doctor",
     "Export",
@@ -154,7 +155,25 @@ class Doctor:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Serve:
+class _Engine:
+    dtype: Dtype | None = None
+    """Of weights and activations; what suits the device by default."""
+    max_sequences: int | None = None
+    """Answers on their way at once; 8 on a CPU, 256 elsewhere by default."""
+    max_batch_tokens: int | None = None
+    """Tokens of one step; 256 on a CPU, 2048 elsewhere by default."""
+    context: int | None = None
+    """Most tokens of prompt and answer; the model's own (on a CPU at most 8192) by default."""
+    cache_tokens: int | None = None
+    """Tokens that the page cache holds; by the memory there is by default."""
+    no_prefix_cache: bool = False
+    """Prompts do not look for pages that earlier ones left."""
+    draft_tokens: int = 0
+    """Tokens of an answer guessed ahead by what followed the same words before; 0 guesses none."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Serve(_Engine):
     """Answer over HTTP, as OpenAI's API does."""
 
     source: Source
@@ -169,18 +188,6 @@ class Serve:
     """Opens every route but /health and /ready; may be given several times."""
     api_key_file: Path | None = None
     """More keys, one a line."""
-    dtype: Dtype | None = None
-    """Of weights and activations; what suits the device by default."""
-    max_sequences: int | None = None
-    """Answers on their way at once; 8 on a CPU, 256 elsewhere by default."""
-    max_batch_tokens: int | None = None
-    """Tokens of one step; 256 on a CPU, 2048 elsewhere by default."""
-    context: int | None = None
-    """Most tokens of prompt and answer; the model's own (on a CPU at most 8192) by default."""
-    cache_tokens: int | None = None
-    """Tokens that the page cache holds; by the memory there is by default."""
-    no_prefix_cache: bool = False
-    """Prompts do not look for pages that earlier ones left."""
     drain_s: float = 30.0
     """Seconds that running requests get after SIGTERM."""
 
@@ -275,12 +282,63 @@ class Plan:
     """Print one JSON object."""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bench(_Engine):
+    """Measure a server, or an engine in this process, under load."""
+
+    what: tyro.conf.Positional[Literal["serve"]]
+    """What is measured."""
+    target: tyro.conf.Positional[str]
+    """http://… of a server with OpenAI's API, or a source as of `jaxllm serve` (no HTTP then)."""
+    prompts: Literal["random", "shared-prefix", "text"] = "random"
+    """Random token ids; random ones behind one prefix; pieces of --text."""
+    concurrency: tuple[int, ...] = ()
+    """Requests on their way at once, one measurement each; 8 by default."""
+    rate: tuple[float, ...] = ()
+    """Requests a second at random times (Poisson), one measurement each."""
+    requests: int = 64
+    """Of each measurement."""
+    input_tokens: int = 256
+    """Of a prompt, in the mean."""
+    output_tokens: int = 64
+    """Of an answer, in the mean."""
+    spread: float = 0.0
+    """Lengths are uniform within this share of the mean."""
+    shared: float = 0.9
+    """Share of a prompt that all have, with shared-prefix."""
+    long_share: float = 0.0
+    """Share of the requests whose prompts have --long-tokens instead."""
+    long_tokens: int = 2048
+    """Of these prompts."""
+    text: Path | None = None
+    """UTF-8 file for --prompts text; four characters count as a token."""
+    vocab: int = 4096
+    """Random token ids are below it."""
+    temperature: float = 0.0
+    """Of every request."""
+    slo_ttft_ms: float | None = None
+    """For goodput: time to the first token at most."""
+    slo_tpot_ms: float | None = None
+    """For goodput: time of a later token at most."""
+    slo_e2e_ms: float | None = None
+    """For goodput: time of the whole answer at most."""
+    warmup: int = 2
+    """Requests before the measurements."""
+    seed: int = 0
+    """Of prompts, lengths and times."""
+    api_key: str = ""
+    """For a server that needs one."""
+    out: Path | None = None
+    """JSON file to write; a plot goes beside it as .png."""
+
+
 COMMANDS = {
     "generate": Generate,
     "chat": Chat,
     "perplexity": Perplexity,
     "serve": Serve,
     "batch": Batch,
+    "bench": Bench,
     "train": Train,
     "plan": Plan,
     "pull": Pull,

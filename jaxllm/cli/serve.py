@@ -7,12 +7,16 @@ import contextlib
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from jaxllm.cli.options import Serve
+from jaxllm.cli.options import Bench, Serve
 from jaxllm.core.logging import show_notes
 from jaxllm.errors import ConfigError
 
-__all__ = ["name_of", "run"]
+if TYPE_CHECKING:
+    from jaxllm.serve.config import EngineConfig
+
+__all__ = ["bounds_of", "name_of", "run"]
 
 
 def _keys(options: Serve) -> tuple[str, ...]:
@@ -34,6 +38,20 @@ def name_of(source: str) -> str:
     return path.name if path.exists() else source
 
 
+def bounds_of(options: Serve | Bench) -> EngineConfig:
+    """The engine's bounds that a command line gives."""
+    from jaxllm.serve.config import EngineConfig
+
+    return EngineConfig(
+        max_sequences=options.max_sequences,
+        max_batch_tokens=options.max_batch_tokens,
+        context=options.context,
+        cache_tokens=options.cache_tokens,
+        prefix_cache=not options.no_prefix_cache,
+        draft_tokens=options.draft_tokens,
+    )
+
+
 def run(options: Serve) -> int:
     """Run the subcommand; returns 0 after SIGTERM or Ctrl-C."""
     begun = time.perf_counter()
@@ -44,20 +62,13 @@ def run(options: Serve) -> int:
         host=options.host, port=options.port, api_keys=_keys(options), drain_s=options.drain_s
     )
     from jaxllm.model import load
-    from jaxllm.serve.config import EngineConfig
     from jaxllm.serve.embedder import Embedder
     from jaxllm.serve.engine import Engine
     from jaxllm.serve.http.app import App
     from jaxllm.serve.http.server import Server
 
     model = load(options.source, dtype=options.dtype)
-    bounds = EngineConfig(
-        max_sequences=options.max_sequences,
-        max_batch_tokens=options.max_batch_tokens,
-        context=options.context,
-        cache_tokens=options.cache_tokens,
-        prefix_cache=not options.no_prefix_cache,
-    )
+    bounds = bounds_of(options)
     with contextlib.ExitStack() as stack:
         engine = stack.enter_context(Engine(model, bounds)) if model.spec.decodes else None
         embedder = None

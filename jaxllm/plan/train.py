@@ -135,9 +135,11 @@ def _narrow(config: RunConfig, place: Place) -> list[str]:
     if place.platform != "tpu" or fsdp == 1 or width // fsdp >= _TILE:
         return []
     return [
-        f"fsdp={fsdp} leaves {width // fsdp} of {width} values a device, less than a tile of "
-        f"{_TILE}: XLA then gathers by all-reduce, which sends twice as much; fsdp up to "
-        f"{max(1, width // _TILE)}, with data for the other devices, does not"
+        (
+            f"fsdp={fsdp} leaves {width // fsdp} of {width} values a device, less than a tile of "
+            f"{_TILE}: XLA then gathers by all-reduce, which sends twice as much; fsdp up to "
+            f"{max(1, width // _TILE)}, with data for the other devices, does not"
+        )
     ]
 
 

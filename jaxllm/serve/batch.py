@@ -77,7 +77,10 @@ async def _one(engine: Engine, name: str, url: str, body: dict[str, Any]) -> tup
         require(not body.get("stream"), "stream is not served in a batch")
         wanted = await asyncio.to_thread(READERS[url], body, engine.model, config)
         loop = asyncio.get_running_loop()
-        streams = [engine.submit(request, loop=loop) for request in wanted.requests]
+        streams = [
+            await asyncio.to_thread(engine.submit, request, loop=loop)
+            for request in wanted.requests
+        ]
         answers = Answers(
             wanted,
             streams,

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 
 from jaxllm.core.config import require
 from jaxllm.core.precision import dtype_of
-from jaxllm.errors import CapacityError
+from jaxllm.errors import CapacityError, UnsupportedError
 from jaxllm.infer.programs import Setup
 from jaxllm.ops.paged import obstacle
 from jaxllm.serve import programs
-from jaxllm.serve.programs import Memory, Shape, shapes
+from jaxllm.serve.programs import Memory, Shape, shapes, verifying
 from jaxllm.spec.latent import LatentAttention
 from jaxllm.spec.model import ModelSpec
 from jaxllm.spec.ops import Attention
@@ -38,6 +39,8 @@ class EngineConfig:
       cache_tokens: that all pages together hold.
       prefix_cache: whether prompts find pages that earlier ones left.
       ahead: steps dispatched before the last one's tokens are read.
+      draft_tokens: most that are drafted of a sequence in a step, by prompt lookup; 0 for none.
+      draft_cost: of one more token in a step, as a share of a step of one; by the device.
       max_queue: requests that wait.
       max_queued_tokens: of their prompts.
     """
@@ -49,17 +52,31 @@ class EngineConfig:
     cache_tokens: int | None = None
     prefix_cache: bool = True
     ahead: int = 1
+    draft_tokens: int = 0
+    draft_cost: float | None = None
     max_queue: int = 1024
     max_queued_tokens: int = 1 << 20
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            least = 0 if field.name in ("prefix_cache", "ahead") else 1
+            free = ("prefix_cache", "ahead", "draft_tokens", "draft_cost")
+            least = 0 if field.name in free else 1
             require(value is None or value >= least, f"{field.name} is at least {least}")
+        require(self.draft_tokens <= 31, "draft_tokens is at most 31")
 
     def filled(self, spec: ModelSpec) -> EngineConfig:
-        """The same with every choice but the cache's size made for this device."""
+        """The same with every choice but the cache's size made for this device.
+
+        Raises:
+          UnsupportedError: drafts for a model that cannot take tokens back.
+        """
+        if self.draft_tokens and recurrent(spec):
+            raise UnsupportedError(
+                "draft_tokens: this model has layers whose state holds all tokens in one (state "
+                "space, convolution, linear attention): a draft that was wrong cannot be taken "
+                "back; serve it with draft_tokens 0"
+            )
         on_cpu = jax.default_backend() == "cpu"
         context = min(self.context or (8192 if on_cpu else spec.context), spec.context)
         sequences = self.max_sequences or (8 if on_cpu else 256)
@@ -70,7 +87,14 @@ class EngineConfig:
             max_batch_tokens=max(tokens, sequences),
             context=context,
             page_size=self.page_size or (16 if on_cpu else 64),
+            draft_cost=self.draft_cost or (0.2 if on_cpu else 0.02),
         )
+
+    @property
+    def verified_tokens(self) -> int:
+        """Most tokens of a step with drafts; 0 without any. Each has logits of its own."""
+        sequences = self.max_sequences or 1
+        return min(256, sequences * (1 + self.draft_tokens)) if self.draft_tokens else 0
 
 
 def recurrent(spec: ModelSpec) -> bool:
@@ -106,7 +130,16 @@ def table(setup: Setup, config: EngineConfig) -> tuple[Shape, ...]:
     contexts = {context}
     if _reads_whole_tables(setup, config.page_size or 1):
         contexts |= {512 * 4**i for i in range(8) if 512 * 4**i < context}
-    return shapes(
+    verified: tuple[Shape, ...] = ()
+    if config.draft_tokens:
+        for most in sorted(contexts):
+            verified += verifying(
+                tokens=config.verified_tokens,
+                sequences=config.max_sequences or 1,
+                drafts=config.draft_tokens,
+                context=most,
+            )
+    return verified + shapes(
         tokens=tokens,
         sequences=config.max_sequences or 1,
         longest=min(tokens, RECURRENT_CHUNK) if recurrent(spec) else tokens,
@@ -115,14 +148,14 @@ def table(setup: Setup, config: EngineConfig) -> tuple[Shape, ...]:
     )
 
 
-def lay_out(setup: Setup, config: EngineConfig, largest: Shape, store: Any) -> Memory:
+def lay_out(setup: Setup, config: EngineConfig, sizes: Sequence[Shape], store: Any) -> Memory:
     """Pages of every group: as many as there is memory for, or as `cache_tokens` says.
 
     Raises:
       UnsupportedError: a mask that pages cannot serve; CapacityError: there is no room for a single
         sequence.
     """
-    spec, size = setup.spec, config.page_size or 1
+    spec, size, largest = setup.spec, config.page_size or 1, sizes[-1]
     windows = groups(spec)
     sequences, context = config.max_sequences or 1, config.context or 1
     small = Memory(
@@ -138,7 +171,7 @@ def lay_out(setup: Setup, config: EngineConfig, largest: Shape, store: Any) -> M
         pages["all"] = -(-wanted // size)
     if config.cache_tokens is None and windows:
         bytes_of = page_bytes(spec, page_size=size, dtype=dtype_of(setup.policy.compute_dtype))
-        budget = _budget(setup, small, largest, store)
+        budget = _budget(setup, small, [*[s for s in sizes if s.every][-1:], largest], store)
         total = sum(bytes_of[group] * count for group, count in pages.items())
         share = min(1.0, budget / total)
         pages = {group: _round(int(count * share)) for group, count in pages.items()}
@@ -158,11 +191,11 @@ def _round(count: int) -> int:
     return max(1, count >> drop << drop)
 
 
-def _budget(setup: Setup, small: Memory, largest: Shape, store: Any) -> int:
-    """Bytes for pages: what the largest program and the parameters leave."""
+def _budget(setup: Setup, small: Memory, largest: Sequence[Shape], store: Any) -> int:
+    """Bytes for pages: what the largest programs and the parameters leave."""
     if jax.default_backend() == "cpu":
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 8
     stats = jax.devices()[0].memory_stats() or {}
     free = stats.get("bytes_limit", 1 << 33) - stats.get("bytes_in_use", 0)
-    report = programs.step(setup, small, largest).load(store).report
-    return int(0.92 * free) - report.temporary_bytes - report.output_bytes
+    reports = [programs.step(setup, small, shape).load(store).report for shape in largest]
+    return int(0.92 * free) - max(r.temporary_bytes + r.output_bytes for r in reports)

@@ -22,9 +22,11 @@ from jaxllm.errors import CapacityError, ShapeError
 from jaxllm.infer.generate import Generator
 from jaxllm.infer.programs import check_decodes
 from jaxllm.serve.config import EngineConfig, lay_out, recurrent, table
+from jaxllm.serve.grammar import Grammars
+from jaxllm.serve.ngram import Drafter
 from jaxllm.serve.pages import Pages
 from jaxllm.serve.request import Busy, Choice, Gone, Logprob, Request, Stream
-from jaxllm.serve.runner import Runner
+from jaxllm.serve.runner import Runner, places_of
 from jaxllm.serve.scheduler import Limits, Scheduler, Turn
 from jaxllm.serve.sequence import Sequence
 from jaxllm.serve.writer import Draft, Writer
@@ -64,6 +66,8 @@ class Stats:
       total_pages: of all groups.
       preemptions: sequences that had to give up their pages.
       hit_tokens: of prompts that came from the prefix cache.
+      drafted_tokens: guesses verified.
+      accepted_tokens: of these, that were right.
       prompt_tokens: of prompts admitted.
       compilations: since ready; 0.
     """
@@ -78,6 +82,8 @@ class Stats:
     total_pages: int = 0
     preemptions: int = 0
     hit_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
     prompt_tokens: int = 0
     compilations: int = 0
 
@@ -100,7 +106,7 @@ class Engine:
         self.model, self.config = model, (config or EngineConfig()).filled(model.spec)
         generator, store = model.generator, model.generator.store
         sizes = table(generator.setup, self.config)
-        memory = lay_out(generator.setup, self.config, sizes[-1], store)
+        memory = lay_out(generator.setup, self.config, sizes, store)
         self.runner = Runner(generator.setup, generator.params, memory, sizes, store=store)
         limits = Limits(
             tokens=self.config.max_batch_tokens or 1,
@@ -108,9 +114,12 @@ class Engine:
             longest=max(shape.longest for shape in sizes),
             page_size=memory.page_size,
             prefix_cache=self.config.prefix_cache and not recurrent(model.spec),
+            drafts=self.config.draft_tokens,
+            verified=self.config.verified_tokens,
         )
         pages = {group: Pages(count) for group, count in memory.pages.items()}
         self.scheduler = Scheduler(limits, pages, memory.windows)
+        self._grammars = Grammars(model.tokenizer, model.spec.vocab, model.eos_ids)
         self.error: str | None = None
         self._stats = Stats(total_pages=sum(memory.pages.values()))
         self._lock = threading.Condition()
@@ -134,7 +143,7 @@ class Engine:
 
         Raises:
           CapacityError: the prompt does not fit; Busy: the queue is full; Gone: it is not alive.
-          ShapeError: token ids outside of the vocabulary.
+          ShapeError: token ids outside of the vocabulary; ConfigError: a wrong grammar.
         """
         stream = Stream(request, self._cancel, loop)
         sequences = self._sequences(request, stream)
@@ -159,6 +168,8 @@ class Engine:
             held_pages=sum(pages.held for pages in scheduler.pages.values()),
             preemptions=scheduler.preemptions,
             hit_tokens=scheduler.hit_tokens,
+            drafted_tokens=scheduler.drafted_tokens,
+            accepted_tokens=scheduler.accepted_tokens,
             prompt_tokens=scheduler.prompt_tokens,
             compilations=counter.compilations() - self._at_ready,
         )
@@ -204,6 +215,7 @@ class Engine:
         ends = frozenset(request.stop_ids) | frozenset(
             () if request.ignore_eos else self.model.eos_ids
         )
+        guide = None if request.grammar is None else self._grammars.guide(request.grammar)
         out: list[Sequence] = []
         for index in range(request.n):
             answer = Answer(self.model.tokenizer, tuple(ends), list(request.stop))
@@ -217,9 +229,15 @@ class Engine:
                     cacheable=request.sampling.mode != "penalize",
                     after=out[0] if out else None,
                     owner=Draft(stream, index, answer, ends),
+                    guide=guide.copy() if guide is not None else None,
+                    drafter=self._drafter(),
                 )
             )
         return out
+
+    def _drafter(self) -> Drafter | None:
+        most, cost = self.config.draft_tokens, self.config.draft_cost or 0.0
+        return Drafter(most, cost) if most else None
 
     def _check_open(self, tokens: int) -> None:
         if self.error is not None or self._closing or not self._thread.is_alive():
@@ -260,6 +278,8 @@ class Engine:
     def _loop(self) -> None:
         pending: collections.deque[tuple[list[Turn], Any]] = collections.deque()
         while self._take_in(idle=not pending):
+            while pending and self.scheduler.held_up:
+                self._read(*pending.popleft())
             start = time.perf_counter()
             turns = self.scheduler.plan()
             if turns:
@@ -314,15 +334,19 @@ class Engine:
         asked = any(t.draws and t.sequence.owner.stream.request.logprobs is not None for t in turns)
         scores = _host(drawn) if asked else None
         ended = []
-        for row, turn in enumerate(turns):
-            sequence, token = turn.sequence, tokens[row]
-            if not self.scheduler.drawn(turn, token):
+        for turn, place in zip(turns, places_of(turns), strict=True):
+            sequence, draft = turn.sequence, turn.sequence.owner
+            new = self.scheduler.drawn(turn, tokens[place : place + 1 + len(turn.drafts)])
+            if not new:
                 continue
-            self._stats.drawn_tokens += 1
-            finish = self._finish_reason(sequence, token)
-            draft = sequence.owner
-            logprobs = _logprobs(draft.stream.request, token, scores, row)
-            self._writer.tokens(draft, (token,), logprobs, finish)
+            new, finish = self._until_end(sequence, new)
+            self._stats.drawn_tokens += len(new)
+            if sequence.guide is not None and sequence.guide.error is not None:
+                self._writer.fail(draft, sequence.guide.error, refused=True)
+                finish = "abort"
+            else:
+                logprobs = _logprobs(draft.stream.request, new, scores, place)
+                self._writer.tokens(draft, new, logprobs, finish)
             if finish is not None:
                 self.scheduler.finish(sequence)
                 ended.append(draft)
@@ -332,21 +356,28 @@ class Engine:
                     self._live.pop(draft, None)
         self._stats.host_seconds += time.perf_counter() - start
 
-    def _finish_reason(self, sequence: Sequence, token: int) -> str | None:
-        if token in sequence.owner.ends:
-            return "stop"
-        return "length" if len(sequence.tokens) >= sequence.limit else None
+    def _until_end(self, sequence: Sequence, new: list[int]) -> tuple[list[int], str | None]:
+        """New tokens up to one that ends the answer, and why it ends, if it does."""
+        for count, token in enumerate(new, 1):
+            if token in sequence.owner.ends:
+                return new[:count], "stop"
+            if sequence.guide is not None:
+                sequence.guide.take(token)
+                if sequence.guide.finished:
+                    return new[:count], "stop"
+        return new, "length" if len(sequence.tokens) >= sequence.limit else None
 
 
 def _host(drawn: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return np.asarray(drawn.logprobs), np.asarray(drawn.top_ids), np.asarray(drawn.top_logprobs)
 
 
-def _logprobs(request: Request, token: int, scores: Any, row: int) -> list[Logprob]:
-    """What a request wants to know of a token."""
+def _logprobs(request: Request, tokens: list[int], scores: Any, place: int) -> list[Logprob]:
+    """What a request wants to know of its new tokens, the first of which was drawn at a place."""
     if request.logprobs is None or scores is None:
         return []
-    own, ids, logs = scores
-    count = request.logprobs
-    pairs = zip(ids[row, :count].tolist(), logs[row, :count].tolist(), strict=True)
-    return [Logprob(token, float(own[row]), tuple(pairs))]
+    (own, ids, logs), count, out = scores, request.logprobs, []
+    for i, token in enumerate(tokens, place):
+        pairs = zip(ids[i, :count].tolist(), logs[i, :count].tolist(), strict=True)
+        out.append(Logprob(token, float(own[i]), tuple(pairs)))
+    return out

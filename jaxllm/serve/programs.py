@@ -19,6 +19,7 @@ from jaxllm.core.precision import dtype_of
 from jaxllm.infer.programs import Setup
 from jaxllm.infer.sampling import Sampling
 from jaxllm.ops.sampling import History
+from jaxllm.serve.grammar import words
 from jaxllm.state.paged import paged_state
 from jaxllm.typing import Slot
 
@@ -33,6 +34,7 @@ __all__ = [
     "shapes",
     "step",
     "unpack",
+    "verifying",
 ]
 
 TOP = 20
@@ -69,6 +71,7 @@ class Shape:
       context: most tokens of a sequence, those of the step included.
       greedy: every row takes its most likely token and wants no more. A GPU stops at each choice
         that a program makes, so that steps without options have programs without choices.
+      every: whether a token is drawn after every token, not only after a row's last: for drafts.
     """
 
     tokens: int
@@ -76,11 +79,17 @@ class Shape:
     longest: int
     context: int
     greedy: bool = False
+    every: bool = False
+
+    @property
+    def places(self) -> int:
+        """P: tokens that are drawn."""
+        return self.tokens if self.every else self.rows
 
     @property
     def name(self) -> str:
         """For the program's name."""
-        how = "-greedy" if self.greedy else ""
+        how = "-greedy" * self.greedy + "-every" * self.every
         return f"t{self.tokens}-r{self.rows}-l{self.longest}-s{self.context}{how}"
 
     def widths(self, memory: Memory) -> dict[str, int]:
@@ -94,11 +103,12 @@ class Shape:
     def parts(self, memory: Memory) -> dict[str, tuple[int, ...]]:
         """Names and shapes of a step's integers, in their order in one array.
 
-        `unread` marks rows whose one token is the last one drawn, `begins` those that start anew.
+        `unread` marks rows whose one token is the last one drawn, `begins` those that start anew,
+        `masked` places whose token a mask limits.
         """
         rows = ("counts", "starts", "slots", "prompts", "unread", "begins")
         out: dict[str, tuple[int, ...]] = {"ids": (self.tokens,)}
-        out |= dict.fromkeys(rows, (self.rows,))
+        out |= dict.fromkeys(rows, (self.rows,)) | {"masked": (self.places,)}
         for group, width in self.widths(memory).items():
             out[f"firsts:{group}"] = (self.rows,)
             out[f"pages:{group}"] = (self.rows, width)
@@ -148,6 +158,28 @@ def shapes(
     return tuple(out)
 
 
+def verifying(*, tokens: int, sequences: int, drafts: int, context: int) -> tuple[Shape, ...]:
+    """Steps of 2, 4, 8, … tokens that verify drafts.
+
+    Args:
+      tokens: most of a step.
+      sequences: most of a step.
+      drafts: most of one sequence.
+      context: see `Shape`.
+    """
+    sizes = sorted({min(2 << i, tokens) for i in range((tokens - 1).bit_length())})
+    return tuple(
+        Shape(
+            tokens=n,
+            rows=min(n, sequences),
+            longest=min(n, 1 + drafts),
+            context=context,
+            every=True,
+        )
+        for n in sizes
+    )
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Carry:
@@ -188,10 +220,10 @@ class Drawn:
     """What a step drew.
 
     Attributes:
-      tokens: [R] int32.
-      logprobs: [R] float32 of the tokens, by the model's own distribution; 0 if nobody wants any.
-      top_ids: [R, TOP] int32, the most likely tokens.
-      top_logprobs: [R, TOP] float32.
+      tokens: [P] int32.
+      logprobs: [P] float32 of the tokens, by the model's own distribution; 0 if nobody wants any.
+      top_ids: [P, TOP] int32, the most likely tokens.
+      top_logprobs: [P, TOP] float32.
     """
 
     tokens: Slot
@@ -227,7 +259,10 @@ def abstract_state(setup: Setup, memory: Memory) -> tuple[Any, Carry]:
 
 
 def step(setup: Setup, memory: Memory, shape: Shape) -> Program:
-    """One step: (params, state, carry, options, integers) -> (state, carry, `Drawn`)."""
+    """One step: (params, state, carry, options, integers, masks) -> (state, carry, `Drawn`).
+
+    Masks are [P, words] int32, a bit a token, those that may be drawn.
+    """
 
     def build() -> Any:
         from jaxllm.serve.steps import serve_step
@@ -247,7 +282,13 @@ def step(setup: Setup, memory: Memory, shape: Shape) -> Program:
     return setup.program(
         f"serve-{shape.name}",
         build,
-        (setup.params, *abstract_state(setup, memory), options, setup.ints(size)),
+        (
+            setup.params,
+            *abstract_state(setup, memory),
+            options,
+            setup.ints(size),
+            setup.ints(shape.places, words(setup.spec.vocab)),
+        ),
         depends=depends,
         donate=(1, 2),
     )

@@ -10,8 +10,9 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from typing import Any
 
 from jaxllm.core.config import require
-from jaxllm.errors import CapacityError
+from jaxllm.errors import CapacityError, UnsupportedError
 from jaxllm.infer.sampling import Sampling
+from jaxllm.serve.grammar import Grammar
 from jaxllm.serve.programs import BIASES, TOP
 
 __all__ = ["Busy", "Choice", "Gone", "Logprob", "Piece", "Request", "Stream"]
@@ -39,6 +40,7 @@ class Request:
       ignore_eos: whether the model's own end tokens end nothing.
       logit_bias: added to the logits of tokens.
       logprobs: alternatives of each token to give log probabilities of; None for no logprobs.
+      grammar: that the answer must keep.
       priority: smaller is sooner.
       tenant: who asks; tenants take turns and do not share a prefix cache.
     """
@@ -52,6 +54,7 @@ class Request:
     ignore_eos: bool = False
     logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
     logprobs: int | None = None
+    grammar: Grammar | None = None
     priority: int = 0
     tenant: str = ""
 
@@ -91,6 +94,7 @@ class Piece:
       logprobs: one for each of them, if asked for.
       finish_reason: `stop`, `length` or `abort` in the last piece of an answer.
       error: why the engine gave up, in a last piece.
+      refused: whether it is the request that cannot be served.
       cached_tokens: of the prompt, that came from the prefix cache.
     """
 
@@ -100,6 +104,7 @@ class Piece:
     logprobs: tuple[Logprob, ...] = ()
     finish_reason: str | None = None
     error: str | None = None
+    refused: bool = False
     cached_tokens: int = 0
 
 
@@ -154,7 +159,7 @@ class Stream:
     def _take(self, piece: Piece) -> Piece:
         if piece.error is not None:
             self.finished = True
-            raise Gone(piece.error)
+            raise UnsupportedError(piece.error) if piece.refused else Gone(piece.error)
         self._left -= piece.finish_reason is not None
         self.finished = self._left == 0
         return piece
@@ -163,7 +168,8 @@ class Stream:
         """Pieces as they come.
 
         Raises:
-          Gone: the engine died or was shut down.
+          Gone: the engine died or was shut down; UnsupportedError: the request's grammar became
+            too much work.
         """
         while not self.finished:
             yield self._take(self._queue.get())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import itertools
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -18,10 +19,11 @@ from jaxllm.errors import CapacityError, UnsupportedError
 from jaxllm.infer.programs import Setup
 from jaxllm.infer.sampling import Sampling
 from jaxllm.serve import programs
+from jaxllm.serve.grammar import fill, words
 from jaxllm.serve.programs import BIASES, Drawn, Memory, Shape
 from jaxllm.serve.scheduler import Turn
 
-__all__ = ["Runner"]
+__all__ = ["Runner", "places_of"]
 
 
 class Runner:
@@ -56,6 +58,11 @@ class Runner:
         self._on_device = jax.device_put(_copy(self._options))
         self._stale = False
         self._greedy = np.ones((memory.slots,), np.bool_)  # slots whose options ask for nothing
+        self._words = words(setup.spec.vocab)
+        self._no_masks = {
+            places: jax.device_put(np.zeros((places, self._words), np.int32))
+            for places in {shape.places for shape in self._shapes}
+        }
         # What each slot's sequence holds; columns past its end are left over and never looked at.
         widths: dict[str, int] = {}
         for shape in self._shapes:
@@ -111,11 +118,13 @@ class Runner:
         tokens = sum(turn.count for turn in turns)
         longest = max(turn.count for turn in turns)
         context = max(turn.start + turn.count for turn in turns)
-        greedy = all(self._greedy[turn.sequence.slot] for turn in turns)
+        greedy = all(self._greedy[turn.sequence.slot] and not turn.masked for turn in turns)
+        every = any(turn.drafts for turn in turns)
         fits = (
             shape
             for shape in self._shapes
-            if shape.tokens >= tokens
+            if shape.every == every
+            and shape.tokens >= tokens
             and shape.rows >= len(turns)
             and shape.longest >= longest
             and shape.context >= context
@@ -138,9 +147,19 @@ class Runner:
         packed = jax.device_put(self._pack(turns, shape))
         run = self._programs[shape]
         self.state, self.carry, drawn = run(
-            self.params, self.state, self.carry, self._on_device, packed
+            self.params, self.state, self.carry, self._on_device, packed, self._masks(turns, shape)
         )
         return drawn
+
+    def _masks(self, turns: Sequence[Turn], shape: Shape) -> jax.Array:
+        """Bits of the tokens that each place may draw; what lies on the device if all may be."""
+        pairs = zip(turns, places_of(turns), strict=True)
+        guides = [(t.sequence.guide, place, t.drafts) for t, place in pairs if t.masked]
+        if not guides:
+            return self._no_masks[shape.places]
+        masks = np.zeros((shape.places, self._words), np.int32)
+        fill(masks, guides)
+        return jax.device_put(masks)
 
     def _pack(self, turns: Sequence[Turn], shape: Shape) -> np.ndarray:
         """The step's integers."""
@@ -156,6 +175,9 @@ class Runner:
         views["prompts"][:used] = [s.prompt_length for s in sequences]
         views["unread"][:used] = [turn.unread for turn in turns]
         views["begins"][:used] = [turn.begins for turn in turns]
+        for turn, place in zip(turns, places_of(turns), strict=True):
+            if turn.masked:
+                views["masked"][place : place + 1 + len(turn.drafts)] = 1
         if shape.longest == 1:
             known = [i for i, turn in enumerate(turns) if not turn.unread]
             views["ids"][known] = [turns[i].sequence.tokens[turns[i].start] for i in known]
@@ -175,12 +197,19 @@ class Runner:
         return packed
 
 
+def places_of(turns: Sequence[Turn]) -> list[int]:
+    """Where in what a step draws each turn's tokens begin."""
+    if not any(turn.drafts for turn in turns):
+        return list(range(len(turns)))
+    return list(itertools.accumulate((turn.count for turn in turns[:-1]), initial=0))
+
+
 def _chunks(turns: Sequence[Turn], ids: np.ndarray) -> None:
     """Token ids of chunks, one after another."""
     at = 0
     for turn in turns:
         if not turn.unread:
-            ids[at : at + turn.count] = turn.sequence.tokens[turn.start : turn.start + turn.count]
+            ids[at : at + turn.count] = turn.fed
         at += turn.count
 
 

@@ -13,9 +13,11 @@ import bisect
 import dataclasses
 import itertools
 from collections.abc import Mapping
+from collections.abc import Sequence as Sequence_
 
 from jaxllm.core.config import require
 from jaxllm.errors import CapacityError
+from jaxllm.serve.ngram import agreed
 from jaxllm.serve.pages import Pages, chain
 from jaxllm.serve.sequence import Holding, Sequence
 
@@ -32,6 +34,8 @@ class Limits:
       longest: tokens of one sequence.
       page_size: Z.
       prefix_cache: whether pages are found again by what they hold.
+      drafts: tokens that one sequence may guess in a step; 0 for none.
+      verified: tokens of a step with drafts.
     """
 
     tokens: int
@@ -39,6 +43,8 @@ class Limits:
     longest: int
     page_size: int
     prefix_cache: bool = True
+    drafts: int = 0
+    verified: int = 0
 
     def __post_init__(self) -> None:
         require(
@@ -62,6 +68,7 @@ class Turn:
       draws: whether the step draws its next token.
       begins: whether it is the first chunk since it got its slot.
       unread: whether its one token is on the device only.
+      drafts: the last ones of those that it feeds, that are guesses.
     """
 
     sequence: Sequence
@@ -70,6 +77,18 @@ class Turn:
     draws: bool
     begins: bool
     unread: bool
+    drafts: Sequence_[int] = ()
+
+    @property
+    def fed(self) -> list[int]:
+        """The tokens that it feeds, of those that the host knows."""
+        end = self.start + self.count - len(self.drafts)
+        return [*self.sequence.tokens[self.start : end], *self.drafts]
+
+    @property
+    def masked(self) -> bool:
+        """Whether a grammar limits what it draws."""
+        return self.draws and self.sequence.guide is not None
 
 
 class Scheduler:
@@ -90,6 +109,8 @@ class Scheduler:
         self.preemptions = 0
         self.hit_tokens = 0
         self.prompt_tokens = 0
+        self.drafted_tokens = 0
+        self.accepted_tokens = 0
         self._slots = list(range(limits.sequences - 1, -1, -1))
         self._served: dict[str, int] = {}
         self._arrivals = itertools.count()
@@ -135,6 +156,11 @@ class Scheduler:
             self.running.remove(sequence)
             self._give_back(sequence)
 
+    @property
+    def held_up(self) -> bool:
+        """Whether a sequence cannot go on before what was drawn is read."""
+        return any(sequence.held_up for sequence in self.running)
+
     def plan(self) -> list[Turn]:
         """The turns of the next step; empty when there is nothing to do."""
         turns: list[Turn] = []
@@ -143,14 +169,17 @@ class Scheduler:
         order = [x for x in running if x[1] == 1]
         order += [x for x in running if x[1] > 1]
         longest = self.limits.longest
+        spare = self._spare(order)
         for sequence, wanted in order:
             if wanted > 1:
                 wanted = min(wanted, longest, left)
             if left < 1 or sequence.slot is None:
                 continue
-            if sequence.computed + wanted <= sequence.room or self._hold(sequence, wanted, turns):
-                turns.append(self._turn(sequence, wanted))
-                left -= wanted
+            drafts = self._drafts(sequence, spare, len(order)) if spare > 0 else []
+            count = wanted + len(drafts)
+            if sequence.computed + count <= sequence.room or self._hold(sequence, count, turns):
+                turns.append(self._turn(sequence, count, drafts))
+                left, spare = left - count, spare - len(drafts)
         while left > 0 and self._slots:
             sequence = self._next_waiting()
             if sequence is None or not self._admit(sequence, left):
@@ -160,24 +189,51 @@ class Scheduler:
             left -= wanted
         return turns
 
-    def drawn(self, turn: Turn, token: int) -> bool:
-        """Take a token that a turn drew; whether anybody still wants it."""
+    def drawn(self, turn: Turn, tokens: Sequence_[int]) -> list[int]:
+        """Take what a turn drew, a token for each of its drafts and one more; those that are new
+        and still wanted."""
         sequence = turn.sequence
         if not turn.draws or sequence.done:
-            return False
-        sequence.tokens.append(token)
+            return []
+        new = agreed(turn.drafts, tokens)
+        sequence.tokens += new
+        if turn.drafts:
+            sequence.length, sequence.guessed = len(sequence.tokens), 0
+            sequence.computed = turn.start + len(new)
+            sequence.drafter.learn(len(turn.drafts), len(new) - 1)
+            self.drafted_tokens += len(turn.drafts)
+            self.accepted_tokens += len(new) - 1
         if len(sequence.tokens) // self.limits.page_size > sequence.named:
             self._name(sequence)
-        return True
+        return new
 
-    def _turn(self, sequence: Sequence, count: int) -> Turn:
-        start = sequence.computed
+    def _spare(self, order: list[tuple[Sequence, int]]) -> int:
+        """Tokens that the step has for drafts: none where a prompt is on its way or may start."""
+        prompts = any(wanted > 1 for _, wanted in order)
+        if not self.limits.drafts or prompts or (self._slots and self._next_waiting()):
+            return 0
+        return min(self.limits.verified, self.limits.tokens) - len(order)
+
+    def _drafts(self, sequence: Sequence, most: int, rows: int) -> list[int]:
+        """A sequence's drafts; nobody is preempted for them."""
+        drafts = sequence.drafts(min(most, self.limits.drafts), rows)
+        end = -(-(sequence.computed + 1 + len(drafts)) // self.limits.page_size)
+        fits = all(
+            self.pages[group].available >= end - holding.end
+            for group, holding in sequence.holdings.items()
+        )
+        return drafts if fits else []
+
+    def _turn(self, sequence: Sequence, count: int, drafts: Sequence_[int] = ()) -> Turn:
+        start, begins = sequence.computed, sequence.begins
         end = sequence.computed = start + count
-        draws = end == sequence.length
-        turn = Turn(sequence, start, count, draws, sequence.begins, end > len(sequence.tokens))
+        known = end - len(drafts)
+        draws = known == sequence.length
+        turn = Turn(sequence, start, count, draws, begins, known > len(sequence.tokens), drafts)
         sequence.begins = False
         if draws:
-            sequence.length += 1
+            sequence.length += 1 + len(drafts)
+            sequence.guessed = len(drafts)
         self._served[sequence.tenant] += count
         if end // self.limits.page_size > sequence.named:
             self._name(sequence)

@@ -49,6 +49,9 @@ class Sequence:
       named: full pages that can be found by their hash.
       done: nothing more is wanted of it.
       begins: whether its next chunk is its first since it got its slot.
+      guide: its way through a grammar, or None; the next token is drawn when the last is known.
+      drafter: guesses what comes next, or None; likewise, while it is active.
+      guessed: tokens fed that were guesses and are not known to be right yet.
     """
 
     tokens: list[int]
@@ -70,6 +73,9 @@ class Sequence:
     named: int = 0
     done: bool = False
     begins: bool = True
+    guide: Any = None
+    drafter: Any = None
+    guessed: int = 0
 
     def __post_init__(self) -> None:
         self.length = len(self.tokens)
@@ -81,8 +87,31 @@ class Sequence:
 
     @property
     def wanted(self) -> int:
-        """Tokens to compute before the next is drawn; 0 when the answer is as long as allowed."""
-        return 0 if self.done or self.length >= self.limit else self.length - self.computed
+        """Tokens to compute before the next is drawn; 0 when the answer is as long as allowed, or
+        while it is held up."""
+        ended = self.done or self.length >= self.limit
+        return 0 if ended or self.held_up else self.length - self.computed
+
+    @property
+    def held_up(self) -> bool:
+        """Whether it needs a token of which the host does not know yet."""
+        if self.unread == 0:
+            return False
+        drafts = self.drafter is not None and self.drafter.active(self.length)
+        return drafts or self.guessed > 0 or self.guide is not None
+
+    def drafts(self, most: int, rows: int) -> list[int]:
+        """A guess of what comes after its tokens, that its grammar allows.
+
+        Args:
+          most: tokens of the guess.
+          rows: sequences in the step.
+        """
+        most = min(most, self.limit - self.length - 1)
+        if most < 1 or self.drafter is None or not self.drafter.active(self.length):
+            return []
+        found = self.drafter.propose(self.tokens, most, rows)
+        return found if self.guide is None else found[: self.guide.kept(found)]
 
     @property
     def ready(self) -> bool:

@@ -1,7 +1,8 @@
-"""The function behind a serving step: feed a flat batch, draw a token for every row."""
+"""The function behind a serving step: feed a flat batch, draw a token for every row or place."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,42 @@ from jaxllm.serve.programs import TOP, Carry, Drawn, Memory, Options, Shape, unp
 from jaxllm.state.step import flat_step
 
 __all__ = ["serve_step"]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Places:
+    """Where tokens are drawn: at the end of every row, or after every token.
+
+    Attributes:
+      slots: [P] int32.
+      used: [P] booleans.
+      positions: [P] int32, of the token that is drawn.
+      offsets: [P] int32, tokens of the row before this one, or None at the ends of rows.
+    """
+
+    slots: Array
+    used: Array
+    positions: Array
+    offsets: Array | None = None
+
+
+def _places(flat: Flat, shape: Shape) -> _Places:
+    if not shape.every:
+        return _Places(flat.slots, flat.counts > 0, flat.starts + flat.counts)
+    owner = flat.owners(shape.tokens)
+    row = jnp.minimum(owner, shape.rows - 1)
+    offsets = jnp.arange(shape.tokens, dtype=jnp.int32) - jnp.take(flat.firsts, row)
+    return _Places(
+        jnp.take(flat.slots, row),
+        owner < shape.rows,
+        jnp.take(flat.starts, row) + offsets + 1,
+        offsets,
+    )
+
+
+def _before(x: Array, count: int) -> Array:
+    """What stands `count` places before each; anything at the first ones."""
+    return jnp.roll(x, count)
 
 
 def _seen(history: History, new: dict[str, Array], flat: Flat, penalized: Array) -> History:
@@ -43,10 +80,44 @@ def _seen(history: History, new: dict[str, Array], flat: Flat, penalized: Array)
     return History(prompt, answer)
 
 
-def _draw(logits: Array, options: Options, history: History, flat: Flat, positions: Array) -> Drawn:
-    """A token for each row of logits [R, V]; what no row asks for is not computed."""
-    take = lambda x: jnp.take(x, flat.slots, axis=0, mode="clip")  # noqa: E731
-    used = flat.counts > 0
+def _drafted(answer: Array, ids: Array, offsets: Array, longest: int) -> Array:
+    """Answer counts [P, V] with each place's token and those of its row before it."""
+    places = jnp.arange(ids.shape[0])
+    for back in range(longest):
+        inside = (offsets >= back).astype(answer.dtype)
+        answer = answer.at[places, _before(ids, back)].add(inside)
+    return answer
+
+
+def _accepted(tokens: Array, ids: Array, places: _Places, longest: int) -> Array:
+    """Whether each place's token [P] is one that stays: a row's first, or a draft that was drawn
+    at the place before, after others that were."""
+    offsets = places.offsets
+    assert offsets is not None
+    right = (offsets == 0) | (_before(tokens, 1) == ids)
+    stays = right & places.used
+    for back in range(1, longest):
+        stays = stays & ((offsets < back) | _before(right, back))
+    return stays
+
+
+def _allowed(logits: Array, masks: Array, masked: Array) -> Array:
+    """Logits [P, V] with -inf where a masked place's bit of masks [P, words] is 0."""
+    bits = masks[:, :, None] >> jnp.arange(32, dtype=jnp.int32)[None, None]
+    may = (bits.reshape(bits.shape[0], -1)[:, : logits.shape[-1]] & 1) > 0
+    return jnp.where(may | ~masked[:, None], logits, -jnp.inf)
+
+
+def _draw(
+    logits: Array,
+    options: Options,
+    places: _Places,
+    masks: tuple[Array, Array],
+    seen: Callable[[], History],
+) -> Drawn:
+    """A token for each place of logits [P, V]; what no place asks for is not computed."""
+    take = lambda x: jnp.take(x, places.slots, axis=0, mode="clip")  # noqa: E731
+    used = places.used
     rows = jax.tree.map(take, options.rows)
     penalized, wanted = take(options.penalized) & used, take(options.logprobs) & used
     ids, bias = take(options.bias_ids), take(options.bias)
@@ -55,25 +126,28 @@ def _draw(logits: Array, options: Options, history: History, flat: Flat, positio
         return x.at[jnp.arange(x.shape[0])[:, None], ids].add(bias, mode="drop")
 
     def punished(x: Array) -> Array:
-        seen = History(take(history.prompt), take(history.answer))
-        return jnp.where(penalized[:, None], penalize(x, rows, seen), x)
+        return jnp.where(penalized[:, None], penalize(x, rows, seen()), x)
 
     has_bias = jnp.any((ids < logits.shape[-1]) & used[:, None])
     changed = jax.lax.cond(has_bias, biased, lambda x: x, logits)
     changed = jax.lax.cond(jnp.any(penalized), punished, lambda x: x, changed)
+    bits, masked = masks
+    changed = jax.lax.cond(
+        jnp.any(masked), lambda x: _allowed(x, bits, masked), lambda x: x, changed
+    )
     tokens = jax.lax.cond(
         jnp.any((rows.temperature > 0) & used),
-        lambda x: sample(x, rows, positions),
+        lambda x: sample(x, rows, places.positions),
         lambda x: jnp.argmax(x, axis=-1).astype(jnp.int32),
         changed,
     )
 
     def scored(x: Array) -> Drawn:
         logs = jax.nn.log_softmax(x, axis=-1)
-        top, places = jax.lax.top_k(logs, min(TOP, x.shape[-1]))
+        top, found = jax.lax.top_k(logs, min(TOP, x.shape[-1]))
         short = ((0, 0), (0, TOP - top.shape[-1]))
         own = jnp.take_along_axis(logs, tokens[:, None], axis=-1)[:, 0]
-        return Drawn(tokens, own, jnp.pad(places.astype(jnp.int32), short), jnp.pad(top, short))
+        return Drawn(tokens, own, jnp.pad(found.astype(jnp.int32), short), jnp.pad(top, short))
 
     return jax.lax.cond(jnp.any(wanted), scored, lambda _: _unscored(tokens), logits)
 
@@ -88,7 +162,20 @@ def serve_step(setup: Setup, memory: Memory, shape: Shape) -> Callable[..., Any]
     """See `programs.step`."""
     parts = shape.parts(memory)
 
-    def run(params: Any, state: Any, carry: Carry, options: Options, packed: Array) -> Any:
+    def logits_of(params: Any, state: Any, ids: Array, flat: Flat, table: Any) -> Any:
+        step = flat_step(flat, shape.tokens, table)
+        hidden, state, _ = api.apply(
+            setup.spec, params, ids[None], step, state, policy=setup.policy
+        )
+        if shape.longest > 1 and not shape.every:
+            ends = jnp.clip(flat.firsts + flat.counts - 1, 0, shape.tokens - 1)
+            hidden = hidden[:, ends]
+        logits = api.unembed(setup.spec, params, hidden, policy=setup.policy)[0]
+        return logits.astype(jnp.float32), state
+
+    def run(
+        params: Any, state: Any, carry: Carry, options: Options, packed: Array, masks: Array
+    ) -> Any:
         new = unpack(packed, parts)
         flat = Flat(new["counts"], new["starts"], new["slots"], shape.longest)
         table = {
@@ -98,28 +185,46 @@ def serve_step(setup: Setup, memory: Memory, shape: Shape) -> Callable[..., Any]
         row = jnp.minimum(flat.owners(shape.tokens), shape.rows - 1)
         last = jnp.take(carry.last, flat.slots, mode="clip")
         new["ids"] = jnp.where(new["unread"][row] > 0, last[row], new["ids"])
-        step = flat_step(flat, shape.tokens, table)
-        hidden, state, _ = api.apply(
-            setup.spec, params, new["ids"][None], step, state, policy=setup.policy
-        )
-        if shape.longest > 1:
-            ends = jnp.clip(flat.firsts + flat.counts - 1, 0, shape.tokens - 1)
-            hidden = hidden[:, ends]
-        logits = api.unembed(setup.spec, params, hidden, policy=setup.policy)[0]
+        logits, state = logits_of(params, state, new["ids"], flat, table)
         if shape.greedy:
-            drawn = _unscored(jnp.argmax(logits.astype(jnp.float32), axis=-1).astype(jnp.int32))
+            drawn = _unscored(jnp.argmax(logits, axis=-1).astype(jnp.int32))
             tokens = carry.last.at[flat.slots].set(drawn.tokens, mode="drop")
             return state, Carry(tokens, carry.history), drawn
-        penalized = jnp.take(options.penalized, flat.slots, mode="clip") & (flat.counts > 0)
-        history = jax.lax.cond(
-            jnp.any(penalized),
-            lambda h: _seen(h, new, flat, penalized),
-            lambda h: h,
-            carry.history,
+        places, limits = _places(flat, shape), (masks, new["masked"] > 0)
+        penalized = jnp.take(options.penalized, places.slots, mode="clip") & places.used
+        take = lambda x: jnp.take(x, places.slots, axis=0, mode="clip")  # noqa: E731
+        if not shape.every:
+            history = jax.lax.cond(
+                jnp.any(penalized),
+                lambda h: _seen(h, new, flat, penalized),
+                lambda h: h,
+                carry.history,
+            )
+            seen = lambda: History(take(history.prompt), take(history.answer))  # noqa: E731
+            drawn = _draw(logits, options, places, limits, seen)
+            tokens = carry.last.at[flat.slots].set(drawn.tokens, mode="drop")
+            return state, Carry(tokens, history), drawn
+
+        history, offsets, ids = carry.history, places.offsets, new["ids"]
+        assert offsets is not None
+
+        def seen_with_drafts() -> History:
+            answer = _drafted(take(history.answer), ids, offsets, shape.longest)
+            return History(take(history.prompt), answer)
+
+        drawn = _draw(logits, options, places, limits, seen_with_drafts)
+        stays = _accepted(drawn.tokens, ids, places, shape.longest)
+        ends = stays & ~(jnp.roll(stays, -1) & (jnp.roll(offsets, -1) > 0))
+        tokens = carry.last.at[jnp.where(ends, places.slots, memory.slots)].set(
+            drawn.tokens, mode="drop"
         )
-        positions = flat.starts + flat.counts
-        drawn = _draw(logits.astype(jnp.float32), options, history, flat, positions)
-        tokens = carry.last.at[flat.slots].set(drawn.tokens, mode="drop")
-        return state, Carry(tokens, history), drawn
+        kept = jnp.where(stays & penalized, places.slots, memory.slots)
+        answer = jax.lax.cond(
+            jnp.any(penalized),
+            lambda x: x.at[kept, ids].add(1, mode="drop"),
+            lambda x: x,
+            history.answer,
+        )
+        return state, Carry(tokens, History(history.prompt, answer)), drawn
 
     return run

@@ -50,11 +50,11 @@ class Writer:
         self, draft: Draft, tokens: Sequence[int], logprobs: Sequence[Logprob], finish: str | None
     ) -> None:
         """New tokens of an answer, the last ones if there is a reason to finish."""
-        self._queue.put((draft, tuple(tokens), tuple(logprobs), finish, None))
+        self._queue.put((draft, tuple(tokens), tuple(logprobs), finish))
 
-    def fail(self, draft: Draft, error: str) -> None:
-        """End an answer with an error."""
-        self._queue.put((draft, (), (), None, error))
+    def fail(self, draft: Draft, error: str, *, refused: bool = False) -> None:
+        """End an answer with an error, of the engine's or of the request's own."""
+        self._queue.put((draft, error, refused))
 
     def close(self) -> None:
         """Write what is there and end."""
@@ -67,7 +67,11 @@ class Writer:
             if draft.closed:
                 continue
             try:
-                self._write(*item)
+                if len(item) == 3:
+                    draft.closed = True
+                    draft.stream.push(Piece(index=draft.index, error=item[1], refused=item[2]))
+                else:
+                    self._write(*item)
             except Exception as error:  # one answer's trouble is not the others'
                 log.exception("an answer cannot be written")
                 draft.closed = True
@@ -80,12 +84,7 @@ class Writer:
         tokens: tuple[int, ...],
         logprobs: tuple[Logprob, ...],
         finish: str | None,
-        error: str | None,
     ) -> None:
-        if error is not None:
-            draft.closed = True
-            draft.stream.push(Piece(index=draft.index, error=error))
-            return
         text = draft.answer.push(tokens)
         stopped = draft.answer.finished
         if stopped and finish is None:

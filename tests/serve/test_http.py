@@ -178,7 +178,7 @@ WRONG = [
     ({"top_logprobs": 2}, "top_logprobs"), ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
     ({"messages": []}, "messages"), ({"messages": "Hi"}, "messages"),
     ({"temprature": 1}, "temprature"),
-    ({"response_format": {"type": "json_object"}}, "response_format"),
+    ({"response_format": {"type": "xml"}}, "response_format"),
     ({"tools": [{}]}, "tools"), ({"stream_options": {}}, "stream_options"), ({"seed": 1.5}, "seed"),
     ({"messages": [{"role": "user"}]}, None), ({"messages": [1]}, None),
     ({"messages": [{"role": "user", "content": "x" * 500}]}, None),

@@ -7,15 +7,71 @@ import contextlib
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import Any
 
 from jaxllm.serve.http.asked import Asked
 from jaxllm.serve.http.errors import body_of, status_of
 from jaxllm.serve.request import Choice, Logprob, Piece, Stream
 from jaxllm.text.tokenizer import Tokenizer
+from jaxllm.text.tools import Delta, ToolParser
 
-__all__ = ["Answers"]
+__all__ = ["Answers", "kept_alive"]
+
+
+def _called(name: str, arguments: str) -> dict[str, Any]:
+    function = {"name": name, "arguments": arguments}
+    return {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}
+
+
+def _chunk(delta: Delta) -> dict[str, Any]:
+    """The delta of a chunk."""
+    if delta.call is None:
+        return {"content": delta.content}
+    if delta.name is not None:
+        return {"tool_calls": [{"index": delta.call, **_called(delta.name, delta.arguments)}]}
+    return {"tool_calls": [{"index": delta.call, "function": {"arguments": delta.arguments}}]}
+
+
+def gathered(deltas: Sequence[Delta]) -> tuple[str, list[dict[str, Any]]]:
+    """(text, calls) of a whole answer."""
+    calls: list[dict[str, Any]] = []
+    for delta in deltas:
+        if delta.name is not None:
+            calls.append(_called(delta.name, delta.arguments))
+        elif delta.call is not None:
+            calls[delta.call]["function"]["arguments"] += delta.arguments
+    return "".join(delta.content for delta in deltas), calls
+
+
+def _finish(finish: str, parser: ToolParser) -> str:
+    """Why an answer ended: an answer that calls and was not cut off ends for that."""
+    return "tool_calls" if finish == "stop" and parser.calls else finish
+
+
+async def kept_alive(events: AsyncIterator[str], silence_s: float) -> AsyncIterator[str]:
+    """Events, with a comment whenever none came for so many seconds."""
+    task: asyncio.Future[str] | None = None
+    try:
+        while True:
+            task = task or asyncio.ensure_future(anext(events))
+            await asyncio.wait({task}, timeout=silence_s)
+            if not task.done():
+                yield ": keep-alive\n\n"
+                continue
+            done, task = task, None
+            try:
+                event = done.result()
+            except StopAsyncIteration:
+                return
+            yield event
+    finally:
+        if task is not None:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError, StopAsyncIteration):
+                await task
+        if isinstance(events, AsyncGenerator):
+            await events.aclose()
 
 
 class Answers:
@@ -49,6 +105,7 @@ class Answers:
         }
         self._answered = 0
         self._cached = 0
+        self._parsers: dict[int, ToolParser] = {}
 
     def cancel(self) -> None:
         """Nobody listens any more."""
@@ -65,8 +122,11 @@ class Answers:
         self._cached = sum(max(c.cached_tokens for c in several) for several in found)
         return {**self._head, "choices": choices, "usage": self._usage()}
 
-    async def events(self, keep_alive_s: float) -> AsyncIterator[str]:
+    def events(self, keep_alive_s: float) -> AsyncIterator[str]:
         """Server-sent events; a comment when nothing came for a while."""
+        return kept_alive(self._events(), keep_alive_s)
+
+    async def _events(self) -> AsyncIterator[str]:
         if self.chat:
             for index in range(self.asked.requests[0].n):
                 yield self._event([self._delta(index, {"role": "assistant", "content": ""}, None)])
@@ -75,11 +135,7 @@ class Answers:
         try:
             left = len(tasks)
             while left:
-                try:
-                    item = await asyncio.wait_for(queue.get(), keep_alive_s)
-                except TimeoutError:
-                    yield ": keep-alive\n\n"
-                    continue
+                item = await queue.get()
                 if item is None:
                     left -= 1
                 elif isinstance(item, BaseException):
@@ -109,7 +165,8 @@ class Answers:
                 if piece.finish_reason is not None and piece.index == 0:
                     self._cached += piece.cached_tokens
                 if piece.text or piece.finish_reason is not None or piece.logprobs:
-                    queue.put_nowait(self._part(base + piece.index, piece))
+                    for part in self._parts(base + piece.index, piece):
+                        queue.put_nowait(part)
             queue.put_nowait(None)
         except Exception as error:
             queue.put_nowait(error)
@@ -122,27 +179,41 @@ class Answers:
             more = {"usage": None} | more
         return f"data: {json.dumps({**head, 'choices': choices, **more})}\n\n"
 
-    def _part(self, index: int, piece: Piece) -> dict[str, Any]:
-        if self.chat:
-            delta = {"content": piece.text} if piece.text else {}
-            return self._delta(index, delta, piece.finish_reason, piece.logprobs)
-        return {
-            "index": index,
-            "text": piece.text,
-            "finish_reason": piece.finish_reason,
-            "logprobs": self._plain_logprobs(piece.logprobs),
-        }
+    def _parts(self, index: int, piece: Piece) -> list[dict[str, Any]]:
+        """What a piece is as choices of chunks; one for each new thing in it."""
+        finish = piece.finish_reason
+        if not self.chat:
+            scores = self._plain_logprobs(piece.logprobs)
+            part = {"index": index, "text": piece.text, "finish_reason": finish, "logprobs": scores}
+            return [part]
+        deltas: list[dict[str, Any]] = [{"content": piece.text}] if piece.text else []
+        if self.asked.tools is not None:
+            parser = self._parsers.setdefault(index, self.asked.tools.parser())
+            found = parser.push(piece.text)
+            if finish is not None:
+                found += parser.finish()
+                finish = _finish(finish, parser)
+            deltas = [_chunk(delta) for delta in found]
+        if not deltas or finish is not None:
+            deltas.append({})
+        parts = [self._delta(index, delta, None) for delta in deltas]
+        parts[0]["logprobs"] = self._chat_logprobs(piece.logprobs)
+        parts[-1]["finish_reason"] = finish
+        return parts
 
-    def _delta(
-        self, index: int, delta: Any, finish: str | None, logprobs: Sequence[Logprob] = ()
-    ) -> dict[str, Any]:
-        scores = self._chat_logprobs(logprobs)
-        return {"index": index, "delta": delta, "finish_reason": finish, "logprobs": scores}
+    def _delta(self, index: int, delta: Any, finish: str | None) -> dict[str, Any]:
+        return {"index": index, "delta": delta, "finish_reason": finish, "logprobs": None}
 
     def _choice(self, index: int, choice: Choice) -> dict[str, Any]:
         shared = {"index": index, "finish_reason": choice.finish_reason}
         if self.chat:
             message = {"role": "assistant", "content": choice.text, "refusal": None}
+            if self.asked.tools is not None:
+                parser = self.asked.tools.parser()
+                text, calls = gathered([*parser.push(choice.text), *parser.finish()])
+                shared["finish_reason"] = _finish(choice.finish_reason, parser)
+                if calls:
+                    message |= {"content": text or None, "tool_calls": calls}
             scores = self._chat_logprobs(choice.logprobs)
             return {**shared, "message": message, "logprobs": scores}
         return {**shared, "text": choice.text, "logprobs": self._plain_logprobs(choice.logprobs)}

@@ -17,7 +17,7 @@ from starlette.routing import Route
 
 from jaxllm.serve.embedder import Embedder
 from jaxllm.serve.engine import Engine, Served
-from jaxllm.serve.http import asked
+from jaxllm.serve.http import asked, responses
 from jaxllm.serve.http.answers import Answers
 from jaxllm.serve.http.config import ServerConfig
 from jaxllm.serve.http.errors import RequestError, response_to
@@ -27,6 +27,14 @@ from jaxllm.serve.http.metrics import Metrics
 from jaxllm.serve.request import Gone
 
 __all__ = ["App", "build"]
+
+
+_PIECES = (
+    "data: {",
+    "event: response.output_text.delta",
+    "event: response.function_call_arguments.delta",
+)
+"""How events begin that bring something of an answer."""
 
 
 class App:
@@ -140,42 +148,57 @@ class App:
 
     async def chat(self, request: Request) -> Response:
         """/v1/chat/completions"""
-        return await self._complete(request, asked.chat, chat=True)
+        return await self._complete(request, asked.chat, self._answers(chat=True))
 
     async def completions(self, request: Request) -> Response:
         """/v1/completions"""
-        return await self._complete(request, asked.completions, chat=False)
+        return await self._complete(request, asked.completions, self._answers(chat=False))
+
+    async def responses(self, request: Request) -> Response:
+        """/v1/responses"""
+
+        def reply(wanted: asked.Asked, streams: list[Any], body: Any) -> responses.Reply:
+            return responses.Reply(wanted, streams, model=self.name, body=body)
+
+        return await self._complete(request, responses.read, reply)
+
+    def _answers(self, *, chat: bool) -> Callable[..., Answers]:
+        """Makes answers of completions."""
+
+        def make(wanted: asked.Asked, streams: list[Any], _: Any) -> Answers:
+            tokenizer = self.model.tokenizer
+            return Answers(wanted, streams, model=self.name, chat=chat, tokenizer=tokenizer)
+
+        return make
 
     async def _complete(
-        self, request: Request, read: Callable[..., asked.Asked], *, chat: bool
+        self, request: Request, read: Callable[..., asked.Asked], make: Callable[..., Any]
     ) -> Response:
         begun = time.perf_counter()
         body = parse_object(await request.body())
         name = body.get("model")
         self._check_name(name if isinstance(name, str) else None)
         wanted = await asyncio.to_thread(read, body, self.model, self.config)
-        answers = Answers(
-            wanted,
-            self._submit(wanted, request.scope.get("tenant", "")),
-            model=self.name,
-            chat=chat,
-            tokenizer=self.model.tokenizer,
-        )
+        tenant, loop = request.scope.get("tenant", ""), asyncio.get_running_loop()
+        streams = await asyncio.to_thread(self._submit, wanted, tenant, loop)
+        answers = make(wanted, streams, body)
         if wanted.stream:
             events = self._timed(answers.events(self.config.keep_alive_s), begun)
             headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
             return StreamingResponse(events, media_type="text/event-stream", headers=headers)
         return JSONResponse(await self._unless_gone(request, answers))
 
-    def _submit(self, wanted: asked.Asked, tenant: str) -> list[Any]:
-        """All prompts, or none."""
+    def _submit(
+        self, wanted: asked.Asked, tenant: str, loop: asyncio.AbstractEventLoop
+    ) -> list[Any]:
+        """All prompts, or none; not on the event loop, as it may compile a grammar."""
         if self.engine is None:
             raise RequestError(
                 "this model is an encoder: it answers /v1/embeddings", code="unsupported"
             )
         if self.draining:
             raise Gone("the server is shutting down")
-        loop, streams = asyncio.get_running_loop(), []
+        streams = []
         try:
             for one in wanted.requests:
                 one = dataclasses.replace(one, tenant=tenant)
@@ -186,7 +209,7 @@ class App:
             raise
         return streams
 
-    async def _unless_gone(self, request: Request, answers: Answers) -> Any:
+    async def _unless_gone(self, request: Request, answers: Any) -> Any:
         """The whole answer, given up when the client hangs up."""
         task = asyncio.create_task(answers.whole())
         try:
@@ -203,7 +226,7 @@ class App:
         """Events, with the times between them on record."""
         last, texts = begun, 0
         async for event in events:
-            if '"content": ""' not in event and event.startswith("data: {"):
+            if event.startswith(_PIECES) and '"content": ""' not in event:
                 now = time.perf_counter()
                 (self.metrics.gaps if texts else self.metrics.first).observe(now - last)
                 last, texts = now, texts + 1
@@ -266,6 +289,7 @@ def build(app: App) -> Any:
         ("/v1/models/{name:path}", app.model_card, "GET"),
         ("/v1/chat/completions", app.chat, "POST"),
         ("/v1/completions", app.completions, "POST"),
+        ("/v1/responses", app.responses, "POST"),
         ("/v1/embeddings", app.embeddings, "POST"),
         ("/tokenize", app.tokenize, "POST"),
     ]

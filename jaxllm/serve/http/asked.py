@@ -8,15 +8,29 @@ from typing import Any
 
 from jaxllm.errors import ConfigError
 from jaxllm.infer.sampling import Sampling
+from jaxllm.serve import grammar
 from jaxllm.serve.engine import Served
 from jaxllm.serve.http.config import ServerConfig
 from jaxllm.serve.http.errors import RequestError
 from jaxllm.serve.http.fields import Fields
+from jaxllm.serve.http.tools import Tools, read_tools
 from jaxllm.serve.programs import BIASES, TOP
 from jaxllm.serve.request import Request
 from jaxllm.text.chat import check_messages
+from jaxllm.text.tools import readable
 
-__all__ = ["Asked", "chat", "completions", "messages_ids", "prompt_rows", "texts"]
+__all__ = [
+    "Asked",
+    "chat",
+    "completions",
+    "format_of",
+    "messages_ids",
+    "object_of",
+    "prompt_rows",
+    "requests_of",
+    "texts",
+    "with_tools",
+]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,11 +41,13 @@ class Asked:
       requests: one a prompt.
       stream: whether pieces are sent as they come.
       usage: whether a stream ends with the token counts.
+      tools: that the answers may call, or None.
     """
 
     requests: tuple[Request, ...]
     stream: bool
     usage: bool
+    tools: Tools | None = None
 
 
 def _sampling(fields: Fields) -> Sampling:
@@ -84,7 +100,64 @@ def _stream(fields: Fields) -> tuple[bool, bool]:
     return stream, usage
 
 
-def _requests(
+def object_of(given: Any, name: str) -> Fields:
+    """Fields of a field that is an object itself."""
+    if not isinstance(given, dict):
+        raise RequestError(f"{name} must be an object", param=name)
+    return Fields(given)
+
+
+def format_of(given: Any, name: str = "response_format") -> grammar.Grammar | None:
+    """The grammar of a `response_format`."""
+    if given is None:
+        return None
+    fields = object_of(given, name)
+    kind, inner = fields.text("type"), fields.raw("json_schema")
+    fields.close()
+    if kind not in ("text", "json_object", "json_schema"):
+        raise RequestError(f"{name}.type is text, json_object or json_schema", param=name)
+    if kind != "json_schema":
+        return grammar.json_schema({"type": "object"}) if kind == "json_object" else None
+    return named_schema(inner, f"{name}.json_schema")
+
+
+def named_schema(given: Any, name: str) -> grammar.Grammar:
+    """The grammar of a schema with its name and strictness; it is kept strictly always."""
+    fields = object_of(given, name)
+    fields.text("name", most=64)
+    fields.text("description", most=4096)
+    fields.flag("strict")
+    schema = fields.raw("schema")
+    fields.close()
+    if schema is None:
+        raise RequestError(f"{name}.schema is missing", param="response_format")
+    return grammar.json_schema(schema)
+
+
+def _grammar(fields: Fields) -> grammar.Grammar | None:
+    """The grammar that any of the fields asks for."""
+    inner = fields.raw("structured_outputs")
+    more = Fields({}) if inner is None else object_of(inner, "structured_outputs")
+    made = {"response_format": format_of(fields.raw("response_format"))}
+    for source, prefix in ((fields, "guided_"), (more, "")):
+        name = "structured_outputs" if source is more else prefix + "json"
+        schema = source.raw(f"{prefix}json")
+        pattern = source.text(f"{prefix}regex", most=grammar.MAX_REGEX_CHARS)
+        texts = source.texts(f"{prefix}choice", grammar.MAX_CHOICES)
+        if schema is not None:
+            made[name] = grammar.json_schema(schema)
+        if pattern is not None:
+            made[f"{prefix}regex"] = grammar.regex(pattern)
+        if texts:
+            made[f"{prefix}choice"] = grammar.choice(texts)
+    more.close()
+    found = {name: one for name, one in made.items() if one is not None}
+    if len(found) > 1:
+        raise RequestError(f"{' and '.join(found)} exclude each other", param=min(found))
+    return next(iter(found.values()), None)
+
+
+def requests_of(
     fields: Fields, prompts: list[list[int]], config: ServerConfig, **more: Any
 ) -> tuple[Request, ...]:
     """What both kinds of completion share."""
@@ -97,6 +170,7 @@ def _requests(
         "stop_ids": _ids(fields.raw("stop_token_ids"), "stop_token_ids", 64),
         "ignore_eos": fields.flag("ignore_eos"),
         "logit_bias": _bias(fields),
+        "grammar": _grammar(fields),
         "priority": fields.integer("priority", -100, 100) or 0,
         **more,
     }
@@ -124,8 +198,8 @@ def _tokenize(model: Served, text: str) -> list[int]:
     return model.tokenizer.encode(text)
 
 
-def messages_ids(given: Any, model: Served, most: int) -> list[int]:
-    """Token ids of a chat's messages by the model's own template.
+def messages_ids(given: Any, model: Served, most: int, tools: Tools | None = None) -> list[int]:
+    """Token ids of a chat's messages by the model's own template, with the tools there are.
 
     Raises:
       RequestError, ConfigError: they are no messages, or the template refuses them.
@@ -134,7 +208,8 @@ def messages_ids(given: Any, model: Served, most: int) -> list[int]:
         raise ConfigError("this model has no tokenizer: use /v1/completions with token ids")
     if not isinstance(given, list) or not 1 <= len(given) <= most:
         raise RequestError(f"messages must be a list of 1 to {most}", param="messages")
-    return model.tokenizer.apply_chat(check_messages(given))
+    schemas = None if tools is None else tools.schemas
+    return model.tokenizer.apply_chat(check_messages(readable(given)), tools=schemas)
 
 
 def texts(given: Any, name: str, most: int) -> list[str | list[int]]:
@@ -179,18 +254,25 @@ def chat(body: dict[str, Any], model: Served, config: ServerConfig) -> Asked:
     wanted, top = fields.flag("logprobs"), fields.integer("top_logprobs", 0, TOP)
     if top is not None and not wanted:
         raise RequestError("top_logprobs needs logprobs: true", param="top_logprobs")
-    fields.only("response_format", {"type": "text"})
-    fields.only("tools", [])
-    fields.only("tool_choice", "none", "auto")
-    fields.only("parallel_tool_calls", True, False)
+    tools = read_tools(fields, model)
     fields.only("modalities", ["text"])
     stream, usage = _stream(fields)
     sample = {"max_tokens": most or config.max_tokens, "logprobs": (top or 0) if wanted else None}
-    (first,) = _requests(fields, [[0]], config, **sample)
+    (first,) = requests_of(fields, [[0]], config, **sample)
     fields.close()  # the template runs last: it is the costly part
-    ids = messages_ids(messages, model, config.max_messages)
+    first = with_tools(first, tools)
+    ids = messages_ids(messages, model, config.max_messages, tools)
     request = dataclasses.replace(first, prompt_ids=tuple(ids))
-    return Asked(requests=(request,), stream=stream, usage=usage)
+    return Asked(requests=(request,), stream=stream, usage=usage, tools=tools)
+
+
+def with_tools(request: Request, tools: Tools | None) -> Request:
+    """The request held to its tools, where one must be called."""
+    if tools is None or tools.grammar is None:
+        return request
+    if request.grammar is not None:
+        raise RequestError("a tool that must be called excludes a response_format")
+    return dataclasses.replace(request, grammar=tools.grammar)
 
 
 def completions(body: dict[str, Any], model: Served, config: ServerConfig) -> Asked:
@@ -206,7 +288,7 @@ def completions(body: dict[str, Any], model: Served, config: ServerConfig) -> As
     fields.only("best_of", 1)
     prompts = prompt_rows(fields.raw("prompt"), "prompt", model, config.max_prompts)
     stream, usage = _stream(fields)
-    requests = _requests(
+    requests = requests_of(
         fields,
         prompts,
         config,

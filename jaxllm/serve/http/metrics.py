@@ -26,6 +26,8 @@ _COUNTERS = {
     "fed_tokens": "tokens computed",
     "prompt_tokens": "tokens of prompts admitted",
     "hit_tokens": "of these, from the prefix cache",
+    "drafted_tokens": "guesses verified",
+    "accepted_tokens": "of these, right",
     "preemptions": "sequences that gave up their pages",
     "host_seconds": "host time in planning, dispatching and handing out",
 }

@@ -34,6 +34,7 @@ class Server:
                 ws="none",
                 lifespan="off",
                 access_log=False,
+                log_config=None,  # handlers are the process's own business
                 log_level="warning",
                 server_header=False,
                 h11_max_incomplete_event_size=config.max_header_bytes,
