@@ -96,6 +96,9 @@ def hub_dialect(config: dict[str, Any]) -> dict[str, Any]:
         out["rotary_emb_base"] = out.pop("rope_theta")
     if out["model_type"] == "qwen2":  # as published: a window is named and not used
         out |= {"sliding_window": 16, "max_window_layers": 2, "use_sliding_window": False}
+    if out["model_type"] == "minimax_m2":
+        out["rotary_dim"] = int(out.pop("partial_rotary_factor") * out["head_dim"])
+        out |= {"qk_norm_type": "per_layer", "use_qk_norm": True, "use_routing_bias": True}
     if out["model_type"] == "qwen3_moe":
         out["num_experts"] = out.pop("num_local_experts")
     out |= hub_layers(config)

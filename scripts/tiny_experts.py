@@ -3,10 +3,13 @@
 from tiny_models import FACTORS, SMALL, Tiny
 from transformers import DeepseekV2Config as DeepseekV2
 from transformers import DeepseekV3Config as DeepseekV3
+from transformers import Dots1Config as Dots1
+from transformers import Glm4MoeConfig as Glm4Moe
 from transformers import GptOssConfig as GptOss
 from transformers import GraniteMoeConfig as GraniteMoe
 from transformers import GraniteMoeSharedConfig as GraniteMoeShared
 from transformers import Llama4TextConfig as Llama4
+from transformers import MiniMaxM2Config as MiniMaxM2
 from transformers import MixtralConfig as Mixtral
 from transformers import OlmoeConfig as Olmoe
 from transformers import Qwen2MoeConfig as Qwen2Moe
@@ -73,8 +76,65 @@ LLAMA4 = MOE | {
     "floor_scale": 6,
     "attn_scale": 0.5,
 }
+GROUPED = MOE | {
+    "moe_intermediate_size": 10,
+    "n_routed_experts": 6,
+    "n_group": 3,
+    "topk_group": 2,
+    "num_experts_per_tok": 3,
+    "n_shared_experts": 1,
+    "routed_scaling_factor": 1.7,
+    "first_k_dense_replace": 1,
+}
 
 EXPERTS = {
+    "glm4_moe": Tiny(Glm4Moe, GROUPED | {"use_qk_norm": True, "head_dim": 12}),
+    "glm4_moe_hub": Tiny(
+        Glm4Moe,
+        GROUPED
+        | {
+            "n_group": 1,
+            "topk_group": 1,
+            "attention_bias": True,
+            "head_dim": 8,
+            "norm_topk_prob": False,
+            "n_shared_experts": 2,
+        },
+        hub=True,
+    ),
+    "dots1": Tiny(
+        Dots1,
+        GROUPED
+        | {"num_hidden_layers": 3, "sliding_window": 6, "max_window_layers": 2, "head_dim": 8},
+    ),
+    "minimax_m2": Tiny(
+        MiniMaxM2,
+        MOE
+        | {
+            "num_local_experts": 5,
+            "head_dim": 12,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "partial_rotary_factor": 0.5,
+            },
+        },
+    ),
+    "minimax_m2_hub": Tiny(
+        MiniMaxM2,
+        MOE
+        | {
+            "num_local_experts": 4,
+            "head_dim": 8,
+            "tie_word_embeddings": True,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "partial_rotary_factor": 0.75,
+            },
+        },
+        hub=True,
+    ),
     "llama4": Tiny(Llama4, LLAMA4),
     "llama4_hub": Tiny(
         Llama4,

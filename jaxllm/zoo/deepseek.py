@@ -22,7 +22,15 @@ from jaxllm.zoo.qwen_moe import EXPERTS
 from jaxllm.zoo.rope import read_rope, write_rope
 from jaxllm.zoo.table import ConfigReader, Entry, Family
 
-__all__ = ["DEEPSEEK_V2", "DEEPSEEK_V3", "LATENT", "read_latent", "write_latent"]
+__all__ = [
+    "DEEPSEEK_V2",
+    "DEEPSEEK_V3",
+    "LATENT",
+    "SHARED",
+    "read_latent",
+    "read_router",
+    "write_latent",
+]
 
 LATENT = {
     "attn.q": "self_attn.q_proj",
@@ -34,12 +42,13 @@ LATENT = {
     "attn.kv_up": "self_attn.kv_b_proj",
 }
 """Names of latent attention."""
-_TENSORS = LATENT | {
+SHARED = {
     "moe.balance": "mlp.gate.e_score_correction",
     "shared.gate": "mlp.shared_experts.gate_proj",
     "shared.up": "mlp.shared_experts.up_proj",
     "shared.down": "mlp.shared_experts.down_proj",
 }
+"""Names of the bias while experts are chosen, and of the MLP beside them."""
 _EPS = 1e-6  # of the norms of short vectors, whatever rms_norm_eps is
 
 
@@ -65,16 +74,34 @@ def _router2(config: ConfigReader) -> Router | None:
 
 
 def _router3(config: ConfigReader) -> Router | None:
+    return read_router(config, scale=2.5, groups=(8, 4))
+
+
+def read_router(
+    config: ConfigReader,
+    *,
+    scale: float,
+    groups: tuple[int, int] = (1, 1),
+    renormalize: bool = True,
+) -> Router | None:
+    """A router of sigmoids with a bias while it chooses.
+
+    Args:
+      config: reader of config.json; problems are left with it.
+      scale: where the file does not say; likewise the others.
+      groups: how many, and how many are kept.
+      renormalize: whether the weights are divided by their sum.
+    """
     for key, only in (("scoring_func", "sigmoid"), ("topk_method", "noaux_tc")):
         if (found := config.take(key, str, only)) != only:
             config.problem(f"{key} {found!r} is not supported; {only!r} is")
     if config.take("moe_layer_freq", int, 1) != 1:
         config.problem("moe_layer_freq other than 1 is not supported")
     parts = {
-        "renormalize": config.take("norm_topk_prob", bool, True),
-        "scale": config.take("routed_scaling_factor", float, 2.5),
-        "groups": config.take("n_group", int, 8),
-        "groups_kept": config.take("topk_group", int, 4),
+        "renormalize": config.take("norm_topk_prob", bool, renormalize),
+        "scale": config.take("routed_scaling_factor", float, scale),
+        "groups": config.take("n_group", int, groups[0]),
+        "groups_kept": config.take("topk_group", int, groups[1]),
     }
     return config.attempt(lambda: Router(score="sigmoid", balance_bias=True, **parts))
 
@@ -223,7 +250,7 @@ def _write_router(router: Router, attn: LatentAttention, own: _Generation) -> di
 
 
 def _names(spec: ModelSpec) -> list[Entry]:
-    names = decoder.TENSORS | experts.NORMS | EXPERTS | _TENSORS
+    names = decoder.TENSORS | experts.NORMS | EXPERTS | LATENT | SHARED
     return [experts.bias_entry(entry) for entry in decoder.entries(spec, names)]
 
 

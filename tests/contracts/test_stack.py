@@ -97,6 +97,22 @@ def test_cut_layers_bring_their_state():
     assert_close(logits, full(NAME)[:, 7:8])
 
 
+def test_stages_that_read_the_embedding_are_given_it():
+    """Shared parameters and the embedding go along; after a cut nobody can guess the latter."""
+    spec, ids, weights = SPECS["shared"], tokens("shared"), params("shared")
+    x = jnp.asarray(weights["embed"]["table"][ids])
+
+    def go(layers, x, span, embedded=None):
+        carry = Carry(x, training_step(*ids.shape), shared=weights["shared"], embedded=embedded)
+        return run(spec, layers, carry, None, policy=Policy(), span=span)[0].hidden
+
+    whole = quick(lambda layers: go(layers, x, (0, 7)))(weights["layers"])
+    cut = quick(lambda layers: go(layers, go(layers, x, (0, 3)), (3, 7), x))(weights["layers"])
+    assert_close(cut, whole, 1e-6)
+    with pytest.raises(ConfigError, match=r"Carry.embedded"):
+        jax.eval_shape(lambda layers: go(layers, x, (3, 7)), weights["layers"])
+
+
 def test_a_stage_needs_its_own_layers_only():
     ids, alone = tokens(NAME), single(params(NAME), 6)["layers"]
     step, x = training_step(*ids.shape), params(NAME)["embed"]["table"][ids]

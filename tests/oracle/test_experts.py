@@ -12,9 +12,12 @@ from jaxllm.spec.ops import LatentAttention, MoE
 from jaxllm.zoo.load import open_checkpoint, saved_paths
 from tests.oracle.checks import check_moved, check_named
 from tests.oracle.golden import NAMES, golden, tensors
-from tests.oracle.mutate import attn, change, only, subs, window
+from tests.oracle.mutate import attn, change, only, rope, subs, window
 
-STEMS = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "deepseek", "gpt_oss", "llama4")
+STEMS = (
+    *("mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "deepseek", "dots1", "gpt_oss", "llama4"),
+    "minimax_m2",
+)
 OURS = [name for name in NAMES if name.startswith(STEMS) or "_moe" in name]
 
 
@@ -93,6 +96,23 @@ MUTATIONS = {
     ("deepseek_v2", "rope pairs i, i + P/2"): latent(
         rope=lambda old: dataclasses.replace(old, layout="half")
     ),
+    ("glm4_moe", "softmax"): router(score="softmax"),
+    ("glm4_moe", "one group more"): router(groups_kept=3),
+    ("glm4_moe", "no bias in the choice"): router(balance_bias=False),
+    ("glm4_moe", "weights not scaled"): router(scale=1.0),
+    ("glm4_moe", "rope on whole heads"): rope(fraction=1.0),
+    ("glm4_moe", "queries and keys not normed"): attn(qk_norm=None),
+    ("glm4_moe_hub", "renormalised"): router(renormalize=True),
+    ("dots1", "window 6 -> 7"): only("S", window(7)),
+    ("dots1", "renormalised"): router(renormalize=True),
+    ("dots1", "queries and keys not normed"): attn(qk_norm=None),
+    ("minimax_m2", "softmax"): router(score="softmax"),
+    ("minimax_m2", "not renormalised"): router(renormalize=False),
+    ("minimax_m2", "no bias in the choice"): router(balance_bias=False),
+    ("minimax_m2", "head by head"): attn(
+        qk_norm=lambda old: dataclasses.replace(old, over="heads")
+    ),
+    ("minimax_m2_hub", "rope on whole heads"): rope(fraction=1.0),
     ("llama4", "weights on what comes out"): router(weigh_inputs=False),
     ("llama4", "softmax"): router(score="softmax"),
     ("llama4", "two experts"): moe(active=2),
@@ -159,6 +179,10 @@ PROBLEMS = {
     "ropes": ("llama4", {"no_rope_layers": [1, 1]}, "no_rope_layers"),
     "kinds beside ropes": ("llama4", {"layer_types": ["full_attention"] * 4}, "layer_types"),
     "odd rope": ("deepseek_v3", {"qk_rope_head_dim": 7}, "even number"),
+    "a routing without bias": ("minimax_m2", {"use_routing_bias": False}, "use_routing_bias is F"),
+    "lightning attention": ("minimax_m2", {"attn_type_list": [1, 0]}, "attn_type_list has another"),
+    "groups of GLM": ("glm4_moe", {"n_group": 4}, "no multiple of the router's groups 4"),
+    "kinds of dots": ("dots1", {"layer_types": ["full_attention"]}, "has 1 layers"),
     "unknown": ("deepseek_v3", {"index_topk": 4}, "unknown key 'index_topk'"),
 }
 

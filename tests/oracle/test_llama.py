@@ -55,8 +55,10 @@ LATER = (
     *(
         "deepseek_v2_hub",
         "deepseek_v3_hub",
+        "glm4_moe_hub",
         "gpt_oss_hub",
         "llama4_hub",
+        "minimax_m2_hub",
         "granite_moe_hub",
         "granite_moe_shared",
         "mixtral_hub",

@@ -329,6 +329,14 @@ SHORT = {
     "Seed-OSS-36B": (36_151_104_512, "seed_oss", (155_136, 5120, 27_648, 64), (80, 8, 128)),
     "GLM-4-9B-0414": (9_400_279_040, "glm4", (151_552, 4096, 13_696, 40), (32, 2, 128)),
     "EXAONE-4.0-1.2B": (1_279_391_488, "exaone4", (102_400, 2048, 4096, 30), (32, 8, 64)),
+    "dots.llm1": (142_774_381_696, "dots1", (152_064, 4096, 10_944, 62), (32, 32, 128)),
+}
+
+
+MORE = {
+    "exaone4": {"sliding_window": None, "tie_word_embeddings": True},
+    "dots1": {"moe_intermediate_size": 1408, "n_routed_experts": 128, "n_shared_experts": 2}
+    | {"num_experts_per_tok": 6, "first_k_dense_replace": 1},
 }
 
 
@@ -345,8 +353,7 @@ def test_parameters_of_families_of_one_kind_of_layer(name):
         "head_dim": head_dim,
         "model_type": kind,
     }
-    if kind == "exaone4":
-        config |= {"sliding_window": None, "tie_word_embeddings": True}
+    config |= MORE.get(kind, {})
     spec = FAMILIES[kind].read(ConfigReader(config, name))
     assert num_params(spec) == count
-    assert spec.layers == f"G*{layers}"
+    assert spec.layers == (f"G*{layers}" if kind != "dots1" else f"G E*{layers - 1}")
