@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from jaxllm.cli.options import Export
+from jaxllm.core.config import require
 from jaxllm.core.logging import show_notes
 
 __all__ = ["run"]
@@ -13,6 +14,8 @@ __all__ = ["run"]
 def run(options: Export) -> int:
     """Run the subcommand; prints what was written and how large it is."""
     show_notes()
+    if options.onnx:
+        return _onnx(options)
     from jaxllm.export.bundle import export_bundle
     from jaxllm.export.table import Sizes
     from jaxllm.export.ways import Options
@@ -31,6 +34,19 @@ def run(options: Export) -> int:
     total, programs = _bytes(options.bundle, ""), _bytes(options.bundle, "programs/")
     shown = f"{total / 1e6:.1f} MB" + (f", {programs / 1e6:.1f} of programs" if programs else "")
     print(f"{options.bundle}: {shown}; jaxllm run {options.bundle} generate --prompt ...")
+    return 0
+
+
+def _onnx(options: Export) -> int:
+    default = {"source": options.source, "bundle": options.bundle, "onnx": True}
+    require(
+        options == Export(**default, dtype=options.dtype) and options.dtype in (None, "float32"),
+        "--onnx writes one graph in float32 for all lengths: leave the other options out",
+    )
+    from jaxllm.export.onnx_graph import export_onnx
+
+    size = sum(p.stat().st_size for p in export_onnx(options.source, options.bundle).iterdir())
+    print(f"{options.bundle}/model.onnx: {size / 1e6:.1f} MB with its weights")
     return 0
 
 

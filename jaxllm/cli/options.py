@@ -232,6 +232,8 @@ class Export:
     """A kernel, on the platform that has it; by default what runs on every device."""
     native: bool = False
     """Also compile for this very machine and put the executables into the bundle."""
+    onnx: bool = False
+    """Write an ONNX graph with its weights instead: float32, for models of the usual shape."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -105,32 +105,34 @@ def _pack(folder: Path, file: Path) -> None:
 
 def _write(folder: Path, source: str, options: Options) -> None:
     variants, layouts = [], {}
-    opened: Opened | None = None
+    head: Opened | None = None
     for way in ways(options):
         opened = open_source(source, policy=way.policy, mesh=way.mesh, put=Placed)
         check_decodes(opened.spec)
         params = placed(opened.params)
+        head = opened = dataclasses.replace(opened, params=None)
         if way.layout not in layouts:
             layouts[way.layout] = write_weights(folder / "weights" / way.layout, params)
         variants.append(
             _parameters(folder, params, layouts[way.layout])
             | _variant(folder, opened, way, params, options)
         )
-    assert opened is not None
-    context, _, _ = options.sizes.fit(opened.spec)
-    (folder / "spec.json").write_text(opened.spec.to_json())
+        del params  # or two models would be in memory at once
+    assert head is not None
+    context, _, _ = options.sizes.fit(head.spec)
+    (folder / "spec.json").write_text(head.spec.to_json())
     manifest = {
         "format": FORMAT,
         "source": source,
         "jaxllm": package_hash()[:16],
         "jax": jax.__version__,
         "jaxlib": jaxlib.__version__,
-        "vocab": opened.spec.vocab,
+        "vocab": head.spec.vocab,
         "context": context,
-        "eos_ids": list(opened.eos_ids),
-        "template": _template_facts(opened),
+        "eos_ids": list(head.eos_ids),
+        "template": _template_facts(head),
         "sampling": _sampling(),
-        "tokenizer": _tokenizer(folder, opened),
+        "tokenizer": _tokenizer(folder, head),
         "variants": variants,
     }
     _seal(folder, manifest)

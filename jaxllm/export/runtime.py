@@ -48,9 +48,8 @@ class Bundle:
             self.manifest = dict(json.loads(bytes(self.read("manifest.json"))))
         except (ValueError, TypeError) as error:
             raise BundleError(f"{path}: no bundle or a damaged one: {error}") from None
-        need(
-            (found := self.manifest.get("format")) == FORMAT, f"{path}: has format {found}: update"
-        )
+        found = self.manifest.get("format")
+        need(found == FORMAT, f"{path}: has format {found}, this reads {FORMAT}: update jaxllm")
         self._check("manifest.json", bytes(self.read("manifest.sha256")[:64]).decode())
         devices, ways = jax.devices(), self.manifest["variants"]
         here = devices[0].platform.replace("gpu", "cuda")
@@ -85,6 +84,8 @@ class Bundle:
 
     def exported(self, entry):
         """A portable program as jax reads it."""
+        if self.way["chip"]:  # it calls kernels, whose handlers come with this import
+            __import__("jax.experimental.mosaic.gpu")
         least = export.minimum_supported_calling_convention_version
         most = export.maximum_supported_calling_convention_version
         try:
@@ -116,22 +117,20 @@ class Bundle:
         size, slots = next((x for x in way["prefill"] if x[0] >= length), way["prefill"][-1])
         ids = np.pad(np.asarray(prompt, np.int32), (0, size))[None]
         new = lambda i: ([ids[:, i : i + size]], [np.full(1, min(size, length - i), np.int32)])  # noqa: E731
-        state, tail = self.run(f"prefill-{mode}-{size}", self.weights, *new(0), rows)
+        held = self.run(f"prefill-{mode}-{size}", self.weights, *new(0), rows)
         for start in range(size, length, size):
-            state, slots = self._grown(state, slots, start + size)
-            name = f"extend-{mode}-{size}-{slots}"
-            state, tail = self.run(name, self.weights, state, tail, *new(start), rows)
-        yield np.asarray(tail[0]).tolist()
+            held, slots = self._grown(held, slots, start + size)
+            held = self.run(f"extend-{mode}-{size}-{slots}", self.weights, *held, *new(start), rows)
+        yield np.asarray(held[1][0]).tolist()
         for done in range(1, limit, count):
-            state, slots = self._grown(state, slots, length + done + count - 1)
-            name = f"decode-{mode}-{slots}"
-            state, tail, (tokens,) = self.run(name, self.weights, state, tail, rows)
+            held, slots = self._grown(held, slots, length + done + count - 1)
+            *held, (tokens,) = self.run(f"decode-{mode}-{slots}", self.weights, *held, rows)
             yield np.asarray(tokens)[0, : limit - done].tolist()
 
-    def _grown(self, state, slots, tokens):
+    def _grown(self, held, slots, tokens):
         while slots < min(tokens, self.way["capacities"][-1]):
-            state, slots = self.run(f"grow-{slots}", state)[0], 2 * slots
-        return state, slots
+            held, slots = [self.run(f"grow-{slots}", held[0])[0], held[1]], 2 * slots
+        return held, slots
 
     def answer(self, messages, **options):
         """The text that follows messages of a chat; takes what `stream` takes."""
@@ -139,9 +138,9 @@ class Bundle:
         from tokenizers import Tokenizer
 
         tokenizer = Tokenizer.from_str(bytes(self.read("tokenizer.json")).decode())
+        template = bytes(self.read("chat_template.jinja")).decode()
         room = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        template = room.from_string(bytes(self.read("chat_template.jinja")).decode())
-        text = template.render(self.manifest["template"], messages=messages)
+        text = room.from_string(template).render(self.manifest["template"], messages=messages)
         found, ids = [], tokenizer.encode(text, add_special_tokens=False).ids
         for new in (i for ids in self.stream(ids, **options) for i in ids):
             if new in self.manifest["eos_ids"]:
