@@ -67,17 +67,21 @@ class Shape:
       rows: R.
       longest: most tokens of one row; 1 for a step of decoding, where T is R.
       context: most tokens of a sequence, those of the step included.
+      greedy: every row takes its most likely token and wants no more. A GPU stops at each choice
+        that a program makes, so that steps without options have programs without choices.
     """
 
     tokens: int
     rows: int
     longest: int
     context: int
+    greedy: bool = False
 
     @property
     def name(self) -> str:
         """For the program's name."""
-        return f"t{self.tokens}-r{self.rows}-l{self.longest}-s{self.context}"
+        how = "-greedy" if self.greedy else ""
+        return f"t{self.tokens}-r{self.rows}-l{self.longest}-s{self.context}{how}"
 
     def widths(self, memory: Memory) -> dict[str, int]:
         """Columns of the page table of every group."""
@@ -112,7 +116,7 @@ def unpack(packed: Any, parts: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
 
 
 def shapes(
-    *, tokens: int, sequences: int, longest: int, contexts: tuple[int, ...]
+    *, tokens: int, sequences: int, longest: int, contexts: tuple[int, ...], greedy: bool = False
 ) -> tuple[Shape, ...]:
     """The table: decoding of 1, 2, 4, … sequences; mixed steps of 16, 64, … tokens for 1 or more.
 
@@ -121,6 +125,7 @@ def shapes(
       sequences: most of a step.
       longest: most tokens of one sequence in a step.
       contexts: lengths of sequences to have programs of their own for, rising.
+      greedy: whether decoding without options has programs of its own.
     """
     require(tokens >= sequences, f"{tokens} tokens of a step hold no {sequences} sequences")
     powers = [1 << i for i in range((sequences - 1).bit_length() + 1)]
@@ -129,7 +134,11 @@ def shapes(
     mixed_rows = sorted({1, *(min(8**i, sequences) for i in range(1, 5))})
     out = []
     for context in contexts:
-        out += [Shape(tokens=n, rows=n, longest=1, context=context) for n in decode]
+        out += [
+            Shape(tokens=n, rows=n, longest=1, context=context, greedy=plain)
+            for n in decode
+            for plain in ([True, False] if greedy else [False])
+        ]
         out += [
             Shape(tokens=t, rows=r, longest=min(longest, t), context=context)
             for t in mixed_tokens

@@ -68,18 +68,20 @@ def _draw(logits: Array, options: Options, history: History, flat: Flat, positio
         changed,
     )
 
-    def scored(x: Array) -> tuple[Array, Array, Array]:
+    def scored(x: Array) -> Drawn:
         logs = jax.nn.log_softmax(x, axis=-1)
         top, places = jax.lax.top_k(logs, min(TOP, x.shape[-1]))
         short = ((0, 0), (0, TOP - top.shape[-1]))
         own = jnp.take_along_axis(logs, tokens[:, None], axis=-1)[:, 0]
-        return own, jnp.pad(places.astype(jnp.int32), short), jnp.pad(top, short)
+        return Drawn(tokens, own, jnp.pad(places.astype(jnp.int32), short), jnp.pad(top, short))
 
-    def unscored(x: Array) -> tuple[Array, Array, Array]:
-        none = jnp.zeros((x.shape[0], TOP), jnp.float32)
-        return none[:, 0], jnp.zeros(none.shape, jnp.int32), none
+    return jax.lax.cond(jnp.any(wanted), scored, lambda _: _unscored(tokens), logits)
 
-    return Drawn(tokens, *jax.lax.cond(jnp.any(wanted), scored, unscored, logits))
+
+def _unscored(tokens: Array) -> Drawn:
+    """Tokens whose log probabilities nobody wants."""
+    none = jnp.zeros((tokens.shape[0], TOP), jnp.float32)
+    return Drawn(tokens, none[:, 0], jnp.zeros(none.shape, jnp.int32), none)
 
 
 def serve_step(setup: Setup, memory: Memory, shape: Shape) -> Callable[..., Any]:
@@ -104,6 +106,10 @@ def serve_step(setup: Setup, memory: Memory, shape: Shape) -> Callable[..., Any]
             ends = jnp.clip(flat.firsts + flat.counts - 1, 0, shape.tokens - 1)
             hidden = hidden[:, ends]
         logits = api.unembed(setup.spec, params, hidden, policy=setup.policy)[0]
+        if shape.greedy:
+            drawn = _unscored(jnp.argmax(logits.astype(jnp.float32), axis=-1).astype(jnp.int32))
+            tokens = carry.last.at[flat.slots].set(drawn.tokens, mode="drop")
+            return state, Carry(tokens, carry.history), drawn
         penalized = jnp.take(options.penalized, flat.slots, mode="clip") & (flat.counts > 0)
         history = jax.lax.cond(
             jnp.any(penalized),
