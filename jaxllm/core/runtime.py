@@ -23,7 +23,6 @@ __all__ = [
     "hf_offline",
     "models_dir",
     "programs_dir",
-    "stay_on_cpu",
     "weights_dir",
     "xla_flags",
 ]
@@ -107,12 +106,6 @@ def compile_for_tpu(accelerator: str) -> None:
         ("TPU_MIN_LOG_LEVEL", "3"),
     ):
         os.environ.setdefault(name, value)
-    stay_on_cpu()
-
-
-def stay_on_cpu() -> None:
-    """Keep jax, if it has not started, from looking for accelerators, unless told where to look."""
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
 _OWN = ("JAXLLM_COORDINATOR", "JAXLLM_NUM_PROCESSES", "JAXLLM_PROCESS_ID")

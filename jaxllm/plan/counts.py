@@ -13,16 +13,12 @@ from collections.abc import Mapping
 import numpy as np
 
 from jaxllm.plan import hlo
-from jaxllm.plan.hlo import Computation, Instruction, Visit
+from jaxllm.plan.hlo import Computation, Instruction
+from jaxllm.plan.moved import NO_TRAFFIC, moved_bytes
 from jaxllm.plan.traffic import Collective, collectives
 
 __all__ = ["Counts", "Tensor", "count", "product_flops"]
 
-_NO_TRAFFIC = {
-    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call",
-    "conditional", "after-all", "partition-id", "replica-id", "iota", "opt-barrier",
-}  # fmt: skip
-_SLICES = ("dynamic-slice", "slice", "gather")
 _KERNELS = ("tpu_custom_call", "mosaic_gpu", "__cudnn$fmha")
 _CUBLAS = re.compile(r'"lhs_contracting_dimensions":\[([^\]]*)\]')
 
@@ -121,78 +117,6 @@ def product_flops(one: Instruction, inside: Computation) -> float:
     return 2.0 * math.prod(one.arrays[0].dims) * contracted
 
 
-def _read_bytes(module: hlo.Module, one: Instruction, inside: Computation) -> int:
-    """Bytes read; of an array that a fusion only slices, the slices."""
-    total = 0.0
-    for place, name in enumerate(one.operands):
-        source = inside.instructions.get(name)
-        if source is None:
-            continue
-        whole = sum(array.size_bytes for array in source.arrays if array.space == 0)
-        total += min(whole, _sliced(module, one, place) if whole > 1 << 16 else whole)
-    return int(total)
-
-
-def _fused(module: hlo.Module, one: Instruction) -> Computation | None:
-    return module.computations.get((one.attribute("calls") or "").lstrip("%"))
-
-
-def _sliced(module: hlo.Module, one: Instruction, place: int) -> float:
-    """Bytes that slices take out of an operand; infinite where it is read whole."""
-    body = _fused(module, one) if one.opcode == "fusion" else None
-    if body is None:
-        return float(one.size_bytes) if one.opcode in _SLICES and place == 0 else math.inf
-    names = [
-        x.name for x in body.instructions.values()
-        if x.opcode == "parameter" and x.literal.strip() == str(place)
-    ]  # fmt: skip
-    total, queue = 0.0, names
-    while queue:
-        name = queue.pop()
-        for user in body.instructions.values():
-            if name not in user.operands:
-                continue
-            if user.opcode == "bitcast":
-                queue.append(user.name)
-            elif user.opcode in _SLICES and user.operands[0] == name:
-                total += user.size_bytes
-            elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
-                total += 0.0  # what stands there is written over in place
-            else:
-                return math.inf
-    return total
-
-
-def _written_bytes(module: hlo.Module, one: Instruction, inside: Computation) -> int:
-    """Bytes written; of an update in place, the update."""
-    body = _fused(module, one) if one.opcode == "fusion" else None
-    last, where = (one, inside) if body is None else (body.root, body)
-    while last.opcode == "bitcast" and last.operands and last.operands[0] in where.instructions:
-        last = where.instructions[last.operands[0]]
-    if last.opcode == "dynamic-update-slice":
-        update = where.instructions.get(last.operands[1])
-        return 0 if update is None else update.size_bytes
-    return sum(array.size_bytes for array in one.arrays if array.space == 0)
-
-
-def _moved(module: hlo.Module, visit: Visit) -> int:
-    one = visit.instruction
-    if (
-        one.opcode in _NO_TRAFFIC
-        or one.opcode.endswith("-done")
-        or "AllocateBuffer" in (one.attributes)
-    ):
-        return 0
-    if one.opcode in ("copy-start", "slice-start"):  # the tuple holds what goes in as well
-        sides = one.arrays[:2]
-        size = min(array.size_bytes for array in sides)
-        return size * sum(array.space == 0 for array in sides)
-    if one.opcode == "dynamic-update-slice":
-        return 2 * _written_bytes(module, one, visit.computation)
-    read = _read_bytes(module, one, visit.computation)
-    return read + _written_bytes(module, one, visit.computation)
-
-
 def _largest(found: Mapping[str, Tensor], top: int) -> tuple[Tensor, ...]:
     return tuple(sorted(found.values(), key=lambda t: -t.size_bytes)[:top])
 
@@ -219,8 +143,8 @@ def count(text: str, mesh: Mapping[str, int], *, top: int = 8) -> Counts:
             unknown += hlo.trips(module, one, visit.computation) is None
         if visit.fused:
             continue
-        moved += visit.times * _moved(module, visit)
-        if one.opcode not in _NO_TRAFFIC and not one.opcode.endswith("-start"):
+        moved += visit.times * moved_bytes(module, visit)
+        if one.opcode not in NO_TRAFFIC and not one.opcode.endswith("-start"):
             for array in one.arrays:
                 size = array.size_bytes if array.space == 0 else 0
                 name = _short(one.op_name or one.name)

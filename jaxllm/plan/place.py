@@ -129,6 +129,7 @@ def _tpu(text: str, name: str, sizes: list[int]) -> Place:
         f"the nearest is {name}:{'x'.join(map(str, [*even, *sizes[2:]]))}",
     )
     runtime.compile_for_tpu(TPUS[name])
+    _ask_for_cpus(1, alone=True)
     from jax.experimental import topologies
 
     more = {"chips_per_host_bounds": (1, 1, 1)} if whole else {}
@@ -146,8 +147,7 @@ def _tpu(text: str, name: str, sizes: list[int]) -> Place:
 def _stand_ins(text: str, name: str, number: int) -> Place:
     """GPUs or CPUs: those that are here, else CPU devices in their place."""
     kind = GPUS.get(name, "cpu")
-    if name == "cpu" or not any(map(importlib.util.find_spec, _CUDA)):
-        runtime.stay_on_cpu()
+    _ask_for_cpus(number, alone=name == "cpu" or not any(map(importlib.util.find_spec, _CUDA)))
     if name == "cpu":
         devices = _cpus(text, number)
         return Place(name=text, kind="cpu", platform="cpu", devices=devices, estimated=False)
@@ -168,6 +168,20 @@ def _gpus() -> list[Any]:
         return []
 
 
+def _ask_for_cpus(number: int, *, alone: bool) -> None:
+    """Before jax starts: so many CPU devices, and whether to look for others.
+
+    When it has started there are as many as there are.
+    """
+    import jax
+
+    if alone and not jax.config.jax_platforms:
+        jax.config.update("jax_platforms", "cpu")
+    if number <= _MANY_CPUS:
+        with contextlib.suppress(RuntimeError):
+            jax.config.update("jax_num_cpu_devices", number)
+
+
 def _cpus(text: str, number: int) -> tuple[Any, ...]:
     """That many CPU devices of this process."""
     import jax
@@ -175,8 +189,6 @@ def _cpus(text: str, number: int) -> tuple[Any, ...]:
     require(
         number <= _MANY_CPUS, f"--devices {text}: at most {_MANY_CPUS} devices can be stood in for"
     )
-    with contextlib.suppress(RuntimeError):  # they are there already: as many as there are
-        jax.config.update("jax_num_cpu_devices", number)
     found = jax.devices("cpu")
     if len(found) < number:
         raise CapacityError(

@@ -134,13 +134,12 @@ def _narrow(config: RunConfig, place: Place) -> list[str]:
     fsdp, width = parse_mesh(config.mesh).get("fsdp", 1), config.spec.width
     if place.platform != "tpu" or fsdp == 1 or width // fsdp >= _TILE:
         return []
-    return [
-        (
-            f"fsdp={fsdp} leaves {width // fsdp} of {width} values a device, less than a tile of "
-            f"{_TILE}: XLA then gathers by all-reduce, which sends twice as much; fsdp up to "
-            f"{max(1, width // _TILE)}, with data for the other devices, does not"
-        )
-    ]
+    line = (
+        f"fsdp={fsdp} leaves {width // fsdp} of {width} values a device, less than a tile of "
+        f"{_TILE}: XLA then gathers by all-reduce, which sends twice as much; fsdp up to "
+        f"{max(1, width // _TILE)}, with data for the other devices, does not"
+    )
+    return [line]
 
 
 def present(config: RunConfig, step: ProgramPlan, place: Place, *, source: str) -> Plan:

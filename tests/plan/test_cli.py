@@ -1,6 +1,10 @@
 """`jaxllm plan`: what it prints and writes, its exit codes, and errors in one line."""
 
 import json
+import os
+import re
+import subprocess
+import sys
 
 import pytest
 
@@ -91,8 +95,6 @@ def test_what_does_not_fit_exits_1(folder, capsys):
     ],
 )
 def test_bad_input_is_one_line(config, options, message, capsys):
-    import re
-
     assert re.search(message, refused(capsys, "plan", config, *options))
 
 
@@ -113,3 +115,14 @@ def test_a_large_model_is_only_read(tmp_path, capsys):
     source = str(write(tmp_path, "llama-3.1-405b"))
     message = refused(capsys, "plan", source, "--devices", "h100:8", "--mesh", "tensor=3")
     assert "the nearest is" in message
+
+
+@pytest.mark.slow
+def test_a_fresh_process_gets_the_devices_that_stand_in(folder):
+    hidden = {"JAX_NUM_CPU_DEVICES", "JAX_PLATFORMS"}
+    clean = {name: value for name, value in os.environ.items() if name not in hidden}
+    line = [sys.executable, "-m", "jaxllm.cli.main", "plan", folder, "--devices", "h100:2"]
+    done = subprocess.run([*line, "--batch", "2"], capture_output=True, text=True, env=clean)
+    assert done.returncode == 0, done.stderr
+    assert "2 x NVIDIA H100 80GB HBM3" in done.stdout
+    assert "InitGoogle" not in done.stderr  # libtpu, where it is installed, is left alone

@@ -9,6 +9,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxllm.core.mesh import make_mesh
 from jaxllm.plan import hlo
 from jaxllm.plan.counts import count, product_flops
+from jaxllm.plan.moved import moved_bytes
 from jaxllm.plan.traffic import axes_of
 
 MESH = {"data": 2, "fsdp": 2, "stage": 1, "expert": 1, "context": 1, "tensor": 2}
@@ -178,3 +179,37 @@ ENTRY %m (x: f32[64], j: s32[]) -> f32[8] {
 """
     (one,) = count(text, MESH).collectives
     assert (one.kind, one.array_bytes, one.sent_bytes) == ("reduce-scatter", 256, 7 / 8 * 256)
+
+
+NESTED = """%slice (p0: f32[16,4096,64], p1: s32[]) -> f32[4096,64] {
+  %p0 = f32[16,4096,64]{2,1,0} parameter(0)
+  %p1 = s32[] parameter(1)
+  %part = f32[1,4096,64]{2,1,0} dynamic-slice(%p0, %p1), dynamic_slice_sizes={1,4096,64}
+  ROOT %flat = f32[4096,64]{1,0} bitcast(%part)
+}
+
+%outer (q0: f32[16,4096,64], q1: s32[], q2: f32[8,64]) -> (f32[16,4096,64], f32[8,4096]) {
+  %q0 = f32[16,4096,64]{2,1,0} parameter(0)
+  %q1 = s32[] parameter(1)
+  %q2 = f32[8,64]{1,0:S(1)} parameter(2)
+  %w = f32[4096,64]{1,0} fusion(%q0, %q1), kind=kLoop, calls=%slice
+  %new = f32[1,4096,64]{2,1,0} bitcast(%w)
+  %stack = f32[16,4096,64]{2,1,0} dynamic-update-slice(%q0, %new, %q1)
+  %y = f32[8,4096]{1,0} dot(%q2, %w), lhs_contracting_dims={1}, rhs_contracting_dims={1}
+  ROOT %both = (f32[16,4096,64]{2,1,0}, f32[8,4096]{1,0:S(1)}) tuple(%stack, %y)
+}
+
+ENTRY %m (a: f32[16,4096,64], b: s32[], c: f32[8,64]) -> (f32[16,4096,64], f32[8,4096]) {
+  %a = f32[16,4096,64]{2,1,0} parameter(0)
+  %b = s32[] parameter(1)
+  %c = f32[8,64]{1,0:S(1)} parameter(2)
+  ROOT %r = (f32[16,4096,64]{2,1,0}, f32[8,4096]{1,0:S(1)}) fusion(%a, %b, %c), calls=%outer
+}
+"""
+
+
+def test_bytes_of_nested_fusions_are_those_of_slices():
+    """One slice of the stack is read and one is written in place; the rest lies in VMEM."""
+    module = hlo.parse(NESTED)
+    last = [v for v in hlo.visits(module) if v.instruction.name == "r"]
+    assert moved_bytes(module, last[0]) == 2 * 4096 * 64 * 4 + 4

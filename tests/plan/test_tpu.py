@@ -71,7 +71,7 @@ def test_a_small_step_on_a_v5e():
 
 PUBLISHED = {
     # name: devices, mesh, tokens a row, rows a device, MFU that MaxText reports
-    "llama-3.1-8b": ("v6e:16x16", "fsdp=256", 8192, 2, 0.455),
+    "llama-3.1-8b": ("v6e:16x16", "data=16,fsdp=16", 8192, 2, 0.455),
     "llama-2-70b": ("v5p:8x8x8", "data=8,fsdp=64", 4096, 2, 0.654),
 }
 """Source: MaxText, docs/reference/models/tiering.md (2026-08); rows a device are our choice."""
