@@ -10,7 +10,9 @@ import jax
 __all__ = ["seconds"]
 
 
-def seconds(function, arguments: list[tuple], *, rounds: int = 12) -> tuple[float, float]:
+def seconds(
+    function, arguments: list[tuple], *, rounds: int = 12, calls: int = 1
+) -> tuple[float, float]:
     """(median, spread) of one call, in seconds.
 
     Args:
@@ -18,8 +20,12 @@ def seconds(function, arguments: list[tuple], *, rounds: int = 12) -> tuple[floa
         program, so that neither the host's dispatch nor a warm L2 cache enters.
       arguments: the inputs of each call; together they should exceed the L2 cache.
       rounds: runs of that program; the spread is between their quartiles.
+      calls: at least so many in the program, by going through `arguments` again: for calls so short
+        that starting a program takes as long.
     """
     inner = jax.jit(function)
+    # The same arrays again are other parameters to XLA, which so takes no call for one it has made.
+    arguments = arguments * -(-calls // len(arguments))
     program = jax.jit(lambda many: [inner(*one) for one in many])
     run = program.lower(arguments).compile()
     for _ in range(2):

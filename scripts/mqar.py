@@ -15,33 +15,28 @@ stays at chance. Learning rates are those of a kind: recurrences learn in a narr
 import argparse
 import dataclasses
 import json
-import time
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
+from learning import accuracy, fit
 
-from jaxllm.core.policy import Policy
-from jaxllm.nn import api
 from jaxllm.spec.linear_attention import GatedDecay, LinearAttention, OutNorm
 from jaxllm.spec.model import Block, Embedding, ModelSpec, sub
 from jaxllm.spec.ops import Attention, Norm
 from jaxllm.spec.state_space import StateSpaceDual
-from jaxllm.state.step import training_step
 
-VOCAB, LENGTH, PAIRS, WIDTH, BATCH, WARM_UP = 256, 64, 8, 64, 64, 50
+VOCAB, LENGTH, PAIRS, WIDTH = 256, 64, 8, 64
 SIZES = {"heads": 2, "key_heads": 2, "key_dim": 32, "value_dim": 32, "conv": 4}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mixer:
-    """What both layers are, its peak learning rate and steps, and whether positions are learned."""
+    """What both layers are; peak learning rate, steps, rows a step; learned positions or none."""
 
     op: Attention | LinearAttention | StateSpaceDual
     rate: float
     steps: int = 1000
+    batch: int = 64
     positions: bool = False
 
 
@@ -58,7 +53,7 @@ MIXERS = {
     "softmax attention": Mixer(
         op=Attention(heads=2, kv_heads=2, head_dim=32, rope=None), rate=3e-3, positions=True
     ),
-    "gated DeltaNet": Mixer(op=DELTA, rate=1e-2),
+    "gated DeltaNet": Mixer(op=DELTA, rate=1e-2, steps=500, batch=256),
     "Mamba-2": Mixer(op=StateSpaceDual(heads=2, head_dim=32, state=64), rate=6e-3),
     "elu+1 linear attention": Mixer(
         op=LinearAttention(**SIZES, feature="elu1", normalizer=1e-6), rate=1e-2, steps=2000
@@ -96,43 +91,20 @@ def model(mixer: Mixer) -> ModelSpec:
     )
 
 
-def train(name: str, seed: int) -> dict[int, float]:
-    """Accuracy on 256 other rows, by number of steps."""
+def train(name: str, seed: int, last: int | None = None) -> dict[int, float]:
+    """Accuracy on 256 other rows, by number of steps; `last` ends a run early."""
     mixer = MIXERS[name]
-    spec, policy, steps = model(mixer), Policy(), mixer.steps
-    params = api.init(spec, jax.random.key(seed))
-    rate = optax.warmup_cosine_decay_schedule(0, mixer.rate, WARM_UP, steps, mixer.rate / 10)
-    optimizer = optax.adamw(rate, b2=0.95, weight_decay=0.1)
-
-    def logits(params, ids):
-        hidden, _, _ = api.apply(spec, params, ids, training_step(*ids.shape), policy=policy)
-        return api.unembed(spec, params, hidden, policy=policy)
-
-    @jax.jit
-    def step(params, state, ids, wanted):
-        def loss(params):
-            scores = jax.nn.log_softmax(logits(params, ids))
-            picked = jnp.take_along_axis(scores, jnp.maximum(wanted, 0)[..., None], axis=-1)[..., 0]
-            return -jnp.where(wanted >= 0, picked, 0).sum() / (wanted >= 0).sum()
-
-        value, grads = jax.value_and_grad(loss)(params)
-        updates, state = optimizer.update(grads, state, params)
-        return optax.apply_updates(params, updates), state, value
-
-    @jax.jit
-    def right(params, ids, wanted):
-        best = logits(params, ids).argmax(-1)
-        return ((best == wanted) & (wanted >= 0)).sum() / (wanted >= 0).sum()
-
+    spec, found = model(mixer), {}
     test, random = rows(np.random.default_rng(10_000 + seed), 256), np.random.default_rng(seed)
-    state, found, begun = optimizer.init(params), {}, time.perf_counter()
-    for i in range(1, steps + 1):
-        params, state, value = step(params, state, *rows(random, BATCH))
+
+    def at(i, params, loss, seconds):
         if i in CHECKS:
-            found[i] = float(right(params, *test))
-            seconds = time.perf_counter() - begun
-            print(f"{name}: {i} steps, loss {float(value):.4f}, right {found[i]:.4f}, "
+            found[i] = accuracy(spec, params, *test)
+            print(f"{name}: {i} steps, loss {float(loss):.4f}, right {found[i]:.4f}, "
                   f"{seconds:.0f} s", flush=True)  # fmt: skip
+
+    batches = ((*rows(random, mixer.batch), None) for _ in range(last or mixer.steps))
+    fit(spec, batches, mixer.rate, steps=mixer.steps, seed=seed, at=at)
     return found
 
 

@@ -1,8 +1,9 @@
-"""Attention over keys and values in pages: plain jnp, in the place of a kernel.
+"""Attention over keys and values in pages.
 
-Queries stand in blocks of one sequence each. `loop` walks over as many pages as the longest
-sequence has and keeps running softmax statistics, so its work follows what is remembered;
-`gather` reads the whole width of the table at once, without a loop that the host must follow.
+Queries stand in blocks of one sequence each. `mosaic_gpu` is our kernel: it reads what each
+sequence holds. In plain jnp, `loop` walks over as many pages as the longest sequence has and keeps
+running softmax statistics, so its work follows what is remembered; `gather` reads the whole width
+of the table at once, without a loop that the host must follow.
 """
 
 from __future__ import annotations
@@ -17,13 +18,17 @@ from jaxtyping import Array, Float
 
 from jaxllm.core.config import nearest
 from jaxllm.core.logging import note_once
-from jaxllm.errors import ConfigError
+from jaxllm.errors import ConfigError, UnsupportedError
 from jaxllm.ops.attention import Scores
+from jaxllm.ops.flash import band
 from jaxllm.ops.flat import Flat, QueryBlocks, query_blocks
 from jaxllm.spec.mask import Mask, Row, allowed
 from jaxllm.typing import AnyArray, Slot
+from pallas_kernels.target import target
 
-__all__ = ["IMPLEMENTATIONS", "PageTable", "paged_attention", "write_pages"]
+__all__ = ["IMPLEMENTATIONS", "KERNEL", "PageTable", "obstacle", "paged_attention", "write_pages"]
+
+KERNEL = "mosaic_gpu"
 
 STRIDE = 128
 """Keys that a turn of the loop reads."""
@@ -141,15 +146,79 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {"loop": _loop, "gather": _gath
 """(problem, initial statistics, columns that the longest sequence needs) -> statistics."""
 
 
-def _choose(name: str) -> str:
+def obstacle(*, dtype: str, widths: tuple[int, int], page_size: int, mask: Mask) -> str | None:
+    """Why the kernel cannot serve a kind of call, or None.
+
+    Args:
+      dtype: of queries and pages.
+      widths: of a head's keys and values.
+      page_size: tokens a page.
+      mask: who sees whom.
+    """
+    platform = target()
+    if platform not in ("gpu", "interpreter"):
+        return f"it needs a CUDA device, this is {platform}"
+    sides = band(mask)
+    if sides is None or sides[1] != 0:
+        return f"it takes the last tokens before a query, or all, not {mask}"
+    from pallas_kernels.paged_attention import unfit  # Pallas takes a third of a second to import
+
+    return unfit(dtype=dtype, widths=widths, page_size=page_size, platform=platform)
+
+
+def _obstacle(q: Array, pools: tuple[Any, Any], mask: Mask) -> str | None:
+    keys, values = pools
+    if isinstance(values, int):
+        return "its values are no part of the keys"
+    if keys.dtype != q.dtype:
+        return f"it takes pages of the queries' dtype, not {keys.dtype} and {q.dtype}"
+    widths = (q.shape[-1], values.shape[-1])
+    return obstacle(dtype=str(q.dtype), widths=widths, page_size=keys.shape[1], mask=mask)
+
+
+def _choose(name: str, unfit: Callable[[], str | None]) -> str:
+    """An implementation's name; `unfit` says why the kernel cannot serve the call, or None."""
     if name == "auto":
-        name = "loop" if jax.default_backend() == "cpu" else "gather"
-        note_once(f"paged attention: {name} (plain jnp)")
-    if name not in IMPLEMENTATIONS:
-        raise ConfigError(
-            f"paged attention {name!r} is unknown; {nearest(name, ('auto', *IMPLEMENTATIONS))}"
-        )
+        reason = unfit()
+        plain = "loop" if jax.default_backend() == "cpu" else "gather"
+        name = KERNEL if reason is None else plain
+        note_once(f"paged attention: {name}" + (f" (no kernel: {reason})" if reason else ""))
+    names = ("auto", KERNEL, *IMPLEMENTATIONS)
+    if name not in names:
+        raise ConfigError(f"paged attention {name!r} is unknown; {nearest(name, names)}")
     return name
+
+
+def _by_kernel(
+    q: Array,
+    pools: tuple[Any, Any],
+    table: PageTable,
+    blocks: QueryBlocks,
+    mask: Mask,
+    scores: Scores,
+) -> Array:
+    """[M, Q, N, V] of blocks of queries."""
+    from pallas_kernels.paged_attention import paged_attention as kernel
+
+    sides = band(mask)
+    assert sides is not None
+    counts = jnp.sum(blocks.real, axis=1, dtype=jnp.int32)
+    out, lse = kernel(
+        q[0][blocks.token],
+        jnp.asarray(pools[0]),
+        jnp.asarray(pools[1]),
+        jnp.asarray(table.pages),
+        jnp.asarray(table.firsts),
+        (jnp.asarray(blocks.row), jnp.asarray(blocks.positions)[:, 0], counts),
+        scale=scores.scale,
+        window=sides[0],
+        softcap=scores.softcap,
+        implementation=KERNEL,
+    )
+    if scores.sinks is None:
+        return out
+    sinks = scores.sinks.astype(jnp.float32)[None, None]
+    return (out.astype(jnp.float32) * jax.nn.sigmoid(lse - sinks)[..., None]).astype(out.dtype)
 
 
 def paged_attention(
@@ -171,18 +240,24 @@ def paged_attention(
       flat: whose the tokens are.
       mask: who sees whom, by positions; no query sees ahead.
       scores: scale, soft-cap and sinks.
-      implementation: `auto`, or a name in `IMPLEMENTATIONS`.
+      implementation: `auto`, `mosaic_gpu`, or a name in `IMPLEMENTATIONS`.
 
     Returns:
       In q's dtype; padding holds anything finite.
 
     Raises:
-      ConfigError: no such implementation.
+      ConfigError: no such implementation. UnsupportedError: the kernel, named, cannot serve.
     """
     length, heads, width = q.shape[1:]
+    blocks = query_blocks(flat, length)
+    chosen = _choose(implementation, lambda: _obstacle(q, pools, mask))
+    if chosen == KERNEL:
+        reason = _obstacle(q, pools, mask)
+        if reason is not None:
+            raise UnsupportedError(f"paged attention {KERNEL!r}: {reason}; use 'auto'")
+        return _by_kernel(q, pools, table, blocks, mask, scores)[blocks.block, blocks.place][None]
     keys, values = jnp.asarray(pools[0]), pools[1]
     kv_heads = keys.shape[2]
-    blocks = query_blocks(flat, length)
     num_blocks, size = blocks.token.shape
     by_block = q[0][blocks.token].reshape(num_blocks, size, kv_heads, -1, width)
     by_block = by_block.transpose(0, 2, 3, 1, 4).reshape(num_blocks, kv_heads, -1, width)
@@ -204,7 +279,7 @@ def paged_attention(
     )
     ends = (flat.starts + flat.counts - 1) // keys.shape[1] + 1 - table.firsts
     last = jnp.minimum(jnp.max(jnp.where(flat.counts > 0, ends, 0)), table.pages.shape[1])
-    peak, total, out = IMPLEMENTATIONS[_choose(implementation)](problem, empty, last)
+    peak, total, out = IMPLEMENTATIONS[chosen](problem, empty, last)
     out = _finish(peak, total, out, scores)
     out = out.reshape(num_blocks, kv_heads, -1, size, problem.width).transpose(0, 3, 1, 2, 4)
     out = out.reshape(num_blocks, size, heads, problem.width).astype(q.dtype)

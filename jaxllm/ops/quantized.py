@@ -12,8 +12,9 @@ from jaxtyping import Array, Float
 
 from jaxllm.core.qarray import QArray, dequantize_rows, half_rows, halves, scales
 from jaxllm.core.qrows import row_blocks
+from pallas_kernels.target import target
 
-__all__ = ["quantized_product"]
+__all__ = ["kernel_obstacle", "quantized_product"]
 
 _TILE = 2**19
 """Values that a CPU unpacks at a time: what its second cache level holds in float32."""
@@ -88,6 +89,42 @@ def _whole(x: Array, leaf: QArray, out_dtype: Any) -> Array:
     return _product(x, rows.astype(x.dtype), out_dtype)
 
 
+def kernel_obstacle(x: Any, leaf: QArray) -> str | None:
+    """Why our kernel for packed integers cannot serve x [..., I] times a leaf, or None."""
+    platform = target()
+    if platform not in ("gpu", "interpreter"):
+        return f"it needs a CUDA device, this is {platform}"
+    if not jax.sharding.get_abstract_mesh().empty:
+        return "it runs on one device"
+    plain = leaf.version == 1 and leaf.rows == 1 and leaf.order is None
+    if not plain or leaf.lead or isinstance(leaf.scale, QArray):
+        return "it takes one matrix in the first layout, with a scale for every row and group"
+    if leaf.num_inputs != leaf.scale.shape[-1] * leaf.group:
+        return "its groups have one size"
+    from pallas_kernels.quantized_matmul import unfit  # Pallas takes a third of a second to import
+
+    return unfit(
+        dtype=str(x.dtype),
+        rows=math.prod(x.shape[:-1]),
+        kind=leaf.format,
+        sizes=(leaf.num_outputs, leaf.num_inputs, leaf.group),
+        platform=platform,
+    )
+
+
+def _by_kernel(x: Array, leaf: QArray, out_dtype: Any) -> Array:
+    from pallas_kernels.quantized_matmul import quantized_matmul
+
+    y = quantized_matmul(
+        x.reshape(-1, x.shape[-1]),
+        jnp.asarray(leaf.values),
+        jnp.asarray(leaf.scale),
+        None if leaf.offset is None else jnp.asarray(leaf.offset),
+        implementation="mosaic_gpu",
+    )
+    return y.astype(out_dtype).reshape(*x.shape[:-1], -1)
+
+
 def _on_cpu() -> bool:
     return jax.default_backend() == "cpu" and jax.sharding.get_abstract_mesh().empty
 
@@ -109,6 +146,8 @@ def quantized_product(
     """
     # Or a loop over tokens would have the matrix unpacked before it, and be read from memory.
     x, leaf = jax.lax.optimization_barrier((x, leaf))
+    if kernel_obstacle(x, leaf) is None:
+        return _by_kernel(x, leaf, out_dtype)
     if not _on_cpu():
         return _whole(x, leaf, out_dtype)
     if leaf.order is not None:

@@ -13,6 +13,7 @@ from jaxllm.core.config import require
 from jaxllm.core.precision import dtype_of
 from jaxllm.errors import CapacityError, UnsupportedError
 from jaxllm.infer.programs import Setup
+from jaxllm.ops.paged import obstacle
 from jaxllm.serve import programs
 from jaxllm.serve.programs import Memory, Shape, shapes, verifying
 from jaxllm.spec.latent import LatentAttention
@@ -104,11 +105,30 @@ def recurrent(spec: ModelSpec) -> bool:
     return bool(ops & (set(KINDS) - {Attention, LatentAttention}))
 
 
-def table(spec: ModelSpec, config: EngineConfig) -> tuple[Shape, ...]:
+def _reads_whole_tables(setup: Setup, page_size: int) -> bool:
+    """Whether some layer's work follows the width of the page table, not what is remembered."""
+    if jax.default_backend() == "cpu":
+        return False
+    ops = [o.op for block in setup.spec.blocks for sub in block.subs for o in sub.ops]
+    ops = [getattr(op, "local", op) for op in ops]
+    dtype = str(dtype_of(setup.policy.compute_dtype))
+    return any(
+        isinstance(op, LatentAttention)
+        or obstacle(
+            dtype=dtype, widths=(op.head_dim, op.head_dim), page_size=page_size, mask=op.mask
+        )
+        is not None
+        for op in ops
+        if isinstance(op, (Attention, LatentAttention))
+    )
+
+
+def table(setup: Setup, config: EngineConfig) -> tuple[Shape, ...]:
     """The programs of a filled config."""
+    spec = setup.spec
     tokens, context = config.max_batch_tokens or 1, config.context or 1
     contexts = {context}
-    if jax.default_backend() != "cpu":  # the width of the page table is read whole
+    if _reads_whole_tables(setup, config.page_size or 1):
         contexts |= {512 * 4**i for i in range(8) if 512 * 4**i < context}
     verified: tuple[Shape, ...] = ()
     if config.draft_tokens:
@@ -118,12 +138,14 @@ def table(spec: ModelSpec, config: EngineConfig) -> tuple[Shape, ...]:
                 sequences=config.max_sequences or 1,
                 drafts=config.draft_tokens,
                 context=most,
+                greedy=jax.default_backend() != "cpu",
             )
     return verified + shapes(
         tokens=tokens,
         sequences=config.max_sequences or 1,
         longest=min(tokens, RECURRENT_CHUNK) if recurrent(spec) else tokens,
         contexts=tuple(sorted(contexts)),
+        greedy=jax.default_backend() != "cpu",
     )
 
 

@@ -71,7 +71,7 @@ class Engine:
         counter.start()
         self.model, self.config = model, (config or EngineConfig()).filled(model.spec)
         generator, store = model.generator, model.generator.store
-        sizes = table(model.spec, self.config)
+        sizes = table(generator.setup, self.config)
         memory = lay_out(generator.setup, self.config, sizes, store)
         self.runner = Runner(generator.setup, generator.params, memory, sizes, store=store)
         limits = Limits(

@@ -70,6 +70,8 @@ class Shape:
       longest: most tokens of one row; 1 for a step of decoding, where T is R.
       context: most tokens of a sequence, those of the step included.
       every: whether a token is drawn after every token, not only after a row's last: for drafts.
+      greedy: every row takes its most likely token and wants no more. A GPU stops at each choice
+        that a program makes, so that steps without options have programs without choices.
     """
 
     tokens: int
@@ -77,6 +79,7 @@ class Shape:
     longest: int
     context: int
     every: bool = False
+    greedy: bool = False
 
     @property
     def places(self) -> int:
@@ -86,8 +89,8 @@ class Shape:
     @property
     def name(self) -> str:
         """For the program's name."""
-        drawn = "-every" * self.every
-        return f"t{self.tokens}-r{self.rows}-l{self.longest}-s{self.context}{drawn}"
+        how = "-every" * self.every + "-greedy" * self.greedy
+        return f"t{self.tokens}-r{self.rows}-l{self.longest}-s{self.context}{how}"
 
     def widths(self, memory: Memory) -> dict[str, int]:
         """Columns of the page table of every group."""
@@ -123,7 +126,7 @@ def unpack(packed: Any, parts: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
 
 
 def shapes(
-    *, tokens: int, sequences: int, longest: int, contexts: tuple[int, ...]
+    *, tokens: int, sequences: int, longest: int, contexts: tuple[int, ...], greedy: bool = False
 ) -> tuple[Shape, ...]:
     """The table: decoding of 1, 2, 4, … sequences; mixed steps of 16, 64, … tokens for 1 or more.
 
@@ -132,6 +135,7 @@ def shapes(
       sequences: most of a step.
       longest: most tokens of one sequence in a step.
       contexts: lengths of sequences to have programs of their own for, rising.
+      greedy: whether decoding without options has programs of its own.
     """
     require(tokens >= sequences, f"{tokens} tokens of a step hold no {sequences} sequences")
     powers = [1 << i for i in range((sequences - 1).bit_length() + 1)]
@@ -140,7 +144,11 @@ def shapes(
     mixed_rows = sorted({1, *(min(8**i, sequences) for i in range(1, 5))})
     out = []
     for context in contexts:
-        out += [Shape(tokens=n, rows=n, longest=1, context=context) for n in decode]
+        out += [
+            Shape(tokens=n, rows=n, longest=1, context=context, greedy=plain)
+            for n in decode
+            for plain in ([True, False] if greedy else [False])
+        ]
         out += [
             Shape(tokens=t, rows=r, longest=min(longest, t), context=context)
             for t in mixed_tokens
@@ -150,7 +158,9 @@ def shapes(
     return tuple(out)
 
 
-def verifying(*, tokens: int, sequences: int, drafts: int, context: int) -> tuple[Shape, ...]:
+def verifying(
+    *, tokens: int, sequences: int, drafts: int, context: int, greedy: bool = False
+) -> tuple[Shape, ...]:
     """Steps of 2, 4, 8, … tokens that verify drafts.
 
     Args:
@@ -158,6 +168,7 @@ def verifying(*, tokens: int, sequences: int, drafts: int, context: int) -> tupl
       sequences: most of a step.
       drafts: most of one sequence.
       context: see `Shape`.
+      greedy: whether steps without options have programs of their own.
     """
     sizes = sorted({min(2 << i, tokens) for i in range((tokens - 1).bit_length())})
     return tuple(
@@ -167,8 +178,10 @@ def verifying(*, tokens: int, sequences: int, drafts: int, context: int) -> tupl
             longest=min(n, 1 + drafts),
             context=context,
             every=True,
+            greedy=plain,
         )
         for n in sizes
+        for plain in ([True, False] if greedy else [False])
     )
 
 

@@ -6,6 +6,7 @@ import concurrent.futures
 import dataclasses
 import itertools
 import math
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -48,7 +49,9 @@ class Runner:
         if setup.mesh is not None:
             raise UnsupportedError("serving runs on one device: load the model without a mesh")
         self.setup, self.params, self.memory = setup, params, memory
-        self._shapes = tuple(sorted(shapes, key=lambda s: (s.context, s.tokens, s.rows)))
+        # Greedy ones first: the first that serves is taken.
+        order = lambda s: (s.context, s.tokens, s.rows, not s.greedy)  # noqa: E731
+        self._shapes = tuple(sorted(shapes, key=order))
         self._programs = self._load(store)
         self.state, self.carry = programs.zeros(setup, memory).load(store)()
         self._options = programs.empty_options(memory.slots, setup.spec.vocab)
@@ -59,6 +62,7 @@ class Runner:
             places: jax.device_put(np.zeros((places, self._words), np.int32))
             for places in {shape.places for shape in self._shapes}
         }
+        self._greedy = np.ones((memory.slots,), np.bool_)  # slots whose options ask for nothing
         # What each slot's sequence holds; columns past its end are left over and never looked at.
         widths: dict[str, int] = {}
         for shape in self._shapes:
@@ -75,7 +79,7 @@ class Runner:
     def _load(self, store: Store | None) -> dict[Shape, Executable]:
         """Every program, from the store or compiled; several at once, as XLA works outside of
         Python."""
-        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 2)) as pool:
             made = {
                 shape: pool.submit(programs.step(self.setup, self.memory, shape).load, store)
                 for shape in self._shapes
@@ -97,6 +101,7 @@ class Runner:
             getattr(held.rows, field.name)[slot] = getattr(one, field.name)[0]
         held.penalized[slot] = sampling.mode == "penalize"
         held.logprobs[slot] = logprobs
+        self._greedy[slot] = sampling.mode == "greedy" and not bias and not logprobs
         held.bias_ids[slot], held.bias[slot] = self.setup.spec.vocab, 0.0
         if len(bias) > BIASES:
             raise CapacityError(f"{len(bias)} tokens are biased; at most {BIASES} can be")
@@ -114,6 +119,7 @@ class Runner:
         longest = max(turn.count for turn in turns)
         context = max(turn.start + turn.count for turn in turns)
         every = any(turn.drafts for turn in turns)
+        greedy = all(self._greedy[t.sequence.slot] and t.sequence.guide is None for t in turns)
         fits = (
             shape
             for shape in self._shapes
@@ -122,6 +128,7 @@ class Runner:
             and shape.rows >= len(turns)
             and shape.longest >= longest
             and shape.context >= context
+            and (greedy or not shape.greedy)
         )
         found = next(fits, None)
         if found is None:

@@ -35,6 +35,7 @@ from pallas_kernels.flash_attention.pieces import (
 )
 from pallas_kernels.flash_attention.problem import Extras, Spec
 from pallas_kernels.flash_attention.ranges import Walk
+from pallas_kernels.once import lowered_once
 from pallas_kernels.warpgroups import roles
 
 __all__ = ["Tiles", "forward"]
@@ -281,6 +282,7 @@ class Forward:
         roles(self, refs, smem, full, free)
 
 
+@lowered_once("spec", "tiles", "processors", "interpret")
 def forward(
     q: jax.Array,
     k: jax.Array,

@@ -36,6 +36,7 @@ from pallas_kernels.flash_attention.pieces import (
 )
 from pallas_kernels.flash_attention.problem import Extras, Spec
 from pallas_kernels.flash_attention.ranges import Walk
+from pallas_kernels.once import lowered_once
 from pallas_kernels.warpgroups import roles
 
 __all__ = ["BackwardTiles", "backward"]
@@ -483,6 +484,7 @@ def _call(kernel, inputs, outputs, *, name: str, grid: dict[str, int], interpret
     )(*inputs.values())
 
 
+@lowered_once("spec", "tiles", "processors", "interpret")
 def backward(
     q: jax.Array,
     k: jax.Array,

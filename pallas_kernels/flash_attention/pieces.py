@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.flash_attention.problem import Spec
 from pallas_kernels.flash_attention.ranges import Walk
-from pallas_kernels.warpgroups import CONSUMERS, SQUARE, iota, swizzled
+from pallas_kernels.warpgroups import CONSUMERS, LOG2E, ROW, SQUARE, along, iota, swizzled
 
 __all__ = [
     "COLUMN",
@@ -33,14 +32,7 @@ __all__ = [
     "swizzled",
 ]
 
-LOG2E = math.log2(math.e)
-ROW = plgpu.Layout.WGMMA.reduce(1)  # one value a row of an accumulator
 COLUMN = plgpu.Layout.WGMMA.reduce(0)
-
-
-def along(vector: jax.Array, shape: tuple[int, ...], dim: int) -> jax.Array:
-    """A vector along `dim` of a matrix, repeated along the other."""
-    return lax.broadcast_in_dim(vector, shape, [dim])
 
 
 def capped(scores: jax.Array, spec: Spec) -> tuple[jax.Array, float]:

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
@@ -14,19 +13,7 @@ from jaxlib.mlir.dialects import arith, vector
 
 from pallas_kernels.warpgroups import SQUARE, iota
 
-__all__ = ["clear", "store_inside"]
-
-_WIDTH = 64  # columns that are cleared at a time
-
-
-def clear(block, low: jax.Array, high: jax.Array) -> None:
-    """Zeros in a block of shared memory outside of rows [low, high); to be committed."""
-    zero = jnp.zeros((), block.dtype)
-    for i in range(0, block.shape[1], _WIDTH):
-        part = block.at[:, pl.ds(i, _WIDTH)]
-        shape = (block.shape[0], _WIDTH)
-        row = iota(shape, 0)
-        part[...] = jnp.where((row >= low) & (row < high), part[...], zero)
+__all__ = ["store_inside"]
 
 
 def store_inside(target, values: jax.Array, bounds: tuple, *, interpret: bool) -> None:

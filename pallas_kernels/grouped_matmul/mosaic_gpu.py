@@ -18,9 +18,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.grouped_matmul.masks import clear, store_inside
+from pallas_kernels.grouped_matmul.masks import store_inside
 from pallas_kernels.grouped_matmul.tables import FIRST, GROUP, HEIGHT, ROW, START, STOP, UNIT, Map
-from pallas_kernels.warpgroups import CONSUMERS, roles, swizzled
+from pallas_kernels.once import lowered_once
+from pallas_kernels.warpgroups import CONSUMERS, clear, roles, swizzled
 
 __all__ = ["Tiles", "outer", "product"]
 
@@ -204,20 +205,33 @@ class Frame:
             return pl.multiple_of(wg * rows, rows), 0
         return 0, pl.multiple_of(wg * columns, columns)
 
-    def send(self, slots, values, target):
+    def send(self, slots, values, first: tuple, out):
         """Stores a consumer's values by TMA, which leaves out what lies past the array's ends.
 
+        Mosaic drops the index of pieces along columns where the array has one such piece, so that
+        later ones would land on the first: they are left out here.
+
         Args:
-          target: first row and column of a piece -> where it goes.
+          first: row and column of the values.
+          out: the array they are part of.
         """
-        across = values.shape[1] // PIECE
-        for i in range(values.shape[0] // PIECE * across):
-            row, column = i // across * PIECE, i % across * PIECE
-            slot = slots.at[i % self.tiles.slots]
-            plgpu.wait_smem_to_gmem(self.tiles.slots - 1, wait_read_only=True)
-            slot[...] = values[row : row + PIECE, column : column + PIECE]
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(slot, target(row, column))
+        narrow = self.shape[2] == PIECE
+        places = [
+            (down, right)
+            for down in range(0, values.shape[0], PIECE)
+            for right in range(0, PIECE if narrow else values.shape[1], PIECE)
+        ]
+
+        def run():
+            for i, (down, right) in enumerate(places):
+                slot = slots.at[i % self.tiles.slots]
+                plgpu.wait_smem_to_gmem(self.tiles.slots - 1, wait_read_only=True)
+                slot[...] = values[down : down + PIECE, right : right + PIECE]
+                plgpu.commit_smem()
+                row, column = first[0] + down, first[1] + right
+                plgpu.copy_smem_to_gmem(slot, out.at[pl.ds(row, PIECE), pl.ds(column, PIECE)])
+
+        pl.when(first[1] == 0)(run) if narrow else run()
 
     def mate(self, which: str):
         """0 or 1: which of the two programs along a side this is."""
@@ -329,8 +343,7 @@ class Rows(Frame):
 
         @pl.when(whole)
         def _():
-            square = lambda i, j: out.at[pl.ds(row + i, PIECE), pl.ds(column + j, PIECE)]  # noqa: E731
-            self.send(slots, values, square)
+            self.send(slots, values, (row, column), out)
 
         @pl.when(jnp.logical_not(whole) & (high > 0))
         def _():
@@ -403,11 +416,10 @@ class Groups(Frame):
 
     def store(self, refs, slots, values, place: Place, wg):
         row, column = (x + y for x, y in zip((place.row, place.column), self.part(wg), strict=True))
-        out = refs["out"].at[place.group]
-        square = lambda i, j: out.at[pl.ds(row + i, PIECE), pl.ds(column + j, PIECE)]  # noqa: E731
-        self.send(slots, values, square)
+        self.send(slots, values, (row, column), refs["out"].at[place.group])
 
 
+@lowered_once("transpose", "tiles", "processors", "interpret")
 def product(
     lhs: jax.Array,
     rhs: jax.Array,
@@ -435,6 +447,7 @@ def product(
     return out[: lhs.shape[0], :outputs]
 
 
+@lowered_once("tiles", "processors", "interpret")
 def outer(
     lhs: jax.Array,
     rhs: jax.Array,

@@ -12,9 +12,9 @@ from pallas_kernels.choice import known
 from pallas_kernels.errors import ShapeError, UnsupportedError
 from pallas_kernels.quantized_matmul.mosaic_gpu import Tiles, run
 from pallas_kernels.quantized_matmul.reference import dequantized, reference
-from pallas_kernels.target import not_hopper
+from pallas_kernels.target import interpreting, not_hopper, processors, target
 
-__all__ = ["IMPLEMENTATIONS", "Plan", "obstacle", "quantized_matmul", "tiles_for"]
+__all__ = ["IMPLEMENTATIONS", "Plan", "quantized_matmul", "tiles_for", "unfit"]
 
 IMPLEMENTATIONS = ("mosaic_gpu", "reference")
 MOST_ROWS = 64
@@ -40,20 +40,44 @@ def tiles_for(inputs: int, outputs: int, group: int, *, processors: int = 132) -
     return Tiles(inputs=width, stages=6, splits=splits)
 
 
-def obstacle(x: jax.Array, values: jax.Array, scale: jax.Array) -> str | None:
-    """Why the kernel for Hopper cannot serve a call, or None."""
-    (count, inputs), outputs = x.shape, values.shape[0]
-    group = inputs // scale.shape[0]
-    if x.dtype not in (jnp.bfloat16, jnp.float16):
-        return f"it takes activations in bfloat16 and float16, not {x.dtype}"
-    if not 1 <= count <= MOST_ROWS:
-        return f"it takes 1 to {MOST_ROWS} rows, not {count}"
+def unfit(
+    *, dtype: str, rows: int, kind: str, sizes: tuple[int, int, int], platform: str
+) -> str | None:
+    """Why the kernel for Hopper cannot serve a kind of call, or None.
+
+    Args:
+      dtype: of the activations.
+      rows: of them.
+      kind: type of the values.
+      sizes: outputs, inputs, and inputs of a group.
+      platform: of `target`.
+    """
+    outputs, _, group = sizes
+    if platform not in ("gpu", "interpreter"):
+        return f"it needs a CUDA device, this is {platform}"
+    if kind not in _TYPES:
+        return f"it takes {', '.join(_TYPES)}, not {kind}"
+    if dtype not in ("bfloat16", "float16"):
+        return f"it takes activations in bfloat16 and float16, not {dtype}"
+    if not 1 <= rows <= MOST_ROWS:
+        return f"it takes 1 to {MOST_ROWS} rows, not {rows}"
     if outputs % 64 or group % 64 or (group > 128 and group % 128):
         return (
             "it takes outputs that are a multiple of 64 and groups of 64 or of a multiple of 128 "
             f"inputs, not {outputs} outputs and groups of {group}"
         )
-    return not_hopper("gpu")
+    return not_hopper(platform)
+
+
+def _obstacle(x: jax.Array, values: jax.Array, scale: jax.Array) -> str | None:
+    (count, inputs), outputs = x.shape, values.shape[0]
+    return unfit(
+        dtype=str(x.dtype),
+        rows=count,
+        kind=str(values.dtype),
+        sizes=(outputs, inputs, inputs // scale.shape[1]),
+        platform=target(),
+    )
 
 
 def _check(x: jax.Array, values: jax.Array, scale: jax.Array, offset: jax.Array | None) -> None:
@@ -66,11 +90,11 @@ def _check(x: jax.Array, values: jax.Array, scale: jax.Array, offset: jax.Array 
             f"quantized_matmul takes values in {', '.join(_TYPES)}, not {values.dtype}; "
             "dequantize others"
         )
-    groups = scale.shape[0] if scale.ndim == 2 else 0
-    fits = groups > 0 and scale.shape == (groups, values.shape[0]) and x.shape[1] % groups == 0
+    groups = scale.shape[1] if scale.ndim == 2 else 0
+    fits = groups > 0 and scale.shape == (values.shape[0], groups) and x.shape[1] % groups == 0
     if not fits or (offset is not None and offset.shape != scale.shape):
         raise ShapeError(
-            f"scales are [groups, O] with groups that divide K = {x.shape[1]}, and offsets like "
+            f"scales are [O, groups] with groups that divide K = {x.shape[1]}, and offsets like "
             f"them; found {scale.shape}" + ("" if offset is None else f" and {offset.shape}")
         )
 
@@ -85,12 +109,12 @@ def quantized_matmul(
 ) -> jax.Array:
     """x times the transpose of packed integers; differentiable with respect to x alone.
 
-    y[m, o] = sum over k of x[m, k] (values[o, k] scale[k / group, o] + offset[k / group, o])
+    y[m, o] = sum over k of x[m, k] (values[o, k] scale[o, k / group] + offset[o, k / group])
 
     Args:
       x: [M, K], bfloat16, float16 or float32.
       values: [O, K], int4, uint4 or int8.
-      scale: float [G, O], one for each group of K / G inputs.
+      scale: float [O, G], one for each group of K / G inputs; float32 or bfloat16.
       offset: like `scale`, or None.
       implementation: `mosaic_gpu` (Hopper, 1 to 64 rows) or `reference`.
 
@@ -105,13 +129,14 @@ def quantized_matmul(
     known("quantized_matmul", implementation, IMPLEMENTATIONS)
     plan = Plan(implementation=implementation)
     if implementation == "mosaic_gpu":
-        reason = obstacle(x, values, scale)
+        reason = _obstacle(x, values, scale)
         if reason is not None:
             raise UnsupportedError(
                 f"quantized_matmul 'mosaic_gpu': {reason}; use implementation='reference'"
             )
-        group = x.shape[1] // scale.shape[0]
-        plan = dataclasses.replace(plan, tiles=tiles_for(x.shape[1], values.shape[0], group))
+        group = x.shape[1] // scale.shape[1]
+        tiles = tiles_for(x.shape[1], values.shape[0], group, processors=processors())
+        plan = dataclasses.replace(plan, tiles=tiles, interpret=interpreting())
     return product(x, values, scale, offset, plan)
 
 
@@ -122,14 +147,13 @@ def product(x, values, scale, offset, plan: Plan) -> jax.Array:
         return reference(x, values, scale, offset)
     count = x.shape[0]
     padded = jnp.pad(x, ((0, -count % 8), (0, 0)))
-    wide = scale.astype(jnp.float32)
-    y = run(padded, values, wide, tiles=plan.tiles, interpret=plan.interpret)[:count]
+    y = run(padded, values, scale, tiles=plan.tiles, interpret=plan.interpret)[:count]
     if offset is None:
         return y
     # An offset adds itself times the sum of its group's inputs: a product as narrow as the scales.
-    sums = jnp.sum(x.astype(jnp.float32).reshape(count, scale.shape[0], -1), axis=2)
+    sums = jnp.sum(x.astype(jnp.float32).reshape(count, scale.shape[1], -1), axis=2)
     highest = jax.lax.Precision.HIGHEST
-    return y + jnp.matmul(sums, offset.astype(jnp.float32), precision=highest)
+    return y + jnp.matmul(sums, offset.astype(jnp.float32).T, precision=highest)
 
 
 def _forward(x, values, scale, offset, plan: Plan):

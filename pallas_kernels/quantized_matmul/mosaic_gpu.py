@@ -20,10 +20,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.once import lowered_once
+from pallas_kernels.warpgroups import ROW, along, multiply
+
 __all__ = ["Tiles", "run"]
 
 OUTPUTS = 64  # rows of one product: what a warpgroup's instruction has
-ROW = plgpu.Layout.WGMMA.reduce(1)
 _UPCAST = {4: plgpu.Layout.WGMMA_UPCAST_4X, 8: plgpu.Layout.WGMMA_UPCAST_2X}
 
 
@@ -62,8 +64,9 @@ class Product:
     bits: int
     interpret: bool
 
-    def step(self, _, w_smem, s_smem, x_smem, total, *, stage=None):
+    def step(self, at, w_smem, x_smem, total, *, scale_of, stage=None):
         """Adds what one tile of inputs gives to the sums [64, rows]."""
+        scale = plgpu.load(scale_of(at[0]), layout=None if self.interpret else ROW, optimized=False)
         w = plgpu.load(w_smem, layout=None if self.interpret else _UPCAST[self.bits])
         if not self.interpret and self.bits == 4:  # values move between lanes while they are small
             w = plgpu.layout_cast(w, plgpu.Layout.WGMMA)
@@ -72,18 +75,12 @@ class Product:
             w = plgpu.layout_cast(w, plgpu.Layout.WGMMA)
 
         def product(acc):
-            if stage is None:
-                plgpu.wgmma(acc, w, x_smem.T)
-            else:  # the interpreter knows no operand in registers
-                stage[...] = w
-                plgpu.commit_smem()
-                plgpu.wgmma(acc, stage, x_smem.T)
+            multiply(acc, w, x_smem.T, stage)
             plgpu.wgmma_wait(0)
             return acc[...]
 
         part = pl.run_scoped(product, plgpu.ACC((OUTPUTS, self.rows), jnp.float32))
-        scale = plgpu.load(s_smem.at[0], layout=None if self.interpret else ROW)
-        return total + part * lax.broadcast_in_dim(scale, part.shape, [0])
+        return total + part * along(scale.astype(jnp.float32), part.shape, 0)
 
     def body(self, values, scale, x, out, out_smem, stage=None):
         tile, split = lax.axis_index("tile"), lax.axis_index("split")
@@ -92,8 +89,10 @@ class Product:
         per_group = self.group // width
         start = split * steps
         rows = pl.ds(tile * OUTPUTS, OUTPUTS)
+        # A number of each row; the sectors they come with hold those of the next steps.
+        scale_of = lambda k: scale.at[rows, lax.div(start + k, per_group)]  # noqa: E731
         pipeline = plgpu.emit_pipeline(
-            functools.partial(self.step, stage=stage),
+            functools.partial(self.step, scale_of=scale_of, stage=stage),
             grid=(steps,),
             in_specs=[
                 plgpu.BlockSpec(
@@ -101,7 +100,6 @@ class Product:
                     lambda k: (0, start + k),
                     transforms=_swizzled(width, self.bits),
                 ),
-                plgpu.BlockSpec((1, OUTPUTS), lambda k: (lax.div(start + k, per_group), 0)),
                 plgpu.BlockSpec(
                     (self.rows, width), lambda k: (0, start + k), transforms=_swizzled(width, 16)
                 ),
@@ -109,7 +107,7 @@ class Product:
             max_concurrent_steps=min(tiles.stages, steps),
             init_carry=self.zeros(),
         )
-        total = pipeline(values.at[rows], scale.at[:, rows], x)
+        total = pipeline(values.at[rows], x)
         out_smem[...] = total
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(out_smem, out.at[split, rows])
@@ -120,6 +118,7 @@ class Product:
         return sums if self.interpret else plgpu.layout_cast(sums, plgpu.Layout.WGMMA)
 
 
+@lowered_once("tiles", "interpret")
 def run(
     x: jax.Array,
     values: jax.Array,
@@ -128,13 +127,13 @@ def run(
     tiles: Tiles = Tiles(),
     interpret: bool = False,
 ) -> jax.Array:
-    """float32 [M, O] of x [M, K] times values [O, K] under scales [G, O].
+    """float32 [M, O] of x [M, K] times values [O, K] under scales [O, G].
 
     O is a multiple of 64, M of 8 and at most 256; `tiles.inputs` divides the group, and the splits
     divide the steps.
     """
     (count, inputs), outputs = x.shape, values.shape[0]
-    group = inputs // scale.shape[0]
+    group = inputs // scale.shape[1]
     bits = _bits(values.dtype)
     kernel = Product(count, group, tiles, bits, interpret)
     out_type = jax.ShapeDtypeStruct((tiles.splits, outputs, count), jnp.float32)

@@ -9,13 +9,13 @@ __all__ = ["dequantized", "reference"]
 
 
 def dequantized(values: jax.Array, scale: jax.Array, offset: jax.Array | None) -> jax.Array:
-    """float32 [O, K] of values [O, K] under scales (and offsets) [G, O]."""
+    """float32 [O, K] of values [O, K] under scales (and offsets) [O, G]."""
     outputs, inputs = values.shape
-    groups = scale.shape[0]
+    groups = scale.shape[1]
     wide = values.astype(jnp.float32).reshape(outputs, groups, inputs // groups)
-    wide = wide * scale.T.astype(jnp.float32)[:, :, None]
+    wide = wide * scale.astype(jnp.float32)[:, :, None]
     if offset is not None:
-        wide = wide + offset.T.astype(jnp.float32)[:, :, None]
+        wide = wide + offset.astype(jnp.float32)[:, :, None]
     return wide.reshape(outputs, inputs)
 
 

@@ -77,7 +77,7 @@ CASES = [(name, "loop") for name in DECODERS] + [("gqa", "gather"), ("latent", "
 @pytest.mark.parametrize(("name", "implementation"), CASES)
 def test_mixed_batches_are_the_full_forward(name, implementation, monkeypatch):
     monkeypatch.setattr(paged, "STRIDE", 4)
-    monkeypatch.setattr(paged, "_choose", lambda _: implementation)
+    monkeypatch.setattr(paged, "_choose", lambda *_: implementation)
     monkeypatch.setattr("jaxllm.ops.flat.BLOCK", 3)
     ids, wanted, state = tokens(name), full(name), poisoned(name)
     starts = np.zeros(4, np.int32)

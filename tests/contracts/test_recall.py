@@ -1,4 +1,4 @@
-"""The models of scripts/mqar.py: tokens outlast their first layer, and recall is learned."""
+"""The tasks and models of scripts/mqar.py and scripts/passkey.py, and that they are learned."""
 
 import dataclasses
 import importlib.util
@@ -13,17 +13,33 @@ from jaxllm.core.policy import Policy
 from jaxllm.nn import api
 from jaxllm.state.step import training_step
 
-PATH = Path(__file__).resolve().parents[2] / "scripts" / "mqar.py"
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+
+
+def script(name: str, patch: pytest.MonkeyPatch):
+    """A script as a module; what it imports lies beside it."""
+    patch.syspath_prepend(str(SCRIPTS))
+    found = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+    module = importlib.util.module_from_spec(found)
+    patch.setitem(sys.modules, name, module)  # its dataclass asks for it
+    found.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="module")
-def mqar():
-    found = importlib.util.spec_from_file_location("mqar", PATH)
-    module = importlib.util.module_from_spec(found)
-    sys.modules["mqar"] = module  # its dataclass asks for it
-    found.loader.exec_module(module)
-    yield module
-    del sys.modules["mqar"]
+def patch():
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
+
+
+@pytest.fixture(scope="module")
+def mqar(patch):
+    return script("mqar", patch)
+
+
+@pytest.fixture(scope="module")
+def passkey(patch):
+    return script("passkey", patch)
 
 
 def test_every_asked_key_was_named_with_the_value_wanted(mqar):
@@ -50,4 +66,40 @@ def test_a_token_is_not_drowned_by_the_first_layers_update(mqar):
 @pytest.mark.slow
 def test_gated_delta_net_recalls(mqar):
     with jax.numpy_dtype_promotion("standard"):  # optax mixes types
-        assert mqar.train("gated DeltaNet", 0)[500] > 0.95
+        assert mqar.train("gated DeltaNet", 0, last=250)[250] > 0.9
+
+
+def test_the_key_that_is_asked_for_stands_in_the_row_once(passkey):
+    ids, wanted, marks = passkey.rows(np.random.default_rng(0), 32, 64)
+    for row, values, marked in zip(ids, wanted, marks, strict=True):
+        (place,) = np.flatnonzero(row == passkey.KEY)
+        (ask,) = np.flatnonzero(row == passkey.ASK)
+        digits = row[place + 1 : place + 5]
+        assert ask == 59 and place + 4 < ask and min(digits) >= passkey.DIGITS[0]
+        assert values[ask : ask + 4].tolist() == digits.tolist() == row[ask + 1 :].tolist()
+        assert (values >= 0).sum() == 4 and np.flatnonzero(marked).tolist() == [
+            *range(place, place + 5)
+        ]
+
+
+def test_a_rope_scaled_by_one_is_the_rope_that_was_trained(passkey):
+    """What the table compares at the trained length is one model."""
+    ids, wanted, _ = passkey.rows(np.random.default_rng(0), 4, 64)
+    spec = passkey.model(passkey.KINDS["full"])
+    params = api.init(spec, jax.random.key(0))
+    whole = passkey.logits(spec, params, ids)
+    for name, scaling in passkey.scalings(64).items():
+        found = passkey.logits(passkey.model(passkey.KINDS["full"], scaling), params, ids)
+        np.testing.assert_allclose(found, whole, atol=2e-5, err_msg=name)
+        other = passkey.scalings(256)[name]
+        if other is not None and name != "dynamic":  # which follows the length at hand
+            moved = passkey.logits(passkey.model(passkey.KINDS["full"], other), params, ids)
+            assert np.abs(moved - whole).max() > 1e-3, name
+    assert (wanted >= 0).sum() == 16
+
+
+@pytest.mark.slow
+def test_a_marked_key_is_found_beyond_the_window_and_the_trained_length(passkey):
+    with jax.numpy_dtype_promotion("standard"):  # optax mixes types
+        (found,) = passkey.train(f"window {passkey.WINDOW} + marked", 0, steps=800).values()
+    assert found[64] > 0.95 and found[256] > 0.6

@@ -1,6 +1,7 @@
 """The product with packed integers: reference, interpreted kernel, lowering, gradient, refusals."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from pallas_kernels.errors import ShapeError, UnsupportedError
 from pallas_kernels.quantized_matmul import quantized_matmul
 from pallas_kernels.quantized_matmul.api import Plan, product, tiles_for
 from pallas_kernels.quantized_matmul.mosaic_gpu import Tiles, run
+from pallas_kernels.target import targeting
 
 LIMITS = {"int4": (-8, 8), "uint4": (0, 16), "int8": (-127, 128)}
 
@@ -19,17 +21,17 @@ def draw(count, outputs, inputs, *, group=128, kind="int4", offset=False):
     random = np.random.default_rng(0)
     x = jnp.asarray(random.standard_normal((count, inputs)), jnp.bfloat16)
     values = jnp.asarray(random.integers(*LIMITS[kind], (outputs, inputs))).astype(kind)
-    scale = jnp.asarray(random.uniform(0.5, 1.5, (inputs // group, outputs)), jnp.float32)
+    scale = jnp.asarray(random.uniform(0.5, 1.5, (outputs, inputs // group)), jnp.float32)
     return x, values, scale, jnp.asarray(-3 * scale) if offset else None
 
 
 def exact(x, values, scale, offset):
     """In float64, of the unpacked values as they are."""
-    group = values.shape[1] // scale.shape[0]
+    group = values.shape[1] // scale.shape[1]
     w = np.asarray(values.astype(jnp.int32), np.float64)
-    w = w * np.repeat(np.asarray(scale, np.float64).T, group, 1)
+    w = w * np.repeat(np.asarray(scale, np.float64), group, 1)
     if offset is not None:
-        w = w + np.repeat(np.asarray(offset, np.float64).T, group, 1)
+        w = w + np.repeat(np.asarray(offset, np.float64), group, 1)
     return np.asarray(x.astype(jnp.float32), np.float64) @ w.T
 
 
@@ -49,7 +51,7 @@ def test_interpreted(name):
     options = {"count": 8, "splits": 1} | CASES[name]
     splits = options.pop("splits")
     arguments = draw(options.pop("count"), 128, 512, **options)
-    group = 512 // arguments[2].shape[0]
+    group = 512 // arguments[2].shape[1]
     tiles = Tiles(inputs=min(group, 128), stages=2, splits=splits)
     plan = Plan(implementation="mosaic_gpu", tiles=tiles, interpret=True)
     found = product(*arguments, plan)
@@ -67,7 +69,7 @@ def test_lowering(name):
     options = {"count": 8, "splits": 4} | (CASES | more)[name]
     options.pop("splits")
     x, values, scale, _ = draw(-(-options.pop("count") // 8) * 8, 256, 2048, **options)
-    tiles = tiles_for(2048, 256, 2048 // scale.shape[0])
+    tiles = tiles_for(2048, 256, 2048 // scale.shape[1])
     assert tiles.splits > 1 or tiles.inputs == 2048
     lowered = (
         jax.jit(lambda *a: run(*a, tiles=tiles))
@@ -92,19 +94,22 @@ def test_refusals():
     x, values, scale, _ = draw(4, 128, 256)
     with pytest.raises(UnsupportedError, match="did you mean 'mosaic_gpu'"):
         quantized_matmul(x, values, scale, implementation="mosaic")
-    with pytest.raises(UnsupportedError, match="bfloat16 and float16, not float32"):
-        quantized_matmul(x.astype(jnp.float32), values, scale, implementation="mosaic_gpu")
-    many = jnp.zeros((65, 256), jnp.bfloat16)
-    with pytest.raises(UnsupportedError, match="1 to 64 rows, not 65"):
-        quantized_matmul(many, values, scale, implementation="mosaic_gpu")
-    with pytest.raises(UnsupportedError, match="groups of 64"):
-        quantized_matmul(x, values, jnp.ones((8, 128)), implementation="mosaic_gpu")
+    named = functools.partial(quantized_matmul, implementation="mosaic_gpu")
+    with pytest.raises(UnsupportedError, match="needs a CUDA device, this is cpu"):
+        named(x, values, scale)
+    with targeting("gpu"):
+        with pytest.raises(UnsupportedError, match="bfloat16 and float16, not float32"):
+            named(x.astype(jnp.float32), values, scale)
+        with pytest.raises(UnsupportedError, match="1 to 64 rows, not 65"):
+            named(jnp.zeros((65, 256), jnp.bfloat16), values, scale)
+        with pytest.raises(UnsupportedError, match="groups of 64"):
+            named(x, values, jnp.ones((128, 8)))
     with pytest.raises(UnsupportedError, match="int4, uint4, int8, not int32"):
         quantized_matmul(x, values.astype(jnp.int32), scale)
     with pytest.raises(ShapeError, match=r"x \[M, K\]"):
         quantized_matmul(x[:, :128], values, scale)
     with pytest.raises(ShapeError, match="groups that divide"):
-        quantized_matmul(x, values, scale[:, :64])
+        quantized_matmul(x, values, scale[:64])
     with pytest.raises(ShapeError, match="offsets like"):
         quantized_matmul(x, values, scale, scale[:1])
 

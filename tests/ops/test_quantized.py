@@ -11,6 +11,7 @@ from jaxllm.core.layouts import as_planes
 from jaxllm.core.qarray import dequantize, dequantize_rows
 from jaxllm.core.quantize import Scheme, quantize_jit
 from jaxllm.ops import linear, quantized
+from pallas_kernels.target import targeting
 
 SCHEMES = {
     "int8": Scheme(format="int8"),
@@ -108,3 +109,40 @@ def test_a_loop_does_not_unpack_its_matrices_before_it():
 
     program = jax.jit(steps).lower(draw(1, 512), leaves).compile()
     assert program.memory_analysis().temp_size_in_bytes < 3 * 4 * 512 * 512
+
+
+KERNEL = {
+    "int4": Scheme(format="int4", group=64),
+    "int8": Scheme(format="int8"),
+    "offset": Scheme(format="int4", group=128, symmetric=False),
+}
+
+
+@pytest.mark.parametrize("name", KERNEL)
+def test_a_gpu_multiplies_packed_integers_by_our_kernel(name):
+    q = quantize_jit(draw(256, 2, 64), KERNEL[name])
+    x, dy = draw(2, 3, 256).astype(jnp.bfloat16), draw(2, 3, 2, 64, seed=1).astype(jnp.bfloat16)
+    w = dequantize(q, jnp.float32)
+
+    def loss(x, leaf, dtype):
+        y = linear.einsum("BTD,DNH->BTNH", x, leaf, dtype=dtype)
+        return jnp.sum(y.astype(jnp.float32) * dy.astype(jnp.float32)), y
+
+    gradient = jax.grad(loss, has_aux=True)
+    d_wanted, wanted = gradient(x.astype(jnp.float32), w, "float32")
+    with targeting("interpreter"):
+        assert quantized.kernel_obstacle(x, q) is None
+        d_x, y = gradient(x, q, "bfloat16")
+    assert np.abs(y.astype(jnp.float32) - wanted).max() < 2**-7 * np.abs(wanted).max()
+    assert np.abs(d_x.astype(jnp.float32) - d_wanted).max() < 2**-6 * np.abs(d_wanted).max()
+
+
+def test_what_the_kernel_cannot_serve_is_said():
+    x, q = draw(3, 256).astype(jnp.bfloat16), quantize_jit(draw(256, 2, 64), KERNEL["int4"])
+    assert "needs a CUDA device" in quantized.kernel_obstacle(x, q)
+    with targeting("gpu"):
+        assert "not float32" in quantized.kernel_obstacle(draw(3, 256), q)
+        assert "1 to 64 rows" in quantized.kernel_obstacle(jnp.repeat(x, 30, 0), q)
+        assert "first layout" in quantized.kernel_obstacle(x, as_planes(q))
+        assert "not mxfp4" in quantized.kernel_obstacle(x, leaf("mxfp4", planes=False))
+        assert "groups of 32" in quantized.kernel_obstacle(x, leaf("int4", planes=False))

@@ -10,6 +10,7 @@ import pytest
 
 from jaxllm.errors import CapacityError, ConfigError, ShapeError, UnsupportedError
 from jaxllm.serve.engine import Engine
+from jaxllm.serve.programs import shapes
 from tests.serve.conftest import CONFIG, CONTEXT, ask, prompt
 
 LENGTHS = [1, 3, 4, 5, 16, 17, 30, 50]
@@ -55,6 +56,29 @@ def test_requests_among_others_are_as_if_alone(toy, engine):
     assert found == [alone(toy, request) for request in requests]
     settled(engine)
     assert engine.stats().drawn_tokens - before.drawn_tokens == sum(map(len, found))
+
+
+def test_steps_without_options_have_programs_of_their_own(toy, monkeypatch):
+    """As on a GPU; other steps, and those before and after, take the others."""
+    monkeypatch.setattr(
+        "jaxllm.serve.engine.table",
+        lambda *_: shapes(tokens=16, sequences=2, longest=16, contexts=(CONTEXT,), greedy=True),
+    )
+    config = dataclasses.replace(CONFIG, max_sequences=2, max_batch_tokens=16)
+    plain, other = ask(prompt(5), 20), ask(prompt(9, seed=1), 6, **SAMPLED)
+    with Engine(toy, config) as engine:
+        used, dispatch = [], engine.runner.shape_of
+        monkeypatch.setattr(
+            engine.runner, "shape_of", lambda turns: used.append(dispatch(turns)) or used[-1]
+        )
+        streams = [engine.submit(plain), engine.submit(other)]
+        found = [stream.result()[0].token_ids for stream in streams]
+        kinds = {(shape.greedy, shape.longest == 1) for shape in used}
+        (scored,) = engine.generate(dataclasses.replace(plain, logprobs=2))
+        assert engine.stats().compilations == 0
+    assert found == [alone(toy, plain), alone(toy, other)]
+    assert kinds == {(False, False), (False, True), (True, True)}
+    assert scored.token_ids == found[0] and len(scored.logprobs) == len(found[0])
 
 
 @pytest.mark.parametrize("ahead", [pytest.param(0, marks=pytest.mark.slow), 2])

@@ -1,0 +1,176 @@
+"""`paged_attention`: checks, the choice of an implementation, and the merge of parts."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.choice import Choice, choose
+from pallas_kernels.errors import ShapeError
+from pallas_kernels.paged_attention.mosaic_gpu import ROWS, UNIT, Tiles, attend, facts
+from pallas_kernels.paged_attention.problem import Problem
+from pallas_kernels.paged_attention.reference import reference
+from pallas_kernels.target import interpreting, not_hopper, processors, target
+
+__all__ = ["IMPLEMENTATIONS", "explain", "paged_attention", "splits_for", "unfit"]
+
+IMPLEMENTATIONS = ("mosaic_gpu", "reference")
+_PROGRAMS = 4  # that should stand on a processor
+_LEAST = 256  # keys of a part that are worth a program
+
+
+def unfit(*, dtype: str, widths: tuple[int, int], page_size: int, platform: str) -> str | None:
+    """Why the kernel for Hopper cannot serve a kind of call, or None.
+
+    Args:
+      dtype: of queries and pages.
+      widths: of a head's keys and values.
+      page_size: tokens a page.
+      platform: of `target`.
+    """
+    if platform not in ("gpu", "interpreter"):
+        return f"it needs a CUDA device, this is {platform}"
+    if dtype not in ("bfloat16", "float16"):
+        return f"it takes bfloat16 and float16, not {dtype}"
+    if any(width % 64 or width > 256 for width in widths):
+        return f"it takes heads of 64, 128, 192 and 256, not {widths[0]} and {widths[1]}"
+    if page_size not in (16, 32, 64, 128):
+        return f"it takes pages of 16, 32, 64 and 128 tokens, not {page_size}"
+    return not_hopper(platform)
+
+
+def explain(q, k, v, implementation: str = "auto") -> Choice:
+    """Which implementation serves a call, and why; arrays may be abstract.
+
+    Raises:
+      UnsupportedError: the named one cannot.
+    """
+
+    def obstacle(name: str) -> str | None:
+        if name == "reference":
+            return None
+        if k.dtype != q.dtype:
+            return f"it takes pages in the dtype of the queries, not {k.dtype} and {q.dtype}"
+        widths = (q.shape[-1], v.shape[-1])
+        return unfit(dtype=str(q.dtype), widths=widths, page_size=k.shape[1], platform=target())
+
+    instead = "implementation='auto' or 'reference'"
+    return choose("paged_attention", implementation, IMPLEMENTATIONS, obstacle, instead)
+
+
+def splits_for(programs: int, keys: int) -> int:
+    """Parts of a sequence's pages, so that every processor has programs to switch between.
+
+    Args:
+      programs: of one part.
+      keys: that the table's width can hold.
+    """
+    splits = 1
+    while programs * splits < _PROGRAMS * processors() and keys // (2 * splits) >= _LEAST:
+        splits *= 2
+    return splits
+
+
+def _check(q, k, v, table, firsts, blocks) -> None:
+    if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
+        raise ShapeError(
+            "paged_attention takes q [M, Q, N, H], k [P, Z, K, H] and v [P, Z, K, V], found "
+            f"{q.shape}, {k.shape} and {v.shape}"
+        )
+    if k.shape[:3] != v.shape[:3] or k.shape[3] != q.shape[3] or q.shape[2] % k.shape[2]:
+        raise ShapeError(
+            "paged_attention: pools have the same pages and heads, keys the queries' width, and "
+            f"query heads are a multiple of key heads; found q {q.shape}, k {k.shape}, v {v.shape}"
+        )
+    rows = table.shape[0] if table.ndim == 2 else -1
+    if firsts.shape != (rows,) or any(x.shape != q.shape[:1] for x in blocks):
+        raise ShapeError(
+            "paged_attention takes a table [rows, W], firsts [rows], and rows, starts and counts "
+            f"[M] of the M blocks; found {table.shape}, {firsts.shape} and "
+            f"{', '.join(str(x.shape) for x in blocks)} for M = {q.shape[0]}"
+        )
+
+
+def paged_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    table: jax.Array,
+    firsts: jax.Array,
+    blocks: tuple[jax.Array, jax.Array, jax.Array],
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    implementation: str = "auto",
+) -> tuple[jax.Array, jax.Array]:
+    """Causal attention of blocks of queries, each over the pages of its own sequence.
+
+    A block is one token that is decoded, a few that are verified, or a part of a prompt.
+
+    Args:
+      q: [M, Q, N, H]; query i of block m stands at starts[m] + i.
+      k, v: pools of pages [P, Z, K, H] and [P, Z, K, V]; the queries' own are written already.
+      table: int32 [rows, W], pages of each sequence. Columns past its end may hold any number.
+      firsts: int32 [rows], which page of its sequence stands in column 0.
+      blocks: (row, start, count), each int32 [M]: whose a block is, the place of its first query,
+        and how many of its Q queries there are; 0 for a block that is not used.
+      scale: factor on the scores; H^-1/2 by default.
+      window: keys before a query that it sees, None for all.
+      softcap: scores become softcap * tanh(scores / softcap).
+      implementation: `auto`, `mosaic_gpu` (Hopper) or `reference`.
+
+    Returns:
+      (out [M, Q, N, V] in q's dtype, lse float32 [M, Q, N]: the log of the sum of exponentials).
+      Queries that are not there get zeros and -inf.
+
+    Raises:
+      ShapeError: arguments that do not fit. UnsupportedError: an implementation that cannot serve
+        the call, with the reason.
+    """
+    _check(q, k, v, table, firsts, blocks)
+    problem = Problem(
+        scale=q.shape[-1] ** -0.5 if scale is None else scale, window=window, softcap=softcap
+    )
+    if explain(q, k, v, implementation).name == "reference":
+        return reference(q, k, v, table, firsts, blocks, problem)
+    return _on_hopper(q, k, v, table, firsts, blocks, problem)
+
+
+def _on_hopper(q, k, v, table, firsts, blocks, problem: Problem) -> tuple[jax.Array, jax.Array]:
+    rows, starts, counts = blocks
+    count, queries, num_heads, width = q.shape
+    heads = k.shape[2]
+    # Rows are queries by heads of one key head: for single queries no more than another shape.
+    group = num_heads // heads
+    by_head = q.reshape(count, queries, heads, group, width).transpose(0, 2, 1, 3, 4)
+    by_head = by_head.reshape(count, heads, queries * group, width)
+    short = -by_head.shape[2] % UNIT
+    by_head = jnp.pad(by_head, ((0, 0), (0, 0), (0, short), (0, 0)))
+    at = jnp.arange(-(-by_head.shape[2] // ROWS) * ROWS, dtype=jnp.int32)[None] // group
+    places = jnp.where(at < counts[:, None], starts[:, None] + at, -1)
+    tiles = Tiles(
+        stages=4 if width * k.shape[1] <= 128 * 64 else 2,
+        splits=splits_for(count * heads * (places.shape[1] // ROWS), table.shape[1] * k.shape[1]),
+    )
+    about = facts(starts, counts, firsts, rows)
+    out, lse = attend(
+        by_head, k, v, table, places, about, problem=problem, tiles=tiles, interpret=interpreting()
+    )
+    out, lse = merge(out, lse)
+    out = out[:, :, : queries * group].reshape(count, heads, queries, group, -1)
+    lse = lse[:, :, : queries * group].reshape(count, heads, queries, group)
+    out = out.transpose(0, 2, 1, 3, 4).reshape(count, queries, num_heads, -1)
+    return out.astype(q.dtype), lse.transpose(0, 2, 1, 3).reshape(count, queries, num_heads)
+
+
+def merge(out: jax.Array, lse: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(out [...], lse [...]) of all keys from those of parts [S, ..., V] and [S, ...]; exact."""
+    if out.shape[0] == 1:
+        return out[0], lse[0]
+    peak = jnp.max(lse, axis=0)
+    weights = jnp.exp(lse - jnp.where(jnp.isfinite(peak), peak, 0.0)[None])
+    total = jnp.sum(weights, axis=0)
+    shares = weights / jnp.where(total == 0, 1.0, total)[None]
+    whole = jnp.where(total > 0, peak + jnp.log(total), -jnp.inf)
+    return jnp.sum(out * shares[..., None], axis=0), whole

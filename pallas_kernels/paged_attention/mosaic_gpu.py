@@ -1,0 +1,289 @@
+# Types of jax's Mosaic GPU objects are not public.
+# pyright: reportPrivateImportUsage=false, reportAbstractUsage=false, reportIndexIssue=false, reportAttributeAccessIssue=false, reportCallIssue=false
+"""Attention over pages on Hopper: many small programs, each with a part of one sequence's pages.
+
+A program is one warpgroup. It holds up to 64 rows (queries x heads of one key head) and brings the
+pages of its part, one head of each, into a ring of shared memory with TMA. What bounds the kernel
+is reading pages, so several programs share a processor: one computes while others wait. Parts of
+one sequence are merged afterwards by their log-sums.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.once import lowered_once
+from pallas_kernels.paged_attention.problem import Problem
+from pallas_kernels.warpgroups import LOG2E, ROW, along, clear, iota, multiply, swizzled
+
+__all__ = ["ROWS", "Tiles", "attend"]
+
+ROWS = 64  # of a program: what a warpgroup's instruction has
+COLUMNS = 64  # keys of a step at least
+UNIT = 8  # rows that leave together
+START, END, FIRST, OWNER = range(4)  # of a block's facts: see `facts`
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tiles:
+    """How a call is cut; any choice gives the same result up to rounding.
+
+    Attributes:
+      stages: steps in flight.
+      splits: programs that share a sequence's pages.
+    """
+
+    stages: int = 4
+    splits: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """One compiled kernel: rows R of a block and key head, in tiles of 64."""
+
+    problem: Problem
+    rows: int
+    pool: tuple[int, ...]  # pages, tokens a page, heads, width
+    value_width: int
+    table_width: int
+    dtype: jnp.dtype
+    tiles: Tiles
+    interpret: bool
+
+    @property
+    def pages(self) -> int:
+        """Of a step."""
+        return max(1, COLUMNS // self.pool[1])
+
+    @property
+    def keys(self) -> int:
+        """Of a step."""
+        return self.pages * self.pool[1]
+
+    @property
+    def row_tiles(self) -> int:
+        return pl.cdiv(self.rows, ROWS)
+
+    @property
+    def rows_out(self) -> int:
+        """Rows of a tile that leave."""
+        return min(ROWS, self.rows)
+
+    @property
+    def leaving(self) -> int:
+        """Columns of the result that leave together: wide heads have no room for all."""
+        return min(128, self.value_width) if self.value_width % 128 == 0 else 64
+
+    def place(self, index):
+        """(block, tile of rows, split, head) of a program; heads of the same pages side by side."""
+        index, head = lax.div(index, self.pool[2]), lax.rem(index, self.pool[2])
+        index, split = lax.div(index, self.tiles.splits), lax.rem(index, self.tiles.splits)
+        return lax.div(index, self.row_tiles), lax.rem(index, self.row_tiles), split, head
+
+    def bounds(self, refs, block, split):
+        """(first column, steps) of a program's part of a block's pages."""
+        size = self.pool[1]
+        start, end = refs["facts"][block, START], refs["facts"][block, END]
+        first = refs["facts"][block, FIRST]
+        low = jnp.int32(0)
+        if self.problem.window is not None:
+            low = lax.div(jnp.maximum(start - self.problem.window, 0), size) - first
+        low = jnp.maximum(low, 0)
+        columns = jnp.maximum(lax.div(end + (size - 1), size) - first - low, 0)
+        steps = lax.div(columns + (self.pages - 1), self.pages)
+        share = lax.div(steps + (self.tiles.splits - 1), self.tiles.splits)
+        mine = jnp.minimum(share, jnp.maximum(steps - split * share, 0))
+        return low + split * share * self.pages, mine
+
+    def numbers(self, refs, owner, column):
+        """Pages of the step that begins at a column of the table."""
+        last, known = self.table_width - 1, self.pool[0] - 1
+        columns = [jnp.minimum(column + i, last) for i in range(self.pages)]
+        return [jnp.clip(refs["table"][owner, at], 0, known) for at in columns]
+
+    def bring(self, refs, smem, full, head, pages, slot):
+        size = self.pool[1]
+        for name in ("k", "v"):
+            for i, page in enumerate(pages):
+                shared = smem[name].at[slot, pl.ds(i * size, size)]
+                plgpu.copy_gmem_to_smem(refs[name].at[page, :, head], shared, full.at[slot])
+
+    def body(self, refs):
+        smem = {
+            "q": swizzled((ROWS, self.pool[3]), self.dtype),
+            "k": swizzled((self.tiles.stages, self.keys, self.pool[3]), self.dtype),
+            "v": swizzled((self.tiles.stages, self.keys, self.value_width), self.dtype),
+            "out": swizzled((ROWS, self.leaving), jnp.float32),
+            "lse": plgpu.SMEM((ROWS,), jnp.float32),
+        }
+        if self.interpret:
+            smem["stage"] = swizzled((ROWS, self.keys), self.dtype)
+        full = plgpu.Barrier(num_arrivals=2 * self.pages, num_barriers=self.tiles.stages)
+        pl.run_scoped(
+            lambda smem, full, asked: self.program(refs, smem, full, asked),
+            smem,
+            full,
+            plgpu.Barrier(),
+        )
+
+    def program(self, refs, smem, full, asked):
+        block, tile, split, head = self.place(lax.axis_index("cta"))
+        stages = self.tiles.stages
+        owner, first = refs["facts"][block, OWNER], refs["facts"][block, FIRST]
+        end = refs["facts"][block, END]
+        column, steps = self.bounds(refs, block, split)
+
+        for slot in range(stages):
+
+            @pl.when(slot < steps)
+            def _(slot=slot):
+                pages = self.numbers(refs, owner, column + slot * self.pages)
+                self.bring(refs, smem, full, head, pages, slot)
+
+        own = pl.ds(tile * ROWS, self.rows_out)
+        shared = smem["q"].at[pl.ds(0, self.rows_out)]
+        plgpu.copy_gmem_to_smem(refs["q"].at[block, head, own], shared, asked)
+        places = refs["places"].at[block, pl.ds(tile * ROWS, ROWS)]
+        places = plgpu.load(places, layout=ROW, optimized=False)
+        plgpu.barrier_wait(asked)
+
+        def step(i, carry):
+            slot = lax.rem(i, stages)
+            begins = column + i * self.pages
+            coming = self.numbers(refs, owner, begins + stages * self.pages)
+            plgpu.barrier_wait(full.at[slot])
+            left = end - (first + begins) * self.pool[1]  # keys of the step that were written
+            values = smem["v"].at[slot]
+
+            @pl.when(left < self.keys)
+            def _():  # what is behind may be NaN
+                clear(values, 0, left)
+                plgpu.commit_smem()
+
+            carry = self.fold(smem, slot, places, end - left, carry)
+
+            @pl.when(i + stages < steps)
+            def _():
+                self.bring(refs, smem, full, head, coming, slot)
+
+            return carry
+
+        out, peak, total = lax.fori_loop(0, steps, step, self.nothing())
+        some = total > 0.0
+        out = out * along(jnp.where(some, 1.0 / total, 0.0), out.shape, 0)
+        smem["lse"][...] = jnp.where(some, peak * (1.0 / LOG2E) + jnp.log(total), -jnp.inf)
+        whole, place = pl.ds(0, self.rows_out), (split, block, head, own)
+        for i in range(0, self.value_width, self.leaving):
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            smem["out"][...] = out[:, i : i + self.leaving]
+            plgpu.commit_smem()
+            target = refs["out"].at[(*place, pl.ds(i, self.leaving))]
+            plgpu.copy_smem_to_gmem(smem["out"].at[whole], target)
+        plgpu.copy_smem_to_gmem(smem["lse"].at[whole], refs["lse"].at[place])
+        plgpu.wait_smem_to_gmem(0)
+
+    def nothing(self):
+        """Sums, peaks and totals before any key."""
+        out = jnp.zeros((ROWS, self.value_width), jnp.float32)
+        peak, total = jnp.full((ROWS,), -jnp.inf, jnp.float32), jnp.zeros((ROWS,), jnp.float32)
+        if self.interpret:
+            return out, peak, total
+        cast = plgpu.layout_cast
+        return cast(out, plgpu.Layout.WGMMA), cast(peak, ROW), cast(total, ROW)
+
+    def fold(self, smem, slot, places, begin, carry):
+        """Sums with one more step's keys, the first of which stands at `begin`."""
+        out, peak, total = carry
+        problem, shape = self.problem, (ROWS, self.keys)
+
+        def product(acc):
+            plgpu.wgmma(acc, smem["q"], smem["k"].at[slot].T)
+            plgpu.wgmma_wait(0)
+            return acc[...]
+
+        scores = pl.run_scoped(product, plgpu.ACC(shape, jnp.float32))
+        factor = problem.scale * LOG2E
+        if problem.softcap is not None:
+            scores = jnp.tanh(scores * (problem.scale / problem.softcap))
+            factor = problem.softcap * LOG2E
+        key, query = iota(shape, 1) + begin, along(places, shape, 0)
+        seen = key <= query
+        if problem.window is not None:
+            seen = seen & (key >= query - problem.window)
+        scores = jnp.where(seen, scores * factor, -jnp.inf)
+        higher = jnp.maximum(peak, jnp.max(scores, axis=1))
+        level = jnp.where(higher == -jnp.inf, 0.0, higher)
+        weights = jnp.exp2(scores - along(level, shape, 0))
+        decay = jnp.exp2(peak - level)
+        total = total * decay + jnp.sum(weights, axis=1)
+
+        def sums(acc):
+            multiply(acc, weights.astype(self.dtype), smem["v"].at[slot], smem.get("stage"))
+            plgpu.wgmma_wait(0)
+            return acc[...]
+
+        found = pl.run_scoped(sums, plgpu.ACC(out.shape, jnp.float32))
+        return out * along(decay, out.shape, 0) + found, higher, total
+
+
+def facts(starts, counts, firsts, rows) -> jax.Array:
+    """int32 [M, 4] of the blocks: place of the first query, end of the keys, first page, row."""
+    seen = jnp.where(counts > 0, starts + counts, 0)
+    return jnp.stack([starts, seen, firsts[rows], rows], axis=1).astype(jnp.int32)
+
+
+@lowered_once("problem", "tiles", "interpret")
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    table: jax.Array,
+    places: jax.Array,
+    about: jax.Array,
+    *,
+    problem: Problem,
+    tiles: Tiles,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """Out float32 [S, M, K, R, V] and lse float32 [S, M, K, R] of S parts of the pages.
+
+    Args:
+      q: [M, K, R, H]; R is a multiple of 8.
+      k, v: pools [P, Z, K, H] and [P, Z, K, V].
+      table: int32 [rows, W].
+      places: int32 [M, R rounded up to 64], the place of each row's query, -1 for none.
+      about: of `facts`.
+    """
+    blocks, heads, rows, _ = q.shape
+    kernel = Kernel(
+        problem, rows, k.shape, v.shape[3], table.shape[1], jnp.dtype(q.dtype), tiles, interpret
+    )
+    kept = kernel.row_tiles * ROWS if rows > ROWS else rows
+    if kept > rows:
+        q = jnp.pad(q, ((0, 0), (0, 0), (0, kept - rows), (0, 0)))
+    inputs = {"q": q, "k": k, "v": v, "table": table, "places": places, "facts": about}
+    lead = (tiles.splits, blocks, heads, kept)
+    outputs = {
+        "out": jax.ShapeDtypeStruct((*lead, v.shape[3]), jnp.float32),
+        "lse": jax.ShapeDtypeStruct(lead, jnp.float32),
+    }
+
+    def run(*refs):
+        kernel.body(dict(zip((*inputs, *outputs), refs, strict=True)))
+
+    out, lse = plgpu.kernel(
+        run,
+        out_type=tuple(outputs.values()),
+        grid=(blocks * kernel.row_tiles * tiles.splits * heads,),
+        grid_names=("cta",),
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        kernel_name="paged_attention",
+        interpret=plgpu.InterpretGPUParams() if interpret else False,
+    )(*inputs.values())
+    return out[..., :rows, :], lse[..., :rows]

@@ -1,0 +1,39 @@
+"""Attention over pages on a Hopper GPU (JAX_PLATFORMS=cuda,cpu; pytest -m gpu tests/device)."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.paged_attention import api, paged_attention
+from tests.kernels.paged import CASES, Case, arguments, by_hand, check, options
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a CUDA device"),
+]
+LONG = {
+    "long and short": Case(
+        blocks=((0, 2047, 1), (1, 1, 1), (2, 1023, 1)), size=64, table_width=33, heads=(32, 8)
+    ),
+    "many queries of a long one": Case(
+        blocks=((0, 1000, 32), (0, 1032, 17), (1, 0, 32)), queries=32, size=64, table_width=20,
+        heads=(8, 2), width=128,
+    ),
+    "wide heads": Case(blocks=((0, 300, 1), (1, 77, 1)), size=64, table_width=8, width=256),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("splits", [None, 1, 4])
+@pytest.mark.parametrize("name", [*CASES, *LONG])
+def test_cases_are_exact_to_a_rounding_and_the_same_twice(name, splits, dtype, monkeypatch):
+    if splits is not None:
+        monkeypatch.setattr(api, "splits_for", lambda *_: splits)
+    case = (CASES | LONG)[name]
+    given = arguments(case, jnp.dtype(dtype))
+    call = jax.jit(lambda *a: paged_attention(*a, **options(case), implementation="mosaic_gpu"))
+    found, again = call(*given), call(*given)
+    check(case, found, by_hand(case, *given), jnp.dtype(dtype))
+    for one, other in zip(found, again, strict=True):
+        np.testing.assert_array_equal(np.asarray(one), np.asarray(other))

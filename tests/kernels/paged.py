@@ -1,0 +1,115 @@
+"""Cases of attention over pages, with what is not written full of NaN."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """Blocks as (row, start, count); row r has `firsts[r]` pages behind its window."""
+
+    blocks: tuple[tuple[int, int, int], ...]
+    queries: int = 1
+    heads: tuple[int, int] = (4, 2)
+    width: int = 64
+    value_width: int | None = None
+    size: int = 16
+    table_width: int = 10
+    firsts: tuple[int, ...] = ()
+    window: int | None = None
+    softcap: float | None = None
+    scale: float | None = None
+
+
+CASES = {
+    "single queries": Case(blocks=((0, 0, 1), (1, 15, 1), (2, 16, 1), (3, 100, 1), (0, 0, 0))),
+    "multi-query": Case(blocks=((0, 70, 1), (1, 3, 1)), heads=(8, 1)),
+    "one head each": Case(blocks=((0, 33, 1), (1, 63, 1)), heads=(2, 2), width=128),
+    "pages of 32": Case(blocks=((0, 70, 1), (1, 127, 1)), size=32, table_width=5),
+    "pages of 64": Case(blocks=((0, 70, 1), (1, 127, 1)), size=64, table_width=3),
+    "pages of 128": Case(blocks=((0, 70, 1), (1, 255, 1)), size=128, table_width=3),
+    "verified": Case(blocks=((0, 20, 4), (1, 61, 3), (2, 0, 0)), queries=4),
+    "parts of a prompt": Case(
+        blocks=((0, 0, 24), (0, 24, 24), (0, 48, 5), (1, 90, 24), (2, 7, 1)), queries=24
+    ),
+    "window": Case(
+        blocks=((0, 100, 1), (1, 40, 1), (2, 5, 1)), window=30, firsts=(4, 0, 0), table_width=6
+    ),
+    "window, parts of a prompt": Case(
+        blocks=((0, 90, 8), (1, 3, 8)), queries=8, window=20, firsts=(4, 0), table_width=6
+    ),
+    "soft-cap and scale": Case(blocks=((0, 70, 1), (1, 3, 1)), softcap=5.0, scale=0.3),
+    "keys and values of their own widths": Case(
+        blocks=((0, 70, 1), (1, 3, 1)), width=128, value_width=64
+    ),
+}
+
+
+def arguments(case: Case, dtype, seed: int = 0) -> tuple:
+    """(q, k, v, table, firsts, (rows, starts, counts)): scattered pages, NaN where none wrote."""
+    random = np.random.default_rng(seed)
+    num_rows = 1 + max(row for row, _, _ in case.blocks)
+    firsts = np.asarray(case.firsts or (0,) * num_rows, np.int32)
+    pages, (heads, kv_heads) = num_rows * case.table_width + 3, case.heads
+    draw = lambda *shape: random.standard_normal(shape).astype(np.float32)  # noqa: E731
+    q = draw(len(case.blocks), case.queries, heads, case.width)
+    k, v = (
+        np.full((pages, case.size, kv_heads, width), np.nan, np.float32)
+        for width in (case.width, case.value_width or case.width)
+    )
+    table = random.permutation(pages)[: num_rows * case.table_width].reshape(num_rows, -1)
+    table = table.astype(np.int32)
+    for row in range(num_rows):
+        end = max((s + n for r, s, n in case.blocks if r == row and n), default=0)
+        for place in range(firsts[row] * case.size, end):
+            page, within = table[row, place // case.size - firsts[row]], place % case.size
+            k[page, within], v[page, within] = (
+                draw(kv_heads, k.shape[3]),
+                draw(kv_heads, v.shape[3]),
+            )
+        used = -(-end // case.size) - firsts[row]
+        table[row, max(used, 0) :] = random.choice([-1, 2**30, pages])
+    blocks = tuple(jnp.asarray(x, jnp.int32) for x in np.asarray(case.blocks).T)
+    q, k, v = (jnp.asarray(x, dtype) for x in (q, k, v))
+    return q, k, v, jnp.asarray(table), jnp.asarray(firsts), blocks
+
+
+def options(case: Case) -> dict:
+    return {"scale": case.scale, "window": case.window, "softcap": case.softcap}
+
+
+def by_hand(case: Case, q, k, v, table, firsts, blocks) -> tuple[np.ndarray, np.ndarray]:
+    """(out, lse), query by query and head by head in float64."""
+    del blocks
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    table, firsts = np.asarray(table), np.asarray(firsts)
+    out, lse = np.zeros((*q.shape[:3], v.shape[-1])), np.full(q.shape[:3], -np.inf)
+    group, scale = q.shape[2] // k.shape[2], case.scale or q.shape[-1] ** -0.5
+    for m, (row, start, count) in enumerate(case.blocks):
+        for i in range(count):
+            low = 0 if case.window is None else max(0, start + i - case.window)
+            places = np.arange(low, start + i + 1)
+            pages = table[row, places // case.size - firsts[row]]
+            for head in range(q.shape[2]):
+                keys = k[pages, places % case.size, head // group]
+                scores = keys @ q[m, i, head] * scale
+                if case.softcap is not None:
+                    scores = case.softcap * np.tanh(scores / case.softcap)
+                peak = scores.max()
+                weights = np.exp(scores - peak)
+                lse[m, i, head] = peak + np.log(weights.sum())
+                values = v[pages, places % case.size, head // group]
+                out[m, i, head] = weights @ values / weights.sum()
+    return out, lse
+
+
+def check(case: Case, found, wanted, dtype) -> None:
+    """Within twice what rounding weights and result to `dtype` costs."""
+    unit = float(jnp.finfo(dtype).eps)
+    out, lse = (np.asarray(x, np.float64) for x in found)
+    assert np.isfinite(out).all()
+    largest = np.abs(wanted[0]).max()
+    np.testing.assert_allclose(out, wanted[0], rtol=2 * unit, atol=max(unit, 2e-6) * largest)
+    np.testing.assert_allclose(lse, wanted[1], rtol=1e-5, atol=max(unit / 8, 1e-5))
