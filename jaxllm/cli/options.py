@@ -188,6 +188,8 @@ class Serve(_Engine):
     """Opens every route but /health and /ready; may be given several times."""
     api_key_file: Path | None = None
     """More keys, one a line."""
+    pin_prefix: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction] = ()
+    """A text, or messages as .json, that many prompts begin with: computed once, kept for ever."""
     drain_s: float = 30.0
     """Seconds that running requests get after SIGTERM."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import sys
 import time
 from pathlib import Path
@@ -12,11 +13,13 @@ from typing import TYPE_CHECKING
 from jaxllm.cli.options import Bench, Serve
 from jaxllm.core.logging import show_notes
 from jaxllm.errors import ConfigError
+from jaxllm.text.chat import check_messages
 
 if TYPE_CHECKING:
+    from jaxllm.model import Model
     from jaxllm.serve.config import EngineConfig
 
-__all__ = ["bounds_of", "name_of", "run"]
+__all__ = ["bounds_of", "name_of", "prefix_ids", "run"]
 
 
 def _keys(options: Serve) -> tuple[str, ...]:
@@ -52,6 +55,20 @@ def bounds_of(options: Serve | Bench) -> EngineConfig:
     )
 
 
+def prefix_ids(path: Path, model: Model) -> list[int]:
+    """Tokens of a file: of messages by the chat template, or of a text as it is."""
+    if model.tokenizer is None:
+        raise ConfigError(f"--pin-prefix {path}: this model has no tokenizer")
+    try:
+        text = path.read_text("utf-8")
+        messages = json.loads(text) if path.suffix == ".json" else None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--pin-prefix {path}: cannot be read: {error}") from None
+    if messages is None:
+        return model.tokenizer.encode(text)
+    return model.tokenizer.apply_chat(check_messages(messages), add_generation_prompt=False)
+
+
 def run(options: Serve) -> int:
     """Run the subcommand; returns 0 after SIGTERM or Ctrl-C."""
     begun = time.perf_counter()
@@ -74,6 +91,12 @@ def run(options: Serve) -> int:
         embedder = None
         if engine is None or model.spec.head.pooling is not None:
             embedder = stack.enter_context(Embedder(model, max_tokens=options.context or 512))
+        for path in options.pin_prefix:
+            ids = prefix_ids(path, model)
+            if engine is None:
+                raise ConfigError("--pin-prefix: this model is an encoder and has no prefix cache")
+            count = engine.pin(ids)
+            print(f"--pin-prefix {path}: {count} of {len(ids)} tokens pinned", file=sys.stderr)
         app = App(options.name or name_of(options.source), model, engine, config, embedder=embedder)
         server = Server(app)
 

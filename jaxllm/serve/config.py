@@ -138,6 +138,7 @@ def table(setup: Setup, config: EngineConfig) -> tuple[Shape, ...]:
                 sequences=config.max_sequences or 1,
                 drafts=config.draft_tokens,
                 context=most,
+                greedy=jax.default_backend() != "cpu",
             )
     return verified + shapes(
         tokens=tokens,

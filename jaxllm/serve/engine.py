@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import concurrent.futures
 import dataclasses
 import threading
 import time
+from collections.abc import Sequence as Sequence_
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from jaxllm.aot import counter
 from jaxllm.core.logging import log
-from jaxllm.errors import CapacityError, ShapeError
+from jaxllm.errors import CapacityError, ShapeError, UnsupportedError
 from jaxllm.infer.generate import Generator
 from jaxllm.infer.programs import check_decodes
 from jaxllm.serve.config import EngineConfig, lay_out, recurrent, table
@@ -29,12 +31,13 @@ from jaxllm.serve.request import Busy, Choice, Gone, Logprob, Request, Stream
 from jaxllm.serve.runner import Runner, places_of
 from jaxllm.serve.scheduler import Limits, Scheduler, Turn
 from jaxllm.serve.sequence import Sequence
+from jaxllm.serve.stats import Stats
 from jaxllm.serve.writer import Draft, Writer
 from jaxllm.spec.model import ModelSpec
 from jaxllm.text.answer import Answer
 from jaxllm.text.tokenizer import Tokenizer
 
-__all__ = ["Engine", "Served", "Stats"]
+__all__ = ["Engine", "Served"]
 
 
 @runtime_checkable
@@ -49,43 +52,6 @@ class Served(Protocol):
     def eos_ids(self) -> tuple[int, ...]: ...
     @property
     def generator(self) -> Generator: ...
-
-
-@dataclasses.dataclass
-class Stats:
-    """Counts since the engine was ready, and what it holds now.
-
-    Attributes:
-      steps: dispatched.
-      drawn_tokens: of answers.
-      fed_tokens: of prompts and answers.
-      host_seconds: in planning, packing and dispatching, and in handing out what was drawn.
-      waiting: requests' sequences that wait.
-      running: that run.
-      held_pages: of all groups.
-      total_pages: of all groups.
-      preemptions: sequences that had to give up their pages.
-      hit_tokens: of prompts that came from the prefix cache.
-      drafted_tokens: guesses verified.
-      accepted_tokens: of these, that were right.
-      prompt_tokens: of prompts admitted.
-      compilations: since ready; 0.
-    """
-
-    steps: int = 0
-    drawn_tokens: int = 0
-    fed_tokens: int = 0
-    host_seconds: float = 0.0
-    waiting: int = 0
-    running: int = 0
-    held_pages: int = 0
-    total_pages: int = 0
-    preemptions: int = 0
-    hit_tokens: int = 0
-    drafted_tokens: int = 0
-    accepted_tokens: int = 0
-    prompt_tokens: int = 0
-    compilations: int = 0
 
 
 class Engine:
@@ -126,6 +92,7 @@ class Engine:
         self._new: list[Sequence] = []
         self._dropped: list[Draft] = []
         self._live: dict[Draft, Sequence] = {}
+        self._pins: list[tuple[list[int], concurrent.futures.Future[int]]] = []
         self._closing = False
         self._writer = Writer(self._drop)
         self._at_ready = counter.compilations()
@@ -157,6 +124,34 @@ class Engine:
     def generate(self, request: Request) -> list[Choice]:
         """Whole answers to one request; see `submit`."""
         return self.submit(request).result()
+
+    def pin(self, ids: Sequence_[int]) -> int:
+        """Compute a prefix that many prompts begin with, and keep its pages for ever.
+
+        Unlike what else the prefix cache holds, all tenants find it.
+
+        Args:
+          ids: tokens of the prefix.
+
+        Returns:
+          How many of them are pinned: those of whole pages.
+
+        Raises:
+          UnsupportedError: the prefix cache is off, or the model has none; CapacityError: it does
+            not fit, or takes over half of the pages; Gone: the engine died.
+        """
+        if not self.scheduler.limits.prefix_cache:
+            raise UnsupportedError(
+                "a prefix can be pinned only where the prefix cache is on, and models with state "
+                "of other kinds than pages have none"
+            )
+        self.generate(Request(prompt_ids=tuple(ids), max_tokens=1, ignore_eos=True))
+        asked: concurrent.futures.Future[int] = concurrent.futures.Future()
+        with self._lock:
+            self._check_open(0)
+            self._pins.append((list(ids), asked))
+            self._lock.notify()
+        return asked.result(timeout=60)
 
     def stats(self) -> Stats:
         """How the engine is doing."""
@@ -294,21 +289,31 @@ class Engine:
     def _take_in(self, *, idle: bool) -> bool:
         """Requests and cancellations that came; waits for some when there is nothing to do."""
         with self._lock:
-            while idle and self.error is None and not (self._new or self._dropped or self._busy()):
+            while idle and self.error is None and not self._wanted():
                 self._lock.wait()
             if self.error is not None:
                 return False
             new, self._new = self._new, []
             dropped, self._dropped = self._dropped, []
             gone = [self._live.pop(draft) for draft in dropped if draft in self._live]
+            pins, self._pins = self._pins, []
         for sequence in new:
             self.scheduler.add(sequence)
         for sequence in gone:
             self.scheduler.finish(sequence)
+        for ids, asked in pins:
+            try:
+                asked.set_result(self.scheduler.prefixes.pin(ids))
+            except CapacityError as error:
+                asked.set_exception(error)
         return True
 
-    def _busy(self) -> bool:
-        return bool(self.scheduler.waiting or self.scheduler.running)
+    def _wanted(self) -> bool:
+        """Whether there is anything to do."""
+        scheduler = self.scheduler
+        return bool(
+            self._new or self._dropped or self._pins or scheduler.waiting or scheduler.running
+        )
 
     def _set_options(self, turns: list[Turn]) -> None:
         for turn in turns:

@@ -21,7 +21,7 @@ __all__ = ["Pages", "chain"]
 def chain(
     tokens: Sequence[int], size: int, *, salt: str = "", known: Sequence[bytes] = ()
 ) -> list[bytes]:
-    """SHA-256 of every full page of tokens and of all before it.
+    """SHA-256 of every full page of tokens, of all before it and of the salt.
 
     Args:
       tokens: from the first of the sequence on.
@@ -30,10 +30,11 @@ def chain(
       known: hashes of the first pages, not computed again.
     """
     out = list(known)
-    last = out[-1] if out else hashlib.sha256(salt.encode()).digest()
+    name = hashlib.sha256(salt.encode()).digest()
+    last = out[-1] if out else b""
     for start in range(len(out) * size, len(tokens) - size + 1, size):
         part = np.asarray(tokens[start : start + size], np.int32).tobytes()
-        last = hashlib.sha256(last + part).digest()
+        last = hashlib.sha256(name + last + part).digest()
         out.append(last)
     return out
 

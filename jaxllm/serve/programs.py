@@ -69,17 +69,17 @@ class Shape:
       rows: R.
       longest: most tokens of one row; 1 for a step of decoding, where T is R.
       context: most tokens of a sequence, those of the step included.
+      every: whether a token is drawn after every token, not only after a row's last: for drafts.
       greedy: every row takes its most likely token and wants no more. A GPU stops at each choice
         that a program makes, so that steps without options have programs without choices.
-      every: whether a token is drawn after every token, not only after a row's last: for drafts.
     """
 
     tokens: int
     rows: int
     longest: int
     context: int
-    greedy: bool = False
     every: bool = False
+    greedy: bool = False
 
     @property
     def places(self) -> int:
@@ -89,7 +89,7 @@ class Shape:
     @property
     def name(self) -> str:
         """For the program's name."""
-        how = "-greedy" * self.greedy + "-every" * self.every
+        how = "-every" * self.every + "-greedy" * self.greedy
         return f"t{self.tokens}-r{self.rows}-l{self.longest}-s{self.context}{how}"
 
     def widths(self, memory: Memory) -> dict[str, int]:
@@ -158,7 +158,9 @@ def shapes(
     return tuple(out)
 
 
-def verifying(*, tokens: int, sequences: int, drafts: int, context: int) -> tuple[Shape, ...]:
+def verifying(
+    *, tokens: int, sequences: int, drafts: int, context: int, greedy: bool = False
+) -> tuple[Shape, ...]:
     """Steps of 2, 4, 8, … tokens that verify drafts.
 
     Args:
@@ -166,6 +168,7 @@ def verifying(*, tokens: int, sequences: int, drafts: int, context: int) -> tupl
       sequences: most of a step.
       drafts: most of one sequence.
       context: see `Shape`.
+      greedy: whether steps without options have programs of their own.
     """
     sizes = sorted({min(2 << i, tokens) for i in range((tokens - 1).bit_length())})
     return tuple(
@@ -175,8 +178,10 @@ def verifying(*, tokens: int, sequences: int, drafts: int, context: int) -> tupl
             longest=min(n, 1 + drafts),
             context=context,
             every=True,
+            greedy=plain,
         )
         for n in sizes
+        for plain in ([True, False] if greedy else [False])
     )
 
 

@@ -57,12 +57,12 @@ class Runner:
         self._options = programs.empty_options(memory.slots, setup.spec.vocab)
         self._on_device = jax.device_put(_copy(self._options))
         self._stale = False
-        self._greedy = np.ones((memory.slots,), np.bool_)  # slots whose options ask for nothing
         self._words = words(setup.spec.vocab)
         self._no_masks = {
             places: jax.device_put(np.zeros((places, self._words), np.int32))
             for places in {shape.places for shape in self._shapes}
         }
+        self._greedy = np.ones((memory.slots,), np.bool_)  # slots whose options ask for nothing
         # What each slot's sequence holds; columns past its end are left over and never looked at.
         widths: dict[str, int] = {}
         for shape in self._shapes:
@@ -118,8 +118,8 @@ class Runner:
         tokens = sum(turn.count for turn in turns)
         longest = max(turn.count for turn in turns)
         context = max(turn.start + turn.count for turn in turns)
-        greedy = all(self._greedy[turn.sequence.slot] and not turn.masked for turn in turns)
         every = any(turn.drafts for turn in turns)
+        greedy = all(self._greedy[t.sequence.slot] and t.sequence.guide is None for t in turns)
         fits = (
             shape
             for shape in self._shapes

@@ -18,7 +18,8 @@ from collections.abc import Sequence as Sequence_
 from jaxllm.core.config import require
 from jaxllm.errors import CapacityError
 from jaxllm.serve.ngram import agreed
-from jaxllm.serve.pages import Pages, chain
+from jaxllm.serve.pages import Pages
+from jaxllm.serve.prefixes import Prefixes
 from jaxllm.serve.sequence import Holding, Sequence
 
 __all__ = ["Limits", "Scheduler", "Turn"]
@@ -111,6 +112,7 @@ class Scheduler:
         self.prompt_tokens = 0
         self.drafted_tokens = 0
         self.accepted_tokens = 0
+        self.prefixes = Prefixes(pages, windows, size=limits.page_size, on=limits.prefix_cache)
         self._slots = list(range(limits.sequences - 1, -1, -1))
         self._served: dict[str, int] = {}
         self._arrivals = itertools.count()
@@ -124,9 +126,10 @@ class Scheduler:
         for group, pages in self.pages.items():
             left, longest = self.windows[group], self.limits.longest
             seen = tokens if left is None else min(tokens, left + longest + self.limits.page_size)
-            if -(-seen // self.limits.page_size) > pages.count:
+            count = pages.count - self.prefixes.pinned_pages[group]
+            if -(-seen // self.limits.page_size) > count:
                 raise CapacityError(
-                    f"{tokens} tokens of prompt and answer exceed the {pages.count} pages of "
+                    f"{tokens} tokens of prompt and answer exceed the {count} pages of "
                     f"{self.limits.page_size}; ask for fewer, or serve with more cache_tokens"
                 )
 
@@ -180,7 +183,8 @@ class Scheduler:
             if sequence.computed + count <= sequence.room or self._hold(sequence, count, turns):
                 turns.append(self._turn(sequence, count, drafts))
                 left, spare = left - count, spare - len(drafts)
-        while left > 0 and self._slots:
+        # A step that verifies drafts has no room for a prompt; preemption may have freed a slot.
+        while left > 0 and self._slots and not any(turn.drafts for turn in turns):
             sequence = self._next_waiting()
             if sequence is None or not self._admit(sequence, left):
                 break
@@ -204,7 +208,7 @@ class Scheduler:
             self.drafted_tokens += len(turn.drafts)
             self.accepted_tokens += len(new) - 1
         if len(sequence.tokens) // self.limits.page_size > sequence.named:
-            self._name(sequence)
+            self.prefixes.name(sequence)
         return new
 
     def _spare(self, order: list[tuple[Sequence, int]]) -> int:
@@ -236,7 +240,7 @@ class Scheduler:
             sequence.guessed = len(drafts)
         self._served[sequence.tenant] += count
         if end // self.limits.page_size > sequence.named:
-            self._name(sequence)
+            self.prefixes.name(sequence)
         return turn
 
     def _next_waiting(self) -> Sequence | None:
@@ -252,18 +256,20 @@ class Scheduler:
 
         Nobody is preempted for it, and each running sequence keeps a page to grow into.
         """
-        found = self._cached(sequence)
+        found = self.prefixes.cached(sequence)
         begun = found * self.limits.page_size
         wanted = min(sequence.length - begun, self.limits.longest, left)
         end = -(-(begun + wanted) // self.limits.page_size)
         for group, pages in self.pages.items():
-            first = self._first_page(group, begun)
-            taken = sum(pages.is_kept(p) for p in self._pages_of(sequence, group, first, found))
+            first = self.prefixes.first_page(group, begun)
+            taken = sum(
+                pages.is_kept(p) for p in self.prefixes.pages_of(sequence, group, first, found)
+            )
             if pages.available - taken < end - found + len(self.running):
                 return False
         for group, pages in self.pages.items():
-            first = self._first_page(group, begun)
-            holding = Holding(self._pages_of(sequence, group, first, found), first)
+            first = self.prefixes.first_page(group, begun)
+            holding = Holding(self.prefixes.pages_of(sequence, group, first, found), first)
             for page in holding.pages:
                 pages.share(page)
             holding.pages += [pages.take() for _ in range(end - found)]
@@ -278,43 +284,12 @@ class Scheduler:
         bisect.insort(self.running, sequence, key=lambda s: (s.priority, s.arrival))
         return True
 
-    def _first_page(self, group: str, position: int) -> int:
-        """The first page number that a query at this position looks at."""
-        left = self.windows[group]
-        return 0 if left is None else max(0, position - left) // self.limits.page_size
-
-    def _pages_of(self, sequence: Sequence, group: str, first: int, stop: int) -> list[int]:
-        found = [self.pages[group].find(key) for key in sequence.hashes[first:stop]]
-        return [page for page in found if page is not None]
-
-    def _cached(self, sequence: Sequence) -> int:
-        """Full pages from the start that the cache can give; one token at least is computed."""
-        if not (self.limits.prefix_cache and sequence.cacheable):
-            return 0
-        size = self.limits.page_size
-        sequence.hashes = chain(sequence.tokens, size, salt=sequence.tenant, known=sequence.hashes)
-        most = min(len(sequence.hashes), (sequence.length - 1) // size)
-        for group, left in self.windows.items():
-            if left is None:
-                held = itertools.takewhile(
-                    lambda key, g=group: self.pages[g].find(key) is not None, sequence.hashes
-                )
-                most = min(most, sum(1 for _ in held))
-        while most > 0 and not all(self._has(sequence, group, most) for group in self.windows):
-            most -= 1
-        return most
-
-    def _has(self, sequence: Sequence, group: str, stop: int) -> bool:
-        """Whether a group's pages before `stop` that a query there looks at are all to be found."""
-        first = self._first_page(group, stop * self.limits.page_size)
-        return len(self._pages_of(sequence, group, first, stop)) == stop - first
-
     def _hold(self, sequence: Sequence, count: int, turns: list[Turn]) -> bool:
         """Pages for `count` more tokens, others preempted if need be; False if it was itself."""
         end = -(-(sequence.computed + count) // self.limits.page_size)
         for group, pages in self.pages.items():
             holding = sequence.holdings[group]
-            first = min(self._first_page(group, sequence.computed), holding.end)
+            first = min(self.prefixes.first_page(group, sequence.computed), holding.end)
             for page in holding.pages[: first - holding.first]:
                 pages.release(page)
             holding.pages, holding.first = holding.pages[first - holding.first :], first
@@ -360,21 +335,3 @@ class Scheduler:
         if sequence.slot is not None:
             self._slots.append(sequence.slot)
             sequence.slot = None
-
-    def _name(self, sequence: Sequence) -> None:
-        """Let full pages of known tokens be found: a later step reads them after this one's."""
-        if not (self.limits.prefix_cache and sequence.cacheable) or not sequence.holdings:
-            return
-        size = self.limits.page_size
-        full = min(sequence.computed, len(sequence.tokens)) // size
-        if full <= sequence.named:
-            return
-        if len(sequence.hashes) < full:
-            sequence.hashes = chain(
-                sequence.tokens, size, salt=sequence.tenant, known=sequence.hashes
-            )
-        for group, holding in sequence.holdings.items():
-            for number in range(max(sequence.named, holding.first), min(full, holding.end)):
-                page = holding.pages[number - holding.first]
-                self.pages[group].name(page, sequence.hashes[number])
-        sequence.named = full

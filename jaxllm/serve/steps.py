@@ -186,45 +186,44 @@ def serve_step(setup: Setup, memory: Memory, shape: Shape) -> Callable[..., Any]
         last = jnp.take(carry.last, flat.slots, mode="clip")
         new["ids"] = jnp.where(new["unread"][row] > 0, last[row], new["ids"])
         logits, state = logits_of(params, state, new["ids"], flat, table)
-        if shape.greedy:
-            drawn = _unscored(jnp.argmax(logits, axis=-1).astype(jnp.int32))
-            tokens = carry.last.at[flat.slots].set(drawn.tokens, mode="drop")
-            return state, Carry(tokens, carry.history), drawn
         places, limits = _places(flat, shape), (masks, new["masked"] > 0)
         penalized = jnp.take(options.penalized, places.slots, mode="clip") & places.used
         take = lambda x: jnp.take(x, places.slots, axis=0, mode="clip")  # noqa: E731
-        if not shape.every:
+        history, offsets, ids = carry.history, places.offsets, new["ids"]
+
+        def seen() -> History:
+            answer = take(history.answer)
+            if offsets is not None:
+                answer = _drafted(answer, ids, offsets, shape.longest)
+            return History(take(history.prompt), answer)
+
+        if not (shape.every or shape.greedy):
             history = jax.lax.cond(
                 jnp.any(penalized),
                 lambda h: _seen(h, new, flat, penalized),
                 lambda h: h,
                 carry.history,
             )
-            seen = lambda: History(take(history.prompt), take(history.answer))  # noqa: E731
+        if shape.greedy:
+            drawn = _unscored(jnp.argmax(logits, axis=-1).astype(jnp.int32))
+        else:
             drawn = _draw(logits, options, places, limits, seen)
+        if offsets is None:
             tokens = carry.last.at[flat.slots].set(drawn.tokens, mode="drop")
             return state, Carry(tokens, history), drawn
-
-        history, offsets, ids = carry.history, places.offsets, new["ids"]
-        assert offsets is not None
-
-        def seen_with_drafts() -> History:
-            answer = _drafted(take(history.answer), ids, offsets, shape.longest)
-            return History(take(history.prompt), answer)
-
-        drawn = _draw(logits, options, places, limits, seen_with_drafts)
         stays = _accepted(drawn.tokens, ids, places, shape.longest)
         ends = stays & ~(jnp.roll(stays, -1) & (jnp.roll(offsets, -1) > 0))
-        tokens = carry.last.at[jnp.where(ends, places.slots, memory.slots)].set(
-            drawn.tokens, mode="drop"
-        )
-        kept = jnp.where(stays & penalized, places.slots, memory.slots)
-        answer = jax.lax.cond(
-            jnp.any(penalized),
-            lambda x: x.at[kept, ids].add(1, mode="drop"),
-            lambda x: x,
-            history.answer,
-        )
-        return state, Carry(tokens, History(history.prompt, answer)), drawn
+        last = jnp.where(ends, places.slots, memory.slots)
+        tokens = carry.last.at[last].set(drawn.tokens, mode="drop")
+        if not shape.greedy:
+            kept = jnp.where(stays & penalized, places.slots, memory.slots)
+            answer = jax.lax.cond(
+                jnp.any(penalized),
+                lambda x: x.at[kept, ids].add(1, mode="drop"),
+                lambda x: x,
+                history.answer,
+            )
+            history = History(history.prompt, answer)
+        return state, Carry(tokens, history), drawn
 
     return run

@@ -11,6 +11,9 @@ import openai
 import pytest
 
 from jaxllm.cli.main import main, parse
+from jaxllm.cli.serve import prefix_ids
+from jaxllm.errors import ConfigError
+from jaxllm.model import load
 from tests.cli.toy import write_toy
 
 
@@ -21,10 +24,18 @@ def test_from_start_to_sigterm(tmp_path: Path) -> None:
     small = ["--max-sequences", "2", "--max-batch-tokens", "16", "--cache-tokens", "256"]
     command = [sys.executable, "-m", "jaxllm.cli.main", "serve", str(write_toy(tmp_path / "toy"))]
     command += ["--port", "0", "--api-key-file", str(keys), "--name", "mine", *small]
+    (tmp_path / "prefix").write_text("You are a helpful machine. " * 2)
+    command += ["--pin-prefix", str(tmp_path / "prefix"), "--draft-tokens", "3"]
     environment = os.environ | {"JAXLLM_CACHE": str(tmp_path / "cache"), "JAX_PLATFORMS": "cpu"}
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stderr is not None
-        ready = next(found for line in process.stderr if (found := re.search(r"http://\S+", line)))
+        said = []
+        for line in process.stderr:
+            said.append(line)
+            if ready := re.search(r"http://\S+", line):
+                break
+        assert ready, said
+        assert any("tokens pinned" in line for line in said)
         with openai.OpenAI(base_url=ready[0] + "/v1", api_key="second") as client:
             reply = client.completions.create(model="mine", prompt="abc", max_tokens=4)
             assert reply.usage is not None
@@ -32,6 +43,21 @@ def test_from_start_to_sigterm(tmp_path: Path) -> None:
         process.send_signal(signal.SIGTERM)
         rest = process.stderr.read()
         assert process.wait(timeout=60) == 0, rest
+
+
+def test_a_prefix_is_text_or_messages(tmp_path: Path) -> None:
+    model = load(str(write_toy(tmp_path / "toy")))
+    assert model.tokenizer is not None
+    text = tmp_path / "p.txt"
+    text.write_text("hello")
+    assert prefix_ids(text, model) == model.tokenizer.encode("hello")
+    messages = tmp_path / "p.json"
+    for wrong in (b"{", b"\xff", b'{"role": "user"}', b'"x"'):
+        messages.write_bytes(wrong)
+        with pytest.raises(ConfigError):
+            prefix_ids(messages, model)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        prefix_ids(tmp_path / "none", model)
 
 
 def test_options() -> None:

@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 
-from jaxllm.errors import CapacityError, ConfigError, ShapeError
+from jaxllm.errors import CapacityError, ConfigError, ShapeError, UnsupportedError
 from jaxllm.serve.engine import Engine
 from jaxllm.serve.programs import shapes
 from tests.serve.conftest import CONFIG, CONTEXT, ask, prompt
@@ -104,6 +104,27 @@ def test_a_prompt_finds_the_pages_of_an_earlier_one(toy, engine):
     (whole,) = engine.generate(first)
     assert whole.cached_tokens == 36  # one token at least is computed
     assert whole.token_ids == alone(toy, first)
+
+
+def test_a_pinned_prefix_is_found_by_all(toy):
+    """By every tenant and after anything else; what follows it is not shared."""
+    prefix = prompt(22, seed=8)
+    with Engine(toy, CONFIG) as engine:
+        assert engine.pin(prefix) == 20
+        for i in range(6):  # more than there is room for
+            engine.generate(ask(prompt(60, seed=20 + i), 4))
+        held = engine.stats().held_pages
+        request = ask((*prefix, *prompt(9)), 6)
+        for tenant, cached in (("a", 20), ("b", 20), ("a", 28)):
+            (choice,) = engine.generate(dataclasses.replace(request, tenant=tenant))
+            assert (choice.cached_tokens, choice.token_ids) == (cached, alone(toy, request))
+        assert engine.stats().held_pages == held > 0
+        with pytest.raises(CapacityError, match="cannot be pinned"):
+            engine.pin(prompt(90, seed=30))
+        assert engine.alive
+    with Engine(toy, dataclasses.replace(CONFIG, prefix_cache=False)) as engine:
+        with pytest.raises(UnsupportedError, match="prefix cache is on"):
+            engine.pin(prefix)
 
 
 def test_several_answers_share_the_prompt(toy, engine):

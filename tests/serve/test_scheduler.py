@@ -208,6 +208,9 @@ def test_any_mix_ends_and_gives_everything_back(seed):
             waiting.append(sched.plan())
         slots = [s.slot for s in sched.running]
         assert len(set(slots)) == len(slots) <= 3
+        if waiting and any(turn.drafts for turn in waiting[-1]):
+            assert sum(turn.count for turn in waiting[-1]) <= 9
+            assert max(turn.count for turn in waiting[-1]) <= 4
         while len(waiting) > dice.randint(0, most):
             for turn in waiting.pop(0):
                 one = turn.sequence
@@ -225,3 +228,44 @@ def test_any_mix_ends_and_gives_everything_back(seed):
     assert sched.accepted_tokens <= sched.drafted_tokens
     assert all(one.done for one in everyone)
     assert [pages.held for pages in sched.pages.values()] == [0] * len(windows)
+
+
+def test_a_pinned_prefix_stays_and_is_everybodys():
+    """Other prompts need all pages there are; what follows the prefix is still each tenant's."""
+    sched = scheduler(pages=20, sequences=2, windows={"all": None, "window6": 6})
+    prefix = list(range(18))
+
+    def run(tokens, tenant=""):
+        count = len(tokens)
+        one = Sequence(tokens=tokens, prompt_length=count, limit=count + 1, tenant=tenant)
+        sched.add(one)
+        while not one.done:
+            step(sched)
+        return one.cached
+
+    assert run(prefix) == 0
+    assert sched.prefixes.pin(prefix) == 16
+    held = [pages.held for pages in sched.pages.values()]
+    assert held == [4, 2]  # of the window, what a token after the prefix sees
+    for i in range(5):
+        run([100 + i, *range(200, 245)], "a")
+    long = [*prefix, *range(50, 58)]
+    assert [run(long, "a"), run(long, "b"), run(long, "a")] == [16, 16, 24]
+    assert run([*prefix[:9], 99, 98, 97, 96], "c") in (0, 8)
+    assert [pages.held for pages in sched.pages.values()] == held
+    with pytest.raises(CapacityError, match="exceed the 16 pages"):
+        sched.check_fits(65)
+    with pytest.raises(CapacityError, match="cannot be pinned"):
+        sched.prefixes.pin(list(range(500, 520)))
+    for pages in sched.pages.values():
+        pages.check()
+
+
+def test_no_more_than_half_is_pinned():
+    sched = scheduler(pages=12)
+    sched.add(sequence(30, 1))
+    while sched.running or sched.waiting:
+        step(sched)
+    with pytest.raises(CapacityError, match="at most half"):
+        sched.prefixes.pin(list(range(30)))
+    assert sched.pages["all"].held == 0

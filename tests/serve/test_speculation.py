@@ -16,7 +16,7 @@ from jaxllm.serve import grammar
 from jaxllm.serve.config import EngineConfig
 from jaxllm.serve.engine import Engine
 from jaxllm.serve.ngram import SIZES, Drafter, agreed
-from jaxllm.serve.programs import Options
+from jaxllm.serve.programs import Options, shapes, verifying
 from jaxllm.serve.steps import _accepted, _drafted, _draw, _Places
 from tests.contracts.specs import SPECS
 from tests.serve.conftest import CONFIG, CONTEXT, ask, made, prompt
@@ -294,6 +294,32 @@ def test_pages_that_run_out(toy):
         assert engine.stats().preemptions > 0
         settled(engine)
     assert found == [alone(toy, request) for request in requests]
+
+
+@pytest.mark.slow
+def test_greedy_steps_verify_without_choices(toy, monkeypatch):
+    """As on a GPU: programs of their own, for drafts too; a grammar or an option takes others."""
+    sizes = {"sequences": 2, "greedy": True}
+    monkeypatch.setattr(
+        "jaxllm.serve.engine.table",
+        lambda *_: (
+            *verifying(tokens=8, drafts=3, context=CONTEXT, **sizes),
+            *shapes(tokens=16, longest=16, contexts=(CONTEXT,), **sizes),
+        ),
+    )
+    config = dataclasses.replace(DRAFTING, max_sequences=2)
+    requests = [ask(copied(0), 40), ask(copied(0), 40, **PENALIZED)]
+    bound = ask(prompt(8), 40, grammar=grammar.regex("(abc){12}"))
+    with Engine(toy, config) as engine:
+        used, choose = [], engine.runner.shape_of
+        monkeypatch.setattr(
+            engine.runner, "shape_of", lambda turns: used.append(choose(turns)) or used[-1]
+        )
+        found = [engine.generate(request)[0].token_ids for request in requests]
+        assert engine.generate(bound)[0].text == "abc" * 12
+        settled(engine)
+    assert found == [alone(toy, request) for request in requests]
+    assert {(s.greedy, s.every) for s in used} >= {(True, True), (True, False), (False, True)}
 
 
 @pytest.mark.slow

@@ -9,7 +9,8 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from jaxllm.serve.embedder import Embedder
-from jaxllm.serve.engine import Engine, Stats
+from jaxllm.serve.engine import Engine
+from jaxllm.serve.stats import Stats
 
 __all__ = ["Metrics"]
 
