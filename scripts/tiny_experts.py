@@ -8,6 +8,7 @@ from transformers import Glm4MoeConfig as Glm4Moe
 from transformers import GptOssConfig as GptOss
 from transformers import GraniteMoeConfig as GraniteMoe
 from transformers import GraniteMoeSharedConfig as GraniteMoeShared
+from transformers import Lfm2MoeConfig as Lfm2Moe
 from transformers import Llama4TextConfig as Llama4
 from transformers import MiniMaxM2Config as MiniMaxM2
 from transformers import MixtralConfig as Mixtral
@@ -101,6 +102,18 @@ EXPERTS = {
             "n_shared_experts": 2,
         },
         hub=True,
+    ),
+    "lfm2_moe": Tiny(
+        Lfm2Moe,
+        MANY
+        | {
+            "rms_norm_eps": ...,
+            "num_hidden_layers": 4,
+            "num_dense_layers": 1,
+            "layer_types": ["conv", "full_attention", "conv", "full_attention"],
+            "routed_scaling_factor": 1.4,
+            "conv_bias": True,
+        },
     ),
     "dots1": Tiny(
         Dots1,

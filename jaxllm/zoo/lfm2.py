@@ -10,7 +10,7 @@ from jaxllm.zoo import decoder, recurrent
 from jaxllm.zoo.rope import read_rope, write_rope
 from jaxllm.zoo.table import ConfigReader, Entry, Family
 
-__all__ = ["FAMILY"]
+__all__ = ["FAMILY", "NAMES", "read_kinds"]
 
 _KINDS = {"full_attention": "A", "conv": "C"}
 _IGNORED = (
@@ -25,7 +25,7 @@ _IGNORED = (
     "theta",
     "use_pos_enc",
 )
-_NAMES = {
+NAMES = {
     "final_norm": "model.embedding_norm",
     "attn.o": "self_attn.out_proj",
     "attn.q_norm": "self_attn.q_layernorm",
@@ -42,9 +42,10 @@ _NAMES = {
     "conv_norm": "operator_norm",
     "mlp_norm": "ffn_norm",
 }
+"""Names beside those of most families."""
 
 
-def _kinds(config: ConfigReader, layers: int) -> list[str]:
+def read_kinds(config: ConfigReader, layers: int) -> list[str]:
     """The block of each layer, from a list of kinds or the numbers of those that attend."""
     places = config.take("full_attn_idxs", list, list(range(layers)))
     default = ["full_attention" if i in places else "conv" for i in range(layers)]
@@ -79,7 +80,7 @@ def _read(config: ConfigReader) -> ModelSpec:
     for key, value in (("block_dim", sizes.width), ("num_heads", sizes.heads)):
         config.fixed(**{key: value})  # older names of the same
     ffn = _ffn(config, sizes.ffn)
-    names = _kinds(config, sizes.layers)
+    names = read_kinds(config, sizes.layers)
     rope = read_rope(config, context=sizes.context, theta=1e6)
     eps = config.take("norm_eps", float, 1e-5)
     tied = config.take("tie_embedding", bool, config.take("tie_word_embeddings", bool, True))
@@ -129,7 +130,7 @@ def _write(spec: ModelSpec) -> dict[str, Any] | None:
 
 
 def _names(spec: ModelSpec) -> list[Entry]:
-    return recurrent.entries(spec, decoder.TENSORS | _NAMES)
+    return recurrent.entries(spec, decoder.TENSORS | NAMES)
 
 
 FAMILY = Family(model_types=("lfm2",), read=_read, write=_write, names=_names)
