@@ -123,7 +123,7 @@ def _write(folder: Path, source: str, options: Options) -> None:
     (folder / "spec.json").write_text(head.spec.to_json())
     manifest = {
         "format": FORMAT,
-        "source": source,
+        "source": Path(source).name,
         "jaxllm": package_hash()[:16],
         "jax": jax.__version__,
         "jaxlib": jaxlib.__version__,

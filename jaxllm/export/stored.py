@@ -16,7 +16,8 @@ import jax
 from jaxllm.aot.program import Executable, Program
 from jaxllm.aot.store import Store, load_bytes
 from jaxllm.core.logging import log
-from jaxllm.export.runtime import Bundle
+from jaxllm.errors import WeightsError
+from jaxllm.export.runtime import Bundle, BundleError
 
 __all__ = ["StoredBundle"]
 
@@ -36,10 +37,17 @@ class StoredBundle(Bundle):
         super().__init__(path)
 
     def build(self, entry: dict[str, Any], *args: Any) -> Executable:
-        """The executable of a program: from the store, from the bundle, or compiled and stored."""
+        """The executable of a program: from the store, from the bundle, or compiled and stored.
+
+        Raises:
+          WeightsError: jax cannot read the program.
+        """
         del args  # shapes stand in the program itself, so that a fingerprint needs no run
         start = time.perf_counter()
-        made = self._kept(entry)
+        try:
+            made = self._kept(entry)
+        except BundleError as error:
+            raise WeightsError(str(error)) from None
         self.build_ms += 1e3 * (time.perf_counter() - start)
         return made
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from jax import export
 
 from jaxllm.aot import counter
 from jaxllm.cli.main import main
@@ -69,6 +70,24 @@ def test_sampling_options_arrive(
     assert set(seen) == known | {"max_tokens"}
     wanted = {"temperature": 0.8, "top_k": 30, "seed": 3, "top_p": 1.0, "max_tokens": 9}
     assert {name: seen[name] for name in wanted} == wanted
+
+
+def test_a_program_that_cannot_be_read_later(
+    talking: tuple[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real, calls = export.deserialize, []
+
+    def second_fails(data: bytearray) -> Any:
+        calls.append(len(data))
+        if len(calls) > 1:
+            raise ValueError("of an unknown version")
+        return real(data)
+
+    monkeypatch.setattr(export, "deserialize", second_fails)
+    message = refused(
+        capsys, "run", str(talking[1]), "generate", "--prompt", "hi", "--max-tokens=2"
+    )
+    assert "of an unknown version" in message and "export it anew" in message
 
 
 def test_chat(
