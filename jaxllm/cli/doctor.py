@@ -96,7 +96,9 @@ def _choices() -> dict[str, str]:
         import jax
 
         from jaxllm.infer.open import run_policy
+        from jaxllm.ops import grouped, paged, quantized
         from jaxllm.ops.attention import Call, choose
+        from jaxllm.spec.mask import Causal
 
         policy = run_policy()
         platform, dtype = jax.default_backend(), policy.compute_dtype
@@ -105,12 +107,21 @@ def _choices() -> dict[str, str]:
         for name, changes in _ATTENTION.items():
             choice = choose("auto", dataclasses.replace(call, **changes))
             out[name] = f"{choice.name} ({choice.why})"
-        out["matmul"] = f"XLA's own in {dtype} (no kernel of ours covers this device yet)"
+        sizes = {"dtype": dtype, "widths": (64, 64), "page_size": 64, "mask": Causal()}
+        out["attention over pages"] = _ours(paged.obstacle(**sizes))
+        experts = grouped.choose("auto", platform=platform, dtype=dtype, sides=(2048, 1024))
+        out["experts"] = f"{experts.name} ({experts.why})"
+        out["packed weights, decoding"] = _ours(quantized.unfit(dtype, "int4", (4096, 4096, 64)))
+        out["matmul"] = f"XLA's own in {dtype}"
         fused = ", fused projections" if policy.fused else ""
         out["weights"] = f"{policy.param_dtype}, {policy.layout} layers{fused}"
         return out
     except ImportError as error:
         return {"attention": f"unknown: {error}"}
+
+
+def _ours(obstacle: str | None) -> str:
+    return "our kernel" if obstacle is None else f"XLA's own (our kernel: {obstacle})"
 
 
 def _caches(problems: list[str]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from jaxllm.core.qarray import QArray, dequantize_rows, half_rows, halves, scale
 from jaxllm.core.qrows import row_blocks
 from pallas_kernels.target import target
 
-__all__ = ["kernel_obstacle", "quantized_product"]
+__all__ = ["kernel_obstacle", "quantized_product", "unfit"]
 
 _TILE = 2**19
 """Values that a CPU unpacks at a time: what its second cache level holds in float32."""
@@ -89,11 +89,25 @@ def _whole(x: Array, leaf: QArray, out_dtype: Any) -> Array:
     return _product(x, rows.astype(x.dtype), out_dtype)
 
 
-def kernel_obstacle(x: Any, leaf: QArray) -> str | None:
-    """Why our kernel for packed integers cannot serve x [..., I] times a leaf, or None."""
+def unfit(dtype: str, kind: str, sizes: tuple[int, int, int], rows: int = 1) -> str | None:
+    """Why our kernel for packed integers cannot serve a kind of product here, or None.
+
+    Args:
+      dtype: of the activations.
+      kind: format of the weights.
+      sizes: outputs, inputs, and inputs of a group.
+      rows: of the activations.
+    """
     platform = target()
     if platform not in ("gpu", "interpreter"):
         return f"it needs a CUDA device, this is {platform}"
+    from pallas_kernels import quantized_matmul  # Pallas takes a third of a second to import
+
+    return quantized_matmul.unfit(dtype=dtype, rows=rows, kind=kind, sizes=sizes, platform=platform)
+
+
+def kernel_obstacle(x: Any, leaf: QArray) -> str | None:
+    """Why our kernel cannot serve x [..., I] times a leaf, or None."""
     if not jax.sharding.get_abstract_mesh().empty:
         return "it runs on one device"
     plain = leaf.version == 1 and leaf.rows == 1 and leaf.order is None
@@ -101,15 +115,8 @@ def kernel_obstacle(x: Any, leaf: QArray) -> str | None:
         return "it takes one matrix in the first layout, with a scale for every row and group"
     if leaf.num_inputs != leaf.scale.shape[-1] * leaf.group:
         return "its groups have one size"
-    from pallas_kernels.quantized_matmul import unfit  # Pallas takes a third of a second to import
-
-    return unfit(
-        dtype=str(x.dtype),
-        rows=math.prod(x.shape[:-1]),
-        kind=leaf.format,
-        sizes=(leaf.num_outputs, leaf.num_inputs, leaf.group),
-        platform=platform,
-    )
+    sizes = (leaf.num_outputs, leaf.num_inputs, leaf.group)
+    return unfit(str(x.dtype), leaf.format, sizes, math.prod(x.shape[:-1]))
 
 
 def _by_kernel(x: Array, leaf: QArray, out_dtype: Any) -> Array:
