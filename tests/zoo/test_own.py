@@ -9,6 +9,7 @@ import jaxllm
 from jaxllm.core.policy import Policy
 from jaxllm.core.tree import flatten
 from jaxllm.errors import ConfigError, WeightsError
+from jaxllm.spec.table import layer_paths
 from jaxllm.zoo.load import open_checkpoint, save_checkpoint
 from tests.contracts.specs import NAMES, SPECS, params, single
 from tests.oracle.golden import tensors
@@ -35,8 +36,12 @@ def test_values_and_names_are_ours(tmp_path):
     assert config["model_type"] == "jaxllm"
     found = tensors(tmp_path)
     assert found.keys() == leaves.keys()
-    for path, array in leaves.items():
-        np.testing.assert_array_equal(found[path], array)
+    for path, definition in layer_paths(SPECS[FOREIGN]).items():
+        wanted = leaves[path]
+        if definition.std and definition.inputs:  # matrices lie [outputs, inputs]
+            inputs = int(np.prod(wanted.shape[: definition.inputs]))
+            wanted = wanted.reshape(inputs, -1).T
+        np.testing.assert_array_equal(found[path], wanted)
     model = jaxllm.load(tmp_path, policy=Policy(), store=False)
     again = jaxllm.load(tmp_path, store=False, dtype="float32")
     ids = np.arange(3, 12)[None]
@@ -58,3 +63,17 @@ def test_damage_is_named(tmp_path):
     path.write_text(json.dumps({"model_type": "jaxllm"}))
     with pytest.raises(ConfigError, match=r"spec: missing key .vocab."):
         open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("name", [FOREIGN, "gqa", "moe"])
+def test_quantized_leaves_are_ours_too(name, tmp_path):
+    saved(name, tmp_path / "plain")
+    model = jaxllm.load(tmp_path / "plain", store=False, dtype="float32")
+    small = model.quantize("int8")
+    small.save(tmp_path / "small")
+    again = jaxllm.load(tmp_path / "small", store=False, dtype="float32")
+    ids = np.arange(3, 12)[None]
+    np.testing.assert_array_equal(small.logits(ids), again.logits(ids))
+    assert again.nbytes == small.nbytes < 0.6 * model.nbytes
+    expanded = jaxllm.load(tmp_path / "small", store=False, dtype="float32", packed=False)
+    np.testing.assert_allclose(expanded.logits(ids), again.logits(ids), rtol=1e-4, atol=1e-5)
