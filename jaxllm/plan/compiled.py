@@ -90,7 +90,7 @@ def _roofline(counts: Counts, work: Work, place: Place) -> Roofline:
     compute = moved = sent = None
     if peak is not None:
         compute = max(counts.flops, work.flops / devices) / peak
-    if limits is not None and limits.memory_bytes_per_s:
+    if limits is not None and limits.memory_bytes_per_s and not place.estimated:
         moved = counts.moved_bytes / limits.memory_bytes_per_s
     if limits is not None and limits.link_bytes_per_s:
         sent = sum(c.sent_bytes for c in counts.collectives) / limits.link_bytes_per_s

@@ -39,7 +39,7 @@ class Guess:
     """Of one device and step.
 
     Attributes:
-      seconds: compute or network, whichever is longer.
+      seconds: compute and network, one after the other: what hides what is the compiler's.
       memory_bytes: at the peak.
       tokens_per_s: over all devices.
     """
@@ -96,7 +96,7 @@ def guess(config: RunConfig, place: Place) -> Guess:
     rows = config.batch / (devices / tensor)
     tokens = rows * config.length
     sent += 8 * spec.num_layers * tokens * spec.width * width * ring(tensor)
-    seconds = max(work / devices / peak, sent / limits.link_bytes_per_s)
+    seconds = work / devices / peak + sent / limits.link_bytes_per_s
     kept = _KEPT[config.remat] * spec.num_layers * tokens / config.accumulate * spec.width * width
     chunk = min(tokens, config.loss.chunk_tokens) * spec.vocab / tensor * 4
     memory = _state_bytes(config, sizes) + kept / tensor + chunk

@@ -169,7 +169,7 @@ def _gpus() -> list[Any]:
 
 
 def _ask_for_cpus(number: int, *, alone: bool) -> None:
-    """Before jax starts: so many CPU devices, and whether to look for others.
+    """Before jax starts: at least so many CPU devices, and whether to look for others.
 
     When it has started there are as many as there are.
     """
@@ -177,7 +177,7 @@ def _ask_for_cpus(number: int, *, alone: bool) -> None:
 
     if alone and not jax.config.jax_platforms:
         jax.config.update("jax_platforms", "cpu")
-    if number <= _MANY_CPUS:
+    if jax.config.jax_num_cpu_devices < number <= _MANY_CPUS:
         with contextlib.suppress(RuntimeError):
             jax.config.update("jax_num_cpu_devices", number)
 

@@ -153,8 +153,9 @@ def _why(trial: Trial, best: Trial | None) -> str:
     step = trial.step
     if step is None:
         rate = trial.guess.tokens_per_s
-        share = "" if best is None else f", {rate / best.guess.tokens_per_s:.2f} of the best's"
-        return f"not compiled: {rate:,.0f} tokens/s by the cost model{share}"
+        if best is None:
+            return f"not compiled: {rate:,.0f} tokens/s by the cost model"
+        return f"not compiled: {rate / best.guess.tokens_per_s:.2f} of the best by the cost model"
     if step.fits is False:
         return f"needs {gib(step.memory.total)} of {gib(step.memory.limit)}"
     if best is None or best.step is None or best is trial:
@@ -167,7 +168,8 @@ def _why(trial: Trial, best: Trial | None) -> str:
 def search(config: RunConfig, place: Place, *, batch: int | None, tries: int) -> Found:
     """Compile the promising ways to run, at most `tries`, and say why the others lost.
 
-    The last try goes to the next in the order, or, where nothing fits yet, to the smallest.
+    Where a step turns out larger than the cost model said, the model's memory is scaled by that
+    before the next is chosen.
 
     Args:
       config: the run; its mesh, table, batch and remat are varied.
@@ -181,13 +183,12 @@ def search(config: RunConfig, place: Place, *, batch: int | None, tries: int) ->
     require(tries >= 1, f"--tries is at least 1, found {tries}")
     ordered = candidates(config, place, batch=batch)
     done: dict[int, Trial] = {}
-    for number in _spread(ordered, max(1, tries - 1)):
-        done[number] = _compiled(ordered[number], place)
-    left = [n for n in range(len(ordered)) if n not in done]
-    if tries > len(done) and left:
-        fits = any(_rate(trial) for trial in done.values())
-        last = left[0] if fits else min(left, key=lambda n: ordered[n].guess.memory_bytes)
-        done[last] = _compiled(ordered[last], place)
+    factor = 1.0
+    while len(done) < min(tries, len(ordered)):
+        number = _next(ordered, done, factor, place)
+        trial = done[number] = _compiled(ordered[number], place)
+        if trial.step is not None and trial.step.fits is False:
+            factor = max(factor, trial.step.memory.total / trial.guess.memory_bytes)
     winner = max(done.values(), key=_rate)
     best = winner if _rate(winner) else None
     rest = [trial for n, trial in enumerate(ordered) if n not in done]
@@ -197,20 +198,24 @@ def search(config: RunConfig, place: Place, *, batch: int | None, tries: int) ->
     )
 
 
+def _next(ordered: list[Trial], done: dict[int, Trial], factor: float, place: Place) -> int:
+    """The fastest that should fit, at most two of one mesh; else the smallest."""
+    limits = place.limits
+    assert limits is not None
+    left = [n for n in range(len(ordered)) if n not in done]
+    meshes = [trial.config.mesh for trial in done.values()]
+    for number in left:
+        trial = ordered[number]
+        small = factor * trial.guess.memory_bytes <= limits.memory_bytes
+        if small and meshes.count(trial.config.mesh) < 2:
+            return number
+    return min(left, key=lambda n: ordered[n].guess.memory_bytes)
+
+
 def _rate(trial: Trial) -> float:
     """Tokens a second at most; 0 for what does not fit."""
     step = trial.step
     return 0.0 if step is None or step.fits is False else step.tokens_per_s or 0.0
-
-
-def _spread(ordered: list[Trial], tries: int) -> list[int]:
-    """The first few, at most two of one mesh: neighbours in the order differ in little else."""
-    chosen: list[int] = []
-    for number, trial in enumerate(ordered):
-        same = [n for n in chosen if ordered[n].config.mesh == trial.config.mesh]
-        if len(same) < 2 and len(chosen) < tries:
-            chosen.append(number)
-    return chosen
 
 
 def _compiled(trial: Trial, place: Place) -> Trial:

@@ -163,12 +163,13 @@ def print_plan(plan: Plan, console: Any = None) -> None:
     console.print(f"verdict: {VERDICT[plan.fits]}")
 
 
-def print_search(trials: Any, console: Any = None, *, top: int = 12) -> None:
-    """The table of a search's trials, the compiled ones first."""
+def print_search(trials: Any, console: Any = None, *, more: int = 3) -> None:
+    """The table of a search's compiled trials and of a few that were left out."""
     console = console or Console(highlight=False)
     table = Table(title="search", title_justify="left")
     for name in ("mesh", "sharding", "batch", "remat", "memory", "tokens/s at most", "verdict"):
         table.add_column(name, overflow="fold")
+    top = sum(trial.step is not None for trial in trials) + more
     for trial in trials[:top]:
         config, step = trial.config, trial.step
         rate = None if step is None else step.tokens_per_s

@@ -166,7 +166,8 @@ def general_notes(place: Place, *programs: ProgramPlan) -> list[str]:
     if place.estimated:
         notes.append(
             f"memory is estimated: {place.kind} is not here, and a CPU program without its "
-            "kernels, which holds attention scores, stands in"
+            "kernels, which holds attention scores, stands in; how much memory traffic the GPU's "
+            "own program would have is not known"
         )
     for program in programs:
         counts = program.counts

@@ -61,6 +61,32 @@ def test_it_compiles_so_many_and_says_why_the_others_lost(found):
     assert all(t.verdict.startswith("not compiled") for t in found.trials if t.step is None)
 
 
+def test_what_turns_out_too_large_scales_the_model(monkeypatch, found):
+    """Steps take four times what the model says: the second try is the fastest below a quarter."""
+    tried = []
+
+    def compiled(config, place):
+        guessed = guess(config, place).memory_bytes
+        tried.append(guessed)
+        plan = present(*found.shown, place, source="toy")
+        sizes = dict.fromkeys(("optimizer", "other_arguments", "outputs", "temporaries", "code"), 0)
+        limit = int(2.5 * tried[0])
+        return with_step(plan, parameters=int(4 * guessed), limit=limit, **sizes).programs[0]
+
+    monkeypatch.setattr("jaxllm.plan.search.plan_step", compiled)
+    place = find_place(GPUS)
+    limits = dataclasses.replace(place.limits, memory_bytes=int(2.5 * first_guess()))
+    monkeypatch.setattr(type(place), "limits", property(lambda self: limits))
+    result = search(run(), place, batch=16, tries=2)
+    assert 4 * tried[0] > limits.memory_bytes >= 4 * tried[1]
+    assert result.best is not None and result.best.guess.memory_bytes == tried[1]
+    assert result.trials[0].verdict.startswith("needs ")
+
+
+def first_guess():
+    return candidates(run(), find_place(GPUS), batch=16)[0].guess.memory_bytes
+
+
 def test_batches_are_varied_unless_given():
     free = candidates(run(), find_place(GPUS), batch=None)
     assert {t.config.batch for t in free} >= {4, 8, 16, 32, 64}

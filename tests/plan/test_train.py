@@ -120,6 +120,7 @@ def test_a_gpu_that_is_not_here_is_estimated():
     assert program.time.network_s == pytest.approx(
         sum(c.sent_bytes for c in program.counts.collectives) / 450e9
     )
+    assert program.time.memory_s is None  # a CPU program's traffic says nothing of a GPU's
     assert "estimated" in found.notes[-1]
 
 
