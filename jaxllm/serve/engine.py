@@ -265,8 +265,11 @@ class Engine:
             log.exception("the engine died")
             self.error = f"the engine died: {type(error).__name__}: {error}"
         with self._lock:
-            left = list(self._live)
+            left, pins = list(self._live), self._pins
             self._live.clear()
+            self._pins = []
+        for _, asked in pins:
+            asked.set_exception(Gone(self.error or "the engine stopped"))
         for draft in left:
             self._writer.fail(draft, self.error or "the engine stopped")
 
