@@ -80,6 +80,7 @@ class Engine:
             longest=max(shape.longest for shape in sizes),
             page_size=memory.page_size,
             prefix_cache=self.config.prefix_cache and not recurrent(model.spec),
+            mixed=self.config.mixed_tokens or 0,
             drafts=self.config.draft_tokens,
             verified=self.config.verified_tokens,
         )
