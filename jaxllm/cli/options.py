@@ -162,6 +162,8 @@ class _Engine:
     """Answers on their way at once; 8 on a CPU, 256 elsewhere by default."""
     max_batch_tokens: int | None = None
     """Tokens of one step; 256 on a CPU, 2048 elsewhere by default."""
+    mixed_tokens: int | None = None
+    """Tokens of a step that computes prompts while others decode: fewer keep their tokens even."""
     context: int | None = None
     """Most tokens of prompt and answer; the model's own (on a CPU at most 8192) by default."""
     cache_tokens: int | None = None

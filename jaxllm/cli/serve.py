@@ -48,6 +48,7 @@ def bounds_of(options: Serve | Bench) -> EngineConfig:
     return EngineConfig(
         max_sequences=options.max_sequences,
         max_batch_tokens=options.max_batch_tokens,
+        mixed_tokens=options.mixed_tokens,
         context=options.context,
         cache_tokens=options.cache_tokens,
         prefix_cache=not options.no_prefix_cache,

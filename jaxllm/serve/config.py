@@ -34,6 +34,7 @@ class EngineConfig:
     Attributes:
       max_sequences: that run at once.
       max_batch_tokens: of one step.
+      mixed_tokens: of a step that computes prompts while others decode; None is max_batch_tokens.
       context: most tokens of a sequence; the model's own by default, but at most 8192 on a CPU.
       page_size: tokens a page.
       cache_tokens: that all pages together hold.
@@ -47,6 +48,7 @@ class EngineConfig:
 
     max_sequences: int | None = None
     max_batch_tokens: int | None = None
+    mixed_tokens: int | None = None
     context: int | None = None
     page_size: int | None = None
     cache_tokens: int | None = None

@@ -80,6 +80,7 @@ class Engine:
             longest=max(shape.longest for shape in sizes),
             page_size=memory.page_size,
             prefix_cache=self.config.prefix_cache and not recurrent(model.spec),
+            mixed=self.config.mixed_tokens or 0,
             drafts=self.config.draft_tokens,
             verified=self.config.verified_tokens,
         )
@@ -265,8 +266,11 @@ class Engine:
             log.exception("the engine died")
             self.error = f"the engine died: {type(error).__name__}: {error}"
         with self._lock:
-            left = list(self._live)
+            left, pins = list(self._live), self._pins
             self._live.clear()
+            self._pins = []
+        for _, asked in pins:
+            asked.set_exception(Gone(self.error or "the engine stopped"))
         for draft in left:
             self._writer.fail(draft, self.error or "the engine stopped")
 

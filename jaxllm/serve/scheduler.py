@@ -35,6 +35,7 @@ class Limits:
       longest: tokens of one sequence.
       page_size: Z.
       prefix_cache: whether pages are found again by what they hold.
+      mixed: tokens of a step in which prompts are computed while others decode; 0 for no bound.
       drafts: tokens that one sequence may guess in a step; 0 for none.
       verified: tokens of a step with drafts.
     """
@@ -44,6 +45,7 @@ class Limits:
     longest: int
     page_size: int
     prefix_cache: bool = True
+    mixed: int = 0
     drafts: int = 0
     verified: int = 0
 
@@ -172,11 +174,12 @@ class Scheduler:
         order = [x for x in running if x[1] == 1]
         order += [x for x in running if x[1] > 1]
         longest = self.limits.longest
-        spare = self._spare(order)
+        spare, room = self._spare(order), self._prompt_room(order)
         for sequence, wanted in order:
             if wanted > 1:
-                wanted = min(wanted, longest, left)
-            if left < 1 or sequence.slot is None:
+                wanted = min(wanted, longest, left, room)
+                room -= wanted
+            if min(left, wanted) < 1 or sequence.slot is None:
                 continue
             drafts = self._drafts(sequence, spare, len(order)) if spare > 0 else []
             count = wanted + len(drafts)
@@ -184,6 +187,7 @@ class Scheduler:
                 turns.append(self._turn(sequence, count, drafts))
                 left, spare = left - count, spare - len(drafts)
         # A step that verifies drafts has no room for a prompt; preemption may have freed a slot.
+        left = min(left, room)
         while left > 0 and self._slots and not any(turn.drafts for turn in turns):
             sequence = self._next_waiting()
             if sequence is None or not self._admit(sequence, left):
@@ -217,6 +221,13 @@ class Scheduler:
         if not self.limits.drafts or prompts or (self._slots and self._next_waiting()):
             return 0
         return min(self.limits.verified, self.limits.tokens) - len(order)
+
+    def _prompt_room(self, order: list[tuple[Sequence, int]]) -> int:
+        """Tokens of prompts in the step: few while others decode, who wait for them."""
+        decoding = sum(wanted == 1 for _, wanted in order)
+        if not self.limits.mixed or not decoding:
+            return self.limits.tokens
+        return max(1, self.limits.mixed - decoding)
 
     def _drafts(self, sequence: Sequence, most: int, rows: int) -> list[int]:
         """A sequence's drafts; nobody is preempted for them."""

@@ -269,3 +269,21 @@ def test_no_more_than_half_is_pinned():
     with pytest.raises(CapacityError, match="at most half"):
         sched.prefixes.pin(list(range(30)))
     assert sched.pages["all"].held == 0
+
+
+def test_prompts_come_in_small_parts_while_others_decode():
+    sched, short, long = scheduler(mixed=5), sequence(4, 30), sequence(40, 2, first=100)
+    sched.add(short)
+    step(sched)
+    sched.add(long)
+    counts = []
+    while not long.done:
+        turns = step(sched)
+        counts.append(tuple(turn[2] for turn in turns))
+    assert counts[:10] == [(1, 4)] * 10  # one that decodes, four of the prompt
+    assert not short.done or counts[-1]
+    alone = sequence(40, 1, first=300)
+    while not short.done:
+        step(sched)
+    sched.add(alone)
+    assert step(sched)[0][2] == 16
