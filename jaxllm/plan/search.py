@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -162,6 +163,9 @@ def _why(trial: Trial, best: Trial | None) -> str:
         return "the fastest that fits"
     slower = (best.step.tokens_per_s or 0.0) / (step.tokens_per_s or 1.0)
     bound = None if step.time is None else step.time.bound_by
+    if slower < 1.005:
+        ratio = _serial_s(trial) / _serial_s(best)
+        return f"the same bound, but {ratio:.2f} x the time where nothing overlaps"
     return f"{slower:.2f} x slower, bound by {bound}"
 
 
@@ -189,13 +193,22 @@ def search(config: RunConfig, place: Place, *, batch: int | None, tries: int) ->
         trial = done[number] = _compiled(ordered[number], place)
         if trial.step is not None and trial.step.fits is False:
             factor = max(factor, trial.step.memory.total / trial.guess.memory_bytes)
-    winner = max(done.values(), key=_rate)
+    winner = max(done.values(), key=lambda t: (float(f"{_rate(t):.3g}"), -_serial_s(t)))
     best = winner if _rate(winner) else None
     rest = [trial for n, trial in enumerate(ordered) if n not in done]
     said = [dataclasses.replace(t, verdict=_why(t, best)) for t in (*done.values(), *rest)]
     return Found(
         best=None if best is None else said[list(done.values()).index(best)], trials=tuple(said)
     )
+
+
+def _serial_s(trial: Trial) -> float:
+    """Seconds a token if compute, memory and network took turns; breaks ties."""
+    step = trial.step
+    if step is None or step.time is None:
+        return math.inf
+    times = (step.time.compute_s, step.time.memory_s, step.time.network_s)
+    return sum(t for t in times if t is not None) / step.tokens
 
 
 def _next(ordered: list[Trial], done: dict[int, Trial], factor: float, place: Place) -> int:

@@ -55,7 +55,7 @@ def test_it_compiles_so_many_and_says_why_the_others_lost(found):
     assert len(compiled) == 2
     assert found.best is not None and found.best.verdict == "the fastest that fits"
     fastest = max(t.step.tokens_per_s for t in compiled)
-    assert found.best.step.tokens_per_s == fastest
+    assert found.best.step.tokens_per_s == pytest.approx(fastest, rel=0.01)
     assert found.shown == (found.best.config, found.best.step)
     assert all(t.verdict for t in found.trials)
     assert all(t.verdict.startswith("not compiled") for t in found.trials if t.step is None)
