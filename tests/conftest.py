@@ -1,9 +1,11 @@
 """The suite's ground rules: eight virtual CPU devices, strict promotion, warnings are errors, types
 checked at run time, a cache folder of its own."""
 
+import gc
 import importlib.util
 import os
 import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -36,3 +38,17 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "error")
+
+
+_MOST_MAPS = 25_000
+"""Of the 65,530 that Linux gives a process: XLA takes some for each program that it compiles for a
+CPU, and dies without a word when there are none left."""
+
+
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    if nextitem is None or nextitem.path == item.path:
+        return
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > _MOST_MAPS:
+        jax.clear_caches()
+        gc.collect()
