@@ -40,7 +40,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "error")
 
 
-_MOST_MAPS = 25_000
+_MOST_MAPS = 20_000
 """Of the 65,530 that Linux gives a process: XLA takes some for each program that it compiles for a
 CPU, and dies without a word when there are none left."""
 
