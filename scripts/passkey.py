@@ -15,7 +15,7 @@ import json
 from pathlib import Path
 
 import numpy as np
-from learning import accuracy, fit, logits
+from learning import accuracy, fit
 
 from jaxllm.spec.mask import And, Causal, Global, Mask, Or, Window
 from jaxllm.spec.model import Block, Embedding, ModelSpec, sub
@@ -29,8 +29,6 @@ from jaxllm.spec.rope import (
     RopeScaling,
     YarnScaling,
 )
-
-__all__ = ["logits", "model", "rows", "scalings", "train"]
 
 VOCAB, DIGITS, KEY, ASK = 64, range(48, 58), 62, 63
 TRAINED, LENGTHS, DIGITS_OF_KEY, BATCH, STEPS, RATE = 64, (64, 128, 256, 512), 4, 64, 1500, 3e-3

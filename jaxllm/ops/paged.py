@@ -178,8 +178,10 @@ def _obstacle(q: Array, pools: tuple[Any, Any], mask: Mask) -> str | None:
 
 def _choose(name: str, unfit: Callable[[], str | None]) -> str:
     """An implementation's name; `unfit` says why the kernel cannot serve the call, or None."""
+    reason = unfit() if name in ("auto", KERNEL) else None
+    if name == KERNEL and reason is not None:
+        raise UnsupportedError(f"paged attention {KERNEL!r}: {reason}; use 'auto'")
     if name == "auto":
-        reason = unfit()
         plain = "loop" if jax.default_backend() == "cpu" else "gather"
         name = KERNEL if reason is None else plain
         note_once(f"paged attention: {name}" + (f" (no kernel: {reason})" if reason else ""))
@@ -252,9 +254,6 @@ def paged_attention(
     blocks = query_blocks(flat, length)
     chosen = _choose(implementation, lambda: _obstacle(q, pools, mask))
     if chosen == KERNEL:
-        reason = _obstacle(q, pools, mask)
-        if reason is not None:
-            raise UnsupportedError(f"paged attention {KERNEL!r}: {reason}; use 'auto'")
         return _by_kernel(q, pools, table, blocks, mask, scores)[blocks.block, blocks.place][None]
     keys, values = jnp.asarray(pools[0]), pools[1]
     kv_heads = keys.shape[2]

@@ -67,8 +67,7 @@ def default_mesh(spec: ModelSpec, place: Place, weights: int) -> dict[str, int]:
     More devices than key heads on `tensor` would each hold copies of keys and values.
     """
     devices, room = len(place.devices), place.limits
-    ops = [named.op for block in spec.blocks for sub in block.subs for named in sub.ops]
-    kv_heads = [op.kv_heads for op in ops if isinstance(op, Attention)]
+    kv_heads = [op.kv_heads for op in spec.ops if isinstance(op, Attention)]
     fits = (n for n in tensor_sizes(spec) if devices % n == 0)
     tensor = max(n for n in fits if all(heads % n == 0 for heads in kv_heads))
     wide = room is not None and weights / tensor > 0.6 * room.memory_bytes

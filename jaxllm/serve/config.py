@@ -19,7 +19,7 @@ from jaxllm.serve.programs import Memory, Shape, shapes, verifying
 from jaxllm.spec.latent import LatentAttention
 from jaxllm.spec.model import ModelSpec
 from jaxllm.spec.ops import Attention
-from jaxllm.state.paged import groups, page_bytes
+from jaxllm.state.paged import attentions, groups, page_bytes
 
 __all__ = ["EngineConfig", "lay_out", "table"]
 
@@ -103,16 +103,13 @@ def recurrent(spec: ModelSpec) -> bool:
     """Whether something is remembered that is not in pages, so that prefixes cannot be shared."""
     from jaxllm.state.dense import KINDS
 
-    ops = {type(o.op) for block in spec.blocks for sub in block.subs for o in sub.ops}
-    return bool(ops & (set(KINDS) - {Attention, LatentAttention}))
+    return bool({type(op) for op in spec.ops} & (set(KINDS) - {Attention, LatentAttention}))
 
 
 def _reads_whole_tables(setup: Setup, page_size: int) -> bool:
     """Whether some layer's work follows the width of the page table, not what is remembered."""
     if jax.default_backend() == "cpu":
         return False
-    ops = [o.op for block in setup.spec.blocks for sub in block.subs for o in sub.ops]
-    ops = [getattr(op, "local", op) for op in ops]
     dtype = str(dtype_of(setup.policy.compute_dtype))
     return any(
         isinstance(op, LatentAttention)
@@ -120,8 +117,7 @@ def _reads_whole_tables(setup: Setup, page_size: int) -> bool:
             dtype=dtype, widths=(op.head_dim, op.head_dim), page_size=page_size, mask=op.mask
         )
         is not None
-        for op in ops
-        if isinstance(op, (Attention, LatentAttention))
+        for op in attentions(setup.spec)
     )
 
 

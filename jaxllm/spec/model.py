@@ -20,6 +20,7 @@ from jaxllm.spec.ops import (
     LatentAttention,
     Memory,
     Norm,
+    Op,
 )
 from jaxllm.spec.pattern import Pattern, parse
 
@@ -158,18 +159,29 @@ class ModelSpec:
         for name in sorted(set(self.pattern.names)):
             require(name in names, f"layers: unknown block {name!r}; {nearest(name, names)}")
 
+    @property
+    def subs(self) -> tuple[Sub, ...]:
+        """The residual updates of all blocks, in their order."""
+        return tuple(part for block in self.blocks for part in block.subs)
+
+    @property
+    def ops(self) -> tuple[Op, ...]:
+        """The ops of all blocks, in their order."""
+        return tuple(named.op for part in self.subs for named in part.ops)
+
     @functools.cached_property
     def shared(self) -> dict[str, Memory]:
         """Name of each table that several layers may share -> the first op that reads it."""
-        ops = [o.op for b in self.blocks for s in b.subs for o in s.ops]
-        named = [(op.share, op) for op in ops if isinstance(op, Memory) and op.share is not None]
+        named = [
+            (op.share, op) for op in self.ops if isinstance(op, Memory) and op.share is not None
+        ]
         return dict(reversed(named))
 
     @functools.cached_property
     def shared_subs(self) -> dict[str, dict[str, Sub]]:
         """Name of parameters that several layers read -> the updates that do, by their names."""
         found: dict[str, dict[str, Sub]] = {}
-        for part in (part for block in self.blocks for part in block.subs):
+        for part in self.subs:
             if part.share is not None:
                 found.setdefault(part.share, {}).setdefault(part.name, part)
         return found
@@ -177,10 +189,10 @@ class ModelSpec:
     @property
     def reads_embedding(self) -> bool:
         """Whether a layer reads the embedding beside what passes from layer to layer."""
-        return any(part.reads == "embedded" for block in self.blocks for part in block.subs)
+        return any(part.reads == "embedded" for part in self.subs)
 
     def _check_subs(self) -> None:
-        for part in (part for block in self.blocks for part in block.subs):
+        for part in self.subs:
             widths = {getattr(o.op, "out_width", None) for o in part.ops} - {None, self.width}
             require(not widths, f"spec: out_width is the width {self.width}, found {widths}")
             if part.share is not None:
@@ -192,15 +204,14 @@ class ModelSpec:
         require(not both, f"spec: shared by memories and by updates: {', '.join(both)}")
 
     def _check_shared(self) -> None:
-        for block in self.blocks:
-            for op in (o.op for s in block.subs for o in s.ops):
-                if isinstance(op, Memory) and op.share is not None:
-                    first = self.shared[op.share]
-                    require(
-                        (op.keys, op.value_dim) == (first.keys, first.value_dim),
-                        f"spec: memories that share {op.share!r} have tables of unlike sizes, "
-                        f"{first.keys}^2 x {first.value_dim} and {op.keys}^2 x {op.value_dim}",
-                    )
+        for op in self.ops:
+            if isinstance(op, Memory) and op.share is not None:
+                first = self.shared[op.share]
+                require(
+                    (op.keys, op.value_dim) == (first.keys, first.value_dim),
+                    f"spec: memories that share {op.share!r} have tables of unlike sizes, "
+                    f"{first.keys}^2 x {first.value_dim} and {op.keys}^2 x {op.value_dim}",
+                )
 
     @functools.cached_property
     def pattern(self) -> Pattern:

@@ -32,6 +32,7 @@ __all__ = [
     "PagedLatent",
     "attend_latent_pages",
     "attend_pages",
+    "attentions",
     "groups",
     "page_bytes",
     "paged_state",
@@ -70,7 +71,8 @@ def _check(mask: Mask) -> None:
         )
 
 
-def _attentions(spec: ModelSpec) -> list[Attention | LatentAttention]:
+def attentions(spec: ModelSpec) -> list[Attention | LatentAttention]:
+    """The attention of every layer that keeps pages, that of Infini-attention's segments too."""
     blocks = [spec.block(layer) for layer in range(spec.num_layers)]
     ops = [named.op for block in blocks for sub in block.subs for named in sub.ops]
     ops = [op.local if isinstance(op, InfiniAttention) else op for op in ops]
@@ -84,7 +86,7 @@ def groups(spec: ModelSpec) -> dict[str, int | None]:
       UnsupportedError: a mask looks ahead, at marks or at the ends of rows.
     """
     found = {}
-    for op in _attentions(spec):
+    for op in attentions(spec):
         _check(op.mask)
         found[_group(op.mask)] = reach(op.mask)[0]
     return found
@@ -100,7 +102,7 @@ def _width(op: Attention | LatentAttention) -> int:
 def page_bytes(spec: ModelSpec, *, page_size: int, dtype: Any) -> dict[str, int]:
     """Bytes of one page of each group, over all its layers."""
     out = dict.fromkeys(groups(spec), 0)
-    for op in _attentions(spec):
+    for op in attentions(spec):
         out[_group(op.mask)] += page_size * _width(op) * np.dtype(dtype).itemsize
     return out
 

@@ -72,8 +72,7 @@ def _check_width(config: RunConfig, sizes: dict[str, int]) -> None:
 
 def _check_experts(config: RunConfig, shards: int) -> None:
     """Experts lie on the devices of an axis in equal numbers."""
-    ops = [named.op for block in config.spec.blocks for part in block.subs for named in part.ops]
-    counts = {op.experts for op in ops if isinstance(op, MoE)}
+    counts = {op.experts for op in config.spec.ops if isinstance(op, MoE)}
     require(bool(counts), f"mesh {config.mesh!r} has the axis expert, but the model has no experts")
     for count in sorted(counts):
         require(
@@ -114,7 +113,6 @@ def note_whole(spec: ModelSpec, tensor: int) -> None:
     """Say once what stays whole on every shard of the tensor axis because it does not divide."""
     if spec.vocab % tensor:
         note_once(f"mesh: the vocabulary of {spec.vocab} is not split over tensor={tensor}")
-    ops = [named.op for block in spec.blocks for part in block.subs for named in part.ops]
-    for op in ops:
+    for op in spec.ops:
         if isinstance(op, Attention) and op.kv_heads % tensor:
             note_once(f"mesh: {op.kv_heads} kv heads are not split over tensor={tensor}")

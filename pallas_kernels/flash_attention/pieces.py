@@ -14,7 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.flash_attention.problem import Spec
 from pallas_kernels.flash_attention.ranges import Walk
-from pallas_kernels.warpgroups import CONSUMERS, LOG2E, ROW, SQUARE, along, iota, swizzled
+from pallas_kernels.warpgroups import CONSUMERS, LOG2E, ROW, SQUARE, along, iota, multiply, swizzled
 
 __all__ = [
     "COLUMN",
@@ -80,13 +80,11 @@ class Spare:
     def add(self, acc, left: jax.Array, right) -> None:
         """acc += left @ right, begun and not waited for; `left` is in registers, `right` a ref."""
         if self.stage is None:
-            plgpu.wgmma(acc, left, right)
+            multiply(acc, left, right)
             return
-        self.stage[...] = left
-        plgpu.commit_smem()
 
         def run(fresh):
-            plgpu.wgmma(fresh, self.stage, right)
+            multiply(fresh, left, right, self.stage)
             return fresh[...]
 
         acc[...] = acc[...] + pl.run_scoped(run, plgpu.ACC(acc.shape, jnp.float32))

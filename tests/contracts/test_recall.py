@@ -82,18 +82,19 @@ def test_the_key_that_is_asked_for_stands_in_the_row_once(passkey):
         ]
 
 
-def test_a_rope_scaled_by_one_is_the_rope_that_was_trained(passkey):
+def test_a_rope_scaled_by_one_is_the_rope_that_was_trained(passkey, patch):
     """What the table compares at the trained length is one model."""
+    logits = script("learning", patch).logits
     ids, wanted, _ = passkey.rows(np.random.default_rng(0), 4, 64)
     spec = passkey.model(passkey.KINDS["full"])
     params = api.init(spec, jax.random.key(0))
-    whole = passkey.logits(spec, params, ids)
+    whole = logits(spec, params, ids)
     for name, scaling in passkey.scalings(64).items():
-        found = passkey.logits(passkey.model(passkey.KINDS["full"], scaling), params, ids)
+        found = logits(passkey.model(passkey.KINDS["full"], scaling), params, ids)
         np.testing.assert_allclose(found, whole, atol=2e-5, err_msg=name)
         other = passkey.scalings(256)[name]
         if other is not None and name != "dynamic":  # which follows the length at hand
-            moved = passkey.logits(passkey.model(passkey.KINDS["full"], other), params, ids)
+            moved = logits(passkey.model(passkey.KINDS["full"], other), params, ids)
             assert np.abs(moved - whole).max() > 1e-3, name
     assert (wanted >= 0).sum() == 16
 
