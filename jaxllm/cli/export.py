@@ -30,10 +30,17 @@ def run(options: Export) -> int:
         native=options.native,
         **_given("platforms", options.platform),
     )
-    export_bundle(options.source, options.bundle, wanted)
+    if options.runner:
+        from jaxllm.export.runner import export_runner
+
+        export_runner(options.source, options.bundle, wanted)
+        how = f"pjrt_runner {options.bundle} --plugin FILE.so --prompt IDS"
+    else:
+        export_bundle(options.source, options.bundle, wanted)
+        how = f"jaxllm run {options.bundle} generate --prompt ..."
     total, programs = _bytes(options.bundle, ""), _bytes(options.bundle, "programs/")
     shown = f"{total / 1e6:.1f} MB" + (f", {programs / 1e6:.1f} of programs" if programs else "")
-    print(f"{options.bundle}: {shown}; jaxllm run {options.bundle} generate --prompt ...")
+    print(f"{options.bundle}: {shown}; {how}")
     return 0
 
 

@@ -236,6 +236,8 @@ class Export:
     """A kernel, on the platform that has it; by default what runs on every device."""
     native: bool = False
     """Also compile for this very machine and put the executables into the bundle."""
+    runner: bool = False
+    """Write a folder for scripts/pjrt_runner instead, which needs no Python: one --platform."""
     onnx: bool = False
     """Write an ONNX graph with its weights instead: float32, for models of the usual shape."""
 

@@ -37,7 +37,7 @@ from jaxllm.infer.programs import Setup, check_decodes
 from jaxllm.infer.ready import COMPILER_OPTIONS, tokens_per_call
 from jaxllm.infer.sampling import Sampling
 
-__all__ = ["export_bundle"]
+__all__ = ["export_bundle", "folder_beside"]
 
 
 def export_bundle(source: str, dest: str | Path, options: Options | None = None) -> Path:
@@ -59,7 +59,7 @@ def export_bundle(source: str, dest: str | Path, options: Options | None = None)
     dest = Path(dest)
     empty = not dest.exists() or (dest.is_dir() and not any(dest.iterdir()))
     require(empty, f"{dest} exists; give a new directory or a new .tar file")
-    with _folder_beside(dest) as folder:
+    with folder_beside(dest) as folder:
         _write(folder, source, options or Options())
         if dest.suffix == ".tar":
             _pack(folder, folder.with_suffix(".tar"))
@@ -72,7 +72,7 @@ def export_bundle(source: str, dest: str | Path, options: Options | None = None)
 
 
 @contextlib.contextmanager
-def _folder_beside(dest: Path) -> Iterator[Path]:
+def folder_beside(dest: Path) -> Iterator[Path]:
     """A new folder on the disk of `dest`, gone afterwards unless it was renamed."""
     try:
         dest.parent.mkdir(parents=True, exist_ok=True)

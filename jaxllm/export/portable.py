@@ -41,11 +41,15 @@ class Portable:
       data: what `jax.export.deserialize` reads.
       convention: version of its calling convention.
       custom_calls: names of all that it calls outside of StableHLO, sorted.
+      module: the StableHLO alone, for who reads it without jax.
+      dropped: places of arguments that the module does not take, being without use.
     """
 
     data: bytes
     convention: int
     custom_calls: tuple[str, ...]
+    module: bytes
+    dropped: tuple[int, ...]
 
 
 def portable(program: Program, platform: str) -> Portable:
@@ -85,6 +89,8 @@ def portable(program: Program, platform: str) -> Portable:
         data=bytes(made.serialize()),
         convention=made.calling_convention_version,
         custom_calls=tuple(sorted(n for n in found if not _PLUMBING.fullmatch(n))),
+        module=made.mlir_module_serialized,
+        dropped=tuple(sorted({*range(len(made.in_avals))} - {*made.module_kept_var_idx})),
     )
 
 
