@@ -66,8 +66,8 @@ class Folder {
     std::ifstream file(path + "/manifest.txt");
     need(file.good(), path + "/manifest.txt cannot be read: write the folder by jaxllm export --runner");
     std::string line, word;
-    need(std::getline(file, line) && line == "jaxllm-runner 1",
-         path + ": has format '" + line + "', this reads 'jaxllm-runner 1'");
+    std::getline(file, line);
+    need(line == "jaxllm-runner 1", path + ": has format '" + line + "', this reads 'jaxllm-runner 1'");
     for (size_t number = 2; std::getline(file, line); ++number) {
       std::istringstream words(line);
       if (!(words >> word)) continue;
