@@ -272,6 +272,8 @@ class Plan:
     """Tokens of a prompt; 1024 by default."""
     dtype: Dtype | None = None
     """Of activations (and of served weights); what suits the device by default."""
+    quantize: Literal["int8", "int4", "nf4", "fp4", "mxfp4", "fp8"] | None = None
+    """Serve with the layers' matrices in this format."""
     remat: Literal["none", "save_dots", "save_attention", "full", "auto"] | None = None
     """What the backward pass computes again; `auto` takes the first policy that fits."""
     attention: Literal["auto", "reference", "cudnn", "mosaic_gpu", "mosaic_tpu"] | None = None

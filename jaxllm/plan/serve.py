@@ -12,6 +12,7 @@ from jaxllm.core.config import require
 from jaxllm.core.mesh import AXES, make_mesh, parse_mesh
 from jaxllm.core.policy import Policy
 from jaxllm.core.precision import default_dtype, dtype_of
+from jaxllm.core.quantize import Scheme
 from jaxllm.infer import programs
 from jaxllm.infer.open import run_policy, run_segments
 from jaxllm.infer.programs import Setup, bucket
@@ -21,6 +22,7 @@ from jaxllm.plan.compiled import Parts, Work, device_bytes, plan_program
 from jaxllm.plan.place import Place
 from jaxllm.plan.result import Plan, ProgramPlan, Serving
 from jaxllm.plan.train import general_notes, nearest_mesh
+from jaxllm.quant.apply import quantize_params
 from jaxllm.spec.cost import flops, num_params, weight_bytes
 from jaxllm.spec.model import ModelSpec
 from jaxllm.spec.ops import Attention
@@ -38,6 +40,8 @@ class ServeOptions:
       prompt: tokens of a prompt; its bucket is compiled.
       context: slots of every sequence.
       dtype: of weights and activations; what suits the platform if None.
+      quantize: format of the layers' matrices, as of `jaxllm quantize`; None leaves them as they
+        are.
       attention: implementation of softmax attention.
       mesh: devices by axis; None lets `plan_serving` choose.
       steps: tokens that a call of the decoding program makes.
@@ -47,6 +51,7 @@ class ServeOptions:
     prompt: int = 1024
     context: int = 4096
     dtype: str | None = None
+    quantize: str | None = None
     attention: str = "auto"
     mesh: str | None = None
     steps: int = 8
@@ -105,14 +110,19 @@ def _mesh(spec: ModelSpec, place: Place, options: ServeOptions) -> dict[str, int
     return sizes
 
 
-def _setup(spec: ModelSpec, policy: Policy, mesh: Any) -> Setup:
-    """A model of which nothing is held."""
+def serving_setup(spec: ModelSpec, policy: Policy, mesh: Any, quantize: str | None) -> Setup:
+    """A model of which nothing is held; `quantize` as of `ServeOptions`."""
     segments = run_segments(spec, policy)
 
     def make() -> Any:
         layout = {"segments": segments, "fused": policy.fused}
         params = api.init(spec, jax.random.key(0), dtype=dtype_of(policy.param_dtype), **layout)
-        return api.hold(spec, params, policy)
+        params = api.hold(spec, params, policy)
+        if quantize is None:
+            return params
+        return quantize_params(
+            spec, params, Scheme(format=quantize), policy=policy, group_given=False
+        )
 
     params = jax.eval_shape(make)
     if mesh is not None:
@@ -173,7 +183,9 @@ def plan_serving(spec: ModelSpec, place: Place, options: ServeOptions, *, source
     if mesh is not None:
         note_whole(spec, sizes.get("tensor", 1))
     compiler = COMPILER_OPTIONS.get(place.devices[0].platform, ())
-    setup = dataclasses.replace(_setup(spec, policy, mesh), options=compiler)
+    setup = dataclasses.replace(
+        serving_setup(spec, policy, mesh, options.quantize), options=compiler
+    )
     capacity, length = bucket(context, 256), bucket(min(options.prompt, context))
     axes = {axis: sizes.get(axis, 1) for axis in AXES} if mesh is not None else {}
     slots = {"batch": options.batch, "capacity": capacity}
@@ -205,6 +217,7 @@ def plan_serving(spec: ModelSpec, place: Place, options: ServeOptions, *, source
             "context_slots": capacity,
             "decode_steps": options.steps,
             "dtype": dtype,
+            **({} if options.quantize is None else {"quantize": options.quantize}),
             "attention": options.attention,
             "layout": policy.layout,
         },
