@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from typing import Any
 
 from jaxllm.core.config import require
 from jaxllm.core.mesh import AXES, make_mesh, parse_mesh
+from jaxllm.core.precision import dtype_of
+from jaxllm.errors import ConfigError
 from jaxllm.plan.compiled import Parts, Work, plan_program
 from jaxllm.plan.place import Place
 from jaxllm.plan.result import Plan, ProgramPlan
@@ -15,21 +18,33 @@ from jaxllm.spec.cost import num_params
 from jaxllm.train.config import RunConfig
 from jaxllm.train.devices import row_flops
 from jaxllm.train.memory import remat_order
+from jaxllm.train.mesh import tensor_sizes
 from jaxllm.train.programs import plan_programs
 
-__all__ = ["general_notes", "nearest_mesh", "plan_step", "plan_training", "present", "settle"]
+__all__ = [
+    "default_mesh",
+    "general_notes",
+    "nearest_mesh",
+    "plan_step",
+    "plan_training",
+    "present",
+    "settle",
+]
 
 SETTINGS = (
     "batch", "accumulate", "length", "remat", "layout", "fused", "dtype", "param_dtype",
     "attention", "sharding", "sequence_parallel",
 )  # fmt: skip
 
+_TILE = 128
+"""Values along the last dim of a TPU's tile."""
+
 
 def settle(config: RunConfig, place: Place, mesh: str | None = None) -> tuple[RunConfig, list[str]]:
     """The config on the place's mesh, and notes on what had to change for it.
 
-    Without a mesh that names all devices, `fsdp` takes them. A batch that the mesh does not divide
-    is raised to the next one that it does.
+    Without a mesh that names all devices, `default_mesh` chooses one. A batch that the mesh does
+    not divide is raised to the next one that it does.
 
     Raises:
       ConfigError: a mesh of another number of devices, or one that the model cannot be split over.
@@ -39,10 +54,13 @@ def settle(config: RunConfig, place: Place, mesh: str | None = None) -> tuple[Ru
     text = mesh or config.mesh
     sizes = parse_mesh(text)
     if mesh is None and math.prod(sizes.values()) != devices:
-        text = "" if devices == 1 else f"fsdp={devices}"
+        text = default_mesh(config, place)
         if sizes:
             notes.append(f"mesh: the config's {config.mesh!r} is not for {devices} devices")
         sizes = parse_mesh(text)
+        if config.fused and sizes.get("tensor", 1) > 1:
+            config = dataclasses.replace(config, fused=False)
+            notes.append("projections are apart, as a tensor axis needs them")
     require(
         math.prod(sizes.values()) == devices,
         f"mesh {text!r} is of {math.prod(sizes.values())} devices, {place.name} has {devices}; "
@@ -53,6 +71,27 @@ def settle(config: RunConfig, place: Place, mesh: str | None = None) -> tuple[Ru
     if batch != config.batch:
         notes.append(f"batch: {config.batch} rows do not divide over {text}; planned with {batch}")
     return dataclasses.replace(config, mesh=text, batch=batch), notes
+
+
+def default_mesh(config: RunConfig, place: Place) -> str:
+    """`fsdp` over all devices, on TPUs over as many as leave each a tile of the width.
+
+    `data` takes the others, or `tensor` where the state would fill over half of the memory.
+    """
+    devices, spec = len(place.devices), config.spec
+    finest = spec.width // _TILE
+    if place.platform != "tpu" or devices <= max(1, finest):
+        return "" if devices == 1 else f"fsdp={devices}"
+    room = math.inf if place.limits is None else place.limits.memory_bytes / 2
+    state = 3 * num_params(spec) * dtype_of(config.param_dtype).itemsize
+    for fsdp in (n for n in range(finest, 0, -1) if devices % n == 0):
+        rest = devices // fsdp
+        split = state / fsdp > room and rest in tensor_sizes(spec)
+        sizes = {"fsdp": fsdp, "tensor" if split else "data": rest}
+        with contextlib.suppress(ConfigError):  # not every size lies on a torus
+            make_mesh(sizes, place.devices)
+            return ",".join(f"{name}={sizes[name]}" for name in AXES if name in sizes)
+    return f"fsdp={devices}"
 
 
 def nearest_mesh(sizes: dict[str, int], devices: int) -> str:
@@ -123,10 +162,6 @@ def plan_training(
     remat = tuple(_cost(policy, one, devices) for policy, one in tried.items())
     made = present(config, tried[chosen], place, source=source)
     return dataclasses.replace(made, remat=remat, notes=(*notes, *made.notes))
-
-
-_TILE = 128
-"""Values along the last dim of a TPU's tile."""
 
 
 def _narrow(config: RunConfig, place: Place) -> list[str]:

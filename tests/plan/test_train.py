@@ -1,5 +1,6 @@
 """A planned step is the step that the trainer runs: memory, bytes of parameters, FLOPs."""
 
+import dataclasses
 import functools
 import json
 
@@ -9,7 +10,7 @@ import pytest
 from jaxllm.core.mesh import make_mesh, parse_mesh
 from jaxllm.errors import ConfigError
 from jaxllm.plan.place import find_place
-from jaxllm.plan.train import nearest_mesh, plan_training, settle
+from jaxllm.plan.train import default_mesh, nearest_mesh, plan_training, settle
 from jaxllm.spec.cost import flops, num_params
 from jaxllm.train.programs import plan_programs
 from tests.train.runs import config_of
@@ -149,3 +150,17 @@ def test_a_mesh_of_another_size_names_the_nearest(mesh, near):
 def test_a_model_that_does_not_divide_names_what_works():
     with pytest.raises(ConfigError, match="tensor can be 1, 2"):
         plan(mesh="data=2,tensor=4")
+
+
+def test_a_mesh_by_itself_leaves_tiles_of_the_width_to_a_tpu():
+    place = find_place("cpu:8")
+    chips = dataclasses.replace(place, platform="tpu", kind="TPU v5 lite")
+    config = config_of(**SHAPE)
+    wide = dataclasses.replace(config, spec=dataclasses.replace(config.spec, width=256))
+    assert default_mesh(wide, place) == "fsdp=8"
+    assert default_mesh(wide, chips) == "data=4,fsdp=2"
+    assert default_mesh(config, chips) == "fsdp=8"  # narrower than a tile on one device already
+    huge = dataclasses.replace(wide, spec=dataclasses.replace(wide.spec, vocab=10_000_000))
+    assert default_mesh(huge, chips) == "data=4,fsdp=2"  # tensor=4 does not divide two heads
+    huge = dataclasses.replace(huge, spec=dataclasses.replace(huge.spec, width=512))
+    assert default_mesh(huge, chips) == "fsdp=4,tensor=2"
