@@ -126,3 +126,11 @@ def test_a_fresh_process_gets_the_devices_that_stand_in(folder):
     assert done.returncode == 0, done.stderr
     assert "2 x NVIDIA H100 80GB HBM3" in done.stdout
     assert "InitGoogle" not in done.stderr  # libtpu, where it is installed, is left alone
+
+
+def test_quantize_is_for_serving(config, folder, capsys):
+    said = refused(capsys, "plan", config, "--devices", "cpu:1", "--quantize", "int8")
+    assert "--quantize is for serving" in said
+    size = ["--batch", "1", "--context", "16", "--prompt", "16"]
+    assert main(["plan", folder, "--devices", "cpu:1", "--quantize", "int8", *size, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["settings"]["quantize"] == "int8"

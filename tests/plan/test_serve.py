@@ -93,3 +93,14 @@ def test_bad_sources(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "lama"}')
     with pytest.raises(UnsupportedError, match="unknown architecture 'lama'; did you mean 'llama'"):
         spec_of(str(tmp_path))
+
+
+def test_quantized_matrices_are_planned_as_they_would_be_held():
+    """int8: a byte a value of the layers' matrices and a float32 scale an output of each."""
+    plain, packed = (plan("cpu:1", quantize=name).programs[1].memory for name in (None, "int8"))
+    values = 16 * 16 + 2 * 16 * 8 + 16 * 16 + 3 * 16 * 24  # q, k and v, o, gate, up, down
+    outputs = 16 + 8 + 8 + 16 + 24 + 24 + 16
+    assert plain.parameters - packed.parameters == 3 * values - 4 * outputs
+    assert packed.state == plain.state
+    with pytest.raises(ConfigError, match="format 'int3' is unknown"):
+        plan("cpu:1", quantize="int3")
