@@ -19,11 +19,12 @@
 namespace {
 
 constexpr char kUsage[] =
-    "usage: pjrt_runner FOLDER --plugin FILE.so --prompt IDS [options]\n"
+    "usage: pjrt_runner FOLDER --plugin FILE.so --prompt IDS|--build [options]\n"
     "  --prompt IDS       token ids, commas between them\n"
     "  --max-tokens N     at most this many new tokens (64)\n"
     "  --native           keep executables in FOLDER/native and load them from there: they are machine\n"
     "                     code, so FOLDER must be your own\n"
+    "  --build            make all executables of FOLDER/native and run none\n"
     "  --option NAME=V    of the plugin's client, such as memory_fraction=0.5 or preallocate=false;\n"
     "                     may be given several times\n"
     "  --ignore-end       go on past an end token\n";
@@ -32,7 +33,7 @@ struct Options {
   std::string folder, plugin;
   std::vector<int32_t> prompt;
   int64_t max_tokens = 64;
-  bool native = false, ignore_end = false;
+  bool native = false, build = false, ignore_end = false;
   std::vector<std::pair<std::string, std::string>> client;
 };
 
@@ -67,6 +68,8 @@ Options parse(int count, char** words) {
       options.max_tokens = whole(value(), word);
     } else if (word == "--native") {
       options.native = true;
+    } else if (word == "--build") {
+      options.native = options.build = true;
     } else if (word == "--ignore-end") {
       options.ignore_end = true;
     } else if (word == "--option") {
@@ -80,7 +83,8 @@ Options parse(int count, char** words) {
       options.folder = word;
     }
   }
-  need(!options.folder.empty() && !options.plugin.empty() && !options.prompt.empty(), kUsage);
+  bool told = options.build != !options.prompt.empty();
+  need(!options.folder.empty() && !options.plugin.empty() && told, kUsage);
   need(options.max_tokens >= 1, "--max-tokens is at least 1");
   return options;
 }
@@ -122,8 +126,15 @@ class Runner {
     const std::string wanted = folder.platform();
     bool same = device.platform() == wanted || (wanted == "cuda" && device.platform() == "gpu");
     need(same, "the folder is for " + wanted + ", the plugin for " + device.platform());
-    for (const Parameter& p : folder.parameters()) {
-      weights_.push_back(device.put(folder.bytes(p), buffer_type(p.dtype), p.dims, true));
+  }
+
+  void build() {
+    for (const Program& program : folder_.programs()) ready(program);
+  }
+
+  void load() {
+    for (const Parameter& p : folder_.parameters()) {
+      weights_.push_back(device_.put(folder_.bytes(p), buffer_type(p.dtype), p.dims, true));
     }
   }
 
@@ -295,6 +306,13 @@ void run(int count, char** words) {
   Device device(plugin, settings);
   double opened = now_ms();
   Runner runner(folder, device, options.native);
+  if (options.build) {
+    runner.build();
+    std::fprintf(stderr, "{\"programs\": %zu, \"building_ms\": %.1f}\n", folder.programs().size(),
+                 runner.building_ms());
+    return;
+  }
+  runner.load();
   double loaded = now_ms(), first = 0, built = 0;
   int64_t printed = 0;
   runner.generate(options.prompt, options.max_tokens, [&](const std::vector<int32_t>& ids) {

@@ -1,7 +1,6 @@
 """The folder of `jaxllm export --runner`, and the native runner that reads it."""
 
 import dataclasses
-import os
 import re
 import shutil
 import subprocess
@@ -233,6 +232,7 @@ def test_damaged_folders(binary: str, folder: Path, tmp_path: Path, name: str) -
 @needs_header
 def test_bad_options(binary: str, folder: Path) -> None:
     assert "usage:" in complaint(binary)
+    assert "usage:" in complaint(binary, folder, "--plugin", "x", "--build", "--prompt", "1")
     assert "unknown option --tokens" in complaint(binary, folder, "--tokens", "3")
     assert "'x' is no whole number" in complaint(binary, folder, "--prompt", "1,x")
     assert "--plugin wants a value" in complaint(binary, folder, "--plugin")
@@ -254,11 +254,14 @@ def test_ids_are_those_of_generate(
     wanted = jaxllm.load(source, store=False).generate(asked, max_tokens=CONTEXT).token_ids
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
     ask = (copy, "--plugin", PLUGIN, "--prompt", ids(asked), "--max-tokens", str(CONTEXT))
-    for more in ("--native", "--native"):
-        done = ran(binary, *ask, more)
+    assert ran(binary, *ask[:3], "--build").returncode == 0
+    made = {file.name: file.stat().st_mtime_ns for file in (copy / "native").iterdir()}
+    assert sorted(made) == sorted(f"{p[0]}.exe" for p in lines(folder, "program"))
+    for more in ((), ("--native",)):
+        done = ran(binary, *ask, *more)
         assert done.returncode == 0, done.stderr
         assert [int(i) for i in done.stdout.split()] == wanted
-    assert sorted(os.listdir(copy / "native"))
+    assert made == {file.name: file.stat().st_mtime_ns for file in (copy / "native").iterdir()}
     short = ran(binary, *ask[:-1], "3", "--native")
     assert [int(i) for i in short.stdout.split()] == wanted[:3]
 
