@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -18,17 +19,19 @@ import jaxllm
 from jaxllm.export.bundle import export_bundle
 from jaxllm.export.table import Sizes
 from jaxllm.export.ways import Options, ways
+from jaxllm.infer import programs
 from jaxllm.spec.model import Block, Head, ModelSpec, sub
 from jaxllm.spec.ops import MLP, Attention, Norm
 from jaxllm.spec.table import layer_paths
 from jaxllm.zoo.load import save_checkpoint
-from tests.device.fresh import KERNELS
+from tests.device.fresh import KERNELS, alone
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a CUDA device"),
 ]
-PROMPT, NEW = list(range(1, 40)), 24
+PROMPT, NEW = list(range(1, 201)), 24
+SIZES = Sizes(context=256, prefill=(256,))  # two programs
 
 
 def ran(module: str, *arguments: str) -> dict[str, Any]:
@@ -40,12 +43,13 @@ def ran(module: str, *arguments: str) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("name", KERNELS)
-def test_a_stored_kernel_runs_in_a_fresh_process(name: str, tmp_path: Path) -> None:
-    made, again = (ran("tests.device.fresh", name, str(tmp_path)) for _ in range(2))
-    assert (made["stored"], again["stored"]) == (False, True)
-    assert made["compiled"] > 0 and again["compiled"] == 0
-    assert made["finite"] and len({*made["hashes"], *again["hashes"]}) == 1
+def test_stored_kernels_run_in_a_fresh_process(tmp_path: Path) -> None:
+    made, again = (ran("tests.device.fresh", str(tmp_path)) for _ in range(2))
+    assert made["compiled"] >= len(KERNELS) and again["compiled"] == 0
+    for name in KERNELS:
+        one, two = made["kernels"][name], again["kernels"][name]
+        assert (one["stored"], two["stored"]) == (False, True)
+        assert one["finite"] and len({*one["hashes"], *two["hashes"]}) == 1
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +74,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> str:
     leaves = {}
     for path, d in layer_paths(spec).items():
         noise = random.standard_normal(d.shape, np.float32)
-        leaves[path] = noise * np.float32(1.5 * d.std) if d.std else d.fill + 0.3 * noise
+        leaf = noise * np.float32(1.5 * d.std) if d.std else d.fill + 0.3 * noise
+        leaves[path] = leaf if d.wide else leaf.astype(jnp.bfloat16)
     folder = tmp_path_factory.mktemp("llama") / "source"
     save_checkpoint(folder, spec, leaves.__getitem__, dtype="bfloat16")
     return str(folder)
@@ -79,18 +84,20 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> str:
 def wanted(source: str, options: Options) -> list[int]:
     """The model's own answer, by the same kernels."""
     (way,) = ways(options)
-    return (
-        jaxllm.load(source, policy=way.policy, store=False)
-        .generate(PROMPT, max_tokens=NEW, raw=True)
-        .token_ids
-    )
+    model = jaxllm.load(source, policy=way.policy, store=False)
+    size = {"batch": 1, "capacity": 256, "mode": "greedy"}
+    setup = model.generator.setup
+    model.generator.executable(programs.prefill(setup, length=256, fresh=True, **size))
+    model.generator.executable(programs.decode(setup, tokens=8, **size))
+    with alone():
+        return model.generate(PROMPT, max_tokens=NEW, raw=True).token_ids
 
 
 def answer(bundle: Path, *arguments: str) -> dict[str, Any]:
     return ran("tests.device.bundle_answer", str(bundle), json.dumps(PROMPT), str(NEW), *arguments)
 
 
-@pytest.mark.parametrize("attention", ["reference", "mosaic_gpu", "cudnn"])
+@pytest.mark.parametrize("attention", ["mosaic_gpu", "cudnn"])
 def test_bundles(
     source: str, attention: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -98,7 +105,7 @@ def test_bundles(
     monkeypatch.setattr("jaxllm.export.table._MODES", ("greedy",))
     options = Options(
         platforms=("cuda",),
-        sizes=Sizes(context=256, prefill=(64,)),
+        sizes=SIZES,
         attention=attention,
         native=True,
     )
@@ -110,6 +117,8 @@ def test_bundles(
     monkeypatch.setenv("JAXLLM_CACHE", str(tmp_path / "stranger"))
     trusted = answer(bundle, "--trust")
     assert trusted["tokens"] == tokens and trusted["compiled"] == 0 and all(trusted["stored"])
+    if attention == "cudnn":  # its calls are not among those that jax keeps stable
+        return
     portable = answer(bundle)
     assert portable["tokens"] == tokens and portable["compiled"] > 0
 
@@ -118,9 +127,10 @@ def test_a_quantized_bundle(source: str, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("JAXLLM_CACHE", str(tmp_path / "maker"))
     monkeypatch.setattr("jaxllm.export.table._MODES", ("greedy",))
     packed = tmp_path / "int4"
-    jaxllm.load(source, store=False).quantize("int4").save(packed)
-    sizes = Sizes(context=256, prefill=(64,))
-    options = Options(platforms=("cuda",), sizes=sizes, native=True)
+    command = ["quantize", source, str(packed), "--format", "int4", "--dtype", "bfloat16"]
+    settings = os.environ | {"JAX_PLATFORMS": "cpu"}
+    subprocess.run([sys.executable, "-m", "jaxllm.cli.main", *command], check=True, env=settings)
+    options = Options(platforms=("cuda",), sizes=SIZES, native=True)
     bundle = export_bundle(str(packed), tmp_path / "bundle", options)
     (way,) = json.loads((bundle / "manifest.json").read_text())["variants"]
     assert "mosaic_gpu_v2" in way["programs"]["decode-greedy-256"]["custom_calls"]
