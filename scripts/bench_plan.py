@@ -96,7 +96,7 @@ def serve_case(name: str, place: Any, toy: bool) -> tuple[Any, Any]:
     from jaxllm.plan.serve import ServeOptions, plan_serving, serving_setup
     from jaxllm.zoo.families import PRESETS
 
-    given = SERVE[name] | ({"batch": 1, "context": 256} if toy else {})
+    given: dict[str, Any] = SERVE[name] | ({"batch": 1, "context": 256} if toy else {})
     options = ServeOptions(dtype="bfloat16", prompt=16, **given)
     spec = PRESETS["llama-3.2-1b"]
     spec = shrunk(spec) if toy else spec

@@ -10,9 +10,11 @@ import contextlib
 import dataclasses
 import errno
 import hashlib
+import importlib
 import json
 import os
 import pickle
+import sys
 import tempfile
 import threading
 from pathlib import Path
@@ -27,6 +29,9 @@ from jaxllm.errors import CapacityError, ConfigError
 __all__ = ["Store", "atomic_write", "load_bytes"]
 
 _MAGIC = b"jaxllm-program-1\n"
+_HANDLERS = "jax.experimental.mosaic.gpu"
+"""What registers the handlers of our kernels for GPUs. No process lowers or reads a program that
+calls one without having it."""
 _ONE_AT_A_TIME = threading.Lock()
 """Held while XLA loads an executable: two threads at once made its CPU client crash."""
 
@@ -85,6 +90,7 @@ class Store:
             "fingerprint": fingerprint,
             "sha256": hashlib.sha256(payload).hexdigest(),
             "report": to_dict(report),
+            "kernels": _HANDLERS in sys.modules,
         }
         text = json.dumps(head).encode() + b"\n"
         atomic_write(self.path(name, fingerprint), [_MAGIC, text, payload])
@@ -107,12 +113,11 @@ def load_bytes(
     The bytes become code: the caller answers for where they come from. `where` is for the warning.
     """
     try:
-        report, payload = _checked(content, fingerprint)
+        report, payload, kernels = _checked(content, fingerprint)
         from jax.experimental import serialize_executable
 
-        if devices[0].platform == "gpu":
-            # A program that was not traced here may call our kernels: these bring its handlers.
-            import jax.experimental.mosaic.gpu  # noqa: F401
+        if kernels and devices[0].platform == "gpu":
+            importlib.import_module(_HANDLERS)
 
         trees = pickle.loads(payload)
         with _ONE_AT_A_TIME:
@@ -125,8 +130,8 @@ def load_bytes(
     return compiled, report
 
 
-def _checked(content: bytes, fingerprint: str) -> tuple[Report, bytes]:
-    """Report and payload of a stored file.
+def _checked(content: bytes, fingerprint: str) -> tuple[Report, bytes, bool]:
+    """Report and payload of a stored file, and whether it may call our kernels.
 
     Raises:
       ConfigError: the file is damaged or holds another program.
@@ -141,4 +146,4 @@ def _checked(content: bytes, fingerprint: str) -> tuple[Report, bytes]:
         raise ConfigError("its header is damaged") from None
     if not separator or wanted != (fingerprint, hashlib.sha256(payload).hexdigest()):
         raise ConfigError("its contents are damaged or belong to another program")
-    return from_dict(Report, head["report"], "report"), payload
+    return from_dict(Report, head["report"], "report"), payload, head.get("kernels", True)

@@ -7,6 +7,10 @@ are loaded only on request, after their hash matched, and only for exactly this 
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -14,12 +18,15 @@ from typing import Any
 import jax
 
 from jaxllm.aot.program import Executable, Program
-from jaxllm.aot.store import Store, load_bytes
+from jaxllm.aot.store import Store, atomic_write, load_bytes
 from jaxllm.core.logging import log
-from jaxllm.errors import WeightsError
+from jaxllm.errors import CapacityError, WeightsError
 from jaxllm.export.runtime import Bundle, BundleError
 
 __all__ = ["StoredBundle"]
+
+_SETTLED_S = 2.0
+"""A file that was changed less long ago is not remembered: a clock's tick could hide one more."""
 
 
 class StoredBundle(Bundle):
@@ -34,7 +41,46 @@ class StoredBundle(Bundle):
     def __init__(self, path: str | Path, store: Store | None, *, trust: bool = False):
         self.store, self.trust = store, trust
         self.build_ms = 0.0
+        self._notes = self._notes_of(path)
+        self._seen = self._remembered()
+        before = len(self._seen)
         super().__init__(path)
+        if self._notes is not None and len(self._seen) > before:
+            with contextlib.suppress(OSError, CapacityError):
+                atomic_write(self._notes, [json.dumps(self._seen).encode()])
+
+    def _notes_of(self, path: str | Path) -> Path | None:
+        """Where the user's own store remembers which files of a bundle were sound."""
+        if self.store is None or Path(path) in self.store.folder.parents:
+            return None
+        name = hashlib.sha256(os.path.realpath(path).encode()).hexdigest()[:32]
+        return self.store.folder / f"checked-{name}.json"
+
+    def _remembered(self) -> dict[str, str]:
+        """What a file of weights was like when it was last hashed -> its hash."""
+        try:
+            return {} if self._notes is None else dict(json.loads(self._notes.read_bytes()))
+        except (OSError, ValueError, TypeError):
+            return {}
+
+    def _check(self, name: str, wanted: str) -> None:
+        """As of `Bundle`; weights, which are no code, are hashed again only once they changed.
+
+        What changes a file's contents changes the time that its inode keeps, which no call sets.
+        """
+        weights = name.endswith(".safetensors") and name in self.files
+        if self._notes is None or not weights:
+            return super()._check(name, wanted)
+        file, offset, size = self.files[name]
+        found = os.stat(file)
+        like = [found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
+        mark = json.dumps([name, offset, size, *like])
+        if self._seen.get(mark) == wanted:
+            return None
+        super()._check(name, wanted)
+        if time.time() - found.st_ctime > _SETTLED_S:
+            self._seen[mark] = wanted
+        return None
 
     def build(self, entry: dict[str, Any], *args: Any) -> Executable:
         """The executable of a program: from the store, from the bundle, or compiled and stored.

@@ -7,9 +7,12 @@ import os
 import pickle
 import shutil
 import stat
+import sys
+import types
 
 import numpy as np
 import pytest
+from jax.experimental import serialize_executable
 
 from jaxllm.aot import store as stores
 from jaxllm.aot.store import Store, atomic_write
@@ -189,3 +192,30 @@ def test_what_cannot_be_serialized_is_not_stored_and_said(tmp_path, monkeypatch,
     assert not list(tmp_path.iterdir())
     assert len(warned) == 1
     assert "cannot be stored" in warned[0]
+
+
+@pytest.mark.parametrize("kernels", [False, True])
+def test_handlers_of_kernels_come_before_a_gpus_program_that_may_need_them(
+    kernels, made, tmp_path, monkeypatch
+):
+    """And only then: importing them takes a part of a second of every start."""
+    handlers = stores._HANDLERS
+    monkeypatch.delitem(sys.modules, handlers, raising=False)
+    if kernels:
+        monkeypatch.setitem(sys.modules, handlers, object())
+    program().load(Store(tmp_path))
+    _, data = content(tmp_path)
+    head = json.loads(data.split(b"\n", 2)[1])
+    assert head["kernels"] is kernels
+    order = []
+    monkeypatch.setattr(
+        serialize_executable, "deserialize_and_load", lambda *_, **__: order.append("loaded")
+    )
+    monkeypatch.setattr(stores.importlib, "import_module", order.append)
+    gpu = types.SimpleNamespace(platform="gpu", client=None)
+    assert stores.load_bytes(data, head["fingerprint"], [gpu], where="here") is not None
+    assert order == [handlers] * kernels + ["loaded"]
+    old = rewritten(data, lambda h, p: ({k: h[k] for k in h if k != "kernels"}, p))
+    order.clear()
+    stores.load_bytes(old, head["fingerprint"], [gpu], where="here")
+    assert order == [handlers, "loaded"]  # a file of before says nothing

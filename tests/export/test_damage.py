@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import os
 import shutil
 import tarfile
 from collections.abc import Callable
@@ -163,3 +164,42 @@ def test_a_tar_runs_where_it_lies(talking: tuple[str, Path], tmp_path: Path) -> 
     assert bytes(ours.read("tokenizer.json")) == bytes(folder.read("tokenizer.json"))
     assert all((a == b).all() for a, b in zip(ours.weights, folder.weights, strict=True))
     assert Bundle(packed(talking[1], tmp_path / "by-hand.tar")).way == folder.way
+
+
+def test_weights_are_hashed_again_only_once_they_changed(
+    talking: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JAXLLM_CACHE", str(tmp_path / "cache"))
+    copy = Path(shutil.copytree(talking[1], tmp_path / "copy"))
+    hashed: list[str] = []
+    real = Bundle._check
+
+    def check(self: Bundle, name: str, wanted: str) -> None:
+        hashed.append(name)
+        real(self, name, wanted)
+
+    def loaded(**options: Any) -> tuple[bool, bool]:
+        """Whether weights, and whether programs, were hashed."""
+        hashed.clear()
+        load_bundle(copy, **options)
+        kinds = {Path(name).suffix for name in hashed}
+        return ".safetensors" in kinds, ".jaxexport" in kinds
+
+    monkeypatch.setattr(Bundle, "_check", check)
+    assert loaded() == (True, True)
+    assert loaded() == (True, True)  # too fresh to be remembered
+    monkeypatch.setattr("jaxllm.export.stored._SETTLED_S", -1.0)
+    assert [loaded(), loaded()] == [(True, True), (False, True)]
+    assert loaded(store=False) == (True, True)
+    (notes,) = (tmp_path / "cache" / "programs").glob("checked-*.json")
+    for bad in (b"", b"[3]", b"3"):
+        notes.write_bytes(bad)
+        assert [loaded(), loaded()] == [(True, True), (False, True)]
+    file = next(copy.rglob("*.safetensors"))
+    status, data = file.stat(), bytearray(file.read_bytes())
+    data[-1] ^= 1
+    with open(file, "r+b") as stream:  # the same inode, and times set back
+        stream.write(data)
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    with pytest.raises(WeightsError, match=r"safetensors was changed after the export"):
+        load_bundle(copy)

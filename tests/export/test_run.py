@@ -190,7 +190,7 @@ def test_native_executables_need_trust(
     native: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     executables = sorted((native / "native").iterdir())
-    assert len(executables) == 3
+    assert len(executables) == 3 and {file.suffix for file in executables} == {".xla"}
     assert stored(native) == [True, True]  # built by this user: in the own store
     monkeypatch.setenv("JAXLLM_CACHE", str(tmp_path / "stranger"))
     before = counter.compilations()
