@@ -4,7 +4,7 @@
 
 Llama shapes of 1.24B (8 x 2048 a GPU), 6.7B (2 x 4096) and 8B (1 x 8192, remat), bfloat16 compute;
 FSDP, FSDP x tensor, and tensor alone. Batches grow with the devices of `fsdp`; `tensor` alone keeps
-one GPU's batch. Every case runs in a process of its own through the very program that `jaxllm
+one GPU's batch. Cases of one GPU run side by side. Every case runs in a process of its own through the very program that `jaxllm
 train` compiles, and then traces three more steps: `exposed` is the share of the time in which a
 collective runs and nothing else does. Options of the compiler are cases of their own. One JSON line
 each, and a table last.
@@ -18,6 +18,7 @@ import datetime
 import json
 import os
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -36,19 +37,28 @@ class Shape:
     layout: str = "unrolled"
     remat: str = "none"
     state: str = "float32"
+    kv_heads: int = 8
+    ffn: int = 14_336
+    vocab: int = 128_256
 
     @property
     def timed(self) -> dict[str, int]:
         """Steps timed together and rounds: fewer where a step takes a second."""
-        return {"count": 3, "rounds": 3} if self.remat == "full" else {}
+        return {} if self.state == "float32" else {"count": 3, "rounds": 3}
 
 
+WIDE = Shape(rows=1, length=8192, state="bfloat16", remat="full")
+OLDER = dataclasses.replace(WIDE, rows=2, length=4096, kv_heads=32, ffn=11_008, vocab=32_000)
 SHAPES = {
     "1.24B": Shape(rows=8, length=2048),
-    "6.7B": Shape(rows=2, length=4096, layout="scan", remat="full", state="bfloat16"),
-    "8B": Shape(rows=1, length=8192, layout="scan", remat="full", state="bfloat16"),
+    "6.7B": OLDER,
+    "6.7B kept": dataclasses.replace(OLDER, remat="none"),
+    "8B": WIDE,
+    "8B kept": dataclasses.replace(WIDE, remat="none"),
+    "8B scan": dataclasses.replace(WIDE, layout="scan"),
 }
-"""Of 6.7B and 8B one GPU holds parameters, moments and gradients in bfloat16 alone."""
+"""Of 6.7B and 8B one GPU holds parameters, moments and gradients in bfloat16 alone, and recomputes
+the layers in the backward pass; `kept` recomputes nothing, which takes several GPUs."""
 
 LATENCY = ("xla_gpu_enable_latency_hiding_scheduler", True)
 COMBINED = tuple(
@@ -60,6 +70,7 @@ DOUBLE = (("xla_gpu_enable_while_loop_double_buffering", True),)
 OPTIONS: dict[str, tuple[tuple[str, Any], ...]] = {
     "": (),
     "latency hiding": (LATENCY,),
+    "NCCL's own buffers": (("xla_gpu_enable_nccl_user_buffers", True),),
     "latency hiding, collectives combined to 256 MiB": (LATENCY, *COMBINED),
     "latency hiding, collectives of 1 MiB": (LATENCY, *APART),
     "latency hiding, loop in two buffers": (LATENCY, *DOUBLE),
@@ -86,6 +97,8 @@ def cases(counts: list[int]) -> dict[str, dict[str, Any]]:
                     loop = SHAPES[shape].layout == "scan"
                     if (label and devices == 1) or ("loop" in label and not loop):
                         continue
+                    if devices == 1 and "kept" in shape:
+                        continue
                     name = ", ".join(p for p in (shape, mesh or "one GPU", label) if p)
                     found[name] = {
                         "shape": shape,
@@ -104,7 +117,7 @@ def run_config(shape: str, mesh: str, times: int) -> Any:
     from jaxllm.zoo.families import PRESETS
 
     chosen, small = SHAPES[shape], PRESETS["llama-3.2-1b"]
-    spec = small if shape == "1.24B" else wide(small, shape)
+    spec = small if shape == "1.24B" else wide(small, chosen)
     return RunConfig(
         spec=spec,
         batch=chosen.rows * times,
@@ -121,11 +134,10 @@ def run_config(shape: str, mesh: str, times: int) -> Any:
     )
 
 
-def wide(small: Any, shape: str) -> Any:
+def wide(small: Any, shape: Shape) -> Any:
     """Llama 3.1 8B's or Llama 2 7B's spec, from the small one's."""
     from jaxllm.spec.ops import MLP, Attention
 
-    kv_heads, ffn, vocab = (8, 14_336, 128_256) if shape == "8B" else (32, 11_008, 32_000)
     block = small.blocks[0]
     subs = []
     for sub in block.subs:
@@ -133,15 +145,15 @@ def wide(small: Any, shape: str) -> Any:
         for node in sub.ops:
             op = node.op
             if isinstance(op, Attention):
-                op = dataclasses.replace(op, heads=32, kv_heads=kv_heads, head_dim=128)
+                op = dataclasses.replace(op, heads=32, kv_heads=shape.kv_heads, head_dim=128)
             if isinstance(op, MLP):
-                op = dataclasses.replace(op, width=ffn)
+                op = dataclasses.replace(op, width=shape.ffn)
             nodes.append(dataclasses.replace(node, op=op))
         subs.append(dataclasses.replace(sub, ops=tuple(nodes)))
     return dataclasses.replace(
         small,
         width=4096,
-        vocab=vocab,
+        vocab=shape.vocab,
         blocks=(dataclasses.replace(block, subs=tuple(subs)),),
         layers=f"{block.name}*32",
         head=dataclasses.replace(small.head, tied=False),
@@ -164,8 +176,8 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
                 steps(TRACED)
             traced = communication(Path(folder))
         if traced:
-            share = {name: round(value / TRACED, 2) for name, value in traced.items()}
-            line |= {f"{name} a step": value for name, value in share.items()}
+            line |= {f"{n} a step": round(traced.pop(n) / TRACED, 2) for n in list(traced)[:3]}
+            line["collectives, ms a step"] = {n: round(v / TRACED, 2) for n, v in traced.items()}
     return line
 
 
@@ -209,12 +221,9 @@ def main() -> None:
     counts = options.devices or [1, 2, 4, 8]
     cache, tuned, lines = tempfile.mkdtemp(), tempfile.mkdtemp(), []
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_per_fusion_autotune_cache_dir={tuned}"
-    every = cases(counts)
-    for name in options.only or every:
-        case = every[name]
-        if options.plain and case["options"]:
-            continue
-        visible = ",".join(map(str, range(case["devices"])))
+
+    def run(name: str, case: dict[str, Any], first: int = 0) -> None:
+        visible = ",".join(str(first + i) for i in range(case["devices"]))
         more = {"CUDA_VISIBLE_DEVICES": visible, "XLA_FLAGS": flags.strip()}
         arguments = [__file__, "--out", "-", "--case", json.dumps(case)]
         found = run_python(arguments, cache, options.timeout, **more)
@@ -224,6 +233,15 @@ def main() -> None:
         print(json.dumps(lines[-1]), flush=True)
         with options.out.open("a") as file:
             file.write(json.dumps(lines[-1]) + "\n")
+
+    every = cases(counts)
+    chosen = options.only or [n for n in every if not (options.plain and every[n]["options"])]
+    alone = [name for name in chosen if every[name]["devices"] == 1]
+    with ThreadPoolExecutor(max(counts)) as pool:  # each on a GPU of its own
+        list(pool.map(run, alone, [every[n] for n in alone], range(len(alone))))
+    for name in chosen:
+        if name not in alone:
+            run(name, every[name])
     print(table(lines), flush=True)
 
 

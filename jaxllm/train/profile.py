@@ -84,7 +84,8 @@ def communication(folder: Path) -> dict[str, float] | None:
 
     Returns:
       `busy_ms`: any kernel runs; `collective_ms`: a collective runs; `exposed_ms`: a collective
-      runs and nothing else does. None if the trace has no device with streams of kernels (a CPU).
+      runs and nothing else does; and the sum of each kernel of collectives by its name. None if the
+      trace has no device with streams of kernels (a CPU).
     """
     from jax.profiler import ProfileData
 
@@ -94,16 +95,20 @@ def communication(folder: Path) -> dict[str, float] | None:
     planes = sorted((p for p in data.planes if p.name.startswith("/device:")), key=lambda p: p.name)
     for plane in planes:
         kinds: tuple[list, list] = ([], [])
+        sums: dict[str, float] = {}
         for line in plane.lines:
             if not line.name.startswith("Stream"):
                 continue
             for event in line.events:
-                name = event.name.lower()
+                collective = any(word in event.name.lower() for word in _COLLECTIVE)
                 span = event.start_ns / 1e6, (event.start_ns + event.duration_ns) / 1e6
-                kinds[any(word in name for word in _COLLECTIVE)].append(span)
+                kinds[collective].append(span)
+                if collective:
+                    name = event.name.partition("(")[0]
+                    sums[name] = sums.get(name, 0.0) + event.duration_ns / 1e6
         if any(kinds):
             work, collectives = kinds
             total, alone = exposed(collectives, work)
             busy = exposed([*work, *collectives], [])[0]
-            return {"busy_ms": busy, "collective_ms": total, "exposed_ms": alone}
+            return {"busy_ms": busy, "collective_ms": total, "exposed_ms": alone} | sums
     return None
