@@ -4,10 +4,10 @@
 
 Llama shapes of 1.24B (8 x 2048 a GPU), 6.7B (2 x 4096) and 8B (1 x 8192, remat), bfloat16 compute;
 FSDP, FSDP x tensor, and tensor alone. Batches grow with the devices of `fsdp`; `tensor` alone keeps
-one GPU's batch. Cases of one GPU run side by side. Every case runs in a process of its own through the very program that `jaxllm
-train` compiles, and then traces three more steps: `exposed` is the share of the time in which a
-collective runs and nothing else does. Options of the compiler are cases of their own. One JSON line
-each, and a table last.
+one GPU's batch. Every case runs in a process of its own (those of one GPU side by side) through the
+very program that `jaxllm train` compiles, and then traces three more steps: `exposed` is the time
+in which a collective runs and nothing else does. Options of the compiler are cases of their own.
+One JSON line each, and a table last.
 """
 
 from __future__ import annotations
