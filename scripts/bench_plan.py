@@ -199,7 +199,10 @@ def main() -> None:
     found.sort(key=lambda case: case.plan.memory.total)
     makers = [zeros(case.program.args).lower().compile() for case in found]
     for case, make in zip(found, makers, strict=True):
-        row = measure(case, make, given.lock)
+        try:
+            row = measure(case, make, given.lock)
+        except jax.errors.JaxRuntimeError as error:  # others may hold the memory
+            row = {"case": case.name, "failed": str(error).splitlines()[0]}
         print(json.dumps(row), flush=True)
         if given.out:
             with given.out.open("a") as file:
