@@ -23,6 +23,16 @@ inline void need(bool fine, const std::string& message) {
   if (!fine) fail(message);
 }
 
+// Bytes of one value of a dtype.
+inline size_t value_bytes(const std::string& dtype) {
+  static const std::map<std::string, size_t> sizes = {
+      {"bool", 1},    {"int8", 1},     {"uint8", 1},   {"float8_e4m3fn", 1}, {"float16", 2},
+      {"bfloat16", 2}, {"float32", 4}, {"int32", 4},   {"uint32", 4}};
+  auto found = sizes.find(dtype);
+  need(found != sizes.end(), "arrays of " + dtype + " are unknown to this runner");
+  return found->second;
+}
+
 // A file mapped into memory for as long as the process lives.
 class Mapped {
  public:
@@ -121,7 +131,7 @@ class Folder {
       if (!(words >> p.name >> p.kind >> p.tokens >> p.capacity >> p.file)) return false;
       for (size_t index; words >> index;) p.dropped.insert(index);
       programs_.push_back(p);
-      return words.eof() && inside(p.file);
+      return words.eof() && inside(p.file) && inside(p.name) && p.name.find('/') == std::string::npos;
     }
     ended_ = word == "end";
     return ended_;
@@ -135,6 +145,12 @@ class Folder {
     need(!platform_.empty() && context_ > 1 && vocab_ > 0 && !programs_.empty() && !parameters_.empty(),
          path_ + "/manifest.txt lacks a platform, context, vocab, programs or parameters");
     for (const Parameter& p : parameters_) {
+      size_t bytes = value_bytes(p.dtype);
+      for (int64_t dim : p.dims) {
+        bool fine = dim >= 0 && !__builtin_mul_overflow(bytes, static_cast<size_t>(dim), &bytes);
+        need(fine, p.name + " has no shape that memory could hold");
+      }
+      need(bytes == p.bytes, p.name + " says " + std::to_string(p.bytes) + " bytes, its shape " + std::to_string(bytes));
       const Mapped& file = mapped(p.file);
       need(p.bytes <= file.size() && p.offset <= file.size() - p.bytes,
            at(p.file) + " is cut off: " + p.name + " lies at bytes " + std::to_string(p.offset) + " to " +

@@ -216,6 +216,14 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "cut-off weights": (lambda f: cut(f / "weights/model.safetensors", 50_000), "is cut off"),
     "no weights": (lambda f: (f / "weights/model.safetensors").unlink(), "cannot be read"),
     "empty weights": (lambda f: cut(f / "weights/model.safetensors", 0), "is empty"),
+    "another shape": (edit("float32 272 32", "float32 272 33"), "bytes, its shape"),
+    "a shape of no memory": (edit("float32 272 32", "float32 -272 32"), "no shape that memory"),
+    "a huge shape": (
+        edit("float32 272 32", "float32 9223372036854775807 9223372036854775807"),
+        "no shape that memory",
+    ),
+    "unknown dtype": (edit("float32 272", "float64 272"), "arrays of float64 are unknown"),
+    "a name with a path": (edit("program prefill-16 ", "program ../prefill-16 "), "is damaged"),
     "far offset": (edit(" 1472 ", " 18446744073709551000 "), "is cut off"),
 }
 
