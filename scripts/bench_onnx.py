@@ -34,7 +34,9 @@ def graph(folder: Path) -> Any:
         feeds = {n: np.zeros((1, s[1], 0, s[3]), np.float32) for n, s in shapes.items()}
         found, new = [], ids
         for _ in range(count):
-            out = run.run(["logits", *outputs], feeds | {"input_ids": np.array([new], np.int64)})
+            out: Any = run.run(
+                ["logits", *outputs], feeds | {"input_ids": np.array([new], np.int64)}
+            )
             new = [int(out[0][0].argmax())]
             found += new
             feeds = dict(zip(shapes, out[1:], strict=True))

@@ -1,0 +1,180 @@
+"""A bundle and the native runner of one model, checked against the model itself and timed.
+
+    python scripts/bench_bundle.py FOLDER --platform cuda
+    python scripts/bench_bundle.py FOLDER --platform cuda --runner build/pjrt_runner/pjrt_runner \\
+        --plugin PATH/jax_plugins/xla_cuda13/xla_cuda_plugin.so
+
+Draws Llama 3.2 1B's shape (2.5 GB; `--toy` shrinks it), exports a bundle with executables of two
+programs, starts `jaxllm run` in fresh processes (seconds to the first token), and compares its ids
+with those of `Model.generate` under the same policy; then the same for the runner. One JSON line a
+result. What is there in FOLDER from an earlier call is used again.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+HERE = Path(__file__).resolve().parent
+SIZE = 256
+"""Of the context, of the only prefill bucket, and of the state."""
+PROMPT, NEW = list(range(1, 151)), 100
+
+
+def say(**row: Any) -> None:
+    """Print a result."""
+    print(json.dumps(row), flush=True)
+
+
+def draw(folder: Path, toy: bool, dtype: str) -> None:
+    """Random weights as a checkpoint."""
+    import jax.numpy as jnp
+
+    from jaxllm.spec.table import layer_paths
+    from jaxllm.zoo.families import PRESETS
+    from jaxllm.zoo.load import save_checkpoint
+
+    spec = PRESETS["llama-3.2-1b"]
+    spec = dataclasses.replace(spec, layers="G*2", vocab=512) if toy else spec
+    paths, noise = layer_paths(spec), np.random.default_rng(0).standard_normal(2**24, np.float32)
+    places = {path: i for i, path in enumerate(paths)}
+
+    def read(path: str) -> Any:
+        d = paths[path]
+        size = int(np.prod(d.shape))
+        drawn = np.resize(np.roll(noise, 7919 * places[path]), size).reshape(d.shape)
+        leaf = drawn * np.float32(1.5 * d.std) if d.std else d.fill + np.float32(0.3) * drawn
+        return leaf if d.wide else leaf.astype(jnp.dtype(dtype))
+
+    save_checkpoint(folder, spec, read, dtype=dtype)
+
+
+def wanted(source: Path, platform: str, dtype: str) -> list[int]:
+    """The model's own ids, by the kernels of a bundle."""
+    import jaxllm
+    from jaxllm.export.ways import Options, ways
+
+    (way,) = ways(Options(platforms=(platform,), dtype=dtype))
+    model = jaxllm.load(source, policy=way.policy, store=False)
+    return model.generate(PROMPT, max_tokens=NEW).token_ids
+
+
+def export(source: Path, bundle: Path, platform: str, dtype: str) -> None:
+    """A bundle of the two programs that a short greedy answer takes, compiled here."""
+    import jaxllm.export.table
+    from jaxllm.export.bundle import export_bundle
+    from jaxllm.export.table import Sizes
+    from jaxllm.export.ways import Options
+
+    jaxllm.export.table._MODES = ("greedy",)
+    sizes = Sizes(context=SIZE, prefill=(SIZE,))
+    options = Options(platforms=(platform,), sizes=sizes, dtype=dtype, native=True)
+    export_bundle(str(source), bundle, options)
+
+
+def first(bundle: str, count: int) -> None:
+    """In a fresh process: the ids of a bundle, and when the first of them came."""
+    from jaxllm.aot import counter
+    from jaxllm.export.model import load_bundle
+
+    model = load_bundle(bundle)
+    stream = model.bundle.stream(PROMPT, count)
+    found = list(next(stream))
+    at = since_start()
+    found += [i for ids in stream for i in ids]
+    stored = [program.stored for program in model.bundle.ready.values()]
+    say(ids=found, first_token_s=at, compiled=counter.compilations(), stored=stored)
+
+
+def since_start() -> float:
+    """Seconds since this process began, by the kernel's clock."""
+    ticks = int(Path("/proc/self/stat").read_text().rsplit(") ", 1)[1].split()[19])
+    now = time.clock_gettime(time.CLOCK_BOOTTIME)
+    return round(now - ticks / os.sysconf("SC_CLK_TCK"), 3)
+
+
+def fresh(*arguments: str) -> dict[str, Any]:
+    """The JSON that a process prints last."""
+    done = subprocess.run(arguments, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def starts(bundle: Path, ids: list[int], runs: int) -> None:
+    """Starts of a bundle: the first hashes the weights, later ones know them."""
+    rows = [
+        fresh(sys.executable, str(HERE / "bench_bundle.py"), str(bundle), "--first", str(NEW))
+        for _ in range(runs + 1)
+    ]
+    times = [row["first_token_s"] for row in rows]
+    say(
+        what="bundle",
+        equals_the_model=all(row["ids"] == ids for row in rows),
+        tokens=len(ids),
+        distinct=len(set(ids)),
+        compiled=[row["compiled"] for row in rows],
+        stored=all(all(row["stored"]) for row in rows),
+        first_token_s={"hashed": times[0], "median": statistics.median(times[1:]), "all": times},
+    )
+
+
+def native(given: Any, source: Path, dtype: str, ids: list[int]) -> None:
+    """The runner: executables made first, then two answers."""
+    folder = given.folder / "runner"
+    if not folder.exists():
+        options = ["--runner", "--platform", given.platform, "--dtype", dtype]
+        options += ["--context", str(SIZE), "--prefill", str(SIZE)]
+        command = [sys.executable, "-m", "jaxllm.cli.main", "export", str(source), str(folder)]
+        settings = os.environ | {"JAX_PLATFORMS": "cpu"}
+        subprocess.run([*command, *options], check=True, env=settings)
+    client = [] if given.platform == "cpu" else ["--option", "preallocate=false"]
+    command = [str(given.runner), str(folder), "--plugin", str(given.plugin), *client]
+    subprocess.run([*command, "--build"], check=True)
+    ask = ["--native", "--ignore-end", "--prompt", ",".join(map(str, PROMPT))]
+    for _ in range(2):
+        run = [*command, *ask, "--max-tokens", str(NEW)]
+        done = subprocess.run(run, capture_output=True, text=True, check=False)
+        if done.returncode:
+            return say(what="runner", failed=done.stderr.strip().splitlines()[-1:])
+        found = [int(i) for i in done.stdout.split()]
+        times = json.loads(done.stderr.strip().splitlines()[-1])
+        say(what="runner", equals_the_model=found == ids, **times)
+    return None
+
+
+def main() -> None:
+    """Run what is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--platform", choices=("cpu", "cuda"), default="cuda")
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--runner", type=Path)
+    parser.add_argument("--plugin", type=Path)
+    parser.add_argument("--toy", action="store_true")
+    parser.add_argument("--first", type=int, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.first is not None:
+        return first(str(given.folder), given.first)
+    given.folder.mkdir(parents=True, exist_ok=True)
+    source, bundle = given.folder / "source", given.folder / "bundle"
+    dtype = "bfloat16" if given.platform == "cuda" else "float32"
+    if not source.exists():
+        draw(source, given.toy, dtype)
+    if not bundle.exists():
+        export(source, bundle, given.platform, dtype)
+    ids = wanted(source, given.platform, dtype)
+    starts(bundle, ids, given.runs)
+    if given.runner is not None:
+        native(given, source, dtype, ids)
+    return None
+
+
+if __name__ == "__main__":
+    main()
