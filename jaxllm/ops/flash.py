@@ -106,9 +106,11 @@ def flash(
         ends = jnp.asarray(see.query_positions)[:, -1].astype(jnp.int32) + 1
         if lengths is None:
             lengths = jnp.minimum(ends, k.shape[1])
-    segments = None
+    segments, packed = None, False
     if see.query_segments is not None and see.key_segments is not None:
-        segments = (jnp.asarray(see.query_segments), jnp.asarray(see.key_segments))
+        packed = see.runs
+        segments = jnp.asarray(see.query_segments)
+        segments = segments if packed else (segments, jnp.asarray(see.key_segments))
     out = flash_attention(
         q,
         k,
@@ -116,6 +118,7 @@ def flash(
         causal=False,
         window=sides,
         segment_ids=segments,
+        packed=packed,
         softcap=scores.softcap,
         scale=scores.scale,
         sinks=None if scores.sinks is None else jnp.asarray(scores.sinks),

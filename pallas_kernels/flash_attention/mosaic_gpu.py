@@ -29,12 +29,13 @@ from pallas_kernels.flash_attention.pieces import (
     Spare,
     along,
     capped,
+    data_of_walk,
     drain,
     keeper,
     swizzled,
 )
 from pallas_kernels.flash_attention.problem import Extras, Spec
-from pallas_kernels.flash_attention.ranges import Walk
+from pallas_kernels.flash_attention.ranges import BOTH, HIGH, Walk
 from pallas_kernels.once import lowered_once
 from pallas_kernels.warpgroups import roles
 
@@ -50,6 +51,7 @@ class Tiles:
       block_kv: keys of one step, a multiple of 64 (32 and 16 also lower).
       stages: key and value blocks in flight.
       persistent: as many programs as processors, each walking over many tiles.
+      polynomial: columns of a step whose exponentials are polynomials.
       share: the output leaves through q's memory, where there is no room for its own; the next
         tile's q then comes later. Needs H = Hv.
     """
@@ -58,18 +60,38 @@ class Tiles:
     block_kv: int = 128
     stages: int = 2
     persistent: bool = True
+    polynomial: int = 0
     share: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Softmax:
-    """The online softmax of one consumer's rows; statistics in units of log2 e."""
+    """The online softmax of one consumer's rows; statistics in units of log2 e.
+
+    Attributes:
+      fixed: the soft-cap bounds the scores so well that no peak is needed.
+      polynomial: columns of an unmasked step whose exponentials are polynomials, so that the
+        special function unit has less to do.
+    """
 
     spec: Spec
+    fixed: bool = False
+    polynomial: int = 0
+
+    @classmethod
+    def of(cls, spec: Spec, dtype, *, sinks: bool, polynomial: int = 0) -> Softmax:
+        """The form for a call."""
+        bounded = spec.softcap is not None and spec.softcap <= _BOUNDED
+        return cls(spec, bounded and dtype == jnp.bfloat16 and not sinks, polynomial)
 
     def step(self, scores, peak, total, keep):
-        """(weights, peak, total, factor of what was summed before)."""
+        """(weights, peak, total, factor of what was summed before or None for 1)."""
         scores, factor = capped(scores, self.spec)
+        if self.fixed:
+            weights = jnp.exp2(scores * factor)
+            if keep is not None:
+                weights = jnp.where(keep, weights, 0.0)
+            return weights, peak, total + jnp.sum(weights, axis=1), None
         if keep is not None:
             scores = jnp.where(keep, scores, -jnp.inf)
         new_peak = jnp.maximum(peak, jnp.max(scores, axis=1) * factor)
@@ -77,9 +99,34 @@ class Softmax:
         if keep is not None:  # a row may have seen nothing yet
             base = jnp.where(new_peak == -jnp.inf, 0.0, new_peak)
         decay = jnp.exp2(peak - base)
-        weights = jnp.exp2(scores * factor - along(base, scores.shape, 0))
+        weights = self.exp2(scores * factor - along(base, scores.shape, 0), keep is not None)
         total = total * decay + jnp.sum(weights, axis=1)
         return weights, new_peak, total, decay
+
+    def exp2(self, x, masked: bool):
+        """2^x for x up to 0."""
+        if masked or not self.polynomial:
+            return jnp.exp2(x)
+        first = x[:, : self.polynomial]
+        return jnp.concatenate([_exp2(first), jnp.exp2(x[:, self.polynomial :])], axis=1)
+
+
+_BOUNDED = 60.0  # e^60 times a million keys and their values stays far from float32's end
+_EXP2 = (1.0, 0.69314718, 0.24022651, 0.05550411)
+
+
+def _exp2(x):
+    """2^x for x in [-126, 0] by additions and products alone; below, 2^-126."""
+    x = jnp.maximum(x, -126.0)
+    # 1.5 * 2^23: the last bits of the sum are x rounded to an integer. The barrier keeps XLA, which
+    # the interpreter uses, from taking the number away again at once.
+    whole = lax.optimization_barrier(x + 12582912.0)
+    part = x - (whole - 12582912.0)
+    c0, c1, c2, c3 = _EXP2
+    power = ((c3 * part + c2) * part + c1) * part + c0
+    bits = lax.bitcast_convert_type(power, jnp.int32)
+    bits = bits + lax.shift_left(lax.bitcast_convert_type(whole, jnp.int32), jnp.int32(23))
+    return lax.bitcast_convert_type(bits, jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,10 +173,10 @@ class Forward:
 
     # ---- the warpgroups that compute ----------------------------------------------------------
 
-    def start(self, refs, batch, head):
+    def start(self, refs, batch, head, *, fixed: bool):
         """Peak and sum of the softmax before any key: nothing, or the head's sink."""
         vector = functools.partial(jnp.full, (self.tiles.block_q,), dtype=jnp.float32)
-        peak, total = vector(-jnp.inf), vector(0.0)
+        peak, total = vector(0.0 if fixed else -jnp.inf), vector(0.0)
         if "sinks" in self.walk.names:
             peak, total = vector(0.0) + refs["sinks"][batch, head] * LOG2E, vector(1.0)
         return plgpu.layout_cast(peak, ROW), plgpu.layout_cast(total, ROW)
@@ -138,7 +185,9 @@ class Forward:
         tiles, walk = self.tiles, self.walk
         wg = lax.axis_index("wg")
         q_smem = smem["q"].at[pl.ds(wg * tiles.block_q, tiles.block_q)]
-        softmax, spare = Softmax(walk.spec), Spare.of(smem, wg)
+        sinks = "sinks" in walk.names
+        form = {"sinks": sinks, "polynomial": tiles.polynomial}
+        softmax, spare = Softmax.of(walk.spec, self.shape.dtype, **form), Spare.of(smem, wg)
         shape = (tiles.block_q, tiles.block_kv)
 
         for name in ("k", "v"):
@@ -149,13 +198,14 @@ class Forward:
         def tile(index, step):
             batch, row, head = self.shape.tile(self.walk, index)
             first_row = row * walk.tile + wg * tiles.block_q
-            low, full_low, full_high, high = walk.bounds(batch, row, refs)
+            bounds = walk.bounds(batch, row, refs)
+            low, high = bounds[0], bounds[-1]
             keep = keeper(walk, refs, batch, (first_row, tiles.block_q))
             slot_of = lambda i: lax.rem(step + i, tiles.stages)  # noqa: E731
-            start = self.start(refs, batch, head)
+            start = self.start(refs, batch, head, fixed=softmax.fixed)
 
-            def seen(i, masked):
-                return keep((high - 1 - i) * tiles.block_kv) if masked else None
+            def seen(i, ends):
+                return None if ends is None else keep((high - 1 - i) * tiles.block_kv, ends)
 
             def await_keys(i):
                 """Waits for the keys of step i, if there is one.
@@ -180,14 +230,15 @@ class Forward:
 
                 scores = pl.run_scoped(product, plgpu.ACC(shape, jnp.float32))
                 plgpu.barrier_arrive(free["k"].at[slot])
-                weights, peak, total, _ = softmax.step(scores, *start, seen(0, walk.masked))
+                ends = (HIGH if walk.last_is_high else BOTH) if walk.masked else None
+                weights, peak, total, _ = softmax.step(scores, *start, seen(0, ends))
                 await_keys(1)
                 return peak, total, weights.astype(self.shape.dtype)
 
             def walk_blocks(acc):
                 """Sums over the blocks; returns them with peak and total."""
 
-                def other(i, carry, masked):
+                def other(i, carry, ends):
                     """Block high - 1 - i: its scores, and the product of the block before."""
                     peak, total, weights = carry
                     slot, before = slot_of(i), slot_of(i - 1)
@@ -200,23 +251,19 @@ class Forward:
 
                     scores = pl.run_scoped(products, plgpu.ACC(shape, jnp.float32))
                     plgpu.barrier_arrive(free["k"].at[slot])
-                    weights, *rest = softmax.step(scores, peak, total, seen(i, masked))
+                    weights, *rest = softmax.step(scores, peak, total, seen(i, ends))
                     weights, peak, total, decay = lax.optimization_barrier((weights, *rest))
                     await_keys(i + 1)
                     plgpu.wgmma_wait(0)
                     plgpu.barrier_arrive(free["v"].at[before])
-                    acc[...] = acc[...] * along(decay, acc.shape, 0)
+                    if decay is not None:
+                        acc[...] = acc[...] * along(decay, acc.shape, 0)
                     return peak, total, weights.astype(self.shape.dtype)
 
                 carry, done = first(), jnp.int32(1)
-                ends = [(high - full_high, True), (high - full_low, False), (high - low, True)]
-                if not walk.masked:
-                    ends = ends[1:2]
-                elif not walk.leading:
-                    ends = ends[:2]
-                for end, masked in ends:
-                    end = jnp.maximum(end, done)
-                    carry = lax.fori_loop(done, end, functools.partial(other, masked=masked), carry)
+                for low_block, _, ends in reversed(walk.parts(bounds)):
+                    end = jnp.maximum(high - low_block, done)
+                    carry = lax.fori_loop(done, end, functools.partial(other, ends=ends), carry)
                     done = end
                 peak, total, weights = carry
                 if not tiles.share:
@@ -322,13 +369,9 @@ def forward(
         "q": pad(q, 1, 8),
         "k": pad(k, 1, 8),
         "v": pad(v, 1, 8),
-        "info": walk.info(extras),
-        "table": walk.table(extras),
         "sinks": extras.sinks,
     }
-    if walk.segmented:
-        inputs["query_segments"] = pad(extras.query_segments, 1, walk.tile, -1)
-        inputs["key_segments"] = pad(extras.key_segments, 1, walk.block, -2)
+    inputs |= data_of_walk(walk, extras, rows=walk.tile, columns=walk.block)
     inputs = {name: x for name, x in inputs.items() if x is not None}
     outputs = {
         "o": jax.ShapeDtypeStruct((batch, inputs["q"].shape[1], heads, value_width), q.dtype),

@@ -30,6 +30,7 @@ from pallas_kernels.flash_attention.pieces import (
     Spare,
     along,
     capped,
+    data_of_walk,
     drain,
     keeper,
     swizzled,
@@ -134,7 +135,7 @@ class KeyValueGradients:
             plgpu.barrier_wait(full[name])
 
         def sums(dk, dv):
-            def one(block, step, masked):
+            def one(block, step, ends):
                 slot = lax.rem(step, tiles.stages)
                 q_smem, do_smem = smem["q"].at[slot], smem["do"].at[slot]
                 plgpu.barrier_wait(full["q"].at[slot])
@@ -144,7 +145,7 @@ class KeyValueGradients:
                     plgpu.barrier_wait(full["do"].at[slot])
                     plgpu.wgmma(dweights, v_smem, do_smem.T)
                     lse = plgpu.load(smem["stats"].at[slot, 0], layout=COLUMN)
-                    seen = keep(block * walk.block) if masked else None
+                    seen = None if ends is None else keep(block * walk.block, ends)
                     weights, slope = _weights(
                         plgpu.wgmma_accumulator_load(scores, wait_n=1), lse, spec, seen, 1
                     )
@@ -165,8 +166,8 @@ class KeyValueGradients:
                 return step + 1
 
             def head_steps(_, step):
-                for start, end, masked in walk.parts(bounds):
-                    step = lax.fori_loop(start, end, functools.partial(one, masked=masked), step)
+                for start, end, ends in walk.parts(bounds):
+                    step = lax.fori_loop(start, end, functools.partial(one, ends=ends), step)
                 return step
 
             lax.fori_loop(0, self.shape.group, head_steps, jnp.int32(0))
@@ -278,7 +279,7 @@ class QueryGradients:
             delta = plgpu.load(smem["stats"].at[1, mine], layout=ROW)
 
             def sums(dq):
-                def one(i, _, masked):
+                def one(i, _, ends):
                     slot = lax.rem(step + i - low, tiles.dq_stages)
                     v_slot = lax.rem(step + i - low, tiles.dq_value_stages)
                     k_smem, v_smem = smem["k"].at[slot], smem["v"].at[v_slot]
@@ -288,7 +289,7 @@ class QueryGradients:
                         plgpu.wgmma(scores, q_smem, k_smem.T)
                         plgpu.barrier_wait(full["v"].at[v_slot])
                         plgpu.wgmma(dweights, do_smem, v_smem.T)
-                        seen = keep(i * walk.block) if masked else None
+                        seen = None if ends is None else keep(i * walk.block, ends)
                         weights, slope = _weights(
                             plgpu.wgmma_accumulator_load(scores, wait_n=1), lse, spec, seen, 0
                         )
@@ -304,8 +305,8 @@ class QueryGradients:
                     square = plgpu.ACC((64, walk.block), jnp.float32)
                     pl.run_scoped(products, square, square)
 
-                for start, end, masked in walk.parts(bounds):
-                    lax.fori_loop(start, end, functools.partial(one, masked=masked), None)
+                for start, end, ends in walk.parts(bounds):
+                    lax.fori_loop(start, end, functools.partial(one, ends=ends), None)
                 if not tiles.share:
                     plgpu.barrier_arrive(free["q"])
                 return dq[...] * spec.scale
@@ -369,8 +370,8 @@ class SplitKeyValueGradients(KeyValueGradients):
         def of(role, operand, out_name, width):
             def sums(acc):
                 def head_steps(_, step):
-                    for start, end, masked in self.walk.parts(bounds):
-                        body = functools.partial(role, acc, (smem, full, free, spare), masked)
+                    for start, end, ends in self.walk.parts(bounds):
+                        body = functools.partial(role, acc, (smem, full, free, spare), ends)
                         step = lax.fori_loop(start, end, body, step)
                     return step
 
@@ -401,7 +402,7 @@ class SplitKeyValueGradients(KeyValueGradients):
                 plgpu.barrier_arrive(free["weights"].at[slot])
             of(self.keys, "k", "dk", self.shape.width)
 
-    def values(self, keep, dv, memory, masked, block, step):
+    def values(self, keep, dv, memory, ends, block, step):
         """One step of the side that holds dv."""
         smem, full, free, spare = memory
         spec, dtype = self.walk.spec, self.shape.dtype
@@ -416,7 +417,7 @@ class SplitKeyValueGradients(KeyValueGradients):
 
         scores = pl.run_scoped(product, plgpu.ACC(shape, jnp.float32))
         lse = plgpu.load(smem["stats"].at[slot, 0], layout=COLUMN)
-        seen = keep(block * self.walk.block) if masked else None
+        seen = None if ends is None else keep(block * self.walk.block, ends)
         weights, slope = _weights(scores, lse, spec, seen, 1)
         plgpu.barrier_arrive(free["q"].at[slot])
         plgpu.barrier_wait(free["weights"].at[way])
@@ -430,9 +431,9 @@ class SplitKeyValueGradients(KeyValueGradients):
         plgpu.barrier_arrive(free["do"].at[slot])
         return step + 1
 
-    def keys(self, dk, memory, masked, block, step):
+    def keys(self, dk, memory, ends, block, step):
         """One step of the side that holds dk."""
-        del masked, block
+        del ends, block
         smem, full, free, spare = memory
         slot, way = lax.rem(step, self.tiles.stages), lax.rem(step, 2)
         q_smem, do_smem = smem["q"].at[slot], smem["do"].at[slot]
@@ -534,11 +535,7 @@ def backward(
     inputs["stats"] = stats
 
     def with_extras(walk: Walk):
-        more = {"info": walk.info(extras), "table": walk.table(extras)}
-        if walk.segmented:
-            more["query_segments"] = pad(extras.query_segments, 1, tile, -1)
-            more["key_segments"] = pad(extras.key_segments, 1, tile, -2)
-        return inputs | {name: x for name, x in more.items() if x is not None}
+        return inputs | data_of_walk(walk, extras, rows=tile, columns=tile)
 
     like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)  # noqa: E731
     dk, dv = _call(

@@ -5,6 +5,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +14,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.flash_attention.problem import Spec
-from pallas_kernels.flash_attention.ranges import Walk
+from pallas_kernels.flash_attention.padding import pad
+from pallas_kernels.flash_attention.problem import Extras, Spec
+from pallas_kernels.flash_attention.ranges import BOTH, HIGH, LOW, Walk, runs
 from pallas_kernels.warpgroups import CONSUMERS, LOG2E, ROW, SQUARE, along, iota, multiply, swizzled
 
 __all__ = [
@@ -26,12 +29,15 @@ __all__ = [
     "Spare",
     "along",
     "capped",
+    "data_of_walk",
     "drain",
     "iota",
+    "keeper",
     "same_segment",
     "swizzled",
 ]
 
+SECTION_BYTES = 24 << 20  # keys and values that are read again and again: half of an H100's L2
 COLUMN = plgpu.Layout.WGMMA.reduce(0)
 
 
@@ -101,19 +107,37 @@ def drain(free: dict) -> None:
 
 
 def keeper(walk: Walk, refs, batch, rows):
-    """Which pairs of a block see each other: a function of the block's first column.
+    """Which pairs of a block see each other: a function of its first column and its `ends`.
+
+    What each row sees is two numbers, found once a tile; a block compares them with its columns.
 
     Args:
       rows: first row and number of rows.
     """
     first_row, count = rows
     shape = (count, walk.block)
-    facts = walk.facts(batch, refs)
+    at = plgpu.broadcasted_iota(jnp.int32, (count,), 0, layout=ROW) + first_row
+    low, high = walk.ends(at, walk.facts(batch, refs))
+    if walk.packed:
+        where = [refs["runs"].at[batch, i, pl.ds(first_row, count)] for i in range(2)]
+        start, end = (plgpu.load(x, layout=ROW, optimized=False) for x in where)
+        low = start if low is None else jnp.maximum(low, start)
+        high = end if high is None else jnp.minimum(high, end)
 
-    def keep(first_column):
-        at, columns = iota(shape, 0) + first_row, iota(shape, 1) + first_column
-        seen = walk.seen(at, columns, facts)
-        if not walk.segmented:
+    def keep(first_column, ends=BOTH):
+        columns = iota(shape, 1)
+
+        def within(bound):  # of each row, or of all
+            bound = bound - first_column
+            return along(bound, shape, 0) if jnp.ndim(bound) else bound
+
+        tests = []
+        if low is not None and ends != HIGH:
+            tests.append(columns >= within(low))
+        if high is not None and ends != LOW:
+            tests.append(columns <= within(high))
+        seen = functools.reduce(operator.and_, tests) if tests else None
+        if not walk.segmented or walk.packed:
             return seen
         names = ("query_segments", "key_segments")
         names = names[::-1] if walk.transposed else names
@@ -156,19 +180,52 @@ class Shape:
         """Query heads of one kv head."""
         return self.heads // self.kv_heads
 
+    def section(self, walk: Walk) -> int:
+        """Pairs of a sequence and a head whose tiles are next to each other.
+
+        Their keys and values stay in the L2 cache, and there are enough of them that the programs
+        which run at once have tiles of about one length.
+        """
+        keys = walk.columns * (self.width + self.value_width) * self.dtype.itemsize
+        most = max(1, SECTION_BYTES // keys)
+        whole = self.batch * self.kv_heads
+        return self.group * max(n for n in range(1, min(most, whole) + 1) if whole % n == 0)
+
     def tile(self, walk: Walk, index):
-        """(sequence, tile of queries, head): a sequence's tiles with most blocks come first."""
-        rest, head = lax.div(index, self.heads), lax.rem(index, self.heads)
-        row = lax.rem(rest, walk.tiles)
+        """(sequence, tile of queries, head): a section's tiles with most blocks come first."""
+        pairs = self.section(walk)
+        section, rest = lax.div(index, pairs * walk.tiles), lax.rem(index, pairs * walk.tiles)
+        row = lax.div(rest, pairs)
         if walk.heavy_last:
             row = walk.tiles - 1 - row
-        return lax.div(rest, walk.tiles), row, head
+        pair = section * pairs + lax.rem(rest, pairs)
+        return lax.div(pair, self.heads), row, lax.rem(pair, self.heads)
 
     def for_tiles(self, walk: Walk, ctas: int, body, start):
-        """Runs body(index, carry) over this program's share of all tiles."""
+        """Runs body(index, carry) over this program's share of all tiles.
+
+        Programs take tiles in turns, there and back, so that none has the longest of every turn.
+        """
         count = self.batch * walk.tiles * self.heads
         cta = lax.axis_index("cta")
         if ctas >= count:
             return body(cta, start)
-        mine = lax.div(count - 1 - cta, ctas) + 1
-        return lax.fori_loop(0, mine, lambda i, carry: body(cta + i * ctas, carry), start)
+        place = lambda i: jnp.where(lax.rem(i, 2) == 0, cta, ctas - 1 - cta)  # noqa: E731
+        turns, left = divmod(count, ctas)
+        mine = turns + jnp.where(place(jnp.int32(turns)) < left, 1, 0)
+        return lax.fori_loop(0, mine, lambda i, carry: body(i * ctas + place(i), carry), start)
+
+
+def data_of_walk(walk: Walk, extras: Extras, *, rows: int, columns: int) -> dict:
+    """What a kernel reads to know who sees whom, by name.
+
+    Args:
+      rows, columns: multiples that segment ids of queries and keys are padded to.
+    """
+    out = {"info": walk.info(extras), "table": walk.table(extras)}
+    if walk.packed:
+        out["runs"] = pad(runs(extras.query_segments), 2, walk.tile)
+    elif walk.segmented:
+        out["query_segments"] = pad(extras.query_segments, 1, rows, -1)
+        out["key_segments"] = pad(extras.key_segments, 1, columns, -2)
+    return {name: x for name, x in out.items() if x is not None}
