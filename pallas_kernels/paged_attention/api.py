@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import operator
+
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.choice import Choice, choose
 from pallas_kernels.errors import ShapeError
-from pallas_kernels.paged_attention.mosaic_gpu import ROWS, UNIT, Tiles, attend, facts
+from pallas_kernels.paged_attention.mosaic_gpu import ROWS, Tiles, attend
 from pallas_kernels.paged_attention.problem import Problem
 from pallas_kernels.paged_attention.reference import reference
 from pallas_kernels.target import interpreting, not_hopper, processors, target
@@ -138,39 +141,38 @@ def paged_attention(
 
 
 def _on_hopper(q, k, v, table, firsts, blocks, problem: Problem) -> tuple[jax.Array, jax.Array]:
-    rows, starts, counts = blocks
     count, queries, num_heads, width = q.shape
     heads = k.shape[2]
-    # Rows are queries by heads of one key head: for single queries no more than another shape.
     group = num_heads // heads
-    by_head = q.reshape(count, queries, heads, group, width).transpose(0, 2, 1, 3, 4)
-    by_head = by_head.reshape(count, heads, queries * group, width)
-    short = -by_head.shape[2] % UNIT
-    by_head = jnp.pad(by_head, ((0, 0), (0, 0), (0, short), (0, 0)))
-    at = jnp.arange(-(-by_head.shape[2] // ROWS) * ROWS, dtype=jnp.int32)[None] // group
-    places = jnp.where(at < counts[:, None], starts[:, None] + at, -1)
+    programs = count * heads * -(-queries * group // ROWS)
     tiles = Tiles(
         stages=4 if width * k.shape[1] <= 128 * 64 else 2,
-        splits=splits_for(count * heads * (places.shape[1] // ROWS), table.shape[1] * k.shape[1]),
+        splits=splits_for(programs, table.shape[1] * k.shape[1]),
     )
-    about = facts(starts, counts, firsts, rows)
-    out, lse = attend(
-        by_head, k, v, table, places, about, problem=problem, tiles=tiles, interpret=interpreting()
-    )
-    out, lse = merge(out, lse)
-    out = out[:, :, : queries * group].reshape(count, heads, queries, group, -1)
-    lse = lse[:, :, : queries * group].reshape(count, heads, queries, group)
-    out = out.transpose(0, 2, 1, 3, 4).reshape(count, queries, num_heads, -1)
-    return out.astype(q.dtype), lse.transpose(0, 2, 1, 3).reshape(count, queries, num_heads)
+    blocks = tuple(x.astype(jnp.int32) for x in blocks)
+    given = (q, k, v, table.astype(jnp.int32), firsts.astype(jnp.int32), blocks)
+    out, lse = attend(*given, problem=problem, tiles=tiles, interpret=interpreting())
+    rows = queries * group
+    out, lse = merge(out[:, :, :, :rows], lse[:, :, :, :rows])
+    out = out.reshape(count, heads, queries, group, -1).transpose(0, 2, 1, 3, 4)
+    lse = lse.reshape(count, heads, queries, group).transpose(0, 2, 1, 3)
+    out = out.reshape(count, queries, num_heads, -1)
+    return out.astype(q.dtype), lse.reshape(count, queries, num_heads)
 
 
 def merge(out: jax.Array, lse: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(out [...], lse [...]) of all keys from those of parts [S, ..., V] and [S, ...]; exact."""
+    """(out [...], lse [...]) of all keys from those of parts [S, ..., V] and [S, ...]; exact.
+
+    Part by part, without a reduction: a GPU so does all of it in one kernel.
+    """
     if out.shape[0] == 1:
         return out[0], lse[0]
-    peak = jnp.max(lse, axis=0)
-    weights = jnp.exp(lse - jnp.where(jnp.isfinite(peak), peak, 0.0)[None])
-    total = jnp.sum(weights, axis=0)
-    shares = weights / jnp.where(total == 0, 1.0, total)[None]
+    peak = functools.reduce(jnp.maximum, lse)
+    level = jnp.where(jnp.isfinite(peak), peak, 0.0)
+    weights = [jnp.exp(part - level) for part in lse]
+    total = functools.reduce(operator.add, weights)
     whole = jnp.where(total > 0, peak + jnp.log(total), -jnp.inf)
-    return jnp.sum(out * shares[..., None], axis=0), whole
+    sums = functools.reduce(
+        operator.add, (x * weight[..., None] for x, weight in zip(out, weights, strict=True))
+    )
+    return sums / jnp.where(total == 0, 1.0, total)[..., None], whole
