@@ -137,7 +137,7 @@ def _cudnn(
     scores: Scores,
 ) -> Float[Array, "B T N Hv"]:
     """cuDNN's fused attention through `jax.nn.dot_product_attention`."""
-    plain = form(see, q.shape[1]) == "plain"
+    plain = form(see, *q.shape[1:3]) == "plain"
     full = isinstance(see.mask, Full)
     one = plain and not full and not see.aligned  # reads the filled slots only
     lengths = see.query_positions[:, 0] + 1 if one else None
@@ -179,6 +179,8 @@ def _flash_obstacle(name: str, call: Call) -> str | None:
     widths = (call.head_dim, call.value_dim or call.head_dim)
     reason = obstacle(name, dtype=call.dtype, widths=widths, platform=call.platform)
     if reason is None and call.form == "dense":
+        return f"{name} takes masks known before the step, or bands with segments and lengths"
+    if reason is None and call.form == "blocks" and name != "mosaic_gpu":
         return f"{name} takes masks that are a band of positions, with segments and lengths"
     return reason and f"{name}: {reason}"
 
@@ -255,7 +257,7 @@ def attention(
         head_dim=q.shape[-1],
         value_dim=v.shape[-1],
         queries=q.shape[1],
-        form=form(see, q.shape[1]),
+        form=form(see, *q.shape[1:3]),
         softcap=scores.softcap is not None,
         sinks=scores.sinks is not None,
     )

@@ -84,6 +84,7 @@ def flash_attention(
     causal: bool = False,
     window: Window | None = None,
     segment_ids: jax.Array | tuple[jax.Array, jax.Array] | None = None,
+    packed: bool = False,
     softcap: float | None = None,
     scale: float | None = None,
     sinks: jax.Array | None = None,

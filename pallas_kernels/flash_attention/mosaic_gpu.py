@@ -39,7 +39,7 @@ from pallas_kernels.flash_attention.ranges import BOTH, HIGH, Walk
 from pallas_kernels.once import lowered_once
 from pallas_kernels.warpgroups import roles
 
-__all__ = ["Tiles", "forward"]
+__all__ = ["Tiles", "forward", "launch"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -146,7 +146,8 @@ class Forward:
         def tile(index, step):
             batch, row, head = self.shape.tile(self.walk, index)
             kv_head = lax.div(head, self.shape.group)
-            low, _, _, high = self.walk.bounds(batch, row, refs)
+            place = (batch, row, head)
+            low, _, _, high = self.walk.bounds(place, refs)
 
             def bring(name, block, slot):
                 plgpu.barrier_wait(free[name].at[slot])
@@ -155,7 +156,8 @@ class Forward:
 
             def one(i, _):
                 slot = lax.rem(step + i, self.tiles.stages)
-                bring("k", high - 1 - i, slot)
+                block = self.walk.block_at(place, high - 1 - i, refs)
+                bring("k", block, slot)
 
                 @pl.when(i == 0)
                 def _():
@@ -163,7 +165,7 @@ class Forward:
                     where = refs["q"].at[batch, pl.ds(row * rows, rows), head]
                     plgpu.copy_gmem_to_smem(where, smem["q"], full["q"])
 
-                bring("v", high - 1 - i, slot)
+                bring("v", block, slot)
 
             lax.fori_loop(0, high - low, one, None)
             return step + (high - low)
@@ -198,14 +200,15 @@ class Forward:
         def tile(index, step):
             batch, row, head = self.shape.tile(self.walk, index)
             first_row = row * walk.tile + wg * tiles.block_q
-            bounds = walk.bounds(batch, row, refs)
+            place = (batch, row, head)
+            bounds = walk.bounds(place, refs)
             low, high = bounds[0], bounds[-1]
-            keep = keeper(walk, refs, batch, (first_row, tiles.block_q))
+            keep = keeper(walk, refs, place, (first_row, tiles.block_q))
             slot_of = lambda i: lax.rem(step + i, tiles.stages)  # noqa: E731
             start = self.start(refs, batch, head, fixed=softmax.fixed)
 
             def seen(i, ends):
-                return None if ends is None else keep((high - 1 - i) * tiles.block_kv, ends)
+                return (lambda: None) if ends is None else keep(high - 1 - i, ends)
 
             def await_keys(i):
                 """Waits for the keys of step i, if there is one.
@@ -222,6 +225,8 @@ class Forward:
                 """The last block, which nothing runs beside."""
                 slot = slot_of(0)
                 plgpu.barrier_wait(full["q"])
+                ends = (HIGH if walk.last_is_high else BOTH) if walk.masked else None
+                visible = seen(0, ends)
                 await_keys(0)
 
                 def product(scores):
@@ -230,8 +235,7 @@ class Forward:
 
                 scores = pl.run_scoped(product, plgpu.ACC(shape, jnp.float32))
                 plgpu.barrier_arrive(free["k"].at[slot])
-                ends = (HIGH if walk.last_is_high else BOTH) if walk.masked else None
-                weights, peak, total, _ = softmax.step(scores, *start, seen(0, ends))
+                weights, peak, total, _ = softmax.step(scores, *start, visible())
                 await_keys(1)
                 return peak, total, weights.astype(self.shape.dtype)
 
@@ -242,6 +246,7 @@ class Forward:
                     """Block high - 1 - i: its scores, and the product of the block before."""
                     peak, total, weights = carry
                     slot, before = slot_of(i), slot_of(i - 1)
+                    visible = seen(i, ends)
 
                     def products(scores):
                         plgpu.wgmma(scores, q_smem, smem["k"].at[slot].T)
@@ -251,7 +256,7 @@ class Forward:
 
                     scores = pl.run_scoped(products, plgpu.ACC(shape, jnp.float32))
                     plgpu.barrier_arrive(free["k"].at[slot])
-                    weights, *rest = softmax.step(scores, peak, total, seen(i, ends))
+                    weights, *rest = softmax.step(scores, peak, total, visible())
                     weights, peak, total, decay = lax.optimization_barrier((weights, *rest))
                     await_keys(i + 1)
                     plgpu.wgmma_wait(0)
@@ -329,52 +334,19 @@ class Forward:
         roles(self, refs, smem, full, free)
 
 
-@lowered_once("spec", "tiles", "processors", "interpret")
-def forward(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    extras: Extras,
-    *,
-    spec: Spec,
-    tiles: Tiles,
-    processors: int = 132,
-    interpret: bool = False,
+def launch(
+    walk: Walk, qkv, data: dict, *, tiles: Tiles, processors: int, interpret: bool
 ) -> tuple[jax.Array, jax.Array]:
-    """Runs the forward: out [B, T, N, Hv] and lse [B, N, T], as `reference` returns them."""
+    """Runs the forward for a walk and what it reads, by name: out [B, T, N, Hv], lse [B, N, T]."""
+    q, k, v = qkv
     batch, queries, heads, width = q.shape
-    keys, kv_heads, value_width = v.shape[1:]
-    walk = Walk(
-        spec=spec,
-        batch=batch,
-        queries=queries,
-        keys=keys,
-        tile=CONSUMERS * tiles.block_q,
-        block=tiles.block_kv,
-        names=extras.names,
-    )
     count = batch * walk.tiles * heads
     ctas = min(processors, count) if tiles.persistent else count
-    shape = Shape(
-        batch=batch,
-        heads=heads,
-        kv_heads=kv_heads,
-        width=width,
-        value_width=value_width,
-        dtype=jnp.dtype(q.dtype),
-        interpret=interpret,
-    )
+    shape = Shape.of(q, v, interpret)
     kernel = Forward(shape, walk, tiles, ctas)
-    inputs = {
-        "q": pad(q, 1, 8),
-        "k": pad(k, 1, 8),
-        "v": pad(v, 1, 8),
-        "sinks": extras.sinks,
-    }
-    inputs |= data_of_walk(walk, extras, rows=walk.tile, columns=walk.block)
-    inputs = {name: x for name, x in inputs.items() if x is not None}
+    inputs = {"q": pad(q, 1, 8), "k": pad(k, 1, 8), "v": pad(v, 1, 8)} | data
     outputs = {
-        "o": jax.ShapeDtypeStruct((batch, inputs["q"].shape[1], heads, value_width), q.dtype),
+        "o": jax.ShapeDtypeStruct((*inputs["q"].shape[:3], v.shape[-1]), q.dtype),
         "lse": jax.ShapeDtypeStruct((batch, heads, walk.tiles * walk.tile), jnp.float32),
     }
 
@@ -393,3 +365,32 @@ def forward(
         interpret=plgpu.InterpretGPUParams() if interpret else False,
     )(*inputs.values())
     return out[:, :queries], lse[:, :, :queries]
+
+
+@lowered_once("spec", "tiles", "processors", "interpret")
+def forward(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    extras: Extras,
+    *,
+    spec: Spec,
+    tiles: Tiles,
+    processors: int = 132,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """Runs the forward: out [B, T, N, Hv] and lse [B, N, T], as `reference` returns them."""
+    walk = Walk(
+        spec=spec,
+        batch=q.shape[0],
+        queries=q.shape[1],
+        keys=k.shape[1],
+        tile=CONSUMERS * tiles.block_q,
+        block=tiles.block_kv,
+        names=extras.names,
+    )
+    data = data_of_walk(walk, extras, rows=walk.tile, columns=walk.block)
+    if extras.sinks is not None:
+        data["sinks"] = extras.sinks
+    options = {"tiles": tiles, "processors": processors, "interpret": interpret}
+    return launch(walk, (q, k, v), data, **options)

@@ -106,44 +106,64 @@ def drain(free: dict) -> None:
             plgpu.barrier_wait(barrier.at[slot])
 
 
-def keeper(walk: Walk, refs, batch, rows):
-    """Which pairs of a block see each other: a function of its first column and its `ends`.
+def keeper(walk: Walk, refs, place, rows):
+    """keep(position, ends)() says which pairs of a block see each other.
 
     What each row sees is two numbers, found once a tile; a block compares them with its columns.
+    The first call reads from memory what it needs; the second may stand behind a product, where
+    something runs beside it.
 
     Args:
+      place: sequence, tile, query head.
       rows: first row and number of rows.
     """
     first_row, count = rows
-    shape = (count, walk.block)
-    at = plgpu.broadcasted_iota(jnp.int32, (count,), 0, layout=ROW) + first_row
+    shape, batch = (count, walk.block), place[0]
+    at = None
+    if walk.spec.banded:  # layout inference never ends on a vector that nothing uses
+        at = plgpu.broadcasted_iota(jnp.int32, (count,), 0, layout=ROW) + first_row
     low, high = walk.ends(at, walk.facts(batch, refs))
     if walk.packed:
         where = [refs["runs"].at[batch, i, pl.ds(first_row, count)] for i in range(2)]
         start, end = (plgpu.load(x, layout=ROW, optimized=False) for x in where)
         low = start if low is None else jnp.maximum(low, start)
         high = end if high is None else jnp.minimum(high, end)
+        low, high = (plgpu.layout_cast(x, ROW) for x in (low, high))
 
-    def keep(first_column, ends=BOTH):
-        columns = iota(shape, 1)
+    def keep(position, ends=BOTH):
+        first_column = walk.block_at(place, position, refs) * walk.block
+        pattern = walk.pattern(place, position, rows, ends, refs)
 
-        def within(bound):  # of each row, or of all
-            bound = bound - first_column
-            return along(bound, shape, 0) if jnp.ndim(bound) else bound
+        def seen():
+            tests, columns = [], iota(shape, 1)
 
-        tests = []
-        if low is not None and ends != HIGH:
-            tests.append(columns >= within(low))
-        if high is not None and ends != LOW:
-            tests.append(columns <= within(high))
-        seen = functools.reduce(operator.and_, tests) if tests else None
-        if not walk.segmented or walk.packed:
-            return seen
-        names = ("query_segments", "key_segments")
-        names = names[::-1] if walk.transposed else names
-        return same_segment(refs, names, (batch, first_row, first_column), shape, seen)
+            def within(bound):  # of each row, or of all
+                bound = bound - first_column
+                return along(bound, shape, 0) if jnp.ndim(bound) else bound
+
+            if low is not None and ends != HIGH:
+                tests.append(columns >= within(low))
+            if high is not None and ends != LOW:
+                tests.append(columns <= within(high))
+            if pattern is not None:
+                tests.append(_unpacked(pattern, shape))
+            both = functools.reduce(operator.and_, tests) if tests else None
+            if not walk.segmented or walk.packed:
+                return both
+            names = ("query_segments", "key_segments")
+            names = names[::-1] if walk.transposed else names
+            return same_segment(refs, names, (batch, first_row, first_column), shape, both)
+
+        return seen
 
     return keep
+
+
+def _unpacked(words, shape) -> jax.Array:
+    """Bits of 32 columns a word, one word a row each, as booleans of a block."""
+    part = (shape[0], 32)
+    bits = [lax.shift_right_logical(along(word, part, 0), iota(part, 1)) & 1 for word in words]
+    return jnp.concatenate(bits, axis=1) != 0
 
 
 def same_segment(refs, names, place, shape, seen):
@@ -174,6 +194,19 @@ class Shape:
     value_width: int
     dtype: jnp.dtype
     interpret: bool
+
+    @classmethod
+    def of(cls, q: jax.Array, v: jax.Array, interpret: bool) -> Shape:
+        """Of q [B, T, N, H] and v [B, S, K, Hv]."""
+        return cls(
+            batch=q.shape[0],
+            heads=q.shape[2],
+            kv_heads=v.shape[2],
+            width=q.shape[3],
+            value_width=v.shape[3],
+            dtype=jnp.dtype(q.dtype),
+            interpret=interpret,
+        )
 
     @property
     def group(self) -> int:

@@ -155,8 +155,22 @@ class Walk:
         tests += [] if high is None else [columns <= high]
         return functools.reduce(operator.and_, tests) if tests else None
 
-    def bounds(self, batch, tile, refs):
-        """(low, full_low, full_high, high) of a tile, int32 scalars."""
+    def block_at(self, place, position, refs):
+        """The block that stands at a place between a tile's `bounds`."""
+        del place, refs
+        return position
+
+    def pattern(self, place, position, rows, ends, refs):
+        """Words of a block's mask beside its `ends`, or None; see `keeper`."""
+        del place, position, rows, ends, refs
+
+    def bounds(self, place, refs):
+        """(low, full_low, full_high, high) of a tile, int32 scalars.
+
+        Args:
+          place: sequence, tile, query head.
+        """
+        batch, tile, _ = place
         if "table" in refs:
             return tuple(refs["table"][batch, tile * 4 + i] for i in range(4))
         return self._band(tile, self.facts(batch, refs))
