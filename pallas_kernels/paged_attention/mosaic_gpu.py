@@ -23,7 +23,7 @@ from pallas_kernels.once import lowered_once
 from pallas_kernels.paged_attention.problem import Problem
 from pallas_kernels.warpgroups import LOG2E, ROW, along, clear, iota, multiply, swizzled
 
-__all__ = ["ROWS", "Tiles", "attend"]
+__all__ = ["ROWS", "Kernel", "Tiles", "attend", "folded", "rows_of"]
 
 ROWS = 64  # of a program: what a warpgroup's instruction has
 COLUMNS = 64  # keys of a step at least
@@ -216,29 +216,9 @@ class Kernel:
 
     def fold(self, smem, slot, places, begin, carry):
         """Sums with one more step's keys, the first of which stands at `begin`."""
-        out, peak, total = carry
-        problem, shape = self.problem, (ROWS, self.keys)
-
-        def product(acc):
-            plgpu.wgmma(acc, smem["q"], smem["k"].at[slot].T)
-            plgpu.wgmma_wait(0)
-            return acc[...]
-
-        scores = pl.run_scoped(product, plgpu.ACC(shape, jnp.float32))
-        factor = problem.scale * LOG2E
-        if problem.softcap is not None:
-            scores = jnp.tanh(scores * (problem.scale / problem.softcap))
-            factor = problem.softcap * LOG2E
-        key, query = iota(shape, 1) + begin, along(places, shape, 0)
-        seen = key <= query
-        if problem.window is not None:
-            seen = seen & (key >= query - problem.window)
-        scores = jnp.where(seen, scores * factor, -jnp.inf)
-        higher = jnp.maximum(peak, jnp.max(scores, axis=1))
-        level = jnp.where(higher == -jnp.inf, 0.0, higher)
-        weights = jnp.exp2(scores - along(level, shape, 0))
-        decay = jnp.exp2(peak - level)
-        total = total * decay + jnp.sum(weights, axis=1)
+        out, *statistics = carry
+        shared = (smem["q"], smem["k"].at[slot])
+        weights, decay, higher, total = folded(self, *shared, places, begin, statistics)
 
         def sums(acc):
             multiply(acc, weights.astype(self.dtype), smem["v"].at[slot], smem.get("stage"))
@@ -247,6 +227,51 @@ class Kernel:
 
         found = pl.run_scoped(sums, plgpu.ACC(out.shape, jnp.float32))
         return out * along(decay, out.shape, 0) + found, higher, total
+
+
+def folded(kernel: Kernel, q, k, places, begin, statistics):
+    """(weights, factor of what was summed before, peak, total) of one more step's keys.
+
+    Args:
+      q, k: shared memory.
+      places: of the rows' queries.
+      begin: place of the first key.
+      statistics: (peak, total) before.
+    """
+    peak, total = statistics
+    problem, shape = kernel.problem, (ROWS, kernel.keys)
+
+    def product(acc):
+        plgpu.wgmma(acc, q, k.T)
+        plgpu.wgmma_wait(0)
+        return acc[...]
+
+    scores = pl.run_scoped(product, plgpu.ACC(shape, jnp.float32))
+    factor = problem.scale * LOG2E
+    if problem.softcap is not None:
+        scores = jnp.tanh(scores * (problem.scale / problem.softcap))
+        factor = problem.softcap * LOG2E
+    key, query = iota(shape, 1) + begin, along(places, shape, 0)
+    seen = key <= query
+    if problem.window is not None:
+        seen = seen & (key >= query - problem.window)
+    scores = jnp.where(seen, scores * factor, -jnp.inf)
+    higher = jnp.maximum(peak, jnp.max(scores, axis=1))
+    level = jnp.where(higher == -jnp.inf, 0.0, higher)
+    weights = jnp.exp2(scores - along(level, shape, 0))
+    decay = jnp.exp2(peak - level)
+    return weights, decay, higher, total * decay + jnp.sum(weights, axis=1)
+
+
+def rows_of(q: jax.Array, heads: int) -> jax.Array:
+    """[M, Q, N, H] -> [M, K, R, H]: queries by heads of a key head, R as `attend` says."""
+    count, queries, num_heads, width = q.shape
+    short = -(queries * num_heads // heads) % UNIT
+    if queries * num_heads // heads + short > ROWS:
+        short = -(queries * num_heads // heads) % ROWS
+    q = q.reshape(count, queries, heads, -1, width).transpose(0, 2, 1, 3, 4)
+    q = q.reshape(count, heads, -1, width)
+    return jnp.pad(q, ((0, 0), (0, 0), (0, short), (0, 0)))
 
 
 @lowered_once("problem", "tiles", "interpret")
@@ -264,22 +289,17 @@ def attend(
 ) -> tuple[jax.Array, jax.Array]:
     """Out float32 [S, M, K, R, V] and lse float32 [S, M, K, R] of S parts of the pages.
 
-    R is queries by heads of a key head, query by query, rounded up to a multiple of 8.
+    R is queries by heads of a key head, query by query, rounded up to a multiple of 8, above 64 of
+    64.
 
     Args:
       q, k, v, table, firsts, blocks: of `paged_attention`.
     """
-    count, queries, num_heads, width = q.shape
-    heads = k.shape[2]
-    group = num_heads // heads
-    rows = -(-queries * group // UNIT) * UNIT
-    rows = -(-rows // ROWS) * ROWS if rows > ROWS else rows
-    q = q.reshape(count, queries, heads, group, width).transpose(0, 2, 1, 3, 4)
-    q = q.reshape(count, heads, queries * group, width)
-    q = jnp.pad(q, ((0, 0), (0, 0), (0, rows - queries * group), (0, 0)))
+    heads, group = k.shape[2], q.shape[2] // k.shape[2]
+    q = rows_of(q, heads)
     kernel = Kernel(
         problem=problem,
-        rows=rows,
+        rows=q.shape[2],
         group=group,
         pool=k.shape,
         value_width=v.shape[3],
@@ -290,7 +310,7 @@ def attend(
     )
     names = dict(zip(("rows", "starts", "counts"), blocks, strict=True))
     inputs = {"q": q, "k": k, "v": v, "table": table, "firsts": firsts} | names
-    lead = (tiles.splits, count, heads, rows)
+    lead = (tiles.splits, *q.shape[:3])
     outputs = {
         "out": jax.ShapeDtypeStruct((*lead, v.shape[3]), jnp.float32),
         "lse": jax.ShapeDtypeStruct(lead, jnp.float32),
@@ -302,7 +322,7 @@ def attend(
     return plgpu.kernel(
         run,
         out_type=tuple(outputs.values()),
-        grid=(count * kernel.row_tiles * tiles.splits * heads,),
+        grid=(q.shape[0] * kernel.row_tiles * tiles.splits * heads,),
         grid_names=("cta",),
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name="paged_attention",
