@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -13,11 +14,27 @@ from pallas_kernels.choice import Choice, choose
 from pallas_kernels.errors import ShapeError
 from pallas_kernels.flash_attention import hopper
 from pallas_kernels.flash_attention.differentiable import Plan, clean, run
+from pallas_kernels.flash_attention.mosaic_gpu import Tiles
 from pallas_kernels.flash_attention.problem import Extras, Spec, pose
 from pallas_kernels.flash_attention.tiles import backward_tiles, forward_tiles
 from pallas_kernels.target import interpreting, processors
+from pallas_kernels.warpgroups import CONSUMERS
 
 __all__ = ["IMPLEMENTATIONS", "block_sparse_attention", "explain"]
+
+_SHORT_STEP = 1.15  # what a key costs in steps of 64, over that in steps of 128
+
+
+def forward_cut(blocks: BlockMap, q: tuple[int, ...], v: tuple[int, ...], spec: Spec) -> Tiles:
+    """Tiles of the forward: blocks of 64 keys where those of 128 would hold much that is empty."""
+    tiles = forward_tiles(q, v, spec)
+    if tiles.block_kv == 64:
+        return tiles
+    rows = CONSUMERS * tiles.block_q
+    visited = [int(blocks.lists(rows, n).counts[..., 1].sum()) * n for n in (64, tiles.block_kv)]
+    if visited[0] * _SHORT_STEP < visited[1]:
+        return dataclasses.replace(tiles, block_kv=64, stages=4)
+    return tiles
 
 
 def _on_hopper(q, k, v, extras: Extras, *, spec: Spec, blocks: BlockMap):
@@ -25,7 +42,7 @@ def _on_hopper(q, k, v, extras: Extras, *, spec: Spec, blocks: BlockMap):
     plan = Plan(
         spec=spec,
         kernels=(mosaic_gpu.forward, mosaic_gpu.backward),
-        tiles=(forward_tiles(q.shape, v.shape, spec), backward_tiles(q.shape, v.shape, spec)),
+        tiles=(forward_cut(blocks, q.shape, v.shape, spec), backward_tiles(q.shape, v.shape, spec)),
         options=tuple(options.items()),
     )
     return run(*clean(q, k, v, extras), extras, plan)

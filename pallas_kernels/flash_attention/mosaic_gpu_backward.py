@@ -375,9 +375,11 @@ class SplitKeyValueGradients(KeyValueGradients):
             def sums(acc):
                 def head_steps(member, step):
                     place = (batch, tile, kv_head * self.shape.group + member)
-                    keep = keeper(self.walk, refs, place, (tile * 64, 64))
+                    keep = None  # layout inference does not end on what nobody uses
+                    if out_name == "dv":
+                        keep = keeper(self.walk, refs, place, (tile * 64, 64))
                     for start, end, ends in self.walk.parts(self.walk.bounds(place, refs)):
-                        seen = None if ends is None else functools.partial(keep, ends=ends)
+                        seen = keep and ends and functools.partial(keep, ends=ends)
                         body = functools.partial(role, acc, (smem, full, free, spare), seen)
                         step = lax.fori_loop(start, end, body, step)
                     return step
