@@ -180,8 +180,6 @@ def _flash_obstacle(name: str, call: Call) -> str | None:
     reason = obstacle(name, dtype=call.dtype, widths=widths, platform=call.platform)
     if reason is None and call.form == "dense":
         return f"{name} takes masks known before the step, or bands with segments and lengths"
-    if reason is None and call.form == "blocks" and name != "mosaic_gpu":
-        return f"{name} takes masks that are a band of positions, with segments and lengths"
     return reason and f"{name}: {reason}"
 
 

@@ -7,14 +7,15 @@ import functools
 
 import jax
 
-from pallas_kernels.block_sparse_attention import mosaic_gpu
+from pallas_kernels.block_sparse_attention import mosaic_gpu, mosaic_tpu
 from pallas_kernels.block_sparse_attention.blocks import BlockMap
 from pallas_kernels.block_sparse_attention.reference import reference
 from pallas_kernels.choice import Choice, choose
 from pallas_kernels.errors import ShapeError
-from pallas_kernels.flash_attention import hopper
+from pallas_kernels.flash_attention import hopper, tpu
 from pallas_kernels.flash_attention.differentiable import Plan, clean, run
 from pallas_kernels.flash_attention.mosaic_gpu import Tiles
+from pallas_kernels.flash_attention.mosaic_tpu import TpuTiles
 from pallas_kernels.flash_attention.problem import Extras, Spec, pose
 from pallas_kernels.flash_attention.tiles import backward_tiles, forward_tiles
 from pallas_kernels.target import interpreting, processors
@@ -22,6 +23,7 @@ from pallas_kernels.warpgroups import CONSUMERS
 
 __all__ = ["IMPLEMENTATIONS", "block_sparse_attention", "explain"]
 
+_TPU_TILES = TpuTiles(tile=256, block=256)
 _SHORT_STEP = 1.15  # what a key costs in steps of 64, over that in steps of 128
 
 
@@ -48,9 +50,20 @@ def _on_hopper(q, k, v, extras: Extras, *, spec: Spec, blocks: BlockMap):
     return run(*clean(q, k, v, extras), extras, plan)
 
 
+def _on_tpu(q, k, v, extras: Extras, *, spec: Spec, blocks: BlockMap):
+    plan = Plan(
+        spec=spec,
+        kernels=(mosaic_tpu.forward, mosaic_tpu.backward),
+        tiles=(_TPU_TILES, _TPU_TILES),
+        options=(("blocks", blocks), ("interpret", interpreting())),
+    )
+    return run(*clean(q, k, v, extras), extras, plan)
+
+
 # name -> (run(q, k, v, extras, spec=..., blocks=...) -> (out, lse), obstacle as flash attention's)
 IMPLEMENTATIONS = {
     "mosaic_gpu": (_on_hopper, hopper.obstacle),
+    "mosaic_tpu": (_on_tpu, tpu.obstacle),
     "reference": (reference, lambda *_: None),
 }
 

@@ -17,12 +17,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.block_sparse_attention.blocks import BlockMap
+from pallas_kernels.block_sparse_attention.walk import MapWalk
 from pallas_kernels.flash_attention.mosaic_gpu import Tiles
 from pallas_kernels.flash_attention.mosaic_gpu import launch as launch_forward
 from pallas_kernels.flash_attention.mosaic_gpu_backward import BackwardTiles, Walks
 from pallas_kernels.flash_attention.mosaic_gpu_backward import launch as launch_backward
 from pallas_kernels.flash_attention.problem import Extras, Spec
-from pallas_kernels.flash_attention.ranges import BOTH, HIGH, Walk
+from pallas_kernels.flash_attention.ranges import BOTH, HIGH
 from pallas_kernels.once import lowered_once
 from pallas_kernels.warpgroups import CONSUMERS, ROW
 
@@ -30,7 +31,7 @@ __all__ = ["ListWalk", "backward", "forward"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ListWalk(Walk):
+class ListWalk(MapWalk):
     """Tiles over lists of blocks; a place between `bounds` is one in the list.
 
     Attributes:
@@ -38,15 +39,6 @@ class ListWalk(Walk):
     """
 
     per_head: bool = False
-
-    masked = True
-    segmented = packed = leading = apart = last_is_high = heavy_last = False
-    trailing = True
-
-    @property
-    def limited(self) -> bool:
-        """Whether a sequence's keys may end before its last block does."""
-        return "key_lengths" in self.names and not self.transposed
 
     def _at(self, place) -> tuple:
         return (place[2] if self.per_head else 0, place[1])

@@ -95,7 +95,7 @@ def by_hand(case: Case, qkv, options) -> np.ndarray:
     return out
 
 
-def compare(case: Case, dtype) -> None:
+def compare(case: Case, dtype, kernel: str = "mosaic_gpu") -> None:
     """The kernel's results and gradients against the reference's in float32."""
     qkv, options = arguments(case, dtype)
     weights = np.random.default_rng(1).standard_normal(qkv[0].shape).astype(np.float32)
@@ -109,7 +109,7 @@ def compare(case: Case, dtype) -> None:
         grads, out = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(*qkv)
         return out, *grads
 
-    found = both("mosaic_gpu", *qkv)
+    found = both(kernel, *qkv)
     wanted = both("reference", *(x.astype(jnp.float32) for x in qkv))
     unit = float(jnp.finfo(dtype).eps)
     for name, one, other in zip(("out", "dq", "dk", "dv"), found, wanted, strict=True):

@@ -1,15 +1,19 @@
 """Block-sparse attention on the CPU: maps and lists, the reference, the kernel interpreted and
 lowered."""
 
+import importlib.util
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import SingleDeviceSharding
 
 from pallas_kernels.block_sparse_attention import BlockMap, block_sparse_attention, explain
 from pallas_kernels.errors import ShapeError, UnsupportedError
 from pallas_kernels.target import targeting
 from tests.kernels.block_sparse import CASES, arguments, by_hand, compare
+from tests.kernels.tpus import TPUS, described
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -78,6 +82,44 @@ def test_forward_and_gradient_lower_for_cuda(name):
         traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(*qkv)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("mosaic_gpu_v2") == 3
+
+
+@pytest.mark.parametrize(
+    "name", [n if n == "lengths" else pytest.param(n, marks=pytest.mark.slow) for n in CASES]
+)
+def test_the_tpu_kernels_in_the_interpreter(name):
+    with targeting("interpreter"):
+        compare(CASES[name], jnp.bfloat16, "mosaic_tpu")
+
+
+def lower_for_tpu(case, sharding=None):
+    """Forward and gradient of a case."""
+    qkv, options = arguments(case, jnp.bfloat16)
+    lengths = {n: options.pop(n) for n in ("key_lengths",) if n in options}
+
+    def loss(qkv, lengths):
+        out = block_sparse_attention(*qkv, case.map, **options, **lengths)
+        return jnp.sum(out.astype(jnp.float32))
+
+    like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)  # noqa: E731
+    with targeting("tpu"):
+        traced = jax.jit(jax.grad(loss)).trace(*jax.tree.map(like, (qkv, lengths)))
+        return traced.lower(lowering_platforms=("tpu",))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_forward_and_gradient_lower_for_a_tpu(name):
+    assert lower_for_tpu(CASES[name]).as_text().count("tpu_custom_call") == 3
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("tpu", TPUS)
+def test_they_compile_for_every_tpu(tpu, name, monkeypatch):
+    device = described(tpu, monkeypatch)
+    compiled = lower_for_tpu(CASES[name], SingleDeviceSharding(device)).compile()
+    assert compiled.memory_analysis() is not None
 
 
 def test_wrong_arguments_are_named():
