@@ -23,7 +23,7 @@ from pallas_kernels.flash_attention.mosaic_gpu import launch as launch_forward
 from pallas_kernels.flash_attention.mosaic_gpu_backward import BackwardTiles, Walks
 from pallas_kernels.flash_attention.mosaic_gpu_backward import launch as launch_backward
 from pallas_kernels.flash_attention.problem import Extras, Spec
-from pallas_kernels.flash_attention.ranges import BOTH, HIGH
+from pallas_kernels.flash_attention.ranges import BOTH, HIGH, Walk
 from pallas_kernels.once import lowered_once
 from pallas_kernels.warpgroups import CONSUMERS, ROW
 
@@ -71,7 +71,7 @@ class ListWalk(MapWalk):
         ]
 
 
-def _data(walk: ListWalk, blocks: BlockMap, extras: Extras) -> dict:
+def _data(walk: Walk, blocks: BlockMap, extras: Extras) -> dict:
     lists = blocks.lists(walk.tile, walk.block, walk.transposed)
     out = {name: jnp.asarray(getattr(lists, name)) for name in ("entries", "counts", "words")}
     info = walk.info(extras)

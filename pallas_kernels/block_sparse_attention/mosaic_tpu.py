@@ -55,9 +55,11 @@ class ListWalk(MapWalk):
 class ListKernel(Kernel):
     """A kernel whose tiles walk over lists."""
 
+    walk: ListWalk
+
     def steps(self, refs, place, body):
         """body(mask or None) if the tile visits a block in this step."""
-        batch, _, tile, step = place
+        batch, step = place[0], place[3]
         walk, bounds = self.walk, refs["bounds"]
         of, start = walk.start(place, bounds)
         partial, every = bounds[of, start], bounds[of, start + 1]
@@ -81,6 +83,8 @@ class ListKernel(Kernel):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ListLayout(Layout):
     """Where a program finds its parts, by the lists."""
+
+    walk: ListWalk
 
     def _entry(self, place, bounds):
         of, start = self.walk.start(place, bounds)

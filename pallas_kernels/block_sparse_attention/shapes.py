@@ -64,7 +64,9 @@ def _quarter(length: int, heads: int) -> BlockMap:
 
 
 CASES = {
-    "Longformer, 4k": Shaped(batch=4, length=4096, heads=12, kv_heads=12, width=64, make=_longformer),
+    "Longformer, 4k": Shaped(
+        batch=4, length=4096, heads=12, kv_heads=12, width=64, make=_longformer
+    ),
     "BigBird, 4k": Shaped(batch=4, length=4096, heads=12, kv_heads=12, width=64, make=_bigbird),
     "8B, 8k, a quarter": Shaped(
         batch=2, length=8192, heads=32, kv_heads=8, width=128, make=_quarter

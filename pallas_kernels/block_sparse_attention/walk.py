@@ -13,8 +13,30 @@ __all__ = ["MapWalk"]
 class MapWalk(Walk):
     """A walk that follows a block map."""
 
-    masked = trailing = True
-    segmented = packed = leading = apart = last_is_high = heavy_last = False
+    @property
+    def masked(self) -> bool:
+        """Blocks with a pattern need a mask."""
+        return True
+
+    @property
+    def trailing(self) -> bool:
+        """They are visited after the full ones."""
+        return True
+
+    @property
+    def leading(self) -> bool:
+        """No block needs a mask before the full ones."""
+        return False
+
+    @property
+    def apart(self) -> bool:
+        """A pattern is no end of a band."""
+        return False
+
+    @property
+    def heavy_last(self) -> bool:
+        """No order of tiles is known."""
+        return False
 
     @property
     def limited(self) -> bool:

@@ -71,7 +71,9 @@ def explain(q: jax.Array, k: jax.Array, v: jax.Array, **options) -> Choice:
     defaults = dict.fromkeys(
         ("window", "segment_ids", "softcap", "scale", "sinks", "query_lengths", "key_lengths")
     )
-    given: dict[str, Any] = {"causal": False, "packed": False, "query_offset": None} | defaults | options
+    given: dict[str, Any] = (
+        {"causal": False, "packed": False, "query_offset": None} | defaults | options
+    )
     spec, extras = pose(q, k, v, **given)
     return _choose(implementation, q, k, v, extras, spec, lse)
 
@@ -107,8 +109,8 @@ def flash_attention(
       causal: no key after the query's position.
       window: (left, right), each a count of keys from 0 on, or None for all.
       segment_ids: integers [B, T] for both sides, or (queries [B, T], keys [B, S]).
-      packed: each segment is one run of tokens, and queries and keys are the same tokens: what a row
-        sees is one range, which costs the kernels less to test. Not checked.
+      packed: each segment is one run of tokens, and queries and keys are the same tokens: what a
+        row sees is one range, which costs the kernels less to test. Not checked.
       softcap: above 0; scores become softcap * tanh(scores / softcap).
       scale: above 0; default 1 / sqrt(H).
       sinks: [N], a logit a head that joins the softmax's sum and gives nothing.

@@ -339,7 +339,7 @@ def launch(
 ) -> tuple[jax.Array, jax.Array]:
     """Runs the forward for a walk and what it reads, by name: out [B, T, N, Hv], lse [B, N, T]."""
     q, k, v = qkv
-    batch, queries, heads, width = q.shape
+    batch, queries, heads, _ = q.shape
     count = batch * walk.tiles * heads
     ctas = min(processors, count) if tiles.persistent else count
     shape = Shape.of(q, v, interpret)

@@ -116,7 +116,7 @@ class Kernel:
 
 def _forward_body(kernel: Kernel, refs):
     place = [pl.program_id(i) for i in range(4)]
-    batch, head, tile, step = place
+    batch, head, step = place[0], place[1], place[3]
     peak, total, acc = refs["peak"], refs["total"], refs["acc"]
 
     @pl.when(step == 0)
@@ -365,9 +365,7 @@ def forward(
     return launch(layout, (q, k, v), extras, interpret=interpret)
 
 
-def launch(
-    layout: Layout, qkv, extras: Extras, *, interpret: bool
-) -> tuple[jax.Array, jax.Array]:
+def launch(layout: Layout, qkv, extras: Extras, *, interpret: bool) -> tuple[jax.Array, jax.Array]:
     """Runs the forward of a layout."""
     (q, k, v), walk = qkv, layout.walk
     batch, queries, heads, width = q.shape
@@ -438,7 +436,9 @@ def backward(
     return launch_backward(layouts, (q, k, v), extras, (results, gradients), interpret=interpret)
 
 
-def launch_backward(layouts: tuple[Layout, Layout], qkv, extras: Extras, passed, *, interpret: bool):
+def launch_backward(
+    layouts: tuple[Layout, Layout], qkv, extras: Extras, passed, *, interpret: bool
+):
     """Runs the backward of a layout by queries and one by keys.
 
     Args:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -60,8 +61,8 @@ class Spare:
     stage: object | None = None
 
     @staticmethod
-    def kinds(shape: Shape, stage: tuple[int, int], *sums: tuple[int, int]) -> dict:
-        """What to allocate, by name."""
+    def kinds(shape: Any, stage: tuple[int, int], *sums: tuple[int, int]) -> dict:
+        """What to allocate, by name, for a kernel's `dtype` and whether it is to `interpret`."""
         if not shape.interpret:
             return {}
         kinds = {f"sum{i}": plgpu.SMEM((CONSUMERS, *x), jnp.float32) for i, x in enumerate(sums)}

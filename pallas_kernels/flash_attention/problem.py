@@ -197,7 +197,5 @@ def pose(
             "flash_attention: packed says that one array of segment_ids [B, T] serves queries and "
             "keys, which are the same tokens at offset 0, and that each segment is one run"
         )
-    spec = Spec(
-        scale=scale, left=left, right=right, softcap=softcap, offset=offset, packed=packed
-    )
+    spec = Spec(scale=scale, left=left, right=right, softcap=softcap, offset=offset, packed=packed)
     return spec, Extras(**extras)

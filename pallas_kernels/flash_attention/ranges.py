@@ -293,7 +293,6 @@ class Walk:
             info = jnp.zeros((self.batch, 4), jnp.int32)
         return jax.vmap(one)(meet, same, info)
 
-
     def _packed_table(self, extras: Extras) -> jax.Array:
         """`table` where segments are runs, whose ends rise with the rows."""
         whose = runs(extras.query_segments)

@@ -202,6 +202,7 @@ def merge(out: jax.Array, lse: jax.Array) -> tuple[jax.Array, jax.Array]:
     total = functools.reduce(operator.add, weights)
     whole = jnp.where(total > 0, peak + jnp.log(total), -jnp.inf)
     sums = functools.reduce(
-        operator.add, (x.astype(jnp.float32) * weight[..., None] for x, weight in zip(out, weights, strict=True))
+        operator.add,
+        (x.astype(jnp.float32) * weight[..., None] for x, weight in zip(out, weights, strict=True)),
     )
     return sums / jnp.where(total == 0, 1.0, total)[..., None], whole

@@ -148,7 +148,9 @@ def arguments(one: Case, dtype, seed: int = 0) -> tuple[tuple, dict]:
 def posed(qkv, options) -> tuple[Spec, Extras]:
     """Spec and arrays of a call."""
     names = ("window", "segment_ids", "softcap", "scale", "sinks", "query_lengths", "key_lengths")
-    whole = {"causal": False, "packed": False, "query_offset": None} | dict.fromkeys(names) | options
+    whole = (
+        {"causal": False, "packed": False, "query_offset": None} | dict.fromkeys(names) | options
+    )
     return pose(*qkv, **whole)
 
 

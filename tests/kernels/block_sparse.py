@@ -85,7 +85,9 @@ def by_hand(case: Case, qkv, options) -> np.ndarray:
     for b, n in np.ndindex(2, case.heads[0]):
         length = case.keys if case.lengths is None else case.lengths[b]
         mask = seen[n if len(seen) > 1 else 0][:, :length]
-        scores = q[b, :, n] @ k[b, :length, n // group].T * options.get("scale", q.shape[-1] ** -0.5)
+        scores = (
+            q[b, :, n] @ k[b, :length, n // group].T * options.get("scale", q.shape[-1] ** -0.5)
+        )
         if "softcap" in options:
             scores = options["softcap"] * np.tanh(scores / options["softcap"])
         weights = np.where(mask, np.exp(scores), 0.0)

@@ -33,7 +33,10 @@ def test_lists_visit_every_pair_once(name, cut):
     for m, t in np.ndindex(*lists.counts.shape[:2]):
         partial, every = lists.counts[m, t]
         for place in range(every):
-            block_at, pattern = lists.entries[m, t, place] & 0xFFFF, lists.entries[m, t, place] >> 16
+            block_at, pattern = (
+                lists.entries[m, t, place] & 0xFFFF,
+                lists.entries[m, t, place] >> 16,
+            )
             assert (pattern == 0) == (place < every - partial)
             words = lists.words[pattern].view(np.uint32)
             bits = (words[:, :, None] >> np.arange(32, dtype=np.uint32)) & 1
@@ -125,7 +128,9 @@ def test_they_compile_for_every_tpu(tpu, name, monkeypatch):
 def test_wrong_arguments_are_named():
     case = CASES["window and global"]
     (q, k, v), _ = arguments(case, jnp.bfloat16)
-    with pytest.raises(ShapeError, match="the map is of 200 queries and 200 keys, q and k have 199"):
+    with pytest.raises(
+        ShapeError, match="the map is of 200 queries and 200 keys, q and k have 199"
+    ):
         block_sparse_attention(q[:, :199], k, v, case.map)
     with pytest.raises(ShapeError, match="2 maps for 4 query heads"):
         block_sparse_attention(q, k, v, BlockMap.even(np.ones((2, 4, 4), bool), 64, 200, 200))
