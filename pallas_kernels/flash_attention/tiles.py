@@ -16,7 +16,7 @@ __all__ = ["backward_tiles", "forward_tiles", "measured"]
 
 
 @functools.cache
-def _table() -> dict[str, list[dict[str, Any]]]:
+def _table() -> dict[str, Any]:
     text = importlib.resources.files(__package__).joinpath("tiles.json").read_text()
     return json.loads(text)
 
