@@ -256,7 +256,13 @@ def paged_attention(
     """
     length, heads, width = q.shape[1:]
     blocks = query_blocks(flat, length)
-    chosen = _choose(implementation, lambda: _obstacle(q, pools, mask))
+
+    def unfit() -> str | None:
+        if implementation == "auto" and isinstance(pools[1], int):
+            return "its form for latent attention has not run on a device yet: it is there by name"
+        return _obstacle(q, pools, mask)
+
+    chosen = _choose(implementation, unfit)
     if chosen == KERNEL:
         return _by_kernel(q, pools, table, blocks, mask, scores)[blocks.block, blocks.place][None]
     keys, values = jnp.asarray(pools[0]), pools[1]

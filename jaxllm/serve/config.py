@@ -110,15 +110,15 @@ def _reads_whole_tables(setup: Setup, page_size: int) -> bool:
     """Whether some layer's work follows the width of the page table, not what is remembered."""
     if jax.default_backend() == "cpu":
         return False
-    facts = {"dtype": str(dtype_of(setup.policy.compute_dtype)), "page_size": page_size}
-
-    def unfit(op: Attention | LatentAttention) -> str | None:
-        if isinstance(op, LatentAttention):
-            widths = (op.kv_rank + op.rope_dim, op.kv_rank)
-            return obstacle(widths=widths, mask=op.mask, latent=True, **facts)
-        return obstacle(widths=(op.head_dim, op.head_dim), mask=op.mask, **facts)
-
-    return any(unfit(op) is not None for op in attentions(setup.spec))
+    dtype = str(dtype_of(setup.policy.compute_dtype))
+    return any(
+        isinstance(op, LatentAttention)
+        or obstacle(
+            dtype=dtype, widths=(op.head_dim, op.head_dim), page_size=page_size, mask=op.mask
+        )
+        is not None
+        for op in attentions(setup.spec)
+    )
 
 
 def table(setup: Setup, config: EngineConfig) -> tuple[Shape, ...]:

@@ -203,12 +203,12 @@ class Forward:
             place = (batch, row, head)
             bounds = walk.bounds(place, refs)
             low, high = bounds[0], bounds[-1]
-            keep = keeper(walk, refs, place, (first_row, tiles.block_q))
+            keep = keeper(walk, refs, batch, (first_row, tiles.block_q))
             slot_of = lambda i: lax.rem(step + i, tiles.stages)  # noqa: E731
             start = self.start(refs, batch, head, fixed=softmax.fixed)
 
             def seen(i, ends):
-                return (lambda: None) if ends is None else keep(high - 1 - i, ends)
+                return (lambda: None) if ends is None else keep(place, high - 1 - i, ends)
 
             def await_keys(i):
                 """Waits for the keys of step i, if there is one.

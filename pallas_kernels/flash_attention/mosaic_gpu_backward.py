@@ -127,6 +127,7 @@ class KeyValueGradients:
         spare = Spare.of(smem, wg)
         first_row = tile * walk.tile + wg * 64
         k_smem, v_smem = (smem[name].at[pl.ds(wg * 64, 64)] for name in ("k", "v"))
+        keep = keeper(walk, refs, batch, (first_row, 64)) if walk.masked else None
         for name in ("q", "do"):
             for slot in range(tiles.stages):
                 plgpu.barrier_arrive(free[name].at[slot])
@@ -134,10 +135,10 @@ class KeyValueGradients:
             plgpu.barrier_wait(full[name])
 
         def sums(dk, dv):
-            def one(position, step, ends, keep):
+            def one(position, step, ends, place):
                 slot = lax.rem(step, tiles.stages)
                 q_smem, do_smem = smem["q"].at[slot], smem["do"].at[slot]
-                visible = (lambda: None) if ends is None else keep(position, ends)
+                visible = (lambda: None) if ends is None else keep(place, position, ends)
                 plgpu.barrier_wait(full["q"].at[slot])
 
                 def products(scores, dweights):
@@ -166,9 +167,8 @@ class KeyValueGradients:
 
             def head_steps(member, step):
                 place = (batch, tile, kv_head * self.shape.group + member)
-                keep = keeper(walk, refs, place, (first_row, 64))
                 for start, end, ends in walk.parts(walk.bounds(place, refs)):
-                    body = functools.partial(one, ends=ends, keep=keep)
+                    body = functools.partial(one, ends=ends, place=place)
                     step = lax.fori_loop(start, end, body, step)
                 return step
 
@@ -278,7 +278,7 @@ class QueryGradients:
             place = (batch, row, head)
             bounds = walk.bounds(place, refs)
             low, high = bounds[0], bounds[-1]
-            keep = keeper(walk, refs, place, (first_row, 64))
+            keep = keeper(walk, refs, batch, (first_row, 64))
             plgpu.barrier_wait(full["q"])
             lse = plgpu.load(smem["stats"].at[0, mine], layout=ROW)
             delta = plgpu.load(smem["stats"].at[1, mine], layout=ROW)
@@ -288,7 +288,7 @@ class QueryGradients:
                     slot = lax.rem(step + i - low, tiles.dq_stages)
                     v_slot = lax.rem(step + i - low, tiles.dq_value_stages)
                     k_smem, v_smem = smem["k"].at[slot], smem["v"].at[v_slot]
-                    visible = (lambda: None) if ends is None else keep(i, ends)
+                    visible = (lambda: None) if ends is None else keep(place, i, ends)
                     plgpu.barrier_wait(full["k"].at[slot])
 
                     def products(scores, dweights):
@@ -372,14 +372,15 @@ class SplitKeyValueGradients(KeyValueGradients):
         rows = pl.ds(tile * 64, 64)
 
         def of(role, operand, out_name, width):
+            keep = None  # layout inference does not end on what nobody uses
+            if out_name == "dv":
+                keep = keeper(self.walk, refs, batch, (tile * 64, 64))
+
             def sums(acc):
                 def head_steps(member, step):
                     place = (batch, tile, kv_head * self.shape.group + member)
-                    keep = None  # layout inference does not end on what nobody uses
-                    if out_name == "dv":
-                        keep = keeper(self.walk, refs, place, (tile * 64, 64))
                     for start, end, ends in self.walk.parts(self.walk.bounds(place, refs)):
-                        seen = keep and ends and functools.partial(keep, ends=ends)
+                        seen = keep and ends and functools.partial(keep, place, ends=ends)
                         body = functools.partial(role, acc, (smem, full, free, spare), seen)
                         step = lax.fori_loop(start, end, body, step)
                     return step

@@ -107,19 +107,19 @@ def drain(free: dict) -> None:
             plgpu.barrier_wait(barrier.at[slot])
 
 
-def keeper(walk: Walk, refs, place, rows):
-    """keep(position, ends)() says which pairs of a block see each other.
+def keeper(walk: Walk, refs, batch, rows):
+    """keep(place, position, ends)() says which pairs of a block see each other.
 
     What each row sees is two numbers, found once a tile; a block compares them with its columns.
     The first call reads from memory what it needs; the second may stand behind a product, where
     something runs beside it.
 
     Args:
-      place: sequence, tile, query head.
+      batch: number of the sequence.
       rows: first row and number of rows.
     """
     first_row, count = rows
-    shape, batch = (count, walk.block), place[0]
+    shape = (count, walk.block)
     at = None
     if walk.spec.banded:  # layout inference never ends on a vector that nothing uses
         at = plgpu.broadcasted_iota(jnp.int32, (count,), 0, layout=ROW) + first_row
@@ -131,7 +131,7 @@ def keeper(walk: Walk, refs, place, rows):
         high = end if high is None else jnp.minimum(high, end)
         low, high = (plgpu.layout_cast(x, ROW) for x in (low, high))
 
-    def keep(position, ends=BOTH):
+    def keep(place, position, ends=BOTH):
         first_column = walk.block_at(place, position, refs) * walk.block
         pattern = walk.pattern(place, position, rows, ends, refs)
 
