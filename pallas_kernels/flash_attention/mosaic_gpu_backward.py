@@ -127,7 +127,7 @@ class KeyValueGradients:
         spare = Spare.of(smem, wg)
         first_row = tile * walk.tile + wg * 64
         k_smem, v_smem = (smem[name].at[pl.ds(wg * 64, 64)] for name in ("k", "v"))
-        keep = keeper(walk, refs, batch, (first_row, 64)) if walk.masked else None
+        keep = keeper(walk, refs, batch, (first_row, 64))
         for name in ("q", "do"):
             for slot in range(tiles.stages):
                 plgpu.barrier_arrive(free[name].at[slot])
