@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import jax
 
-__all__ = ["interpreting", "not_hopper", "processors", "target", "targeting"]
+__all__ = ["device_name", "interpreting", "not_hopper", "processors", "target", "targeting"]
 
 TARGETS = ("cpu", "gpu", "tpu", "interpreter")
 _named = jax.make_user_context(None)  # part of jit's cache keys: no trace is used for another
@@ -50,6 +50,13 @@ def not_hopper(platform: str) -> str | None:
         if found != "9.0":
             return f"it needs compute capability 9.0 (Hopper), this device has {found}"
     return None
+
+
+def device_name() -> str:
+    """The name of the device that kernels are traced for; an H100 where there is no GPU."""
+    if jax.default_backend() == "gpu":
+        return jax.devices()[0].device_kind
+    return "NVIDIA H100 80GB HBM3"
 
 
 def processors() -> int:

@@ -138,7 +138,7 @@ def _cudnn(
     scores: Scores,
 ) -> Float[Array, "B T N Hv"]:
     """cuDNN's fused attention through `jax.nn.dot_product_attention`."""
-    plain = form(see, q.shape[1]) == "plain"
+    plain = form(see, *q.shape[1:3]) == "plain"
     full = isinstance(see.mask, Full)
     one = plain and not full and not see.aligned  # reads the filled slots only
     lengths = see.query_positions[:, 0] + 1 if one else None
@@ -180,7 +180,7 @@ def _flash_obstacle(name: str, call: Call) -> str | None:
     widths = (call.head_dim, call.value_dim or call.head_dim)
     reason = obstacle(name, dtype=call.dtype, widths=widths, platform=call.platform)
     if reason is None and call.form == "dense":
-        return f"{name} takes masks that are a band of positions, with segments and lengths"
+        return f"{name} takes masks known before the step, or bands with segments and lengths"
     return reason and f"{name}: {reason}"
 
 
@@ -202,7 +202,8 @@ def _automatic(call: Call) -> Choice:
     cudnn = _cudnn_obstacle(call)
     if cudnn is None and call.form == "plain":
         return Choice("cudnn", "fused on a CUDA device, reads only the filled part of a cache")
-    if call.platform == "gpu" and call.queries >= _FEWEST_QUERIES:
+    # The kernels' walk over maps of blocks has not run on a device yet: it is there by name.
+    if call.platform == "gpu" and call.queries >= _FEWEST_QUERIES and call.form != "blocks":
         if _flash_obstacle("mosaic_gpu", call) is None:
             return Choice("mosaic_gpu", cudnn or "cudnn would read who sees whom pair by pair")
     if cudnn is None:
@@ -256,7 +257,7 @@ def attention(
         head_dim=q.shape[-1],
         value_dim=v.shape[-1],
         queries=q.shape[1],
-        form=form(see, q.shape[1]),
+        form=form(see, *q.shape[1:3]),
         softcap=scores.softcap is not None,
         sinks=scores.sinks is not None,
     )

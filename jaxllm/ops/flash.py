@@ -9,14 +9,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxllm.ops.mask import Visibility
+from jaxllm.ops.sparse import mapped, sparse
 from jaxllm.spec.mask import And, Causal, Full, Global, Mask, Or, Prefix, Window
 
 __all__ = ["Form", "band", "flash", "form", "obstacle"]
 
-Form = Literal["plain", "band", "dense"]
+Form = Literal["plain", "band", "blocks", "dense"]
 """How a kernel may be told who sees whom: whole rows, causal or not, or one query over the filled
-slots (`plain`); a band of positions with segments, lengths and an offset (`band`); or pair by pair
-alone (`dense`)."""
+slots (`plain`); a band of positions with segments, lengths and an offset (`band`); a map of blocks
+that is known before the step (`blocks`); or pair by pair alone (`dense`)."""
 
 Sides = tuple[int | None, int | None]
 
@@ -53,16 +54,17 @@ def band(mask: Mask, *, marked: bool = False) -> Sides | None:
     return None
 
 
-def form(see: Visibility, length: int) -> Form:
+def form(see: Visibility, length: int, heads: int) -> Form:
     """The cheapest form that says exactly what a visibility says.
 
     Args:
       see: who sees whom.
       length: T.
+      heads: query heads that are here.
     """
     sides = band(see.mask, marked=see.marks is not None)
     if sides is None:
-        return "dense"
+        return "blocks" if mapped(see, heads) else "dense"
     bare = see.query_segments is None and see.key_lengths is None
     if sides == (None, None):
         return "plain" if bare else "band"
@@ -87,7 +89,7 @@ def flash(
     scores: Any,
     implementation: str,
 ) -> Float[Array, "B T N Hv"]:
-    """Attention by a kernel that takes a band; `see` must not be of the form `dense`.
+    """Attention by a kernel; `see` must not be of the form `dense`.
 
     Args:
       q, k, v: see `jaxllm.ops.attention.reference`.
@@ -98,7 +100,8 @@ def flash(
     from pallas_kernels.flash_attention import flash_attention
 
     sides = band(see.mask, marked=see.marks is not None)
-    assert sides is not None
+    if sides is None:
+        return sparse(q, k, v, see, scores=scores, implementation=implementation)
     lengths = see.key_lengths
     offset: Any = 0
     if see.slots:  # rows follow what is remembered; slots past them may hold anything
@@ -106,9 +109,11 @@ def flash(
         ends = jnp.asarray(see.query_positions)[:, -1].astype(jnp.int32) + 1
         if lengths is None:
             lengths = jnp.minimum(ends, k.shape[1])
-    segments = None
+    segments, packed = None, False
     if see.query_segments is not None and see.key_segments is not None:
-        segments = (jnp.asarray(see.query_segments), jnp.asarray(see.key_segments))
+        packed = see.runs
+        segments = jnp.asarray(see.query_segments)
+        segments = segments if packed else (segments, jnp.asarray(see.key_segments))
     out = flash_attention(
         q,
         k,
@@ -116,6 +121,7 @@ def flash(
         causal=False,
         window=sides,
         segment_ids=segments,
+        packed=packed,
         softcap=scores.softcap,
         scale=scores.scale,
         sinks=None if scores.sinks is None else jnp.asarray(scores.sinks),

@@ -146,7 +146,9 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {"loop": _loop, "gather": _gath
 """(problem, initial statistics, columns that the longest sequence needs) -> statistics."""
 
 
-def obstacle(*, dtype: str, widths: tuple[int, int], page_size: int, mask: Mask) -> str | None:
+def obstacle(
+    *, dtype: str, widths: tuple[int, int], page_size: int, mask: Mask, latent: bool = False
+) -> str | None:
     """Why the kernel cannot serve a kind of call, or None.
 
     Args:
@@ -154,6 +156,7 @@ def obstacle(*, dtype: str, widths: tuple[int, int], page_size: int, mask: Mask)
       widths: of a head's keys and values.
       page_size: tokens a page.
       mask: who sees whom.
+      latent: whether values are the first dims of one shared head of keys.
     """
     platform = target()
     if platform not in ("gpu", "interpreter"):
@@ -163,17 +166,18 @@ def obstacle(*, dtype: str, widths: tuple[int, int], page_size: int, mask: Mask)
         return f"it takes the last tokens before a query, or all, not {mask}"
     from pallas_kernels.paged_attention import unfit  # Pallas takes a third of a second to import
 
-    return unfit(dtype=dtype, widths=widths, page_size=page_size, platform=platform)
+    facts = {"page_size": page_size, "platform": platform, "latent": latent}
+    return unfit(dtype=dtype, widths=widths, **facts)
 
 
 def _obstacle(q: Array, pools: tuple[Any, Any], mask: Mask) -> str | None:
     keys, values = pools
-    if isinstance(values, int):
-        return "its values are no part of the keys"
     if keys.dtype != q.dtype:
         return f"it takes pages of the queries' dtype, not {keys.dtype} and {q.dtype}"
-    widths = (q.shape[-1], values.shape[-1])
-    return obstacle(dtype=str(q.dtype), widths=widths, page_size=keys.shape[1], mask=mask)
+    latent = isinstance(values, int)
+    widths = (q.shape[-1], values if latent else values.shape[-1])
+    facts = {"page_size": keys.shape[1], "mask": mask, "latent": latent}
+    return obstacle(dtype=str(q.dtype), widths=widths, **facts)
 
 
 def _choose(name: str, unfit: Callable[[], str | None]) -> str:
@@ -208,7 +212,7 @@ def _by_kernel(
     out, lse = kernel(
         q[0][blocks.token],
         jnp.asarray(pools[0]),
-        jnp.asarray(pools[1]),
+        pools[1] if isinstance(pools[1], int) else jnp.asarray(pools[1]),
         jnp.asarray(table.pages),
         jnp.asarray(table.firsts),
         (jnp.asarray(blocks.row), jnp.asarray(blocks.positions)[:, 0], counts),
@@ -252,7 +256,13 @@ def paged_attention(
     """
     length, heads, width = q.shape[1:]
     blocks = query_blocks(flat, length)
-    chosen = _choose(implementation, lambda: _obstacle(q, pools, mask))
+
+    def unfit() -> str | None:
+        if implementation == "auto" and isinstance(pools[1], int):
+            return "its form for latent attention has not run on a device yet: it is there by name"
+        return _obstacle(q, pools, mask)
+
+    chosen = _choose(implementation, unfit)
     if chosen == KERNEL:
         return _by_kernel(q, pools, table, blocks, mask, scores)[blocks.block, blocks.place][None]
     keys, values = jnp.asarray(pools[0]), pools[1]

@@ -71,7 +71,9 @@ def explain(q: jax.Array, k: jax.Array, v: jax.Array, **options) -> Choice:
     defaults = dict.fromkeys(
         ("window", "segment_ids", "softcap", "scale", "sinks", "query_lengths", "key_lengths")
     )
-    given: dict[str, Any] = {"causal": False, "query_offset": None} | defaults | options
+    given: dict[str, Any] = (
+        {"causal": False, "packed": False, "query_offset": None} | defaults | options
+    )
     spec, extras = pose(q, k, v, **given)
     return _choose(implementation, q, k, v, extras, spec, lse)
 
@@ -84,6 +86,7 @@ def flash_attention(
     causal: bool = False,
     window: Window | None = None,
     segment_ids: jax.Array | tuple[jax.Array, jax.Array] | None = None,
+    packed: bool = False,
     softcap: float | None = None,
     scale: float | None = None,
     sinks: jax.Array | None = None,
@@ -106,6 +109,8 @@ def flash_attention(
       causal: no key after the query's position.
       window: (left, right), each a count of keys from 0 on, or None for all.
       segment_ids: integers [B, T] for both sides, or (queries [B, T], keys [B, S]).
+      packed: each segment is one run of tokens, and queries and keys are the same tokens: what a
+        row sees is one range, which costs the kernels less to test. Not checked.
       softcap: above 0; scores become softcap * tanh(scores / softcap).
       scale: above 0; default 1 / sqrt(H).
       sinks: [N], a logit a head that joins the softmax's sum and gives nothing.
@@ -130,6 +135,7 @@ def flash_attention(
         causal=causal,
         window=window,
         segment_ids=segment_ids,
+        packed=packed,
         softcap=softcap,
         scale=scale,
         sinks=sinks,

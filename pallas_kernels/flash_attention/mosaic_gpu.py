@@ -29,16 +29,17 @@ from pallas_kernels.flash_attention.pieces import (
     Spare,
     along,
     capped,
+    data_of_walk,
     drain,
     keeper,
     swizzled,
 )
 from pallas_kernels.flash_attention.problem import Extras, Spec
-from pallas_kernels.flash_attention.ranges import Walk
+from pallas_kernels.flash_attention.ranges import BOTH, HIGH, Walk
 from pallas_kernels.once import lowered_once
 from pallas_kernels.warpgroups import roles
 
-__all__ = ["Tiles", "forward"]
+__all__ = ["Tiles", "forward", "launch"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,6 +51,7 @@ class Tiles:
       block_kv: keys of one step, a multiple of 64 (32 and 16 also lower).
       stages: key and value blocks in flight.
       persistent: as many programs as processors, each walking over many tiles.
+      polynomial: columns of a step whose exponentials are polynomials.
       share: the output leaves through q's memory, where there is no room for its own; the next
         tile's q then comes later. Needs H = Hv.
     """
@@ -58,18 +60,38 @@ class Tiles:
     block_kv: int = 128
     stages: int = 2
     persistent: bool = True
+    polynomial: int = 0
     share: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Softmax:
-    """The online softmax of one consumer's rows; statistics in units of log2 e."""
+    """The online softmax of one consumer's rows; statistics in units of log2 e.
+
+    Attributes:
+      fixed: the soft-cap bounds the scores so well that no peak is needed.
+      polynomial: columns of an unmasked step whose exponentials are polynomials, so that the
+        special function unit has less to do.
+    """
 
     spec: Spec
+    fixed: bool = False
+    polynomial: int = 0
+
+    @classmethod
+    def of(cls, spec: Spec, dtype, *, sinks: bool, polynomial: int = 0) -> Softmax:
+        """The form for a call."""
+        bounded = spec.softcap is not None and spec.softcap <= _BOUNDED
+        return cls(spec, bounded and dtype == jnp.bfloat16 and not sinks, polynomial)
 
     def step(self, scores, peak, total, keep):
-        """(weights, peak, total, factor of what was summed before)."""
+        """(weights, peak, total, factor of what was summed before or None for 1)."""
         scores, factor = capped(scores, self.spec)
+        if self.fixed:
+            weights = jnp.exp2(scores * factor)
+            if keep is not None:
+                weights = jnp.where(keep, weights, 0.0)
+            return weights, peak, total + jnp.sum(weights, axis=1), None
         if keep is not None:
             scores = jnp.where(keep, scores, -jnp.inf)
         new_peak = jnp.maximum(peak, jnp.max(scores, axis=1) * factor)
@@ -77,9 +99,34 @@ class Softmax:
         if keep is not None:  # a row may have seen nothing yet
             base = jnp.where(new_peak == -jnp.inf, 0.0, new_peak)
         decay = jnp.exp2(peak - base)
-        weights = jnp.exp2(scores * factor - along(base, scores.shape, 0))
+        weights = self.exp2(scores * factor - along(base, scores.shape, 0), keep is not None)
         total = total * decay + jnp.sum(weights, axis=1)
         return weights, new_peak, total, decay
+
+    def exp2(self, x, masked: bool):
+        """2^x for x up to 0."""
+        if masked or not self.polynomial:
+            return jnp.exp2(x)
+        first = x[:, : self.polynomial]
+        return jnp.concatenate([_exp2(first), jnp.exp2(x[:, self.polynomial :])], axis=1)
+
+
+_BOUNDED = 60.0  # e^60 times a million keys and their values stays far from float32's end
+_EXP2 = (1.0, 0.69314718, 0.24022651, 0.05550411)
+
+
+def _exp2(x):
+    """2^x for x in [-126, 0] by additions and products alone; below, 2^-126."""
+    x = jnp.maximum(x, -126.0)
+    # 1.5 * 2^23: the last bits of the sum are x rounded to an integer. The barrier keeps XLA, which
+    # the interpreter uses, from taking the number away again at once.
+    whole = lax.optimization_barrier(x + 12582912.0)
+    part = x - (whole - 12582912.0)
+    c0, c1, c2, c3 = _EXP2
+    power = ((c3 * part + c2) * part + c1) * part + c0
+    bits = lax.bitcast_convert_type(power, jnp.int32)
+    bits = bits + lax.shift_left(lax.bitcast_convert_type(whole, jnp.int32), jnp.int32(23))
+    return lax.bitcast_convert_type(bits, jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +146,8 @@ class Forward:
         def tile(index, step):
             batch, row, head = self.shape.tile(self.walk, index)
             kv_head = lax.div(head, self.shape.group)
-            low, _, _, high = self.walk.bounds(batch, row, refs)
+            place = (batch, row, head)
+            low, _, _, high = self.walk.bounds(place, refs)
 
             def bring(name, block, slot):
                 plgpu.barrier_wait(free[name].at[slot])
@@ -108,7 +156,8 @@ class Forward:
 
             def one(i, _):
                 slot = lax.rem(step + i, self.tiles.stages)
-                bring("k", high - 1 - i, slot)
+                block = self.walk.block_at(place, high - 1 - i, refs)
+                bring("k", block, slot)
 
                 @pl.when(i == 0)
                 def _():
@@ -116,7 +165,7 @@ class Forward:
                     where = refs["q"].at[batch, pl.ds(row * rows, rows), head]
                     plgpu.copy_gmem_to_smem(where, smem["q"], full["q"])
 
-                bring("v", high - 1 - i, slot)
+                bring("v", block, slot)
 
             lax.fori_loop(0, high - low, one, None)
             return step + (high - low)
@@ -126,10 +175,10 @@ class Forward:
 
     # ---- the warpgroups that compute ----------------------------------------------------------
 
-    def start(self, refs, batch, head):
+    def start(self, refs, batch, head, *, fixed: bool):
         """Peak and sum of the softmax before any key: nothing, or the head's sink."""
         vector = functools.partial(jnp.full, (self.tiles.block_q,), dtype=jnp.float32)
-        peak, total = vector(-jnp.inf), vector(0.0)
+        peak, total = vector(0.0 if fixed else -jnp.inf), vector(0.0)
         if "sinks" in self.walk.names:
             peak, total = vector(0.0) + refs["sinks"][batch, head] * LOG2E, vector(1.0)
         return plgpu.layout_cast(peak, ROW), plgpu.layout_cast(total, ROW)
@@ -138,7 +187,9 @@ class Forward:
         tiles, walk = self.tiles, self.walk
         wg = lax.axis_index("wg")
         q_smem = smem["q"].at[pl.ds(wg * tiles.block_q, tiles.block_q)]
-        softmax, spare = Softmax(walk.spec), Spare.of(smem, wg)
+        sinks = "sinks" in walk.names
+        form = {"sinks": sinks, "polynomial": tiles.polynomial}
+        softmax, spare = Softmax.of(walk.spec, self.shape.dtype, **form), Spare.of(smem, wg)
         shape = (tiles.block_q, tiles.block_kv)
 
         for name in ("k", "v"):
@@ -149,13 +200,15 @@ class Forward:
         def tile(index, step):
             batch, row, head = self.shape.tile(self.walk, index)
             first_row = row * walk.tile + wg * tiles.block_q
-            low, full_low, full_high, high = walk.bounds(batch, row, refs)
+            place = (batch, row, head)
+            bounds = walk.bounds(place, refs)
+            low, high = bounds[0], bounds[-1]
             keep = keeper(walk, refs, batch, (first_row, tiles.block_q))
             slot_of = lambda i: lax.rem(step + i, tiles.stages)  # noqa: E731
-            start = self.start(refs, batch, head)
+            start = self.start(refs, batch, head, fixed=softmax.fixed)
 
-            def seen(i, masked):
-                return keep((high - 1 - i) * tiles.block_kv) if masked else None
+            def seen(i, ends):
+                return (lambda: None) if ends is None else keep(place, high - 1 - i, ends)
 
             def await_keys(i):
                 """Waits for the keys of step i, if there is one.
@@ -172,6 +225,8 @@ class Forward:
                 """The last block, which nothing runs beside."""
                 slot = slot_of(0)
                 plgpu.barrier_wait(full["q"])
+                ends = (HIGH if walk.last_is_high else BOTH) if walk.masked else None
+                visible = seen(0, ends)
                 await_keys(0)
 
                 def product(scores):
@@ -180,17 +235,18 @@ class Forward:
 
                 scores = pl.run_scoped(product, plgpu.ACC(shape, jnp.float32))
                 plgpu.barrier_arrive(free["k"].at[slot])
-                weights, peak, total, _ = softmax.step(scores, *start, seen(0, walk.masked))
+                weights, peak, total, _ = softmax.step(scores, *start, visible())
                 await_keys(1)
                 return peak, total, weights.astype(self.shape.dtype)
 
             def walk_blocks(acc):
                 """Sums over the blocks; returns them with peak and total."""
 
-                def other(i, carry, masked):
+                def other(i, carry, ends):
                     """Block high - 1 - i: its scores, and the product of the block before."""
                     peak, total, weights = carry
                     slot, before = slot_of(i), slot_of(i - 1)
+                    visible = seen(i, ends)
 
                     def products(scores):
                         plgpu.wgmma(scores, q_smem, smem["k"].at[slot].T)
@@ -200,23 +256,19 @@ class Forward:
 
                     scores = pl.run_scoped(products, plgpu.ACC(shape, jnp.float32))
                     plgpu.barrier_arrive(free["k"].at[slot])
-                    weights, *rest = softmax.step(scores, peak, total, seen(i, masked))
+                    weights, *rest = softmax.step(scores, peak, total, visible())
                     weights, peak, total, decay = lax.optimization_barrier((weights, *rest))
                     await_keys(i + 1)
                     plgpu.wgmma_wait(0)
                     plgpu.barrier_arrive(free["v"].at[before])
-                    acc[...] = acc[...] * along(decay, acc.shape, 0)
+                    if decay is not None:
+                        acc[...] = acc[...] * along(decay, acc.shape, 0)
                     return peak, total, weights.astype(self.shape.dtype)
 
                 carry, done = first(), jnp.int32(1)
-                ends = [(high - full_high, True), (high - full_low, False), (high - low, True)]
-                if not walk.masked:
-                    ends = ends[1:2]
-                elif not walk.leading:
-                    ends = ends[:2]
-                for end, masked in ends:
-                    end = jnp.maximum(end, done)
-                    carry = lax.fori_loop(done, end, functools.partial(other, masked=masked), carry)
+                for low_block, _, ends in reversed(walk.parts(bounds)):
+                    end = jnp.maximum(high - low_block, done)
+                    carry = lax.fori_loop(done, end, functools.partial(other, ends=ends), carry)
                     done = end
                 peak, total, weights = carry
                 if not tiles.share:
@@ -282,56 +334,19 @@ class Forward:
         roles(self, refs, smem, full, free)
 
 
-@lowered_once("spec", "tiles", "processors", "interpret")
-def forward(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    extras: Extras,
-    *,
-    spec: Spec,
-    tiles: Tiles,
-    processors: int = 132,
-    interpret: bool = False,
+def launch(
+    walk: Walk, qkv, data: dict, *, tiles: Tiles, processors: int, interpret: bool
 ) -> tuple[jax.Array, jax.Array]:
-    """Runs the forward: out [B, T, N, Hv] and lse [B, N, T], as `reference` returns them."""
-    batch, queries, heads, width = q.shape
-    keys, kv_heads, value_width = v.shape[1:]
-    walk = Walk(
-        spec=spec,
-        batch=batch,
-        queries=queries,
-        keys=keys,
-        tile=CONSUMERS * tiles.block_q,
-        block=tiles.block_kv,
-        names=extras.names,
-    )
+    """Runs the forward for a walk and what it reads, by name: out [B, T, N, Hv], lse [B, N, T]."""
+    q, k, v = qkv
+    batch, queries, heads, _ = q.shape
     count = batch * walk.tiles * heads
     ctas = min(processors, count) if tiles.persistent else count
-    shape = Shape(
-        batch=batch,
-        heads=heads,
-        kv_heads=kv_heads,
-        width=width,
-        value_width=value_width,
-        dtype=jnp.dtype(q.dtype),
-        interpret=interpret,
-    )
+    shape = Shape.of(q, v, interpret)
     kernel = Forward(shape, walk, tiles, ctas)
-    inputs = {
-        "q": pad(q, 1, 8),
-        "k": pad(k, 1, 8),
-        "v": pad(v, 1, 8),
-        "info": walk.info(extras),
-        "table": walk.table(extras),
-        "sinks": extras.sinks,
-    }
-    if walk.segmented:
-        inputs["query_segments"] = pad(extras.query_segments, 1, walk.tile, -1)
-        inputs["key_segments"] = pad(extras.key_segments, 1, walk.block, -2)
-    inputs = {name: x for name, x in inputs.items() if x is not None}
+    inputs = {"q": pad(q, 1, 8), "k": pad(k, 1, 8), "v": pad(v, 1, 8)} | data
     outputs = {
-        "o": jax.ShapeDtypeStruct((batch, inputs["q"].shape[1], heads, value_width), q.dtype),
+        "o": jax.ShapeDtypeStruct((*inputs["q"].shape[:3], v.shape[-1]), q.dtype),
         "lse": jax.ShapeDtypeStruct((batch, heads, walk.tiles * walk.tile), jnp.float32),
     }
 
@@ -350,3 +365,32 @@ def forward(
         interpret=plgpu.InterpretGPUParams() if interpret else False,
     )(*inputs.values())
     return out[:, :queries], lse[:, :, :queries]
+
+
+@lowered_once("spec", "tiles", "processors", "interpret")
+def forward(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    extras: Extras,
+    *,
+    spec: Spec,
+    tiles: Tiles,
+    processors: int = 132,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """Runs the forward: out [B, T, N, Hv] and lse [B, N, T], as `reference` returns them."""
+    walk = Walk(
+        spec=spec,
+        batch=q.shape[0],
+        queries=q.shape[1],
+        keys=k.shape[1],
+        tile=CONSUMERS * tiles.block_q,
+        block=tiles.block_kv,
+        names=extras.names,
+    )
+    data = data_of_walk(walk, extras, rows=walk.tile, columns=walk.block)
+    if extras.sinks is not None:
+        data["sinks"] = extras.sinks
+    options = {"tiles": tiles, "processors": processors, "interpret": interpret}
+    return launch(walk, (q, k, v), data, **options)

@@ -30,6 +30,7 @@ from pallas_kernels.flash_attention.pieces import (
     Spare,
     along,
     capped,
+    data_of_walk,
     drain,
     keeper,
     swizzled,
@@ -39,7 +40,7 @@ from pallas_kernels.flash_attention.ranges import Walk
 from pallas_kernels.once import lowered_once
 from pallas_kernels.warpgroups import roles
 
-__all__ = ["BackwardTiles", "backward"]
+__all__ = ["BackwardTiles", "Walks", "backward", "launch"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,17 +92,18 @@ class KeyValueGradients:
     def load(self, refs, smem, full, free):
         batch, tile, kv_head = self.place()
         walk, group = self.walk, self.shape.group
-        low, _, _, high = walk.bounds(batch, tile, refs)
         keys = pl.ds(tile * walk.tile, walk.tile)
         for name in ("k", "v"):
             plgpu.copy_gmem_to_smem(refs[name].at[batch, keys, kv_head], smem[name], full[name])
 
         def head_steps(member, step):
             head = kv_head * group + member
+            place = (batch, tile, head)
+            low, _, _, high = walk.bounds(place, refs)
 
             def one(i, _):
                 slot = lax.rem(step + i - low, self.tiles.stages)
-                queries = pl.ds(i * walk.block, walk.block)
+                queries = pl.ds(walk.block_at(place, i, refs) * walk.block, walk.block)
                 plgpu.barrier_wait(free["q"].at[slot])
                 where = refs["stats"].at[batch, head, :, queries]
                 plgpu.copy_gmem_to_smem(where, smem["stats"].at[slot], full["q"].at[slot])
@@ -124,7 +126,6 @@ class KeyValueGradients:
         wg = lax.axis_index("wg")
         spare = Spare.of(smem, wg)
         first_row = tile * walk.tile + wg * 64
-        bounds = walk.bounds(batch, tile, refs)
         k_smem, v_smem = (smem[name].at[pl.ds(wg * 64, 64)] for name in ("k", "v"))
         keep = keeper(walk, refs, batch, (first_row, 64))
         for name in ("q", "do"):
@@ -134,9 +135,10 @@ class KeyValueGradients:
             plgpu.barrier_wait(full[name])
 
         def sums(dk, dv):
-            def one(block, step, masked):
+            def one(position, step, ends, place):
                 slot = lax.rem(step, tiles.stages)
                 q_smem, do_smem = smem["q"].at[slot], smem["do"].at[slot]
+                visible = (lambda: None) if ends is None else keep(place, position, ends)
                 plgpu.barrier_wait(full["q"].at[slot])
 
                 def products(scores, dweights):
@@ -144,9 +146,8 @@ class KeyValueGradients:
                     plgpu.barrier_wait(full["do"].at[slot])
                     plgpu.wgmma(dweights, v_smem, do_smem.T)
                     lse = plgpu.load(smem["stats"].at[slot, 0], layout=COLUMN)
-                    seen = keep(block * walk.block) if masked else None
                     weights, slope = _weights(
-                        plgpu.wgmma_accumulator_load(scores, wait_n=1), lse, spec, seen, 1
+                        plgpu.wgmma_accumulator_load(scores, wait_n=1), lse, spec, visible(), 1
                     )
                     spare.add(dv, weights.astype(dtype), do_smem)
                     delta = plgpu.load(smem["stats"].at[slot, 1], layout=COLUMN)
@@ -164,9 +165,11 @@ class KeyValueGradients:
                 pl.run_scoped(products, square, square)
                 return step + 1
 
-            def head_steps(_, step):
-                for start, end, masked in walk.parts(bounds):
-                    step = lax.fori_loop(start, end, functools.partial(one, masked=masked), step)
+            def head_steps(member, step):
+                place = (batch, tile, kv_head * self.shape.group + member)
+                for start, end, ends in walk.parts(walk.bounds(place, refs)):
+                    body = functools.partial(one, ends=ends, place=place)
+                    step = lax.fori_loop(start, end, body, step)
                 return step
 
             lax.fori_loop(0, self.shape.group, head_steps, jnp.int32(0))
@@ -226,7 +229,8 @@ class QueryGradients:
         def tile(index, step):
             batch, row, head = self.shape.tile(walk, index)
             kv_head = lax.div(head, self.shape.group)
-            low, _, _, high = walk.bounds(batch, row, refs)
+            place = (batch, row, head)
+            low, _, _, high = walk.bounds(place, refs)
 
             def bring(name, block, slot):
                 slot = lax.rem(slot, self.stages[name])
@@ -235,7 +239,8 @@ class QueryGradients:
                 plgpu.copy_gmem_to_smem(where, smem[name].at[slot], full[name].at[slot])
 
             def one(i, _):
-                bring("k", i, step + i - low)
+                block = walk.block_at(place, i, refs)
+                bring("k", block, step + i - low)
 
                 @pl.when(i == low)
                 def _():
@@ -247,7 +252,7 @@ class QueryGradients:
                     where = refs["stats"].at[batch, head, :, queries]
                     plgpu.copy_gmem_to_smem(where, smem["stats"], full["q"])
 
-                bring("v", i, step + i - low)
+                bring("v", block, step + i - low)
 
             lax.fori_loop(low, high, one, None)
             return step + (high - low)
@@ -270,7 +275,8 @@ class QueryGradients:
         def tile(index, step):
             batch, row, head = self.shape.tile(walk, index)
             first_row = row * walk.tile + wg * 64
-            bounds = walk.bounds(batch, row, refs)
+            place = (batch, row, head)
+            bounds = walk.bounds(place, refs)
             low, high = bounds[0], bounds[-1]
             keep = keeper(walk, refs, batch, (first_row, 64))
             plgpu.barrier_wait(full["q"])
@@ -278,19 +284,19 @@ class QueryGradients:
             delta = plgpu.load(smem["stats"].at[1, mine], layout=ROW)
 
             def sums(dq):
-                def one(i, _, masked):
+                def one(i, _, ends):
                     slot = lax.rem(step + i - low, tiles.dq_stages)
                     v_slot = lax.rem(step + i - low, tiles.dq_value_stages)
                     k_smem, v_smem = smem["k"].at[slot], smem["v"].at[v_slot]
+                    visible = (lambda: None) if ends is None else keep(place, i, ends)
                     plgpu.barrier_wait(full["k"].at[slot])
 
                     def products(scores, dweights):
                         plgpu.wgmma(scores, q_smem, k_smem.T)
                         plgpu.barrier_wait(full["v"].at[v_slot])
                         plgpu.wgmma(dweights, do_smem, v_smem.T)
-                        seen = keep(i * walk.block) if masked else None
                         weights, slope = _weights(
-                            plgpu.wgmma_accumulator_load(scores, wait_n=1), lse, spec, seen, 0
+                            plgpu.wgmma_accumulator_load(scores, wait_n=1), lse, spec, visible(), 0
                         )
                         rise = plgpu.wgmma_accumulator_load(dweights, wait_n=0)
                         plgpu.barrier_arrive(free["v"].at[v_slot])
@@ -304,8 +310,8 @@ class QueryGradients:
                     square = plgpu.ACC((64, walk.block), jnp.float32)
                     pl.run_scoped(products, square, square)
 
-                for start, end, masked in walk.parts(bounds):
-                    lax.fori_loop(start, end, functools.partial(one, masked=masked), None)
+                for start, end, ends in walk.parts(bounds):
+                    lax.fori_loop(start, end, functools.partial(one, ends=ends), None)
                 if not tiles.share:
                     plgpu.barrier_arrive(free["q"])
                 return dq[...] * spec.scale
@@ -364,13 +370,18 @@ class SplitKeyValueGradients(KeyValueGradients):
         for name in ("k", "v"):
             plgpu.barrier_wait(full[name])
         rows = pl.ds(tile * 64, 64)
-        bounds = self.walk.bounds(batch, tile, refs)
 
         def of(role, operand, out_name, width):
+            keep = None  # layout inference does not end on what nobody uses
+            if out_name == "dv":
+                keep = keeper(self.walk, refs, batch, (tile * 64, 64))
+
             def sums(acc):
-                def head_steps(_, step):
-                    for start, end, masked in self.walk.parts(bounds):
-                        body = functools.partial(role, acc, (smem, full, free, spare), masked)
+                def head_steps(member, step):
+                    place = (batch, tile, kv_head * self.shape.group + member)
+                    for start, end, ends in self.walk.parts(self.walk.bounds(place, refs)):
+                        seen = keep and ends and functools.partial(keep, place, ends=ends)
+                        body = functools.partial(role, acc, (smem, full, free, spare), seen)
                         step = lax.fori_loop(start, end, body, step)
                     return step
 
@@ -388,11 +399,9 @@ class SplitKeyValueGradients(KeyValueGradients):
             plgpu.copy_smem_to_gmem(smem[operand], refs[out_name].at[batch, rows, kv_head])
             plgpu.wait_smem_to_gmem(0)
 
-        keep = keeper(self.walk, refs, batch, (tile * 64, 64))
-
         @pl.when(wg == 0)
         def _():
-            of(functools.partial(self.values, keep), "v", "dv", self.shape.value_width)
+            of(self.values, "v", "dv", self.shape.value_width)
             drain({"weights": free["weights"]})
 
         @pl.when(wg == 1)
@@ -401,13 +410,14 @@ class SplitKeyValueGradients(KeyValueGradients):
                 plgpu.barrier_arrive(free["weights"].at[slot])
             of(self.keys, "k", "dk", self.shape.width)
 
-    def values(self, keep, dv, memory, masked, block, step):
+    def values(self, dv, memory, keep, position, step):
         """One step of the side that holds dv."""
         smem, full, free, spare = memory
         spec, dtype = self.walk.spec, self.shape.dtype
         slot, way = lax.rem(step, self.tiles.stages), lax.rem(step, 2)
         q_smem, do_smem = smem["q"].at[slot], smem["do"].at[slot]
         shape = (64, self.walk.block)
+        visible = (lambda: None) if keep is None else keep(position)
         plgpu.barrier_wait(full["q"].at[slot])
 
         def product(scores):
@@ -416,8 +426,7 @@ class SplitKeyValueGradients(KeyValueGradients):
 
         scores = pl.run_scoped(product, plgpu.ACC(shape, jnp.float32))
         lse = plgpu.load(smem["stats"].at[slot, 0], layout=COLUMN)
-        seen = keep(block * self.walk.block) if masked else None
-        weights, slope = _weights(scores, lse, spec, seen, 1)
+        weights, slope = _weights(scores, lse, spec, visible(), 1)
         plgpu.barrier_arrive(free["q"].at[slot])
         plgpu.barrier_wait(free["weights"].at[way])
         passed = weights if slope is None else weights * slope
@@ -430,9 +439,9 @@ class SplitKeyValueGradients(KeyValueGradients):
         plgpu.barrier_arrive(free["do"].at[slot])
         return step + 1
 
-    def keys(self, dk, memory, masked, block, step):
+    def keys(self, dk, memory, keep, position, step):
         """One step of the side that holds dk."""
-        del masked, block
+        del keep, position
         smem, full, free, spare = memory
         slot, way = lax.rem(step, self.tiles.stages), lax.rem(step, 2)
         q_smem, do_smem = smem["q"].at[slot], smem["do"].at[slot]
@@ -484,6 +493,67 @@ def _call(kernel, inputs, outputs, *, name: str, grid: dict[str, int], interpret
     )(*inputs.values())
 
 
+@dataclasses.dataclass(frozen=True)
+class Walks:
+    """The walk of the kernel for dq and of that for dk and dv."""
+
+    by_queries: Walk
+    by_keys: Walk
+
+    @classmethod
+    def of(cls, make, tiles: BackwardTiles) -> Walks:
+        """make(tile=, block=, transposed=) for each."""
+        of_keys = 64 if tiles.split else CONSUMERS * 64
+        return cls(
+            make(tile=CONSUMERS * 64, block=tiles.dq_block_kv, transposed=False),
+            make(tile=of_keys, block=tiles.block_q, transposed=True),
+        )
+
+
+def launch(
+    walks: Walks, qkv, data, passed, *, tiles: BackwardTiles, processors: int, interpret: bool
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Runs the backward.
+
+    Args:
+      data: what each of `walks` reads, by name.
+      passed: (results, gradients); see `backward`.
+    """
+    (q, k, v), ((out, lse), (dout, dlse)) = qkv, passed
+    queries, keys, tile = q.shape[1], k.shape[1], CONSUMERS * 64
+    shape = Shape.of(q, v, interpret)
+    wide = dout.astype(jnp.float32) * out.astype(jnp.float32)
+    # The barrier keeps the sum over H a kernel of its own: fused into the stacking below it took
+    # over four times as long on an H100.
+    delta = lax.optimization_barrier(jnp.sum(wide, axis=-1)).transpose(0, 2, 1) - dlse
+    # exp2(x - inf) is 0: rows that see nothing, and rows past the end, count for nothing.
+    log_sum = jnp.where(lse == -jnp.inf, jnp.inf, lse * LOG2E)
+    stats = jnp.stack([pad(log_sum, 2, tile, jnp.inf), pad(delta, 2, tile)], axis=2)  # [B, N, 2, T]
+    inputs = {"q": pad(q, 1, 8), "k": pad(k, 1, 8), "v": pad(v, 1, 8), "do": pad(dout, 1, 8)}
+    inputs["stats"] = stats
+    like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)  # noqa: E731
+    by_queries, by_keys = walks.by_queries, walks.by_keys
+    dk, dv = _call(
+        (SplitKeyValueGradients if tiles.split else KeyValueGradients)(shape, by_keys, tiles),
+        inputs | data[1],
+        {"dk": like(inputs["k"]), "dv": like(inputs["v"])},
+        name="flash_attention_dkv",
+        grid={"batch": shape.batch, "tile": by_keys.tiles, "head": shape.kv_heads},
+        interpret=interpret,
+    )
+    count = shape.batch * by_queries.tiles * shape.heads
+    ctas = min(processors, count) if tiles.persistent else count
+    (dq,) = _call(
+        QueryGradients(shape, by_queries, tiles, ctas),
+        inputs | data[0],
+        {"dq": like(inputs["q"])},
+        name="flash_attention_dq",
+        grid={"cta": ctas},
+        interpret=interpret,
+    )
+    return dq[:, :queries], dk[:, :keys], dv[:, :keys], delta
+
+
 @lowered_once("spec", "tiles", "processors", "interpret")
 def backward(
     q: jax.Array,
@@ -504,59 +574,10 @@ def backward(
       results: out and lse of the forward.
       gradients: d loss / d out, d loss / d lse.
     """
-    out, lse = results
-    dout, dlse = gradients
-    batch, queries, heads, width = q.shape
-    keys, kv_heads, value_width = v.shape[1:]
-    shape = Shape(
-        batch=batch,
-        heads=heads,
-        kv_heads=kv_heads,
-        width=width,
-        value_width=value_width,
-        dtype=jnp.dtype(q.dtype),
-        interpret=interpret,
-    )
-    facts = {"spec": spec, "batch": batch, "queries": queries, "keys": keys, "names": extras.names}
-    tile = CONSUMERS * 64
-    of_keys = 64 if tiles.split else tile
-    by_keys = Walk(**facts, tile=of_keys, block=tiles.block_q, transposed=True)
-    by_queries = Walk(**facts, tile=tile, block=tiles.dq_block_kv)
-
-    wide = dout.astype(jnp.float32) * out.astype(jnp.float32)
-    # The barrier keeps the sum over H a kernel of its own: fused into the stacking below it took
-    # over four times as long on an H100.
-    delta = lax.optimization_barrier(jnp.sum(wide, axis=-1)).transpose(0, 2, 1) - dlse
-    # exp2(x - inf) is 0: rows that see nothing, and rows past the end, count for nothing.
-    log_sum = jnp.where(lse == -jnp.inf, jnp.inf, lse * LOG2E)
-    stats = jnp.stack([pad(log_sum, 2, tile, jnp.inf), pad(delta, 2, tile)], axis=2)  # [B, N, 2, T]
-    inputs = {"q": pad(q, 1, 8), "k": pad(k, 1, 8), "v": pad(v, 1, 8), "do": pad(dout, 1, 8)}
-    inputs["stats"] = stats
-
-    def with_extras(walk: Walk):
-        more = {"info": walk.info(extras), "table": walk.table(extras)}
-        if walk.segmented:
-            more["query_segments"] = pad(extras.query_segments, 1, tile, -1)
-            more["key_segments"] = pad(extras.key_segments, 1, tile, -2)
-        return inputs | {name: x for name, x in more.items() if x is not None}
-
-    like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)  # noqa: E731
-    dk, dv = _call(
-        (SplitKeyValueGradients if tiles.split else KeyValueGradients)(shape, by_keys, tiles),
-        with_extras(by_keys),
-        {"dk": like(inputs["k"]), "dv": like(inputs["v"])},
-        name="flash_attention_dkv",
-        grid={"batch": batch, "tile": by_keys.tiles, "head": kv_heads},
-        interpret=interpret,
-    )
-    count = batch * by_queries.tiles * heads
-    ctas = min(processors, count) if tiles.persistent else count
-    (dq,) = _call(
-        QueryGradients(shape, by_queries, tiles, ctas),
-        with_extras(by_queries),
-        {"dq": like(inputs["q"])},
-        name="flash_attention_dq",
-        grid={"cta": ctas},
-        interpret=interpret,
-    )
-    return dq[:, :queries], dk[:, :keys], dv[:, :keys], delta
+    facts = {"spec": spec, "batch": q.shape[0], "queries": q.shape[1], "keys": k.shape[1]}
+    walks = Walks.of(functools.partial(Walk, **facts, names=extras.names), tiles)
+    rows = CONSUMERS * 64
+    of = functools.partial(data_of_walk, extras=extras, rows=rows, columns=rows)
+    data = (of(walks.by_queries), of(walks.by_keys))
+    options = {"tiles": tiles, "processors": processors, "interpret": interpret}
+    return launch(walks, (q, k, v), data, (results, gradients), **options)

@@ -23,7 +23,15 @@ from pallas_kernels.flash_attention.padding import pad
 from pallas_kernels.flash_attention.problem import Extras, Spec
 from pallas_kernels.flash_attention.ranges import Walk
 
-__all__ = ["TpuTiles", "backward", "forward"]
+__all__ = [
+    "Kernel",
+    "Layout",
+    "TpuTiles",
+    "backward",
+    "forward",
+    "launch",
+    "launch_backward",
+]
 
 LANES, SUBLANES = 128, 8
 _NT, _NN = (((1,), (1,)), ((), ())), (((1,), (0,)), ((), ()))
@@ -87,9 +95,9 @@ class Kernel:
         """body(mask or None) if the tile visits this step's block.
 
         Args:
-          place: sequence, tile, step.
+          place: sequence, query head, tile, step.
         """
-        batch, tile, step = place
+        batch, _, tile, step = place
         walk = self.walk
         low, full_low, full_high, high = (refs["bounds"][batch, tile * 4 + i] for i in range(4))
         block = low + step
@@ -108,7 +116,7 @@ class Kernel:
 
 def _forward_body(kernel: Kernel, refs):
     place = [pl.program_id(i) for i in range(4)]
-    batch, head, tile, step = place
+    batch, head, step = place[0], place[1], place[3]
     peak, total, acc = refs["peak"], refs["total"], refs["acc"]
 
     @pl.when(step == 0)
@@ -134,7 +142,7 @@ def _forward_body(kernel: Kernel, refs):
         acc[...] = acc[...] * decay[:, :1] + kernel.product(weights.astype(v.dtype), v, _NN)
         peak[...] = now
 
-    kernel.steps(refs, (batch, tile, step), block)
+    kernel.steps(refs, place, block)
 
     @pl.when(step == pl.num_programs(3) - 1)
     def _():
@@ -163,8 +171,8 @@ def _rise(kernel: Kernel, refs, mask, *, by_keys: bool):
 
 
 def _dq_body(kernel: Kernel, refs):
-    batch, tile, step = (pl.program_id(i) for i in (0, 2, 3))
-    acc = refs["acc"]
+    place = [pl.program_id(i) for i in range(4)]
+    step, acc = place[3], refs["acc"]
 
     @pl.when(step == 0)
     def _():
@@ -178,7 +186,7 @@ def _dq_body(kernel: Kernel, refs):
         k = refs["k"][0, 0]
         acc[...] += kernel.product(rise.astype(k.dtype), k, _NN)
 
-    kernel.steps(refs, (batch, tile, step), block)
+    kernel.steps(refs, place, block)
 
     @pl.when(step == pl.num_programs(3) - 1)
     def _():
@@ -186,7 +194,8 @@ def _dq_body(kernel: Kernel, refs):
 
 
 def _dkv_body(kernel: Kernel, refs):
-    batch, tile, member, step = (pl.program_id(i) for i in (0, 2, 3, 4))
+    batch, kv_head, tile, member, step = (pl.program_id(i) for i in range(5))
+    place = (batch, kv_head * kernel.group + member, tile, step)
     dk, dv = refs["dk_acc"], refs["dv_acc"]
 
     @pl.when((member == 0) & (step == 0))
@@ -200,7 +209,7 @@ def _dkv_body(kernel: Kernel, refs):
         dv[...] += kernel.product(weights.astype(do.dtype), do, _NN)
         dk[...] += kernel.product(rise.astype(q.dtype), q, _NN)
 
-    kernel.steps(refs, (batch, tile, step), block)
+    kernel.steps(refs, place, block)
 
     @pl.when((member == kernel.group - 1) & (step == pl.num_programs(4) - 1))
     def _():
@@ -231,8 +240,20 @@ class Layout:
         else:
             batch, head, tile, step = ids
             kv_head = lax.div(head, jnp.int32(self.group))
-        block = jnp.minimum(bounds[batch, tile * 4] + step, bounds[batch, tile * 4 + 3] - 1)
-        return batch, head, kv_head, tile, block
+        return batch, head, kv_head, tile, self.block_at((batch, head, tile, step), bounds)
+
+    def block_at(self, place, bounds):
+        """The block of a step; past the end, the last."""
+        batch, _, tile, step = place
+        return jnp.minimum(bounds[batch, tile * 4] + step, bounds[batch, tile * 4 + 3] - 1)
+
+    def kernel(self, names: tuple[str, ...]) -> Kernel:
+        """The kernel over arrays of these names."""
+        return Kernel(walk=self.walk, group=self.group, names=names)
+
+    def more(self) -> dict:
+        """Arrays beside those of the call, with their blocks."""
+        return {}
 
     def part(self, shape: tuple[int, ...], *, head: str | None, rows: bool, last: bool = False):
         """A block of an array.
@@ -272,9 +293,9 @@ class Call:
         walk = self.layout.walk
         info = walk.info(extras)
         info = jnp.zeros((walk.batch, 4), jnp.int32) if info is None else info
-        inputs = self.inputs | self._ids(extras)
+        inputs = self.inputs | self._ids(extras) | self.layout.more()
         names = ("bounds", "info", *inputs, *self.outputs, *self.scratch)
-        kernel = Kernel(walk=walk, group=self.layout.group, names=names)
+        kernel = self.layout.kernel(names)
 
         def body(*refs):
             self.body(kernel, dict(zip(names, refs, strict=True)))
@@ -337,18 +358,18 @@ def forward(
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Runs the forward: out [B, T, N, Hv] and lse [B, N, T], as `reference` returns them."""
+    tile, block = tiles.fitted(q.shape[1], k.shape[1])
+    facts: dict[str, Any] = {"spec": spec, "names": extras.names, "batch": q.shape[0]}
+    facts |= {"queries": q.shape[1], "keys": k.shape[1], "tile": tile, "block": block}
+    layout = Layout(walk=Walk(**facts), group=q.shape[2] // k.shape[2], by_keys=False)
+    return launch(layout, (q, k, v), extras, interpret=interpret)
+
+
+def launch(layout: Layout, qkv, extras: Extras, *, interpret: bool) -> tuple[jax.Array, jax.Array]:
+    """Runs the forward of a layout."""
+    (q, k, v), walk = qkv, layout.walk
     batch, queries, heads, width = q.shape
-    keys, kv_heads, value_width = v.shape[1:]
-    tile, block = tiles.fitted(queries, keys)
-    sizes: dict[str, Any] = {
-        "batch": batch,
-        "queries": queries,
-        "keys": keys,
-        "tile": tile,
-        "block": block,
-    }
-    walk = Walk(spec=spec, names=extras.names, **sizes)
-    layout = Layout(walk=walk, group=heads // kv_heads, by_keys=False)
+    value_width, tile, block = v.shape[3], walk.tile, walk.block
     part = layout.part
     q, k, v = _laid(q, tile), _laid(k, block), _laid(v, block)
     inputs = {
@@ -401,9 +422,31 @@ def backward(
       results: out and lse of the forward.
       gradients: d loss / d out, d loss / d lse.
     """
-    (out, lse), (dout, dlse) = results, gradients
     queries, keys = q.shape[1], k.shape[1]
     of_queries, of_keys = tiles.fitted(queries, keys)
+    facts: dict[str, Any] = {"spec": spec, "names": extras.names, "batch": q.shape[0]}
+    facts |= {"queries": queries, "keys": keys}
+    by_queries = Walk(**facts, tile=of_queries, block=of_keys)
+    by_keys = Walk(**facts, tile=of_keys, block=of_queries, transposed=True)
+    group = q.shape[2] // k.shape[2]
+    layouts = (
+        Layout(walk=by_queries, group=group, by_keys=False),
+        Layout(walk=by_keys, group=group, by_keys=True),
+    )
+    return launch_backward(layouts, (q, k, v), extras, (results, gradients), interpret=interpret)
+
+
+def launch_backward(
+    layouts: tuple[Layout, Layout], qkv, extras: Extras, passed, *, interpret: bool
+):
+    """Runs the backward of a layout by queries and one by keys.
+
+    Args:
+      passed: (results, gradients); see `backward`.
+    """
+    (q, k, v), ((out, lse), (dout, dlse)) = qkv, passed
+    queries, keys = q.shape[1], k.shape[1]
+    of_queries, of_keys = layouts[0].walk.tile, layouts[0].walk.block
     wide = dout.astype(jnp.float32) * out.astype(jnp.float32)
     delta = jnp.sum(wide, axis=-1).transpose(0, 2, 1) - dlse
     # exp(x - inf) is 0: rows that see nothing, and rows past the end, count for nothing.
@@ -416,12 +459,8 @@ def backward(
         "log_sum": pad(log_sum, 2, of_queries, jnp.inf)[:, :, None],
         "delta": pad(delta, 2, of_queries)[:, :, None],
     }
-    facts: dict[str, Any] = {"spec": spec, "names": extras.names, "batch": q.shape[0]}
-    facts |= {"queries": queries, "keys": keys}
-    by_queries = Walk(**facts, tile=of_queries, block=of_keys)
-    by_keys = Walk(**facts, tile=of_keys, block=of_queries, transposed=True)
-    dq = _query_gradients(by_queries, arrays, extras, interpret)
-    dk, dv = _key_value_gradients(by_keys, arrays, extras, interpret)
+    dq = _query_gradients(layouts[0], arrays, extras, interpret)
+    dk, dv = _key_value_gradients(layouts[1], arrays, extras, interpret)
     return _back(dq, queries), _back(dk, keys), _back(dv, keys), delta
 
 
@@ -442,10 +481,8 @@ def _parts(layout: Layout, arrays: dict) -> dict:
     return out
 
 
-def _query_gradients(walk: Walk, arrays: dict, extras: Extras, interpret: bool) -> jax.Array:
-    heads, kv_heads = arrays["q"].shape[1], arrays["k"].shape[1]
-    layout = Layout(walk=walk, group=heads // kv_heads, by_keys=False)
-    q = arrays["q"]
+def _query_gradients(layout: Layout, arrays: dict, extras: Extras, interpret: bool) -> jax.Array:
+    q, walk, heads = arrays["q"], layout.walk, arrays["q"].shape[1]
     column = pltpu.VMEM((walk.tile, LANES), jnp.float32)
     (dq,) = Call(
         body=_dq_body,
@@ -468,9 +505,8 @@ def _query_gradients(walk: Walk, arrays: dict, extras: Extras, interpret: bool) 
     return dq
 
 
-def _key_value_gradients(walk: Walk, arrays: dict, extras: Extras, interpret: bool):
-    heads, kv_heads = arrays["q"].shape[1], arrays["k"].shape[1]
-    layout = Layout(walk=walk, group=heads // kv_heads, by_keys=True)
+def _key_value_gradients(layout: Layout, arrays: dict, extras: Extras, interpret: bool):
+    walk, heads, kv_heads = layout.walk, arrays["q"].shape[1], arrays["k"].shape[1]
     outputs, scratch = {}, {}
     for name in ("k", "v"):
         x = arrays[name]

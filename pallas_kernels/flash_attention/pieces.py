@@ -5,6 +5,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import operator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +15,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.flash_attention.problem import Spec
-from pallas_kernels.flash_attention.ranges import Walk
+from pallas_kernels.flash_attention.padding import pad
+from pallas_kernels.flash_attention.problem import Extras, Spec
+from pallas_kernels.flash_attention.ranges import BOTH, HIGH, LOW, Walk, runs
 from pallas_kernels.warpgroups import CONSUMERS, LOG2E, ROW, SQUARE, along, iota, multiply, swizzled
 
 __all__ = [
@@ -26,12 +30,15 @@ __all__ = [
     "Spare",
     "along",
     "capped",
+    "data_of_walk",
     "drain",
     "iota",
+    "keeper",
     "same_segment",
     "swizzled",
 ]
 
+SECTION_BYTES = 24 << 20  # keys and values that are read again and again: half of an H100's L2
 COLUMN = plgpu.Layout.WGMMA.reduce(0)
 
 
@@ -54,8 +61,8 @@ class Spare:
     stage: object | None = None
 
     @staticmethod
-    def kinds(shape: Shape, stage: tuple[int, int], *sums: tuple[int, int]) -> dict:
-        """What to allocate, by name."""
+    def kinds(shape: Any, stage: tuple[int, int], *sums: tuple[int, int]) -> dict:
+        """What to allocate, by name, for a kernel's `dtype` and whether it is to `interpret`."""
         if not shape.interpret:
             return {}
         kinds = {f"sum{i}": plgpu.SMEM((CONSUMERS, *x), jnp.float32) for i, x in enumerate(sums)}
@@ -101,25 +108,63 @@ def drain(free: dict) -> None:
 
 
 def keeper(walk: Walk, refs, batch, rows):
-    """Which pairs of a block see each other: a function of the block's first column.
+    """keep(place, position, ends)() says which pairs of a block see each other.
+
+    What each row sees is two numbers, found once a tile; a block compares them with its columns.
+    The first call reads from memory what it needs; the second may stand behind a product, where
+    something runs beside it.
 
     Args:
+      batch: number of the sequence.
       rows: first row and number of rows.
     """
     first_row, count = rows
     shape = (count, walk.block)
-    facts = walk.facts(batch, refs)
+    at = None
+    if walk.spec.banded:  # layout inference never ends on a vector that nothing uses
+        at = plgpu.broadcasted_iota(jnp.int32, (count,), 0, layout=ROW) + first_row
+    low, high = walk.ends(at, walk.facts(batch, refs))
+    if walk.packed:
+        where = [refs["runs"].at[batch, i, pl.ds(first_row, count)] for i in range(2)]
+        start, end = (plgpu.load(x, layout=ROW, optimized=False) for x in where)
+        low = start if low is None else jnp.maximum(low, start)
+        high = end if high is None else jnp.minimum(high, end)
+        low, high = (plgpu.layout_cast(x, ROW) for x in (low, high))
 
-    def keep(first_column):
-        at, columns = iota(shape, 0) + first_row, iota(shape, 1) + first_column
-        seen = walk.seen(at, columns, facts)
-        if not walk.segmented:
-            return seen
-        names = ("query_segments", "key_segments")
-        names = names[::-1] if walk.transposed else names
-        return same_segment(refs, names, (batch, first_row, first_column), shape, seen)
+    def keep(place, position, ends=BOTH):
+        first_column = walk.block_at(place, position, refs) * walk.block
+        pattern = walk.pattern(place, position, rows, ends, refs)
+
+        def seen():
+            tests, columns = [], iota(shape, 1)
+
+            def within(bound):  # of each row, or of all
+                bound = bound - first_column
+                return along(bound, shape, 0) if jnp.ndim(bound) else bound
+
+            if low is not None and ends != HIGH:
+                tests.append(columns >= within(low))
+            if high is not None and ends != LOW:
+                tests.append(columns <= within(high))
+            if pattern is not None:
+                tests.append(_unpacked(pattern, shape))
+            both = functools.reduce(operator.and_, tests) if tests else None
+            if not walk.segmented or walk.packed:
+                return both
+            names = ("query_segments", "key_segments")
+            names = names[::-1] if walk.transposed else names
+            return same_segment(refs, names, (batch, first_row, first_column), shape, both)
+
+        return seen
 
     return keep
+
+
+def _unpacked(words, shape) -> jax.Array:
+    """Bits of 32 columns a word, one word a row each, as booleans of a block."""
+    part = (shape[0], 32)
+    bits = [lax.shift_right_logical(along(word, part, 0), iota(part, 1)) & 1 for word in words]
+    return jnp.concatenate(bits, axis=1) != 0
 
 
 def same_segment(refs, names, place, shape, seen):
@@ -151,24 +196,70 @@ class Shape:
     dtype: jnp.dtype
     interpret: bool
 
+    @classmethod
+    def of(cls, q: jax.Array, v: jax.Array, interpret: bool) -> Shape:
+        """Of q [B, T, N, H] and v [B, S, K, Hv]."""
+        return cls(
+            batch=q.shape[0],
+            heads=q.shape[2],
+            kv_heads=v.shape[2],
+            width=q.shape[3],
+            value_width=v.shape[3],
+            dtype=jnp.dtype(q.dtype),
+            interpret=interpret,
+        )
+
     @property
     def group(self) -> int:
         """Query heads of one kv head."""
         return self.heads // self.kv_heads
 
+    def section(self, walk: Walk) -> int:
+        """Pairs of a sequence and a head whose tiles are next to each other.
+
+        Their keys and values stay in the L2 cache, and there are enough of them that the programs
+        which run at once have tiles of about one length.
+        """
+        keys = walk.columns * (self.width + self.value_width) * self.dtype.itemsize
+        most = max(1, SECTION_BYTES // keys)
+        whole = self.batch * self.kv_heads
+        return self.group * max(n for n in range(1, min(most, whole) + 1) if whole % n == 0)
+
     def tile(self, walk: Walk, index):
-        """(sequence, tile of queries, head): a sequence's tiles with most blocks come first."""
-        rest, head = lax.div(index, self.heads), lax.rem(index, self.heads)
-        row = lax.rem(rest, walk.tiles)
+        """(sequence, tile of queries, head): a section's tiles with most blocks come first."""
+        pairs = self.section(walk)
+        section, rest = lax.div(index, pairs * walk.tiles), lax.rem(index, pairs * walk.tiles)
+        row = lax.div(rest, pairs)
         if walk.heavy_last:
             row = walk.tiles - 1 - row
-        return lax.div(rest, walk.tiles), row, head
+        pair = section * pairs + lax.rem(rest, pairs)
+        return lax.div(pair, self.heads), row, lax.rem(pair, self.heads)
 
     def for_tiles(self, walk: Walk, ctas: int, body, start):
-        """Runs body(index, carry) over this program's share of all tiles."""
+        """Runs body(index, carry) over this program's share of all tiles.
+
+        Programs take tiles in turns, there and back, so that none has the longest of every turn.
+        """
         count = self.batch * walk.tiles * self.heads
         cta = lax.axis_index("cta")
         if ctas >= count:
             return body(cta, start)
-        mine = lax.div(count - 1 - cta, ctas) + 1
-        return lax.fori_loop(0, mine, lambda i, carry: body(cta + i * ctas, carry), start)
+        place = lambda i: jnp.where(lax.rem(i, 2) == 0, cta, ctas - 1 - cta)  # noqa: E731
+        turns, left = divmod(count, ctas)
+        mine = turns + jnp.where(place(jnp.int32(turns)) < left, 1, 0)
+        return lax.fori_loop(0, mine, lambda i, carry: body(i * ctas + place(i), carry), start)
+
+
+def data_of_walk(walk: Walk, extras: Extras, *, rows: int, columns: int) -> dict:
+    """What a kernel reads to know who sees whom, by name.
+
+    Args:
+      rows, columns: multiples that segment ids of queries and keys are padded to.
+    """
+    out = {"info": walk.info(extras), "table": walk.table(extras)}
+    if walk.packed:
+        out["runs"] = pad(runs(extras.query_segments), 2, walk.tile)
+    elif walk.segmented:
+        out["query_segments"] = pad(extras.query_segments, 1, rows, -1)
+        out["key_segments"] = pad(extras.key_segments, 1, columns, -2)
+    return {name: x for name, x in out.items() if x is not None}

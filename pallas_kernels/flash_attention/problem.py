@@ -32,6 +32,7 @@ class Spec:
       right: keys after it; None: all; causal is 0.
       softcap: scores become softcap * tanh(scores / softcap).
       offset: position of query 0 among the keys; None: `Extras.offset` holds one a sequence.
+      packed: queries and keys are the same tokens, at offset 0, and each segment is one run.
     """
 
     scale: float
@@ -39,6 +40,7 @@ class Spec:
     right: int | None = None
     softcap: float | None = None
     offset: int | None = 0
+    packed: bool = False
 
     @property
     def banded(self) -> bool:
@@ -153,6 +155,7 @@ def pose(
     causal: bool,
     window: Window | None,
     segment_ids,
+    packed: bool,
     softcap: float | None,
     scale: float | None,
     sinks,
@@ -189,5 +192,10 @@ def pose(
     for name, value in (("scale", scale), ("softcap", softcap)):
         if value is not None and not (0 < value < math.inf):
             raise ShapeError(f"flash_attention: {name} must be above 0 and finite, not {value}")
-    spec = Spec(scale=scale, left=left, right=right, softcap=softcap, offset=offset)
+    if packed and (segments[0] is None or isinstance(segment_ids, tuple | list) or offset != 0):
+        raise ShapeError(
+            "flash_attention: packed says that one array of segment_ids [B, T] serves queries and "
+            "keys, which are the same tokens at offset 0, and that each segment is one run"
+        )
+    spec = Spec(scale=scale, left=left, right=right, softcap=softcap, offset=offset, packed=packed)
     return spec, Extras(**extras)

@@ -10,6 +10,8 @@ as a table that `table` computes outside.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +19,10 @@ from jax import lax
 
 from pallas_kernels.flash_attention.problem import Extras, Spec
 
-__all__ = ["Walk"]
+__all__ = ["BOTH", "HIGH", "LOW", "Walk", "runs"]
 
+# Which ends of a row's columns a block may hold: what its mask has to test.
+LOW, HIGH, BOTH = "low", "high", "both"
 _LENGTHS = {"query_lengths", "key_lengths"}
 
 
@@ -71,10 +75,37 @@ class Walk:
         return "query_segments" in self.names
 
     @property
+    def packed(self) -> bool:
+        """Whether segments are runs, so that a row's columns are one range."""
+        return self.segmented and self.spec.packed
+
+    @property
+    def limited(self) -> bool:
+        """Whether columns end before the last block does."""
+        return self.columns % self.block != 0 or bool(_LENGTHS & set(self.names))
+
+    @property
     def masked(self) -> bool:
         """Whether any block may need a mask."""
-        ragged = self.columns % self.block != 0
-        return self.spec.banded or self.segmented or ragged or bool(_LENGTHS & set(self.names))
+        return self.spec.banded or self.segmented or self.limited
+
+    @property
+    def apart(self) -> bool:
+        """Whether no block holds both ends of the band of a tile's rows."""
+        spec = self.spec
+        if self.segmented or self.limited:
+            return False
+        if spec.left is None or spec.right is None:
+            return True
+        return spec.left + spec.right + 2 - self.tile >= self.block - 1
+
+    @property
+    def last_is_high(self) -> bool:
+        """Whether the last block of every tile holds no low end."""
+        spec = self.spec
+        if not self.apart or spec.offset is None or spec.right is None or self.transposed:
+            return False
+        return self.queries + spec.offset + spec.right <= self.keys
 
     @property
     def leading(self) -> bool:
@@ -103,41 +134,57 @@ class Walk:
         keys = info[batch, 2] if "key_lengths" in self.names else self.keys
         return offset, queries, keys
 
-    def seen(self, rows, columns, facts):
-        """Which pairs of a tile see each other, segments aside: bool, or None for all."""
+    def ends(self, rows, facts):
+        """(first, last) column that each row sees, segments aside; None without a bound."""
         offset, queries, keys = facts
         spec = self.spec
-        at, key = (columns, rows) if self.transposed else (rows, columns)
-        tests = []
-        if spec.left is not None:
-            tests.append(key >= at + (offset - spec.left))
-        if spec.right is not None:
-            tests.append(key <= at + (offset + spec.right))
-        limit = queries if self.transposed else keys
-        if self.columns % self.block or bool(_LENGTHS & set(self.names)):
-            tests.append(columns < limit)
-        if not tests:
-            return None
-        out = tests[0]
-        for test in tests[1:]:
-            out = out & test
-        return out
+        if self.transposed:
+            shift, before, after, limit = -offset, spec.right, spec.left, queries
+        else:
+            shift, before, after, limit = offset, spec.left, spec.right, keys
+        low = None if before is None else rows + (shift - before)
+        high = None if after is None else rows + (shift + after)
+        if self.limited:
+            high = limit - 1 if high is None else jnp.minimum(high, limit - 1)
+        return low, high
 
-    def bounds(self, batch, tile, refs):
-        """(low, full_low, full_high, high) of a tile, int32 scalars."""
+    def seen(self, rows, columns, facts):
+        """Which pairs of a tile see each other, segments aside: bool, or None for all."""
+        low, high = self.ends(rows, facts)
+        tests = [] if low is None else [columns >= low]
+        tests += [] if high is None else [columns <= high]
+        return functools.reduce(operator.and_, tests) if tests else None
+
+    def block_at(self, place, position, refs):
+        """The block that stands at a place between a tile's `bounds`."""
+        del place, refs
+        return position
+
+    def pattern(self, place, position, rows, ends, refs):
+        """Words of a block's mask beside its `ends`, or None; see `keeper`."""
+        del place, position, rows, ends, refs
+
+    def bounds(self, place, refs):
+        """(low, full_low, full_high, high) of a tile, int32 scalars.
+
+        Args:
+          place: sequence, tile, query head.
+        """
+        batch, tile, _ = place
         if "table" in refs:
             return tuple(refs["table"][batch, tile * 4 + i] for i in range(4))
         return self._band(tile, self.facts(batch, refs))
 
     def parts(self, bounds):
-        """(first block, end, whether masked) of the loops over a tile's `bounds`, in order."""
+        """(first block, end, which ends to test or None) of the loops over a tile's `bounds`."""
         low, full_low, full_high, high = bounds
         if not self.masked:
-            return [(low, high, False)]
-        parts = [(low, full_low, True), (full_low, full_high, False), (full_high, high, True)]
+            return [(low, high, None)]
+        first, last = (LOW, HIGH) if self.apart else (BOTH, BOTH)
+        parts = [(low, full_low, first), (full_low, full_high, None), (full_high, high, last)]
         if not self.leading:
-            return [(low, full_high, False), parts[2]]
-        return parts if self.trailing else [parts[0], (full_low, high, False)]
+            return [(low, full_high, None), parts[2]]
+        return parts if self.trailing else [parts[0], (full_low, high, None)]
 
     def _band(self, tile, facts):
         """`bounds` without segments: plain arithmetic, of scalars or of arrays."""
@@ -211,6 +258,8 @@ class Walk:
         """
         if not self.segmented:
             return None
+        if self.packed:
+            return self._packed_table(extras)
         info = self.info(extras)
         of_rows, of_columns = extras.query_segments, extras.key_segments
         if self.transposed:
@@ -243,6 +292,57 @@ class Walk:
         if info is None:
             info = jnp.zeros((self.batch, 4), jnp.int32)
         return jax.vmap(one)(meet, same, info)
+
+    def _packed_table(self, extras: Extras) -> jax.Array:
+        """`table` where segments are runs, whose ends rise with the rows."""
+        whose = runs(extras.query_segments)
+        firsts = jnp.arange(self.tiles, dtype=jnp.int32) * self.tile
+        lasts = jnp.minimum(firsts + self.tile, self.rows) - 1
+        info = self.info(extras)
+        if info is None:
+            info = jnp.zeros((self.batch, 4), jnp.int32)
+
+        def one(whose, info):
+            low, full_low, full_high, high = self._bands(info)
+            (start, last_start), (end, last_end) = ((x[firsts], x[lasts]) for x in whose)
+            low = jnp.maximum(low, _floor(start, self.block))
+            high = jnp.maximum(jnp.minimum(high, _ceil(last_end + 1, self.block)), low + 1)
+            full_low = jnp.maximum(full_low, _ceil(last_start, self.block))
+            full_high = jnp.minimum(full_high, _floor(end + 1, self.block))
+            full_low = jnp.clip(full_low, low, high)
+            full_high = jnp.clip(full_high, full_low, high)
+            return jnp.stack([low, full_low, full_high, high], axis=1).reshape(-1)
+
+        return jax.vmap(one)(whose, info)
+
+
+def runs(ids: jax.Array) -> jax.Array:
+    """First and last place of each token's run of equal ids: [B, L] -> int32 [B, 2, L]."""
+    length = ids.shape[1]
+    at = jnp.arange(length, dtype=jnp.int32)[None]
+    changes = ids[:, 1:] != ids[:, :-1]
+    edge = jnp.ones((ids.shape[0], 1), bool)
+    starts = jnp.where(jnp.concatenate([edge, changes], axis=1), at, 0)
+    ends = jnp.where(jnp.concatenate([changes, edge], axis=1), length - 1 - at, 0)
+    both = _highest_so_far(jnp.stack([starts, ends[:, ::-1]], axis=1))
+    return jnp.stack([both[:, 0], length - 1 - both[:, 1, ::-1]], axis=1)
+
+
+def _highest_so_far(x: jax.Array) -> jax.Array:
+    """Running maximum along the last dim, of numbers from 0 on.
+
+    In two levels of 64 places, each a plain reduction: a scan is a dozen kernels on a GPU.
+    """
+    size = 64
+    length = x.shape[-1]
+    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -length % size)])
+    x = x.reshape(*x.shape[:-1], -1, size)
+    before = jnp.tril(jnp.ones((size, size), bool))
+    inner = jnp.max(jnp.where(before, x[..., None, :], 0), axis=-1)
+    number = x.shape[-2]
+    before = jnp.tril(jnp.ones((number, number), bool), -1)
+    outer = jnp.max(jnp.where(before, jnp.max(x, axis=-1)[..., None, :], 0), axis=-1)
+    return jnp.maximum(inner, outer[..., None]).reshape(*x.shape[:-2], -1)[..., :length]
 
 
 def _extremes(ids: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:

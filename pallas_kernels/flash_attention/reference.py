@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.flash_attention.problem import Extras, Spec
 
-__all__ = ["reference", "visible"]
+__all__ = ["dense", "reference", "visible"]
 
 
 def visible(spec: Spec, extras: Extras, *, batch: int, queries: int, keys: int) -> jax.Array:
@@ -42,28 +42,44 @@ def reference(
       out [B, T, N, Hv] in v's dtype; lse [B, N, T], the natural log of the softmax's sum, the
       sink's share included.
     """
+    seen = visible(spec, extras, batch=q.shape[0], queries=q.shape[1], keys=k.shape[1])
+    given = {"scale": spec.scale, "softcap": spec.softcap, "sinks": extras.sinks}
+    return dense(q, k, v, seen[:, None], **given)
+
+
+def dense(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    seen: jax.Array,
+    *,
+    scale: float,
+    softcap: float | None,
+    sinks,
+) -> tuple[jax.Array, jax.Array]:
+    """`reference` under a mask pair by pair, bool [B, 1 or N, T, S]."""
     batch, queries, heads, width = q.shape
-    keys, kv_heads = k.shape[1:3]
+    kv_heads = k.shape[2]
     wide = jnp.promote_types(q.dtype, jnp.float32)
     exact = jax.lax.Precision.HIGHEST
-    seen = visible(spec, extras, batch=batch, queries=queries, keys=keys)
     # Past the lengths there may be anything, NaN too; 0 * NaN would reach the sums.
-    used = jnp.any(seen, axis=1)[:, :, None, None]
+    used = jnp.any(seen, axis=(1, 2))[:, :, None, None]
     k, v = (jnp.where(used, x, jnp.zeros((), x.dtype)) for x in (k, v))
-    q = jnp.where(jnp.any(seen, axis=2)[:, :, None, None], q, jnp.zeros((), q.dtype))
+    q = jnp.where(jnp.any(seen, axis=(1, 3))[:, :, None, None], q, jnp.zeros((), q.dtype))
     rows = q.astype(wide).reshape(batch, queries, kv_heads, -1, width)
-    scores = jnp.einsum("btkgh,bskh->bkgts", rows, k.astype(wide), precision=exact) * spec.scale
-    if spec.softcap is not None:
-        scores = spec.softcap * jnp.tanh(scores / spec.softcap)
-    scores = jnp.where(seen[:, None, None], scores, -jnp.inf)
+    scores = jnp.einsum("btkgh,bskh->bkgts", rows, k.astype(wide), precision=exact) * scale
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
+    by_group = (batch, 1, 1) if seen.shape[1] == 1 else (batch, kv_heads, -1)
+    scores = jnp.where(seen.reshape(*by_group, *seen.shape[2:]), scores, -jnp.inf)
     peak = jnp.max(scores, axis=-1, keepdims=True, initial=-jnp.inf)
-    if extras.sinks is not None:
-        sinks = extras.sinks.astype(wide).reshape(1, kv_heads, -1, 1, 1)
+    if sinks is not None:
+        sinks = sinks.astype(wide).reshape(1, kv_heads, -1, 1, 1)
         peak = jnp.maximum(peak, sinks)
     peak = jax.lax.stop_gradient(jnp.where(jnp.isfinite(peak), peak, 0.0))
     weights = jnp.exp(scores - peak)
     total = jnp.sum(weights, axis=-1, keepdims=True)
-    if extras.sinks is not None:
+    if sinks is not None:
         total = total + jnp.exp(sinks - peak)
     some = total > 0
     total = jnp.where(some, total, 1.0)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import operator
+
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.choice import Choice, choose
 from pallas_kernels.errors import ShapeError
-from pallas_kernels.paged_attention.mosaic_gpu import ROWS, UNIT, Tiles, attend, facts
+from pallas_kernels.paged_attention.mosaic_gpu import ROWS, Tiles, attend
+from pallas_kernels.paged_attention.mosaic_gpu_latent import attend_latent
 from pallas_kernels.paged_attention.problem import Problem
 from pallas_kernels.paged_attention.reference import reference
 from pallas_kernels.target import interpreting, not_hopper, processors, target
@@ -19,7 +24,9 @@ _PROGRAMS = 4  # that should stand on a processor
 _LEAST = 256  # keys of a part that are worth a program
 
 
-def unfit(*, dtype: str, widths: tuple[int, int], page_size: int, platform: str) -> str | None:
+def unfit(
+    *, dtype: str, widths: tuple[int, int], page_size: int, platform: str, latent: bool = False
+) -> str | None:
     """Why the kernel for Hopper cannot serve a kind of call, or None.
 
     Args:
@@ -27,11 +34,21 @@ def unfit(*, dtype: str, widths: tuple[int, int], page_size: int, platform: str)
       widths: of a head's keys and values.
       page_size: tokens a page.
       platform: of `target`.
+      latent: whether values are the keys' first dims.
     """
     if platform not in ("gpu", "interpreter"):
         return f"it needs a CUDA device, this is {platform}"
     if dtype not in ("bfloat16", "float16"):
         return f"it takes bfloat16 and float16, not {dtype}"
+    if latent:
+        if widths[0] % 64 or widths[0] > 576 or widths[1] % 128 or widths[1] > 512:
+            return (
+                "it takes shared keys of up to 576 dims, a multiple of 64, of which up to 512, a "
+                f"multiple of 128, are values, not {widths[0]} and {widths[1]}"
+            )
+        if page_size not in (16, 32, 64):
+            return f"it takes pages of 16, 32 and 64 tokens of latent keys, not {page_size}"
+        return not_hopper(platform)
     if any(width % 64 or width > 256 for width in widths):
         return f"it takes heads of 64, 128, 192 and 256, not {widths[0]} and {widths[1]}"
     if page_size not in (16, 32, 64, 128):
@@ -51,8 +68,12 @@ def explain(q, k, v, implementation: str = "auto") -> Choice:
             return None
         if k.dtype != q.dtype:
             return f"it takes pages in the dtype of the queries, not {k.dtype} and {q.dtype}"
-        widths = (q.shape[-1], v.shape[-1])
-        return unfit(dtype=str(q.dtype), widths=widths, page_size=k.shape[1], platform=target())
+        latent = isinstance(v, int)
+        if latent and k.shape[2] != 1:
+            return f"it takes one head of keys that hold the values, not {k.shape[2]}"
+        widths = (q.shape[-1], v if latent else v.shape[-1])
+        facts = {"page_size": k.shape[1], "platform": target(), "latent": latent}
+        return unfit(dtype=str(q.dtype), widths=widths, **facts)
 
     instead = "implementation='auto' or 'reference'"
     return choose("paged_attention", implementation, IMPLEMENTATIONS, obstacle, instead)
@@ -72,6 +93,10 @@ def splits_for(programs: int, keys: int) -> int:
 
 
 def _check(q, k, v, table, firsts, blocks) -> None:
+    if isinstance(v, int):
+        if not 0 < v <= k.shape[-1]:
+            raise ShapeError(f"paged_attention: {v} of the keys' {k.shape[-1]} dims are no values")
+        v = jax.ShapeDtypeStruct((*k.shape[:-1], v), k.dtype)
     if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
         raise ShapeError(
             "paged_attention takes q [M, Q, N, H], k [P, Z, K, H] and v [P, Z, K, V], found "
@@ -94,7 +119,7 @@ def _check(q, k, v, table, firsts, blocks) -> None:
 def paged_attention(
     q: jax.Array,
     k: jax.Array,
-    v: jax.Array,
+    v: jax.Array | int,
     table: jax.Array,
     firsts: jax.Array,
     blocks: tuple[jax.Array, jax.Array, jax.Array],
@@ -110,7 +135,8 @@ def paged_attention(
 
     Args:
       q: [M, Q, N, H]; query i of block m stands at starts[m] + i.
-      k, v: pools of pages [P, Z, K, H] and [P, Z, K, V]; the queries' own are written already.
+      k, v: pools of pages [P, Z, K, H] and [P, Z, K, V]; the queries' own are written already. A
+        number V in place of values takes the first V dims of the keys (latent attention).
       table: int32 [rows, W], pages of each sequence. Columns past its end may hold any number.
       firsts: int32 [rows], which page of its sequence stands in column 0.
       blocks: (row, start, count), each int32 [M]: whose a block is, the place of its first query,
@@ -133,44 +159,50 @@ def paged_attention(
         scale=q.shape[-1] ** -0.5 if scale is None else scale, window=window, softcap=softcap
     )
     if explain(q, k, v, implementation).name == "reference":
+        v = k[..., :v] if isinstance(v, int) else v
         return reference(q, k, v, table, firsts, blocks, problem)
     return _on_hopper(q, k, v, table, firsts, blocks, problem)
 
 
 def _on_hopper(q, k, v, table, firsts, blocks, problem: Problem) -> tuple[jax.Array, jax.Array]:
-    rows, starts, counts = blocks
     count, queries, num_heads, width = q.shape
     heads = k.shape[2]
-    # Rows are queries by heads of one key head: for single queries no more than another shape.
     group = num_heads // heads
-    by_head = q.reshape(count, queries, heads, group, width).transpose(0, 2, 1, 3, 4)
-    by_head = by_head.reshape(count, heads, queries * group, width)
-    short = -by_head.shape[2] % UNIT
-    by_head = jnp.pad(by_head, ((0, 0), (0, 0), (0, short), (0, 0)))
-    at = jnp.arange(-(-by_head.shape[2] // ROWS) * ROWS, dtype=jnp.int32)[None] // group
-    places = jnp.where(at < counts[:, None], starts[:, None] + at, -1)
+    programs = count * heads * -(-queries * group // ROWS)
     tiles = Tiles(
         stages=4 if width * k.shape[1] <= 128 * 64 else 2,
-        splits=splits_for(count * heads * (places.shape[1] // ROWS), table.shape[1] * k.shape[1]),
+        splits=splits_for(programs, table.shape[1] * k.shape[1]),
     )
-    about = facts(starts, counts, firsts, rows)
-    out, lse = attend(
-        by_head, k, v, table, places, about, problem=problem, tiles=tiles, interpret=interpreting()
-    )
-    out, lse = merge(out, lse)
-    out = out[:, :, : queries * group].reshape(count, heads, queries, group, -1)
-    lse = lse[:, :, : queries * group].reshape(count, heads, queries, group)
-    out = out.transpose(0, 2, 1, 3, 4).reshape(count, queries, num_heads, -1)
-    return out.astype(q.dtype), lse.transpose(0, 2, 1, 3).reshape(count, queries, num_heads)
+    pages = (table.astype(jnp.int32), firsts.astype(jnp.int32))
+    pages = (*pages, tuple(x.astype(jnp.int32) for x in blocks))
+    options = {"problem": problem, "tiles": tiles, "interpret": interpreting()}
+    if isinstance(v, int):
+        options["tiles"] = dataclasses.replace(tiles, stages=2 if width > 384 else 3)
+        out, lse = attend_latent(q, k, *pages, value_width=v, **options)
+    else:
+        out, lse = attend(q, k, v, *pages, **options)
+    rows = queries * group
+    out, lse = merge(out[:, :, :, :rows], lse[:, :, :, :rows])
+    out = out.reshape(count, heads, queries, group, -1).transpose(0, 2, 1, 3, 4)
+    lse = lse.reshape(count, heads, queries, group).transpose(0, 2, 1, 3)
+    out = out.reshape(count, queries, num_heads, -1)
+    return out.astype(q.dtype), lse.reshape(count, queries, num_heads)
 
 
 def merge(out: jax.Array, lse: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(out [...], lse [...]) of all keys from those of parts [S, ..., V] and [S, ...]; exact."""
+    """(out [...], lse [...]) of all keys from those of parts [S, ..., V] and [S, ...]; exact.
+
+    Part by part, without a reduction: a GPU so does all of it in one kernel.
+    """
     if out.shape[0] == 1:
         return out[0], lse[0]
-    peak = jnp.max(lse, axis=0)
-    weights = jnp.exp(lse - jnp.where(jnp.isfinite(peak), peak, 0.0)[None])
-    total = jnp.sum(weights, axis=0)
-    shares = weights / jnp.where(total == 0, 1.0, total)[None]
+    peak = functools.reduce(jnp.maximum, lse)
+    level = jnp.where(jnp.isfinite(peak), peak, 0.0)
+    weights = [jnp.exp(part - level) for part in lse]
+    total = functools.reduce(operator.add, weights)
     whole = jnp.where(total > 0, peak + jnp.log(total), -jnp.inf)
-    return jnp.sum(out * shares[..., None], axis=0), whole
+    sums = functools.reduce(
+        operator.add,
+        (x.astype(jnp.float32) * weight[..., None] for x, weight in zip(out, weights, strict=True)),
+    )
+    return sums / jnp.where(total == 0, 1.0, total)[..., None], whole

@@ -11,6 +11,7 @@ one sequence are merged afterwards by their log-sums.
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -22,12 +23,11 @@ from pallas_kernels.once import lowered_once
 from pallas_kernels.paged_attention.problem import Problem
 from pallas_kernels.warpgroups import LOG2E, ROW, along, clear, iota, multiply, swizzled
 
-__all__ = ["ROWS", "Tiles", "attend"]
+__all__ = ["ROWS", "Kernel", "Tiles", "attend", "folded", "rows_of"]
 
 ROWS = 64  # of a program: what a warpgroup's instruction has
 COLUMNS = 64  # keys of a step at least
 UNIT = 8  # rows that leave together
-START, END, FIRST, OWNER = range(4)  # of a block's facts: see `facts`
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,18 +37,25 @@ class Tiles:
     Attributes:
       stages: steps in flight.
       splits: programs that share a sequence's pages.
+      leaving: columns of the result that leave together; less shared memory for more waits.
     """
 
     stages: int = 4
     splits: int = 1
+    leaving: int = 128
 
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """One compiled kernel: rows R of a block and key head, in tiles of 64."""
+    """One compiled kernel: rows R of a block and key head, in tiles of 64.
+
+    Attributes:
+      group: query heads of a key head.
+    """
 
     problem: Problem
     rows: int
+    group: int
     pool: tuple[int, ...]  # pages, tokens a page, heads, width
     value_width: int
     table_width: int
@@ -77,8 +84,8 @@ class Kernel:
 
     @property
     def leaving(self) -> int:
-        """Columns of the result that leave together: wide heads have no room for all."""
-        return min(128, self.value_width) if self.value_width % 128 == 0 else 64
+        """Columns of the result that leave together."""
+        return math.gcd(self.tiles.leaving, self.value_width)
 
     def place(self, index):
         """(block, tile of rows, split, head) of a program; heads of the same pages side by side."""
@@ -86,11 +93,23 @@ class Kernel:
         index, split = lax.div(index, self.tiles.splits), lax.rem(index, self.tiles.splits)
         return lax.div(index, self.row_tiles), lax.rem(index, self.row_tiles), split, head
 
+    def about(self, refs, block):
+        """(place of a block's first query, end of its keys, its first page, its row)."""
+        start, count, owner = (refs[name][block] for name in ("starts", "counts", "rows"))
+        end = jnp.where(count > 0, start + count, 0)
+        return start, end, refs["firsts"][owner], owner
+
+    def places(self, refs, block, tile):
+        """The place of each row's query, -1 for none."""
+        row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=ROW) + tile * ROWS
+        query = row if self.group == 1 else lax.div(row, jnp.int32(self.group))
+        start, count = refs["starts"][block], refs["counts"][block]
+        return jnp.where(query < count, query + start, -1)
+
     def bounds(self, refs, block, split):
         """(first column, steps) of a program's part of a block's pages."""
         size = self.pool[1]
-        start, end = refs["facts"][block, START], refs["facts"][block, END]
-        first = refs["facts"][block, FIRST]
+        start, end, first, _ = self.about(refs, block)
         low = jnp.int32(0)
         if self.problem.window is not None:
             low = lax.div(jnp.maximum(start - self.problem.window, 0), size) - first
@@ -135,8 +154,7 @@ class Kernel:
     def program(self, refs, smem, full, asked):
         block, tile, split, head = self.place(lax.axis_index("cta"))
         stages = self.tiles.stages
-        owner, first = refs["facts"][block, OWNER], refs["facts"][block, FIRST]
-        end = refs["facts"][block, END]
+        _, end, first, owner = self.about(refs, block)
         column, steps = self.bounds(refs, block, split)
 
         for slot in range(stages):
@@ -149,8 +167,7 @@ class Kernel:
         own = pl.ds(tile * ROWS, self.rows_out)
         shared = smem["q"].at[pl.ds(0, self.rows_out)]
         plgpu.copy_gmem_to_smem(refs["q"].at[block, head, own], shared, asked)
-        places = refs["places"].at[block, pl.ds(tile * ROWS, ROWS)]
-        places = plgpu.load(places, layout=ROW, optimized=False)
+        places = self.places(refs, block, tile)
         plgpu.barrier_wait(asked)
 
         def step(i, carry):
@@ -199,29 +216,9 @@ class Kernel:
 
     def fold(self, smem, slot, places, begin, carry):
         """Sums with one more step's keys, the first of which stands at `begin`."""
-        out, peak, total = carry
-        problem, shape = self.problem, (ROWS, self.keys)
-
-        def product(acc):
-            plgpu.wgmma(acc, smem["q"], smem["k"].at[slot].T)
-            plgpu.wgmma_wait(0)
-            return acc[...]
-
-        scores = pl.run_scoped(product, plgpu.ACC(shape, jnp.float32))
-        factor = problem.scale * LOG2E
-        if problem.softcap is not None:
-            scores = jnp.tanh(scores * (problem.scale / problem.softcap))
-            factor = problem.softcap * LOG2E
-        key, query = iota(shape, 1) + begin, along(places, shape, 0)
-        seen = key <= query
-        if problem.window is not None:
-            seen = seen & (key >= query - problem.window)
-        scores = jnp.where(seen, scores * factor, -jnp.inf)
-        higher = jnp.maximum(peak, jnp.max(scores, axis=1))
-        level = jnp.where(higher == -jnp.inf, 0.0, higher)
-        weights = jnp.exp2(scores - along(level, shape, 0))
-        decay = jnp.exp2(peak - level)
-        total = total * decay + jnp.sum(weights, axis=1)
+        out, *statistics = carry
+        shared = (smem["q"], smem["k"].at[slot])
+        weights, decay, higher, total = folded(self, *shared, places, begin, statistics)
 
         def sums(acc):
             multiply(acc, weights.astype(self.dtype), smem["v"].at[slot], smem.get("stage"))
@@ -232,10 +229,49 @@ class Kernel:
         return out * along(decay, out.shape, 0) + found, higher, total
 
 
-def facts(starts, counts, firsts, rows) -> jax.Array:
-    """int32 [M, 4] of the blocks: place of the first query, end of the keys, first page, row."""
-    seen = jnp.where(counts > 0, starts + counts, 0)
-    return jnp.stack([starts, seen, firsts[rows], rows], axis=1).astype(jnp.int32)
+def folded(kernel: Kernel, q, k, places, begin, statistics):
+    """(weights, factor of what was summed before, peak, total) of one more step's keys.
+
+    Args:
+      q, k: shared memory.
+      places: of the rows' queries.
+      begin: place of the first key.
+      statistics: (peak, total) before.
+    """
+    peak, total = statistics
+    problem, shape = kernel.problem, (ROWS, kernel.keys)
+
+    def product(acc):
+        plgpu.wgmma(acc, q, k.T)
+        plgpu.wgmma_wait(0)
+        return acc[...]
+
+    scores = pl.run_scoped(product, plgpu.ACC(shape, jnp.float32))
+    factor = problem.scale * LOG2E
+    if problem.softcap is not None:
+        scores = jnp.tanh(scores * (problem.scale / problem.softcap))
+        factor = problem.softcap * LOG2E
+    key, query = iota(shape, 1) + begin, along(places, shape, 0)
+    seen = key <= query
+    if problem.window is not None:
+        seen = seen & (key >= query - problem.window)
+    scores = jnp.where(seen, scores * factor, -jnp.inf)
+    higher = jnp.maximum(peak, jnp.max(scores, axis=1))
+    level = jnp.where(higher == -jnp.inf, 0.0, higher)
+    weights = jnp.exp2(scores - along(level, shape, 0))
+    decay = jnp.exp2(peak - level)
+    return weights, decay, higher, total * decay + jnp.sum(weights, axis=1)
+
+
+def rows_of(q: jax.Array, heads: int) -> jax.Array:
+    """[M, Q, N, H] -> [M, K, R, H]: queries by heads of a key head, R as `attend` says."""
+    count, queries, num_heads, width = q.shape
+    short = -(queries * num_heads // heads) % UNIT
+    if queries * num_heads // heads + short > ROWS:
+        short = -(queries * num_heads // heads) % ROWS
+    q = q.reshape(count, queries, heads, -1, width).transpose(0, 2, 1, 3, 4)
+    q = q.reshape(count, heads, -1, width)
+    return jnp.pad(q, ((0, 0), (0, 0), (0, short), (0, 0)))
 
 
 @lowered_once("problem", "tiles", "interpret")
@@ -244,8 +280,8 @@ def attend(
     k: jax.Array,
     v: jax.Array,
     table: jax.Array,
-    places: jax.Array,
-    about: jax.Array,
+    firsts: jax.Array,
+    blocks: tuple[jax.Array, jax.Array, jax.Array],
     *,
     problem: Problem,
     tiles: Tiles,
@@ -253,22 +289,28 @@ def attend(
 ) -> tuple[jax.Array, jax.Array]:
     """Out float32 [S, M, K, R, V] and lse float32 [S, M, K, R] of S parts of the pages.
 
+    R is queries by heads of a key head, query by query, rounded up to a multiple of 8, above 64 of
+    64.
+
     Args:
-      q: [M, K, R, H]; R is a multiple of 8.
-      k, v: pools [P, Z, K, H] and [P, Z, K, V].
-      table: int32 [rows, W].
-      places: int32 [M, R rounded up to 64], the place of each row's query, -1 for none.
-      about: of `facts`.
+      q, k, v, table, firsts, blocks: of `paged_attention`.
     """
-    blocks, heads, rows, _ = q.shape
+    heads, group = k.shape[2], q.shape[2] // k.shape[2]
+    q = rows_of(q, heads)
     kernel = Kernel(
-        problem, rows, k.shape, v.shape[3], table.shape[1], jnp.dtype(q.dtype), tiles, interpret
+        problem=problem,
+        rows=q.shape[2],
+        group=group,
+        pool=k.shape,
+        value_width=v.shape[3],
+        table_width=table.shape[1],
+        dtype=jnp.dtype(q.dtype),
+        tiles=tiles,
+        interpret=interpret,
     )
-    kept = kernel.row_tiles * ROWS if rows > ROWS else rows
-    if kept > rows:
-        q = jnp.pad(q, ((0, 0), (0, 0), (0, kept - rows), (0, 0)))
-    inputs = {"q": q, "k": k, "v": v, "table": table, "places": places, "facts": about}
-    lead = (tiles.splits, blocks, heads, kept)
+    names = dict(zip(("rows", "starts", "counts"), blocks, strict=True))
+    inputs = {"q": q, "k": k, "v": v, "table": table, "firsts": firsts} | names
+    lead = (tiles.splits, *q.shape[:3])
     outputs = {
         "out": jax.ShapeDtypeStruct((*lead, v.shape[3]), jnp.float32),
         "lse": jax.ShapeDtypeStruct(lead, jnp.float32),
@@ -277,13 +319,12 @@ def attend(
     def run(*refs):
         kernel.body(dict(zip((*inputs, *outputs), refs, strict=True)))
 
-    out, lse = plgpu.kernel(
+    return plgpu.kernel(
         run,
         out_type=tuple(outputs.values()),
-        grid=(blocks * kernel.row_tiles * tiles.splits * heads,),
+        grid=(q.shape[0] * kernel.row_tiles * tiles.splits * heads,),
         grid_names=("cta",),
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name="paged_attention",
         interpret=plgpu.InterpretGPUParams() if interpret else False,
     )(*inputs.values())
-    return out[..., :rows, :], lse[..., :rows]

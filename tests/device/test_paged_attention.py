@@ -20,6 +20,10 @@ LONG = {
         blocks=((0, 1000, 32), (0, 1032, 17), (1, 0, 32)), queries=32, size=64, table_width=20,
         heads=(8, 2), width=128,
     ),
+    "latent of DeepSeek-V3": Case(
+        blocks=((0, 700, 1), (1, 77, 1), (1, 0, 0)), heads=(128, 1), size=64, table_width=12,
+        width=576, latent=512,
+    ),
     "wide heads": Case(blocks=((0, 300, 1), (1, 77, 1)), size=64, table_width=8, width=256),
 }  # fmt: skip
 
@@ -32,7 +36,9 @@ def test_cases_are_exact_to_a_rounding_and_the_same_twice(name, splits, dtype, m
         monkeypatch.setattr(api, "splits_for", lambda *_: splits)
     case = (CASES | LONG)[name]
     given = arguments(case, jnp.dtype(dtype))
-    call = jax.jit(lambda *a: paged_attention(*a, **options(case), implementation="mosaic_gpu"))
+    static = {"static_argnums": 2} if case.latent else {}
+    call = lambda *a: paged_attention(*a, **options(case), implementation="mosaic_gpu")  # noqa: E731
+    call = jax.jit(call, **static)
     found, again = call(*given), call(*given)
     check(case, found, by_hand(case, *given), jnp.dtype(dtype))
     for one, other in zip(found, again, strict=True):

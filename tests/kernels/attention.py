@@ -71,6 +71,16 @@ FEATURES = {
     "scale": case(256, causal=True, scale=0.3),
     "sinks": case(256, causal=True, arrays=("sinks",)),
     "segments": case(512, causal=True, arrays=("segment_ids",)),
+    "packed": case(512, causal=True, packed=True, arrays=("segment_ids",)),
+    "packed, window, lengths": case(
+        300,
+        causal=True,
+        packed=True,
+        window=(60, 0),
+        query_offset=0,
+        arrays=("segment_ids", "key_lengths"),
+    ),
+    "packed, both sides": case(333, packed=True, arrays=("segment_ids",)),
     "segments, no order": case(300, arrays=("shuffled_ids",)),
     "segments and window": case(500, causal=True, window=(90, 0), arrays=("segment_ids",)),
     "key lengths": case(256, 300, arrays=("key_lengths",), batch=4, poison=True),
@@ -138,7 +148,9 @@ def arguments(one: Case, dtype, seed: int = 0) -> tuple[tuple, dict]:
 def posed(qkv, options) -> tuple[Spec, Extras]:
     """Spec and arrays of a call."""
     names = ("window", "segment_ids", "softcap", "scale", "sinks", "query_lengths", "key_lengths")
-    whole = {"causal": False, "query_offset": None} | dict.fromkeys(names) | options
+    whole = (
+        {"causal": False, "packed": False, "query_offset": None} | dict.fromkeys(names) | options
+    )
     return pose(*qkv, **whole)
 
 

@@ -21,6 +21,7 @@ class Case:
     window: int | None = None
     softcap: float | None = None
     scale: float | None = None
+    latent: int | None = None  # so many of the keys' dims are the values
 
 
 CASES = {
@@ -43,6 +44,17 @@ CASES = {
     "soft-cap and scale": Case(blocks=((0, 70, 1), (1, 3, 1)), softcap=5.0, scale=0.3),
     "keys and values of their own widths": Case(
         blocks=((0, 70, 1), (1, 3, 1)), width=128, value_width=64
+    ),
+    "latent": Case(
+        blocks=((0, 70, 1), (1, 127, 1), (0, 0, 0)),
+        heads=(16, 1),
+        width=192,
+        latent=128,
+        size=64,
+        table_width=3,
+    ),
+    "latent, verified": Case(
+        blocks=((0, 20, 4), (1, 61, 3)), queries=4, heads=(20, 1), width=192, latent=128, window=30
     ),
 }
 
@@ -73,6 +85,7 @@ def arguments(case: Case, dtype, seed: int = 0) -> tuple:
         table[row, max(used, 0) :] = random.choice([-1, 2**30, pages])
     blocks = tuple(jnp.asarray(x, jnp.int32) for x in np.asarray(case.blocks).T)
     q, k, v = (jnp.asarray(x, dtype) for x in (q, k, v))
+    v = v if case.latent is None else case.latent
     return q, k, v, jnp.asarray(table), jnp.asarray(firsts), blocks
 
 
@@ -83,6 +96,7 @@ def options(case: Case) -> dict:
 def by_hand(case: Case, q, k, v, table, firsts, blocks) -> tuple[np.ndarray, np.ndarray]:
     """(out, lse), query by query and head by head in float64."""
     del blocks
+    v = k[..., :v] if isinstance(v, int) else v
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     table, firsts = np.asarray(table), np.asarray(firsts)
     out, lse = np.zeros((*q.shape[:3], v.shape[-1])), np.full(q.shape[:3], -np.inf)

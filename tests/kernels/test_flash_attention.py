@@ -13,6 +13,10 @@ from pallas_kernels.errors import ShapeError, UnsupportedError
 from pallas_kernels.flash_attention import explain, flash_attention
 from pallas_kernels.flash_attention.mosaic_gpu import Tiles
 from pallas_kernels.flash_attention.mosaic_gpu_backward import BackwardTiles
+from pallas_kernels.flash_attention.pieces import Shape
+from pallas_kernels.flash_attention.problem import Spec
+from pallas_kernels.flash_attention.ranges import Walk, runs
+from pallas_kernels.flash_attention.tiles import forward_tiles, measured
 from pallas_kernels.target import targeting
 from tests.kernels.attention import (
     FEATURES,
@@ -44,6 +48,17 @@ INTERPRETED = {
         Tiles(block_kv=64, share=True, stages=3),
         BackwardTiles(),
     ),
+    "packed": (
+        case(200, packed=True, window=(60, 40), arrays=("segment_ids",), **SMALL),
+        Tiles(block_kv=64, persistent=False),
+        BackwardTiles(),
+    ),
+    "apart, polynomial": (
+        case(256, causal=True, window=(200, 0), **SMALL),
+        Tiles(block_kv=64, polynomial=16),
+        BackwardTiles(),
+    ),
+    "soft-cap without a peak": (case(160, causal=True, softcap=5.0, **SMALL), Tiles(), SPLIT),
 }
 
 
@@ -187,6 +202,54 @@ def test_every_pair_of_lengths_is_served() -> None:
         with targeting("gpu"):
             out = jax.eval_shape(lambda *a, o=options: by_name("mosaic_gpu")(*a, o)[0], *qkv)
         assert out.shape == qkv[0].shape
+
+
+@pytest.mark.parametrize("sizes", [(3, 1000, 8, 2), (2, 130, 6, 6), (1, 128, 1, 1)])
+def test_programs_share_out_every_tile_once(sizes) -> None:
+    batch, length, heads, kv_heads = sizes
+    facts = {"batch": batch, "queries": length, "keys": length, "tile": 128, "block": 128}
+    walk = Walk(spec=Spec(scale=1.0, right=0), names=(), **facts)
+    arrays = (jnp.zeros((batch, length, n, 64), jnp.bfloat16) for n in (heads, kv_heads))
+    shape = Shape.of(*arrays, interpret=False)
+    count = batch * walk.tiles * heads
+
+    def program(_, ctas):
+        mark = lambda index, seen: seen.at[index].add(1)  # noqa: E731
+        return shape.for_tiles(walk, ctas, mark, jnp.zeros((count,), jnp.int32))
+
+    for ctas in (1, 5, count - 1 or 1, count):
+        seen = jax.vmap(functools.partial(program, ctas=ctas), axis_name="cta")(jnp.arange(ctas))
+        assert (np.asarray(seen).sum(0) == 1).all()
+    places = np.stack([np.asarray(x) for x in shape.tile(walk, jnp.arange(count))])
+    assert np.unique(places, axis=1).shape == (3, count)
+    assert (places.max(1) < (batch, walk.tiles, heads)).all()
+
+
+def test_runs_of_ids() -> None:
+    ids = np.repeat([3, 3, 1, 0, 7], [1, 70, 66, 1, 62])[None].astype(np.int32)
+    first, last = np.asarray(runs(jnp.asarray(ids)))[0]
+    for at in range(ids.shape[1]):
+        same = np.flatnonzero(ids[0] != ids[0, at])
+        assert first[at] == max(same[same < at], default=-1) + 1
+        assert last[at] == min(same[same > at], default=ids.shape[1]) - 1
+
+
+def test_tiles_are_the_first_entry_that_fits_or_what_fits_the_chip() -> None:
+    call = {"device": "NVIDIA H100 80GB HBM3", "width": 128, "queries": 4096, "packed": False}
+    assert measured("forward", **call) == {}
+    assert measured("forward", **call | {"packed": True}) == {"persistent": False}
+    assert measured("forward", **call | {"width": 256}) is None
+    assert measured("forward", **call | {"device": "NVIDIA H800"}) is None
+    wide = forward_tiles((1, 64, 4, 256), (1, 64, 4, 256), Spec(scale=1.0))
+    assert (wide.block_kv, wide.share) == (64, True)
+
+
+def test_packed_says_what_it_needs() -> None:
+    (q, k, v), options = arguments(FEATURES["segments"], jnp.bfloat16)
+    ids = options["segment_ids"]
+    for more in ({}, {"segment_ids": (ids, ids)}, {"segment_ids": ids, "query_offset": 3}):
+        with pytest.raises(ShapeError, match="packed says that one array"):
+            flash_attention(q, k, v, causal=True, packed=True, **more)
 
 
 @pytest.mark.slow

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from pallas_kernels.errors import UnsupportedError
@@ -24,6 +23,7 @@ from tests.kernels.attention import (
     errors,
     failures,
 )
+from tests.kernels.tpus import TPUS, described
 
 QUICK = ("everything", "lengths")
 EACH = [x if x in QUICK else pytest.param(x, marks=pytest.mark.slow) for x in FEATURES]
@@ -32,7 +32,6 @@ LARGE = {
     "large": case(2048, causal=True),
     "large, width 256": case(2048, causal=True, width=256, softcap=5.0, arrays=("segment_ids",)),
 }
-TPUS = {"v5e:2x2x1": "v5litepod-4", "v5p:2x2x1": "v5p-8", "v6e:2x2x1": "v6e-4"}
 COMPILED = {name: FEATURES[name] for name in (*QUICK, "window", "width 80", "width 192, 128")}
 COMPILED |= LARGE
 
@@ -80,15 +79,8 @@ def test_forward_and_gradient_lower_for_a_tpu(name):
 
 def compile_for(tpu, one, monkeypatch):
     """Compiles a case for one chip of a topology; needs no TPU."""
-    for name, value in (
-        ("TPU_SKIP_MDS_QUERY", "1"),
-        ("TPU_WORKER_HOSTNAMES", "localhost"),
-        ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"),
-        ("TPU_ACCELERATOR_TYPE", TPUS[tpu]),
-    ):
-        monkeypatch.setenv(name, value)
-    topology = topologies.get_topology_desc(tpu, platform="tpu")
-    return lower(one, SingleDeviceSharding(topology.devices[0])).compile()
+    device = described(tpu, monkeypatch)
+    return lower(one, SingleDeviceSharding(device)).compile()
 
 
 @pytest.mark.slow

@@ -37,9 +37,12 @@ def test_interpreted(name, splits, monkeypatch):
 def test_lowering(name, dtype):
     case = CASES[name]
     given = arguments(case, jnp.dtype(dtype))
-    call = jax.jit(lambda *a: paged_attention(*a, **options(case)))
+    q, k, v, *pages = given
+    call = jax.jit(
+        lambda q, k, *pages: paged_attention(q, k, v, *pages, **options(case))
+    )  # v may be a number
     with targeting("gpu"):
-        lowered = call.trace(*given).lower(lowering_platforms=("cuda",))
+        lowered = call.trace(q, k, *pages).lower(lowering_platforms=("cuda",))
     assert "mosaic_gpu" in lowered.as_text()
 
 

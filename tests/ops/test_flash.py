@@ -10,8 +10,9 @@ from jaxllm.core.policy import Policy
 from jaxllm.errors import ConfigError, UnsupportedError
 from jaxllm.ops.attention import Call, Scores, attention, choose
 from jaxllm.ops.flash import band, form
-from jaxllm.ops.mask import Visibility
-from jaxllm.spec.mask import And, Causal, Chunk, Full, Global, Or, Prefix, Window
+from jaxllm.ops.mask import Visibility, visible
+from jaxllm.ops.sparse import block_map
+from jaxllm.spec.mask import And, Blocks, Causal, Chunk, Full, Global, Or, Prefix, Random, Window
 from jaxllm.state.attend import spread
 from pallas_kernels.target import targeting
 
@@ -47,16 +48,22 @@ def rows(length=8, batch=2):
 def test_forms():
     at, ids = rows(), jnp.ones((2, 8), jnp.int32)
     lengths = jnp.array([3, 8], jnp.int32)
-    assert form(Visibility(at, at, aligned=True), 8) == "plain"
-    assert form(Visibility(at, at, mask=Full()), 8) == "plain"
-    assert form(Visibility(at, at, mask=Full(), key_lengths=lengths), 8) == "band"
-    assert form(Visibility(at, at, mask=LOCAL, aligned=True), 8) == "band"
-    assert form(Visibility(at, at, ids, ids, runs=True), 8) == "band"
-    assert form(Visibility(at, at), 8) == "dense"  # positions by hand may be anything
-    assert form(Visibility(at, at, mask=Chunk(size=2), aligned=True), 8) == "dense"
-    assert form(Visibility(at[:, -1:], at, slots=True), 1) == "plain"
-    assert form(Visibility(at[:, -1:], at, slots=True, mask=LOCAL), 1) == "band"
-    assert form(Visibility(at[:, -2:], at, slots=True), 2) == "band"
+    assert form(Visibility(at, at, aligned=True), 8, 4) == "plain"
+    assert form(Visibility(at, at, mask=Full()), 8, 4) == "plain"
+    assert form(Visibility(at, at, mask=Full(), key_lengths=lengths), 8, 4) == "band"
+    assert form(Visibility(at, at, mask=LOCAL, aligned=True), 8, 4) == "band"
+    assert form(Visibility(at, at, ids, ids, runs=True), 8, 4) == "band"
+    assert form(Visibility(at, at), 8, 4) == "dense"  # positions by hand may be anything
+    assert form(Visibility(at, at, mask=Chunk(size=2), aligned=True), 8, 4) == "blocks"
+    assert form(Visibility(at[:, -1:], at, slots=True), 1, 4) == "plain"
+    assert form(Visibility(at[:, -1:], at, slots=True, mask=LOCAL), 1, 4) == "band"
+    assert form(Visibility(at[:, -2:], at, slots=True), 2, 4) == "band"
+    drawn = Blocks(size=64, mask=Random(count=1))
+    assert form(Visibility(at, at, mask=drawn, aligned=True, heads=4), 8, 4) == "blocks"
+    assert form(Visibility(at, at, mask=drawn, aligned=True, heads=4), 8, 2) == "dense"  # a shard
+    marked = Or(first=LOCAL, second=Global())
+    assert form(Visibility(at, at, mask=marked, aligned=True, marks=at == 0), 8, 4) == "dense"
+    assert form(Visibility(at, at, mask=Chunk(size=2)), 8, 4) == "dense"
 
 
 def on_gpu(implementation="auto", **changes):
@@ -94,8 +101,10 @@ def test_auto_takes_the_kernel_where_cudnn_cannot_or_reads_pairs(more):
 
 def test_what_the_kernel_refuses():
     assert on_gpu("mosaic_gpu").name == "mosaic_gpu"
-    with pytest.raises(UnsupportedError, match="band of positions"):
+    with pytest.raises(UnsupportedError, match="masks known before the step, or bands"):
         on_gpu("mosaic_gpu", form="dense")
+    assert on_gpu("mosaic_gpu", form="blocks").name == "mosaic_gpu"
+    assert on_gpu(form="blocks").name == "cudnn"  # until the walk over blocks has run on a device
     with pytest.raises(UnsupportedError, match="CUDA device, this is cpu"):
         on_gpu("mosaic_gpu", platform="cpu")
     with pytest.raises(UnsupportedError, match="float32"):
@@ -127,7 +136,35 @@ CASES = {
         Visibility(rows(48, 1), rows(48, 1), key_lengths=jnp.array([31], jnp.int32), mask=Full()),
         Scores(scale=0.2, sinks=jnp.array([0.5, -1.0], jnp.bfloat16)),
     ),
+    "window and global": (
+        Visibility(
+            rows(48, 1),
+            rows(48, 1),
+            key_lengths=jnp.array([31], jnp.int32),
+            mask=Or(first=Window(left=5, right=4), second=Global(first=2)),
+            aligned=True,
+        ),
+        Scores(scale=0.2),
+    ),
 }
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        Or(first=Window(left=60, right=9), second=Global(first=3, last=2)),
+        And(first=Causal(), second=Chunk(size=50)),
+        Chunk(size=128),
+        Blocks(size=64, mask=Or(first=Window(left=1, right=1), second=Random(count=1, seed=5))),
+        Blocks(size=40, mask=Or(first=Causal(), second=Global(first=1))),
+    ],
+)
+def test_maps_of_declared_masks(mask):
+    length, heads = 330, 3
+    found = block_map(mask, length, heads)
+    see = Visibility(rows(length, 1), rows(length, 1), mask=mask, aligned=True, heads=heads)
+    np.testing.assert_array_equal(found.dense(), np.asarray(visible(see)[0]))
+    assert block_map(mask, length, heads) is found
 
 
 def far(found, wanted):

@@ -1,0 +1,161 @@
+"""Block maps: which blocks of a mask are empty, full or neither, and lists of them for a kernel."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import numpy as np
+
+from pallas_kernels.errors import ShapeError
+
+__all__ = ["SIDE", "BlockMap", "Lists"]
+
+SIDE = 64  # rows and columns of a block of the map
+EMPTY, FULL = 0, 1  # classes; from 2 on, the pattern of that number
+_WORD = 32
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Lists:
+    """The blocks that each tile of rows visits, full ones first.
+
+    Attributes:
+      entries: int32 [M, tiles, W], number of the block + 65536 * number of its pattern.
+      counts: int32 [M, tiles, 2], blocks with a pattern, and all; at least one.
+      words: int32 [n, block / 32, tile], bit c of word w of a row says whether it sees column
+        32 w + c. Pattern 0 sees all, 1 nothing.
+    """
+
+    entries: np.ndarray
+    counts: np.ndarray
+    words: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class BlockMap:
+    """A mask by blocks of 64 x 64; two maps are equal if they are one object.
+
+    Attributes:
+      classes: int32 [M, T / 64, S / 64] rounded up; M is 1, or one map for each query head.
+      patterns: bool [n, 64, 64], the first two empty and full.
+      queries, keys: T and S.
+    """
+
+    classes: np.ndarray
+    patterns: np.ndarray
+    queries: int
+    keys: int
+
+    @classmethod
+    def of(
+        cls, visible: Callable[[np.ndarray, np.ndarray], np.ndarray], queries: int, keys: int
+    ) -> BlockMap:
+        """The map of a mask.
+
+        Args:
+          visible: of rows [R, 1] and columns [1, S], int32, booleans [M, R, S].
+          queries: T.
+          keys: S.
+        """
+        columns = np.arange(keys, dtype=np.int32)[None]
+        patterns = [np.zeros((SIDE, SIDE), bool), np.ones((SIDE, SIDE), bool)]
+        known = {np.packbits(pattern).tobytes(): i for i, pattern in enumerate(patterns)}
+        lines = []
+        for first in range(0, queries, SIDE):
+            rows = np.arange(first, min(first + SIDE, queries), dtype=np.int32)[:, None]
+            seen = np.asarray(visible(rows, columns), bool)
+            short = ((0, 0), (0, SIDE - seen.shape[1]), (0, -keys % SIDE))
+            seen = np.pad(seen, short).reshape(seen.shape[0], SIDE, -1, SIDE).transpose(0, 2, 1, 3)
+            number = seen.sum(axis=(2, 3))
+            line = np.where(number == SIDE * SIDE, FULL, EMPTY).astype(np.int32)
+            for at in np.argwhere((number > 0) & (number < SIDE * SIDE)):
+                pattern = seen[tuple(at)]
+                name = np.packbits(pattern).tobytes()
+                if name not in known:
+                    known[name] = len(patterns)
+                    patterns.append(pattern)
+                line[tuple(at)] = known[name]
+            lines.append(line)
+        return cls(np.stack(lines, axis=1), np.stack(patterns), queries, keys)
+
+    @classmethod
+    def even(cls, blocks: np.ndarray, size: int, queries: int, keys: int) -> BlockMap:
+        """The map of a mask that is the same on whole blocks.
+
+        Args:
+          blocks: bool [M, T / size, S / size] rounded up.
+          size: of a block, a multiple of 64.
+          queries: T.
+          keys: S.
+
+        Raises:
+          ShapeError: sizes that do not fit.
+        """
+        wanted = (-(-queries // size), -(-keys // size))
+        if size % SIDE or blocks.ndim != 3 or blocks.shape[1:] != wanted:
+            raise ShapeError(
+                f"a block map takes blocks [M, {wanted[0]}, {wanted[1]}] of a multiple of {SIDE} "
+                f"positions, found {blocks.shape} of {size}"
+            )
+        classes = np.repeat(np.repeat(blocks, size // SIDE, axis=1), size // SIDE, axis=2)
+        classes = classes[:, : -(-queries // SIDE), : -(-keys // SIDE)].astype(np.int32)
+        patterns = [np.zeros((SIDE, SIDE), bool), np.ones((SIDE, SIDE), bool)]
+        if keys % SIDE:  # what is past the end is not there
+            patterns.append(np.broadcast_to(np.arange(SIDE) < keys % SIDE, (SIDE, SIDE)))
+            classes[:, :, -1] *= 2
+        return cls(classes, np.stack(patterns), queries, keys)
+
+    @property
+    def density(self) -> float:
+        """Visible pairs over all, as blocks of 64 count them."""
+        return float(np.mean(self.classes != EMPTY))
+
+    @functools.lru_cache(maxsize=8)  # noqa: B019 - maps live as long as the programs that use them
+    def lists(self, tile: int, block: int, transposed: bool = False) -> Lists:
+        """The lists for tiles of `tile` rows over blocks of `block` columns, multiples of 64.
+
+        Args:
+          transposed: rows are keys and columns are queries.
+        """
+        classes, patterns = self.classes, self.patterns
+        if transposed:
+            classes, patterns = classes.transpose(0, 2, 1), patterns.transpose(0, 2, 1)
+        high, wide = tile // SIDE, block // SIDE
+        short = ((0, 0), (0, -classes.shape[1] % high), (0, -classes.shape[2] % wide))
+        classes = np.pad(classes, short, constant_values=EMPTY)
+        maps, rows, columns = classes.shape
+        grid = classes.reshape(maps, rows // high, high, columns // wide, wide)
+        grid = grid.transpose(0, 1, 3, 2, 4).reshape(maps, rows // high, columns // wide, -1)
+        full, empty = np.all(grid == FULL, axis=-1), np.all(grid == EMPTY, axis=-1)
+        partial = ~full & ~empty
+        kinds, number = np.unique(grid[partial], axis=0, return_inverse=True)
+        which = np.zeros(grid.shape[:3], np.int64)
+        which[partial] = number.reshape(-1) + 2
+        kinds = np.concatenate([np.full((1, high * wide), FULL), np.zeros_like(kinds[:1]), kinds])
+        if len(kinds) < 2 or not partial.any():
+            kinds = np.stack([np.full(high * wide, FULL), np.full(high * wide, EMPTY)])
+        drawn = patterns[kinds].reshape(-1, high, wide, SIDE, SIDE).transpose(0, 1, 3, 2, 4)
+        bits = np.packbits(drawn.reshape(-1, tile, block), axis=-1, bitorder="little")
+        words = bits.view("<i4").transpose(0, 2, 1)
+        return Lists(*_listed(full, partial, which), np.ascontiguousarray(words))
+
+    def dense(self) -> np.ndarray:
+        """bool [M, T, S]."""
+        seen = self.patterns[self.classes].transpose(0, 1, 3, 2, 4)
+        maps, rows, _, columns, _ = seen.shape
+        seen = seen.reshape(maps, rows * SIDE, columns * SIDE)
+        return seen[:, : self.queries, : self.keys]
+
+
+def _listed(full, partial, which) -> tuple[np.ndarray, np.ndarray]:
+    """(entries, counts) of `Lists`."""
+    counts = np.stack([partial.sum(axis=2), (full | partial).sum(axis=2)], axis=-1)
+    entries = np.zeros((*full.shape[:2], max(1, int(counts[..., 1].max(initial=1)))), np.int32)
+    for at in np.ndindex(*full.shape[:2]):
+        blocks = np.concatenate([np.flatnonzero(full[at]), np.flatnonzero(partial[at])])
+        entries[at][: len(blocks)] = blocks + (which[at][blocks] << 16)
+        if not len(blocks):  # one block that nobody sees
+            entries[at][0], counts[at] = 1 << 16, (1, 1)
+    return entries, counts.astype(np.int32)

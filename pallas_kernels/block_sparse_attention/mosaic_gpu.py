@@ -1,0 +1,136 @@
+# Types of jax's Mosaic GPU objects are not public.
+# pyright: reportPrivateImportUsage=false, reportAbstractUsage=false, reportIndexIssue=false, reportAttributeAccessIssue=false, reportCallIssue=false
+"""Block-sparse attention on Hopper: the flash kernels, whose tiles walk over lists of blocks.
+
+Full blocks of a list need no mask. The others name a pattern: a word of 32 bits for each row and 32
+columns, which is read while the block's scores are multiplied.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.block_sparse_attention.blocks import BlockMap
+from pallas_kernels.block_sparse_attention.walk import MapWalk
+from pallas_kernels.flash_attention.mosaic_gpu import Tiles
+from pallas_kernels.flash_attention.mosaic_gpu import launch as launch_forward
+from pallas_kernels.flash_attention.mosaic_gpu_backward import BackwardTiles, Walks
+from pallas_kernels.flash_attention.mosaic_gpu_backward import launch as launch_backward
+from pallas_kernels.flash_attention.problem import Extras, Spec
+from pallas_kernels.flash_attention.ranges import BOTH, HIGH, Walk
+from pallas_kernels.once import lowered_once
+from pallas_kernels.warpgroups import CONSUMERS, ROW
+
+__all__ = ["ListWalk", "backward", "forward"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ListWalk(MapWalk):
+    """Tiles over lists of blocks; a place between `bounds` is one in the list.
+
+    Attributes:
+      per_head: every query head has lists of its own.
+    """
+
+    per_head: bool = False
+
+    def _at(self, place) -> tuple:
+        return (place[2] if self.per_head else 0, place[1])
+
+    def bounds(self, place, refs):
+        """(0, 0, end of the full blocks, end)."""
+        at = self._at(place)
+        partial, every = refs["counts"][(*at, 0)], refs["counts"][(*at, 1)]
+        return jnp.int32(0), jnp.int32(0), every - partial, every
+
+    def parts(self, bounds):
+        """The full blocks, which only lengths may hide, and those with a pattern."""
+        low, _, full_high, high = bounds
+        return [(low, full_high, HIGH if self.limited else None), (full_high, high, BOTH)]
+
+    def block_at(self, place, position, refs):
+        """The block at a place of the list."""
+        return refs["entries"][(*self._at(place), position)] & 0xFFFF
+
+    def pattern(self, place, position, rows, ends, refs):
+        """Words of a block's pattern for some rows of the tile."""
+        if ends != BOTH:
+            return None
+        number = refs["entries"][(*self._at(place), position)] >> 16
+        first = rows[0] - place[1] * self.tile
+        words = refs["words"]
+        return [
+            plgpu.load(words.at[number, i, pl.ds(first, rows[1])], layout=ROW, optimized=False)
+            for i in range(self.block // 32)
+        ]
+
+
+def _data(walk: Walk, blocks: BlockMap, extras: Extras) -> dict:
+    lists = blocks.lists(walk.tile, walk.block, walk.transposed)
+    out = {name: jnp.asarray(getattr(lists, name)) for name in ("entries", "counts", "words")}
+    info = walk.info(extras)
+    return out if info is None else out | {"info": info}
+
+
+def _walk(q, k, extras: Extras, *, spec: Spec, blocks: BlockMap, **cut) -> ListWalk:
+    return ListWalk(
+        spec=spec,
+        batch=q.shape[0],
+        queries=q.shape[1],
+        keys=k.shape[1],
+        names=extras.names,
+        per_head=blocks.classes.shape[0] > 1,
+        **cut,
+    )
+
+
+@lowered_once("spec", "tiles", "blocks", "processors", "interpret")
+def forward(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    extras: Extras,
+    *,
+    spec: Spec,
+    tiles: Tiles,
+    blocks: BlockMap,
+    processors: int = 132,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """Runs the forward: out [B, T, N, Hv] and lse [B, N, T]."""
+    cut = {"tile": CONSUMERS * tiles.block_q, "block": tiles.block_kv}
+    walk = _walk(q, k, extras, spec=spec, blocks=blocks, **cut)
+    data = _data(walk, blocks, extras)
+    if extras.sinks is not None:
+        data["sinks"] = extras.sinks
+    options = {"tiles": tiles, "processors": processors, "interpret": interpret}
+    return launch_forward(walk, (q, k, v), data, **options)
+
+
+@lowered_once("spec", "tiles", "blocks", "processors", "interpret")
+def backward(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    extras: Extras,
+    results: tuple[jax.Array, jax.Array],
+    gradients: tuple[jax.Array, jax.Array],
+    *,
+    spec: Spec,
+    tiles: BackwardTiles,
+    blocks: BlockMap,
+    processors: int = 132,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Gradients by q, k, v, and d loss / d (score of a row's sink) as [B, N, T]."""
+    make = functools.partial(_walk, q, k, extras, spec=spec, blocks=blocks)
+    walks = Walks.of(make, tiles)
+    data = tuple(_data(walk, blocks, extras) for walk in (walks.by_queries, walks.by_keys))
+    options = {"tiles": tiles, "processors": processors, "interpret": interpret}
+    return launch_backward(walks, (q, k, v), data, (results, gradients), **options)
