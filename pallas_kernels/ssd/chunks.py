@@ -1,0 +1,66 @@
+"""What the kernels read beside the arrays of a call: sums of decays, chunk by chunk."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.warpgroups import LOG2E
+
+__all__ = ["Chunks", "chunks", "numbers", "padded"]
+
+
+def padded(x: jax.Array, dim: int, unit: int) -> jax.Array:
+    """Zeros after the end of a dim, up to a multiple of `unit`."""
+    short = -x.shape[dim] % unit
+    if not short:
+        return x
+    return jnp.pad(x, [(0, short if i == dim else 0) for i in range(x.ndim)])
+
+
+def numbers(segment_ids: jax.Array) -> jax.Array:
+    """int32 [B, T]: how many sequences began up to each token, whatever their ids are."""
+    ids = segment_ids.astype(jnp.int32)
+    before = jnp.pad(ids[:, :-1], ((0, 0), (1, 0)))
+    return jnp.cumsum((ids != before).astype(jnp.int32), axis=1)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Chunks:
+    """Of a call's tokens in chunks of Q, T rounded up to C of them.
+
+    Attributes:
+      stats: float32 [B, H, 3, C Q]: sums of log2 of the decays since the chunk began, step sizes,
+        and what of a token is in the state at the chunk's end.
+      held: float32 [B, H, C], what is left of the state at the chunk's end.
+      number: int32 [B, C Q], sequences that began in the chunk up to a token; None where none did.
+    """
+
+    stats: jax.Array
+    held: jax.Array
+    number: jax.Array | None
+
+
+def chunks(dt: jax.Array, a: jax.Array, number: jax.Array | None, size: int) -> Chunks:
+    """Sums of dt [B, T, H] times a [H]; see `numbers` for `number`."""
+    steps = padded(dt.astype(jnp.float32), 1, size).transpose(0, 2, 1)
+    steps = steps.reshape(*steps.shape[:2], -1, size)
+    sums = jnp.cumsum(steps * (a.astype(jnp.float32) * LOG2E)[None, :, None, None], axis=3)
+    ending = steps * jnp.exp2(sums[..., -1:] - sums)
+    held = jnp.exp2(sums[..., -1])
+    inside = None
+    if number is not None:
+        short = -number.shape[1] % size
+        number = jnp.pad(number, ((0, 0), (0, short)), mode="edge")
+        inside = number.reshape(number.shape[0], -1, size)
+        before = jnp.pad(inside[:, :-1, -1:], ((0, 0), (1, 0), (0, 0)))
+        inside = inside - before
+        same = inside == inside[..., -1:]
+        ending = jnp.where(same[:, None], ending, jnp.zeros_like(ending))
+        held = jnp.where(inside[:, None, :, -1] == 0, held, jnp.zeros_like(held))
+        inside = inside.reshape(number.shape)
+    stats = jnp.stack([sums, steps, ending], axis=2)
+    return Chunks(stats.reshape(*stats.shape[:3], -1), held, inside)
