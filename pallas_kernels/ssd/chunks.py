@@ -34,7 +34,7 @@ class Chunks:
 
     Attributes:
       stats: float32 [B, H, 3, C Q]: sums of log2 of the decays since the chunk began, step sizes,
-        and what of a token is in the state at the chunk's end.
+        and what is left at the chunk's end of what a token gave.
       held: float32 [B, H, C], what is left of the state at the chunk's end.
       number: int32 [B, C Q], sequences that began in the chunk up to a token; None where none did.
     """
@@ -49,7 +49,7 @@ def chunks(dt: jax.Array, a: jax.Array, number: jax.Array | None, size: int) -> 
     steps = padded(dt.astype(jnp.float32), 1, size).transpose(0, 2, 1)
     steps = steps.reshape(*steps.shape[:2], -1, size)
     sums = jnp.cumsum(steps * (a.astype(jnp.float32) * LOG2E)[None, :, None, None], axis=3)
-    ending = steps * jnp.exp2(sums[..., -1:] - sums)
+    last = jnp.exp2(sums[..., -1:] - sums)
     held = jnp.exp2(sums[..., -1])
     inside = None
     if number is not None:
@@ -59,8 +59,8 @@ def chunks(dt: jax.Array, a: jax.Array, number: jax.Array | None, size: int) -> 
         before = jnp.pad(inside[:, :-1, -1:], ((0, 0), (1, 0), (0, 0)))
         inside = inside - before
         same = inside == inside[..., -1:]
-        ending = jnp.where(same[:, None], ending, jnp.zeros_like(ending))
+        last = jnp.where(same[:, None], last, jnp.zeros_like(last))
         held = jnp.where(inside[:, None, :, -1] == 0, held, jnp.zeros_like(held))
         inside = inside.reshape(number.shape)
-    stats = jnp.stack([sums, steps, ending], axis=2)
+    stats = jnp.stack([sums, steps, last], axis=2)
     return Chunks(stats.reshape(*stats.shape[:3], -1), held, inside)

@@ -36,7 +36,7 @@ from pallas_kernels.warpgroups import (
 __all__ = ["SIZE", "forward"]
 
 SIZE = 64  # tokens of a chunk: the rows of an instruction
-SUMS, STEPS, ENDING = range(3)  # of a chunk's stats
+SUMS, STEPS, LAST = range(3)  # of a chunk's stats
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,7 +74,7 @@ def weights(memory, shape):
     two from one place, which then has no layout.
     """
     stats = memory["stats"]
-    here = plgpu.load(memory["sums"], layout=ROW)
+    here = plgpu.load(memory["rows"], layout=ROW)
     there = plgpu.load(stats.at[SUMS], layout=COLUMN)
     step = plgpu.load(stats.at[STEPS], layout=COLUMN)
     keep = iota(shape, 0) >= iota(shape, 1)
@@ -87,10 +87,22 @@ def weights(memory, shape):
 
 def reach(memory):
     """float32 [i]: what is left of the state before the chunk when token i reads it."""
-    left = jnp.exp2(plgpu.load(memory["sums"], layout=ROW))
+    left = jnp.exp2(plgpu.load(memory["rows"], layout=ROW))
     if "number" not in memory:
         return left
     return jnp.where(plgpu.load(memory["number"].at[0], layout=ROW) == 0, left, 0.0)
+
+
+def given(memory):
+    """float32 [j]: what is in the state at the chunk's end of what token j gave, step included."""
+    step = plgpu.load(memory["stats"].at[STEPS], layout=COLUMN)
+    return step * plgpu.load(memory["stats"].at[LAST], layout=COLUMN)
+
+
+def scaled(ref, factors, dim: int, dtype):
+    """A matrix of shared memory in registers, times factors along a dim, rounded again."""
+    x = plgpu.load(ref, layout=SQUARE).astype(jnp.float32)
+    return (x * along(factors, x.shape, dim)).astype(dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +131,7 @@ class Forward:
                 bring(refs["x"].at[batch, tokens, head], smem["x"].at[slot, member])
                 where = refs["stats"].at[batch, head, :, tokens]
                 bring(where, smem["stats"].at[slot, member])
-                bring(where.at[SUMS], smem["sums"].at[slot, member])
+                bring(where.at[SUMS], smem["rows"].at[slot, member])
             if "number" in self.names:
                 for copy in range(2):
                     bring(refs["number"].at[batch, tokens], smem["number"].at[slot, copy])
@@ -143,7 +155,7 @@ class Forward:
                 slot = lax.rem(i, sizes.stages)
                 held = refs["held"][batch, head, i]
                 memory = {name: smem[name].at[slot] for name in ("b", "c")}
-                memory |= {name: smem[name].at[slot, wg] for name in ("x", "stats", "sums")}
+                memory |= {name: smem[name].at[slot, wg] for name in ("x", "stats", "rows")}
                 memory |= {name: smem[name].at[wg] for name in ("state", "y")}
                 if "number" in self.names:
                     memory["number"] = smem["number"].at[slot]
@@ -187,9 +199,7 @@ class Forward:
         inside, past = pl.run_scoped(products, *kinds)
         y[...] = past
         spare.add(y, inside, memory["x"])
-        ending = plgpu.load(memory["stats"].at[ENDING], layout=COLUMN)
-        entering = plgpu.load(memory["b"], layout=SQUARE).astype(jnp.float32)
-        entering = (entering * along(ending, entering.shape, 1)).astype(dtype)
+        entering = scaled(memory["b"], given(memory), 1, dtype)
         left = state[...] * held
         if segmented:
             left = jnp.where(plgpu.layout_cast(jnp.full(left.shape, held), SQUARE) == 0.0, 0.0, left)
@@ -204,7 +214,7 @@ class Forward:
             "b": swizzled((stages, sizes.state, SIZE), sizes.dtype),
             "x": swizzled((stages, CONSUMERS, SIZE, sizes.width), sizes.dtype),
             "stats": plgpu.SMEM((stages, CONSUMERS, 3, SIZE), jnp.float32),
-            "sums": plgpu.SMEM((stages, CONSUMERS, SIZE), jnp.float32),
+            "rows": plgpu.SMEM((stages, CONSUMERS, SIZE), jnp.float32),
             "state": swizzled((CONSUMERS, sizes.state, sizes.width), sizes.dtype),
             "y": swizzled((CONSUMERS, SIZE, sizes.width), sizes.dtype),
         }
