@@ -276,11 +276,13 @@ def forward(
         "y": jax.ShapeDtypeStruct(inputs["x"].shape, x.dtype),
         "final": jax.ShapeDtypeStruct((batch, heads, state, width), jnp.float32),
     }
-    y, final = _call(kernel, inputs, outputs, "ssd", {"batch": batch, "pair": sizes.pairs})
+    y, final = call(kernel, inputs, outputs, "ssd", {"batch": batch, "pair": sizes.pairs})
     return y[:, :length], final
 
 
-def _call(kernel, inputs, outputs, name: str, grid: dict[str, int]):
+def call(kernel, inputs, outputs, name: str, grid: dict[str, int]):
+    """Runs a kernel: its outputs, in order."""
+
     def run(*refs):
         kernel.body(dict(zip((*inputs, *outputs), refs, strict=True)))
 
