@@ -118,6 +118,22 @@ class Spare:
             ref[...] = jnp.zeros(ref.shape, jnp.float32)
         return body(*self.sums[: len(shapes)])
 
+    def kept(self, acc, index: int):
+        """An accumulator that is stored to: itself, or in the interpreter the memory of its sum."""
+        return acc if self.stage is None else self.sums[index]
+
+    def add_shared(self, acc, left, right) -> None:
+        """acc += left @ right, begun and not waited for; both are refs."""
+        if self.stage is None:
+            plgpu.wgmma(acc, left, right)
+            return
+
+        def run(fresh):
+            plgpu.wgmma(fresh, left, right)
+            return fresh[...]
+
+        acc[...] = acc[...] + pl.run_scoped(run, plgpu.ACC(acc.shape, jnp.float32))
+
     def add(self, acc, left: jax.Array, right) -> None:
         """acc += left @ right, begun and not waited for; `left` is in registers, `right` a ref."""
         if self.stage is None:

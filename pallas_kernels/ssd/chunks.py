@@ -33,8 +33,9 @@ class Chunks:
     """Of a call's tokens in chunks of Q, T rounded up to C of them.
 
     Attributes:
-      stats: float32 [B, H, 3, C Q]: sums of log2 of the decays since the chunk began, step sizes,
-        and what is left at the chunk's end of what a token gave.
+      stats: float32 [B, H, 4, C Q]: sums of log2 of the decays since the chunk began; the same less
+        log2 of the step size; what is left at the chunk's end of what a token gave; step sizes. So
+        2^(first of i - second of j) is what i reads of j, its step size included.
       held: float32 [B, H, C], what is left of the state at the chunk's end.
       number: int32 [B, C Q], sequences that began in the chunk up to a token; None where none did.
     """
@@ -62,5 +63,5 @@ def chunks(dt: jax.Array, a: jax.Array, number: jax.Array | None, size: int) -> 
         last = jnp.where(same[:, None], last, jnp.zeros_like(last))
         held = jnp.where(inside[:, None, :, -1] == 0, held, jnp.zeros_like(held))
         inside = inside.reshape(number.shape)
-    stats = jnp.stack([sums, steps, last], axis=2)
+    stats = jnp.stack([sums, sums - jnp.log2(steps), last, steps], axis=2)
     return Chunks(stats.reshape(*stats.shape[:3], -1), held, inside)

@@ -36,7 +36,7 @@ from pallas_kernels.warpgroups import (
 __all__ = ["SIZE", "forward"]
 
 SIZE = 64  # tokens of a chunk: the rows of an instruction
-SUMS, STEPS, LAST = range(3)  # of a chunk's stats
+SUMS, GIVEN, LAST, STEPS = range(4)  # of a chunk's stats
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,42 +67,55 @@ class Sizes:
         return lax.div(pair, self.pairs // self.groups)
 
 
-def weights(memory, shape):
-    """float32 [i, j]: what of token j is in the state when token i reads it, step size included.
+def decays(memory, down: int = 0, *, scaled: bool = True):
+    """float32: what is left of token j when token i reads it, times the step size of j.
 
-    What is read along rows and along columns lies in shared memory twice: Mosaic makes one load of
-    two from one place, which then has no layout.
+    Args:
+      memory: stats, numbers, and where `scaled` is not set a second copy `across` of the stats:
+        Mosaic makes one load of two from one place, which then has no layout.
+      down: the dim along which i is counted.
+      scaled: by the step size.
     """
-    stats = memory["stats"]
-    here = plgpu.load(memory["rows"], layout=ROW)
-    there = plgpu.load(stats.at[SUMS], layout=COLUMN)
-    step = plgpu.load(stats.at[STEPS], layout=COLUMN)
-    keep = iota(shape, 0) >= iota(shape, 1)
+    shape = (SIZE, SIZE)
+    across = memory["stats" if scaled else "across"]
+    there = GIVEN if scaled else SUMS
+    rows, columns = (SUMS, there) if down == 0 else (there, SUMS)
+    row = along(plgpu.load(memory["stats"].at[rows], layout=ROW), shape, 0)
+    column = along(plgpu.load(across.at[columns], layout=COLUMN), shape, 1)
+    keep = iota(shape, down) >= iota(shape, 1 - down)
     if "number" in memory:
         own = along(plgpu.load(memory["number"].at[0], layout=ROW), shape, 0)
-        keep = keep & (own == along(plgpu.load(memory["number"].at[1], layout=COLUMN), shape, 1))
-    power = along(here, shape, 0) - along(there, shape, 1)
-    return jnp.where(keep, jnp.exp2(power), 0.0) * along(step, shape, 1)
+        keep &= own == along(plgpu.load(memory["number"].at[1], layout=COLUMN), shape, 1)
+    return jnp.where(keep, jnp.exp2(row - column if down == 0 else column - row), 0.0)
+
+
+def given(memory):
+    """float32 [j]: what is in the state at the chunk's end of what token j gave, step included."""
+    last, step = (plgpu.load(memory["stats"].at[i], layout=ROW) for i in (LAST, STEPS))
+    return last * step
 
 
 def reach(memory):
     """float32 [i]: what is left of the state before the chunk when token i reads it."""
-    left = jnp.exp2(plgpu.load(memory["rows"], layout=ROW))
+    left = jnp.exp2(plgpu.load(memory["stats"].at[SUMS], layout=ROW))
     if "number" not in memory:
         return left
     return jnp.where(plgpu.load(memory["number"].at[0], layout=ROW) == 0, left, 0.0)
 
 
-def given(memory):
-    """float32 [j]: what is in the state at the chunk's end of what token j gave, step included."""
-    step = plgpu.load(memory["stats"].at[STEPS], layout=COLUMN)
-    return step * plgpu.load(memory["stats"].at[LAST], layout=COLUMN)
-
-
-def scaled(ref, factors, dim: int, dtype):
-    """A matrix of shared memory in registers, times factors along a dim, rounded again."""
+def scaled(ref, factors, dtype):
+    """A matrix of shared memory in registers, its rows times factors, rounded again."""
     x = plgpu.load(ref, layout=SQUARE).astype(jnp.float32)
-    return (x * along(factors, x.shape, dim)).astype(dtype)
+    return (x * along(factors, x.shape, 0)).astype(dtype)
+
+
+def forgotten(state, held, segmented: bool):
+    """What is left of a state; zeros where that is nothing, be it NaN."""
+    left = state * held
+    if not segmented:
+        return left
+    nothing = plgpu.layout_cast(jnp.full(left.shape, held), SQUARE) == 0.0
+    return jnp.where(nothing, 0.0, left)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,13 +138,12 @@ class Forward:
                 plgpu.copy_gmem_to_smem(where, target, full.at[slot])
 
             bring(refs["c"].at[batch, tokens, group], smem["c"].at[slot])
-            bring(refs["b"].at[batch, group, :, tokens], smem["b"].at[slot])
+            bring(refs["b"].at[batch, tokens, group], smem["b"].at[slot])
             for member in range(CONSUMERS):
                 head = pair * CONSUMERS + member
                 bring(refs["x"].at[batch, tokens, head], smem["x"].at[slot, member])
                 where = refs["stats"].at[batch, head, :, tokens]
                 bring(where, smem["stats"].at[slot, member])
-                bring(where.at[SUMS], smem["rows"].at[slot, member])
             if "number" in self.names:
                 for copy in range(2):
                     bring(refs["number"].at[batch, tokens], smem["number"].at[slot, copy])
@@ -146,7 +158,7 @@ class Forward:
         for slot in range(sizes.stages):
             plgpu.barrier_arrive(free.at[slot])
 
-        def walk(state, y):
+        def walk(state):
             if "initial" in self.names:
                 where = refs["initial"].at[batch, head]
                 state[...] = plgpu.load(where, layout=SQUARE, optimized=False)
@@ -155,14 +167,14 @@ class Forward:
                 slot = lax.rem(i, sizes.stages)
                 held = refs["held"][batch, head, i]
                 memory = {name: smem[name].at[slot] for name in ("b", "c")}
-                memory |= {name: smem[name].at[slot, wg] for name in ("x", "stats", "rows")}
-                memory |= {name: smem[name].at[wg] for name in ("state", "y")}
+                memory |= {name: smem[name].at[slot, wg] for name in ("x", "stats")}
+                memory |= {name: smem[name].at[wg] for name in ("state", "y", "given")}
                 if "number" in self.names:
                     memory["number"] = smem["number"].at[slot]
-                self.chunk(memory, (state, y), held, spare, full.at[slot])
+                y = self.chunk(memory, state, held, spare, full.at[slot])
                 plgpu.barrier_arrive(free.at[slot])
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                memory["y"][...] = y[...].astype(sizes.dtype)
+                memory["y"][...] = y
                 plgpu.commit_smem()
                 target = refs["y"].at[batch, pl.ds(i * SIZE, SIZE), head]
                 plgpu.copy_smem_to_gmem(memory["y"], target)
@@ -170,60 +182,57 @@ class Forward:
             lax.fori_loop(0, sizes.chunks, one, None)
             return state[...]
 
-        final = spare.zeroed(walk, (sizes.state, sizes.width), (SIZE, sizes.width))
+        final = spare.zeroed(walk, (sizes.state, sizes.width))
         refs["final"].at[batch, head][...] = final
         plgpu.wait_smem_to_gmem(0)
 
-    def chunk(self, memory, sums, held, spare, full):
-        """One chunk: y, and the state after it."""
-        state, y = sums
-        dtype, square = self.sizes.dtype, (SIZE, SIZE)
+    def chunk(self, memory, state, held, spare, full):
+        """One chunk: adds it to the state; y, rounded."""
+        dtype, tile = self.sizes.dtype, (SIZE, self.sizes.width)
         segmented = "number" in memory
         memory["state"][...] = state[...].astype(dtype)
-        plgpu.commit_smem()
         plgpu.barrier_wait(full)
+        memory["given"][...] = scaled(memory["x"], given(memory), dtype)
+        plgpu.commit_smem()
 
         def products(scores, past):
-            plgpu.wgmma(scores, memory["c"], memory["b"])
+            plgpu.wgmma(scores, memory["c"], memory["b"].T)
             plgpu.wgmma(past, memory["c"], memory["state"])
-            inside = weights(memory, square)
+            inside = decays(memory)
             scores = plgpu.wgmma_accumulator_load(scores, wait_n=1)
             inside = (scores * inside).astype(dtype)
-            left = along(reach(memory), (SIZE, self.sizes.width), 0)
+            left = along(reach(memory), tile, 0)
+            y = spare.kept(past, 1)
             past = plgpu.wgmma_accumulator_load(past, wait_n=0)
             if segmented:  # the state before may be NaN
                 past = jnp.where(left == 0.0, 0.0, past)
-            return inside, past * left
+            y[...] = past * left
+            spare.add(y, inside, memory["x"])
+            state[...] = forgotten(state[...], held, segmented)
+            spare.add_shared(state, memory["b"].T, memory["given"])
+            plgpu.wgmma_wait(0)
+            return y[...].astype(dtype)
 
-        kinds = plgpu.ACC(square, jnp.float32), plgpu.ACC(y.shape, jnp.float32)
-        inside, past = pl.run_scoped(products, *kinds)
-        y[...] = past
-        spare.add(y, inside, memory["x"])
-        entering = scaled(memory["b"], given(memory), 1, dtype)
-        left = state[...] * held
-        if segmented:
-            left = jnp.where(plgpu.layout_cast(jnp.full(left.shape, held), SQUARE) == 0.0, 0.0, left)
-        state[...] = left
-        spare.add(state, entering, memory["x"])
-        plgpu.wgmma_wait(0)
+        kinds = plgpu.ACC((SIZE, SIZE), jnp.float32), plgpu.ACC(tile, jnp.float32)
+        return pl.run_scoped(products, *kinds)
 
     def body(self, refs):
         sizes, stages = self.sizes, self.sizes.stages
         smem = {
             "c": swizzled((stages, SIZE, sizes.state), sizes.dtype),
-            "b": swizzled((stages, sizes.state, SIZE), sizes.dtype),
+            "b": swizzled((stages, SIZE, sizes.state), sizes.dtype),
             "x": swizzled((stages, CONSUMERS, SIZE, sizes.width), sizes.dtype),
-            "stats": plgpu.SMEM((stages, CONSUMERS, 3, SIZE), jnp.float32),
-            "rows": plgpu.SMEM((stages, CONSUMERS, SIZE), jnp.float32),
+            "stats": plgpu.SMEM((stages, CONSUMERS, 4, SIZE), jnp.float32),
             "state": swizzled((CONSUMERS, sizes.state, sizes.width), sizes.dtype),
+            "given": swizzled((CONSUMERS, SIZE, sizes.width), sizes.dtype),
             "y": swizzled((CONSUMERS, SIZE, sizes.width), sizes.dtype),
         }
-        copies = 2 + 3 * CONSUMERS
+        copies = 2 + 2 * CONSUMERS
         if "number" in self.names:
             smem["number"] = plgpu.SMEM((stages, 2, SIZE), jnp.int32)
             copies += 2
         sums = ((sizes.state, sizes.width), (SIZE, sizes.width))
-        smem |= Spare.kinds(sizes, (max(SIZE, sizes.state), SIZE), *sums)
+        smem |= Spare.kinds(sizes, (SIZE, SIZE), *sums)
         full = plgpu.Barrier(num_arrivals=copies, num_barriers=stages)
         free = plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=stages)
         roles(self, refs, smem, full, free)
@@ -252,7 +261,7 @@ def forward(
     groups, state = b.shape[2:]
     inputs = {
         "x": padded(x, 1, 8),
-        "b": padded(b, 1, SIZE).transpose(0, 2, 3, 1),
+        "b": padded(b, 1, 8),
         "c": padded(c, 1, 8),
         "stats": about.stats,
         "held": about.held,

@@ -24,21 +24,21 @@ from pallas_kernels.ssd.mosaic_gpu import (
     LAST,
     SIZE,
     STEPS,
-    SUMS,
     Sizes,
     call,
+    decays,
+    forgotten,
     given,
+    reach,
     scaled,
 )
 from pallas_kernels.warpgroups import (
-    COLUMN,
     CONSUMERS,
     ROW,
     SQUARE,
     Spare,
     along,
     drain,
-    iota,
     roles,
     swizzled,
 )
@@ -72,14 +72,14 @@ class Walk:
             def bring(where, target):
                 plgpu.copy_gmem_to_smem(where, target, full.at[slot])
 
-            bring(refs["a"].at[batch, group, :, tokens], smem["a"].at[slot])
+            bring(refs["a"].at[batch, tokens, group], smem["a"].at[slot])
             for member in range(CONSUMERS):
                 head = pair * CONSUMERS + member
                 bring(refs["x"].at[batch, tokens, head], smem["x"].at[slot, member])
                 where = refs["stats"].at[batch, head, :, tokens]
                 bring(where, smem["stats"].at[slot, member])
             if self.numbered:
-                bring(refs["number"].at[batch, tokens], smem["number"].at[slot])
+                bring(refs["number"].at[batch, tokens], smem["number"].at[slot, 0])
 
         lax.fori_loop(0, self.sizes.chunks, one, None)
         drain({"ring": free})
@@ -87,14 +87,6 @@ class Walk:
     @property
     def numbered(self) -> bool:
         return self.reverse and "number" in self.names
-
-    def factors(self, memory):
-        if not self.reverse:
-            return given(memory)
-        left = jnp.exp2(plgpu.load(memory["stats"].at[SUMS], layout=COLUMN))
-        if "number" not in memory:
-            return left
-        return jnp.where(plgpu.load(memory["number"], layout=COLUMN) == 0, left, 0.0)
 
     def compute(self, refs, smem, full, free):
         wg, sizes = lax.axis_index("wg"), self.sizes
@@ -120,13 +112,11 @@ class Walk:
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(out, refs["states"].at[batch, head, chunk])
                 plgpu.barrier_wait(full.at[slot])
-                entering = scaled(smem["a"].at[slot], self.factors(memory), 1, sizes.dtype)
-                left = state[...] * held
-                if "number" in self.names:  # what came before may be NaN
-                    forgets = plgpu.layout_cast(jnp.full(left.shape, held), SQUARE) == 0.0
-                    left = jnp.where(forgets, 0.0, left)
-                state[...] = left
-                spare.add(state, entering, memory["x"])
+                factors = reach(memory) if self.reverse else given(memory)
+                smem["given"].at[wg][...] = scaled(memory["x"], factors, sizes.dtype)
+                plgpu.commit_smem()
+                state[...] = forgotten(state[...], held, "number" in self.names)
+                spare.add_shared(state, smem["a"].at[slot].T, smem["given"].at[wg])
                 plgpu.wgmma_wait(0)
                 plgpu.barrier_arrive(free.at[slot])
 
@@ -140,16 +130,17 @@ class Walk:
     def body(self, refs):
         sizes, stages = self.sizes, self.sizes.stages
         smem = {
-            "a": swizzled((stages, sizes.state, SIZE), sizes.dtype),
+            "a": swizzled((stages, SIZE, sizes.state), sizes.dtype),
             "x": swizzled((stages, CONSUMERS, SIZE, sizes.width), sizes.dtype),
-            "stats": plgpu.SMEM((stages, CONSUMERS, 3, SIZE), jnp.float32),
+            "stats": plgpu.SMEM((stages, CONSUMERS, 4, SIZE), jnp.float32),
+            "given": swizzled((CONSUMERS, SIZE, sizes.width), sizes.dtype),
             "out": swizzled((CONSUMERS, sizes.state, sizes.width), sizes.dtype),
         }
         copies = 1 + 2 * CONSUMERS
         if self.numbered:
-            smem["number"] = plgpu.SMEM((stages, SIZE), jnp.int32)
+            smem["number"] = plgpu.SMEM((stages, 1, SIZE), jnp.int32)
             copies += 1
-        smem |= Spare.kinds(sizes, (sizes.state, SIZE), (sizes.state, sizes.width))
+        smem |= Spare.kinds(sizes, (SIZE, SIZE), (sizes.state, sizes.width))
         full = plgpu.Barrier(num_arrivals=copies, num_barriers=stages)
         free = plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=stages)
         roles(self, refs, smem, full, free)
@@ -196,7 +187,7 @@ class Gradients:
                 bring(refs[name].at[batch, tokens, head], name)
             for name in ("before", "after"):
                 bring(refs[name].at[batch, head, chunk], name)
-            for name in ("down", "across"):
+            for name in ("stats", "across"):
                 bring(refs["stats"].at[batch, head, :, tokens], name)
 
         lax.fori_loop(0, self.heads, one, None)
@@ -237,7 +228,7 @@ class Gradients:
             def one(i, _):
                 slot = lax.rem(i, sizes.stages)
                 plgpu.barrier_wait(full.at[slot])
-                ring = ("x", "dy", "before", "after", "down", "across")
+                ring = ("x", "dy", "before", "after", "stats", "across")
                 memory = {name: smem[name].at[slot] for name in ring}
                 memory |= {name: smem[name] for name in ("b", "c")}
                 if "number" in self.names:
@@ -271,17 +262,6 @@ class Gradients:
             target = refs["db" if wg else "dc"].at[batch, part, tokens, pl.ds(i, SIZE)]
             plgpu.copy_smem_to_gmem(out, target)
 
-    def decays(self, memory, down: int):
-        """float32: what is left of token j when token i reads it; i is counted along dim `down`."""
-        shape = (SIZE, SIZE)
-        row = along(plgpu.load(memory["down"].at[SUMS], layout=ROW), shape, 0)
-        column = along(plgpu.load(memory["across"].at[SUMS], layout=COLUMN), shape, 1)
-        keep = iota(shape, down) >= iota(shape, 1 - down)
-        if "number" in memory:
-            own = along(plgpu.load(memory["number"].at[0], layout=ROW), shape, 0)
-            keep &= own == along(plgpu.load(memory["number"].at[1], layout=COLUMN), shape, 1)
-        return jnp.where(keep, jnp.exp2(row - column if down == 0 else column - row), 0.0)
-
     def queries(self, memory, seen, sums, spare):
         """Rows are tokens i that read: adds to the gradient of c."""
         dtype, (dc, _) = self.sizes.dtype, sums
@@ -291,22 +271,16 @@ class Gradients:
         def products(rise, past):
             plgpu.wgmma(rise, memory["dy"], memory["x"].T)
             plgpu.wgmma(past, memory["c"], memory["before"])
-            left = self.decays(memory, 0)
-            step = plgpu.load(memory["across"].at[STEPS], layout=COLUMN)
-            reach = jnp.exp2(plgpu.load(memory["down"].at[SUMS], layout=ROW))
-            if "number" in memory:
-                number = plgpu.load(memory["number"].at[0], layout=ROW)
-                reach = jnp.where(number == 0, reach, 0.0)
+            left, reached = decays(memory), reach(memory)
             rise = plgpu.wgmma_accumulator_load(rise, wait_n=1) * left
-            rise = rise * along(step, rise.shape, 1)
             spare.add(dc, rise.astype(dtype), memory["b"])
             row = jnp.sum(rise * seen, axis=1)
             dy = plgpu.load(memory["dy"], layout=SQUARE).astype(jnp.float32)
-            dy = dy * along(reach, dy.shape, 0)
+            dy = dy * along(reached, dy.shape, 0)
             past = plgpu.wgmma_accumulator_load(past, wait_n=1)
             product = dy * past
             if "number" in memory:  # the state before may be NaN
-                product = jnp.where(along(reach, dy.shape, 0) == 0.0, 0.0, product)
+                product = jnp.where(along(reached, dy.shape, 0) == 0.0, 0.0, product)
             spare.add(dc, dy.astype(dtype), memory["before"].T)
             return row + jnp.sum(product, axis=1)
 
@@ -333,12 +307,12 @@ class Gradients:
         dtype, (db, dx) = self.sizes.dtype, sums
         square = plgpu.ACC((SIZE, SIZE), jnp.float32)
         wide = plgpu.ACC((SIZE, self.sizes.width), jnp.float32)
-        down = memory["down"]
+        down = memory["stats"]
 
         def products(rise, later):
             plgpu.wgmma(rise, memory["x"], memory["dy"].T)
             plgpu.wgmma(later, memory["b"], memory["after"])
-            left = self.decays(memory, 1)
+            left = decays(memory, 1, scaled=False)
             step = plgpu.load(down.at[STEPS], layout=ROW)
             last = plgpu.load(down.at[LAST], layout=ROW)
             rise = plgpu.wgmma_accumulator_load(rise, wait_n=1) * left
@@ -367,7 +341,7 @@ class Gradients:
         smem |= {
             name: swizzled((stages, state, width), sizes.dtype) for name in ("before", "after")
         }
-        smem |= {name: plgpu.SMEM((stages, 3, SIZE), jnp.float32) for name in ("down", "across")}
+        smem |= {name: plgpu.SMEM((stages, 4, SIZE), jnp.float32) for name in ("stats", "across")}
         smem |= {
             "facts": plgpu.SMEM((CONSUMERS, 2, SIZE), jnp.float32),
             "dx": swizzled((SIZE, width), sizes.dtype),
@@ -435,7 +409,7 @@ def backward(
 
     def walk(rows, tokens, start, *, reverse: bool):
         inputs = {
-            "a": padded(rows, 1, SIZE).transpose(0, 2, 3, 1),
+            "a": rows,
             "x": tokens,
             "stats": about.stats,
             "held": about.held,

@@ -43,12 +43,12 @@ def _across(row):
 class _Chunk:
     """What a chunk's decays are for one head: matrices [i, j] and rows [1, Q]."""
 
-    stats: jax.Array  # [3, Q]
+    stats: jax.Array  # [4, Q]
     number: jax.Array  # [1, Q]
 
     @property
     def step(self):
-        return self.stats[1:2]
+        return self.stats[3:4]
 
     @property
     def last(self):
@@ -248,7 +248,7 @@ def _forward(x, b, c, about: Chunks, initial, *, keep: bool, interpret: bool):
         outputs.append(jax.ShapeDtypeStruct((batch, heads, chunks, *shape), x.dtype))
         out_specs.append(grid.states(shape))
     shared = grid.tokens(state, shared=True)
-    in_specs = [grid.tokens(width), shared, shared, grid.stats(3), grid.number()]
+    in_specs = [grid.tokens(width), shared, shared, grid.stats(4), grid.number()]
     in_specs.append(grid.state(shape, first=True))
     arguments = (xs, bs, cs, about.stats, number, initial)
     how = {"name": "ssd", "state": shape, "interpret": interpret}
@@ -284,7 +284,7 @@ def backward(x, b, c, about: Chunks, initial, gradients, *, interpret: bool = Fa
         like(dfinal, jnp.float32),
     ]
     tokens, shared = grid.tokens(width), grid.tokens(state, shared=True)
-    in_specs = [tokens, shared, shared, grid.stats(3), grid.number(), grid.states(shape)]
+    in_specs = [tokens, shared, shared, grid.stats(4), grid.number(), grid.states(shape)]
     in_specs += [tokens, grid.state(shape, first=True)]
     out_specs = [tokens, shared, shared, grid.stats(4), grid.state(shape, first=False)]
     arguments = (xs, bs, cs, about.stats, number, before, dys, dfinal)
