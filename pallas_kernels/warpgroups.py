@@ -122,6 +122,10 @@ class Spare:
         """An accumulator that is stored to: itself, or in the interpreter the memory of its sum."""
         return acc if self.stage is None else self.sums[index]
 
+    def read(self, acc, wait_n: int):
+        """Its sums when at most `wait_n` products are on their way."""
+        return acc[...] if self.stage is not None else plgpu.wgmma_accumulator_load(acc, wait_n=wait_n)
+
     def add_shared(self, acc, left, right) -> None:
         """acc += left @ right, begun and not waited for; both are refs."""
         if self.stage is None:

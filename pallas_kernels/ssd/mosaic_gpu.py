@@ -131,7 +131,8 @@ class Forward:
 
         def one(i, _):
             slot = lax.rem(i, self.sizes.stages)
-            tokens = pl.ds(i * SIZE, SIZE)
+            # One step more, whose chunk only stands where a next one is expected.
+            tokens = pl.ds(jnp.minimum(i, self.sizes.chunks - 1) * SIZE, SIZE)
             plgpu.barrier_wait(free.at[slot])
 
             def bring(where, target):
@@ -148,7 +149,7 @@ class Forward:
                 for copy in range(2):
                     bring(refs["number"].at[batch, tokens], smem["number"].at[slot, copy])
 
-        lax.fori_loop(0, self.sizes.chunks, one, None)
+        lax.fori_loop(0, self.sizes.chunks + 1, one, None)
         drain({"ring": free})
 
     def compute(self, refs, smem, full, free):
@@ -158,60 +159,88 @@ class Forward:
         for slot in range(sizes.stages):
             plgpu.barrier_arrive(free.at[slot])
 
+        def memory_of(i):
+            slot = lax.rem(i, sizes.stages)
+            memory = {name: smem[name].at[slot] for name in ("b", "c")}
+            memory |= {name: smem[name].at[slot, wg] for name in ("x", "stats")}
+            memory |= {name: smem[name].at[wg] for name in ("state", "y", "given")}
+            if "number" in self.names:
+                memory["number"] = smem["number"].at[slot]
+            return memory
+
         def walk(state):
             if "initial" in self.names:
                 where = refs["initial"].at[batch, head]
                 state[...] = plgpu.load(where, layout=SQUARE, optimized=False)
+            plgpu.barrier_wait(full.at[0])
+            inside = self.first(memory_of(0), state)
 
-            def one(i, _):
-                slot = lax.rem(i, sizes.stages)
+            def one(i, inside):
                 held = refs["held"][batch, head, i]
-                memory = {name: smem[name].at[slot] for name in ("b", "c")}
-                memory |= {name: smem[name].at[slot, wg] for name in ("x", "stats")}
-                memory |= {name: smem[name].at[wg] for name in ("state", "y", "given")}
-                if "number" in self.names:
-                    memory["number"] = smem["number"].at[slot]
-                y = self.chunk(memory, state, held, spare, full.at[slot])
-                plgpu.barrier_arrive(free.at[slot])
+                coming = full.at[lax.rem(i + 1, sizes.stages)]
+                both = memory_of(i), memory_of(i + 1)
+                inside, y = self.chunk(both, (state, inside), held, spare, coming)
+                plgpu.barrier_arrive(free.at[lax.rem(i, sizes.stages)])
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                memory["y"][...] = y
+                smem["y"].at[wg][...] = y
                 plgpu.commit_smem()
                 target = refs["y"].at[batch, pl.ds(i * SIZE, SIZE), head]
-                plgpu.copy_smem_to_gmem(memory["y"], target)
+                plgpu.copy_smem_to_gmem(smem["y"].at[wg], target)
+                return inside
 
-            lax.fori_loop(0, sizes.chunks, one, None)
+            lax.fori_loop(0, sizes.chunks, one, inside)
+            plgpu.barrier_arrive(free.at[sizes.chunks % sizes.stages])
             return state[...]
 
         final = spare.zeroed(walk, (sizes.state, sizes.width))
         refs["final"].at[batch, head][...] = final
         plgpu.wait_smem_to_gmem(0)
 
-    def chunk(self, memory, state, held, spare, full):
-        """One chunk: adds it to the state; y, rounded."""
-        dtype, tile = self.sizes.dtype, (SIZE, self.sizes.width)
-        segmented = "number" in memory
-        memory["state"][...] = state[...].astype(dtype)
-        plgpu.barrier_wait(full)
+    def first(self, memory, state):
+        """What tokens of the first chunk read of each other, rounded; fills the memory that the
+        first step reads."""
+        dtype = self.sizes.dtype
         memory["given"][...] = scaled(memory["x"], given(memory), dtype)
+        memory["state"][...] = state[...].astype(dtype)
         plgpu.commit_smem()
 
-        def products(scores, past):
+        def product(scores):
             plgpu.wgmma(scores, memory["c"], memory["b"].T)
+            return (plgpu.wgmma_accumulator_load(scores, wait_n=0) * decays(memory)).astype(dtype)
+
+        return pl.run_scoped(product, plgpu.ACC((SIZE, SIZE), jnp.float32))
+
+    def chunk(self, both, carry, held, spare, coming):
+        """One chunk: adds it to the state; (what tokens of the next read of each other, y).
+
+        The products of this chunk with the state, into it, and of the next chunk's b and c are
+        begun together; beside them run the next chunk's decays.
+        """
+        (memory, coming_memory), (state, inside) = both, carry
+        dtype, tile = self.sizes.dtype, (SIZE, self.sizes.width)
+        segmented = "number" in memory
+
+        def products(scores, past):
             plgpu.wgmma(past, memory["c"], memory["state"])
-            inside = decays(memory)
-            scores = plgpu.wgmma_accumulator_load(scores, wait_n=1)
-            inside = (scores * inside).astype(dtype)
+            state[...] = forgotten(state[...], held, segmented)
+            spare.add_shared(state, memory["b"].T, memory["given"])
+            plgpu.barrier_wait(coming)
+            plgpu.wgmma(scores, coming_memory["c"], coming_memory["b"].T)
             left = along(reach(memory), tile, 0)
+            between = decays(coming_memory)
             y = spare.kept(past, 1)
-            past = plgpu.wgmma_accumulator_load(past, wait_n=0)
+            past = plgpu.wgmma_accumulator_load(past, wait_n=2)
             if segmented:  # the state before may be NaN
                 past = jnp.where(left == 0.0, 0.0, past)
             y[...] = past * left
             spare.add(y, inside, memory["x"])
-            state[...] = forgotten(state[...], held, segmented)
-            spare.add_shared(state, memory["b"].T, memory["given"])
+            scores = plgpu.wgmma_accumulator_load(scores, wait_n=1)
+            next_inside = (scores * between).astype(dtype)
+            memory["given"][...] = scaled(coming_memory["x"], given(coming_memory), dtype)
+            memory["state"][...] = spare.read(state, 1).astype(dtype)
+            plgpu.commit_smem()
             plgpu.wgmma_wait(0)
-            return y[...].astype(dtype)
+            return next_inside, y[...].astype(dtype)
 
         kinds = plgpu.ACC((SIZE, SIZE), jnp.float32), plgpu.ACC(tile, jnp.float32)
         return pl.run_scoped(products, *kinds)
@@ -246,7 +275,7 @@ def forward(
     about: Chunks,
     initial: jax.Array | None,
     *,
-    stages: int = 2,
+    stages: int = 3,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """y [B, T, N, H] in x's dtype and the final state, float32 [B, N, M, H].
