@@ -96,7 +96,7 @@ class Spare:
 
     @staticmethod
     def kinds(shape: Any, stage: tuple[int, int], *sums: tuple[int, int]) -> dict:
-        """What to allocate, by name, where `shape.interpret` is set; `shape.dtype` is the operands'."""
+        """What to allocate, by name, where `shape.interpret` is set; operands are of `shape.dtype`."""
         if not shape.interpret:
             return {}
         kinds = {f"sum{i}": plgpu.SMEM((CONSUMERS, *x), jnp.float32) for i, x in enumerate(sums)}
@@ -124,7 +124,9 @@ class Spare:
 
     def read(self, acc, wait_n: int):
         """Its sums when at most `wait_n` products are on their way."""
-        return acc[...] if self.stage is not None else plgpu.wgmma_accumulator_load(acc, wait_n=wait_n)
+        return (
+            acc[...] if self.stage is not None else plgpu.wgmma_accumulator_load(acc, wait_n=wait_n)
+        )
 
     def add_shared(self, acc, left, right) -> None:
         """acc += left @ right, begun and not waited for; both are refs."""

@@ -43,6 +43,7 @@ __all__ = [
     "swizzled",
 ]
 
+
 def capped(scores: jax.Array, spec: Spec) -> tuple[jax.Array, float]:
     """(x, factor): factor * x are the scores in units of log2 e."""
     if spec.softcap is None:

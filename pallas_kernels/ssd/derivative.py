@@ -64,7 +64,12 @@ def decay_gradients(facts: jax.Array, dt: jax.Array, a: jax.Array, about: Chunks
     """
     size = facts.shape[-1] // about.held.shape[-1]
     cut = facts.reshape(*facts.shape[:-1], -1, size)
-    read, overlap, given, lasting = cut[:, :, 0, 0], cut[:, :, 0, 1], cut[:, :, 1, 0], cut[:, :, 1, 1]
+    read, overlap, given, lasting = (
+        cut[:, :, 0, 0],
+        cut[:, :, 0, 1],
+        cut[:, :, 1, 0],
+        cut[:, :, 1, 1],
+    )
     steps = padded(dt.astype(jnp.float32), 1, size).transpose(0, 2, 1).reshape(given.shape)
     net = read - steps * given
     from_here = jnp.flip(jnp.cumsum(jnp.flip(net, -1), -1), -1)

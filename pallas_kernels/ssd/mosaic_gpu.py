@@ -10,7 +10,6 @@ is what the chunk's queries read.
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp

@@ -290,7 +290,7 @@ class Gradients:
         return row, held
 
     def overlap(self, memory):
-        """float32 [64] whose sum is that of the state before times the gradient of the one after."""
+        """float32 [64] whose sum is that of state before times gradient of state after."""
         total = None
         for i in range(0, self.sizes.state, SIZE):
             rows = pl.ds(i, SIZE)
@@ -377,7 +377,7 @@ def backward(
     stages: int = 2,
     interpret: bool = False,
 ) -> tuple[jax.Array, ...]:
-    """Gradients by x, b and c, the facts [B, N, 2, 2, C Q] of dt and a, and that by the state before.
+    """Gradients by x, b and c, facts [B, N, 2, 2, C Q] of dt and a, and that by the state before.
 
     The facts are, in float32, of each token as a reader: the sum over what it read of weight times
     gradient, and a share of what the chunk's first state gives to the state after it; of each token

@@ -292,7 +292,5 @@ def backward(x, b, c, about: Chunks, initial, gradients, *, interpret: bool = Fa
     dx, db, dc, facts, dinitial = grid.call(
         _backward_body, arguments, (in_specs, out_specs), outputs, **how
     )
-    dx, db, dc = (
-        z.transpose(0, 2, 1, 3)[:, :length].astype(x.dtype) for z in (dx, db, dc)
-    )
+    dx, db, dc = (z.transpose(0, 2, 1, 3)[:, :length].astype(x.dtype) for z in (dx, db, dc))
     return dx, db, dc, facts.reshape(batch, heads, 2, 2, -1), dinitial
