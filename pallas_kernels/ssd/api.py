@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import jax
-import jax.core
 import jax.numpy as jnp
 
 from pallas_kernels.choice import Choice, choose
@@ -11,6 +10,7 @@ from pallas_kernels.errors import ShapeError
 from pallas_kernels.ssd import hopper, tpu
 from pallas_kernels.ssd.chunks import numbers
 from pallas_kernels.ssd.reference import reference
+from pallas_kernels.ssd.segments import check_segments
 from pallas_kernels.target import target
 
 __all__ = ["IMPLEMENTATIONS", "Choice", "explain", "ssd", "unfit"]
@@ -71,17 +71,7 @@ def _check(x, dt, a, b, c, initial, segment_ids) -> None:
     if initial is not None and initial.shape != state:
         raise ShapeError(f"ssd: the initial state must be {state}, not {initial.shape}")
     if segment_ids is not None:
-        _check_segments(segment_ids, x.shape[:2])
-
-
-def _check_segments(ids, shape: tuple[int, int]) -> None:
-    """Of ids; those that are data on the device are taken as they are."""
-    if ids.shape != shape or not jnp.issubdtype(ids.dtype, jnp.integer):
-        raise ShapeError(f"ssd: segment_ids must be integers {shape}, not {ids.dtype} {ids.shape}")
-    if isinstance(ids, jax.core.Tracer | jax.ShapeDtypeStruct) or not ids.size:
-        return
-    if int(jnp.min(ids)) < 0 or bool(jnp.any(ids[:, 1:] < ids[:, :-1])):
-        raise ShapeError("ssd: segment_ids must be from 0 on and never go back along a sequence")
+        check_segments("ssd", segment_ids, x.shape[:2])
 
 
 def explain(x, b, *, implementation: str = "auto") -> Choice:

@@ -11,6 +11,8 @@ from pallas_kernels.warpgroups import LOG2E
 
 __all__ = ["Chunks", "chunks", "numbers", "padded"]
 
+_FLOOR = -150.0  # 2^-150 is 0 in float32
+
 
 def padded(x: jax.Array, dim: int, unit: int) -> jax.Array:
     """Zeros after the end of a dim, up to a multiple of `unit`."""
@@ -45,11 +47,27 @@ class Chunks:
     number: jax.Array | None
 
 
-def chunks(dt: jax.Array, a: jax.Array, number: jax.Array | None, size: int) -> Chunks:
-    """Sums of dt [B, T, H] times a [H]; see `numbers` for `number`."""
-    steps = padded(dt.astype(jnp.float32), 1, size).transpose(0, 2, 1)
-    steps = steps.reshape(*steps.shape[:2], -1, size)
-    sums = jnp.cumsum(steps * (a.astype(jnp.float32) * LOG2E)[None, :, None, None], axis=3)
+def chunks(
+    steps: jax.Array | None, log_decay: jax.Array, number: jax.Array | None, size: int
+) -> Chunks:
+    """Sums in chunks of `size`.
+
+    Args:
+      steps: float32 [B, T, H], what a token's input is multiplied by; None for 1.
+      log_decay: float32 [B, T, H], 0 or less.
+      number: of `numbers`, or None.
+    """
+    length = log_decay.shape[1]
+
+    def cut(x):
+        x = padded(x.astype(jnp.float32), 1, size).transpose(0, 2, 1)
+        return x.reshape(*x.shape[:2], -1, size)
+
+    # Below what float32 knows a decay is 0 anyway: sums stay small, and their differences exact.
+    sums = jnp.cumsum(jnp.maximum(cut(log_decay) * LOG2E, _FLOOR), axis=3)
+    if steps is None:
+        steps = jnp.ones((1, length, 1), jnp.float32)
+    steps = jnp.broadcast_to(cut(steps), sums.shape)
     last = jnp.exp2(sums[..., -1:] - sums)
     held = jnp.exp2(sums[..., -1])
     inside = None

@@ -24,7 +24,7 @@ class Plan:
     Attributes:
       size: tokens of a chunk.
       forward, backward: kernels, functions at the top of a module; `backward` gives facts from
-        which `decay_gradients` makes the gradients of dt and a.
+        which `decay_gradients` makes those of steps and decays.
       options: arguments of each by name.
     """
 
@@ -35,28 +35,31 @@ class Plan:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
-def run(x, dt, a, b, c, initial, number, plan: Plan):
+def run(x, steps, log_decay, b, c, initial, number, plan: Plan):
     """(y, final state); differentiable by all but `number`. A vmapped axis becomes a loop.
 
     Args:
-      x, dt, a, b, c: as of `ssd`.
+      x: [B, T, N, H].
+      steps, log_decay: float32 [B, T, N], see `chunks`; steps may be None.
+      b, c: [B, T, K, M].
       initial: float32 [B, N, M, H], or None for zeros.
       number: of `numbers`, or None.
     """
-    return _forward(x, dt, a, b, c, initial, number, plan)[0]
+    return _forward(x, steps, log_decay, b, c, initial, number, plan)[0]
 
 
-def _forward(x, dt, a, b, c, initial, number, plan: Plan):
+def _forward(x, steps, log_decay, b, c, initial, number, plan: Plan):
     @sequential_vmap
-    def call(x, dt, a, b, c, initial, number):
-        about = chunks(dt, a, number, plan.size)
+    def call(x, steps, log_decay, b, c, initial, number):
+        about = chunks(steps, log_decay, number, plan.size)
         return plan.forward(x, b, c, about, initial, **dict(plan.options[0]))
 
-    return call(x, dt, a, b, c, initial, number), (x, dt, a, b, c, initial, number)
+    kept = (x, steps, log_decay, b, c, initial, number)
+    return call(*kept), kept
 
 
-def decay_gradients(facts: jax.Array, dt: jax.Array, a: jax.Array, about: Chunks):
-    """Gradients by dt [B, T, N] and a [N] of what a backward kernel says of each token.
+def decay_gradients(facts: jax.Array, about: Chunks, length: int):
+    """Gradients by steps and log decays, [B, T, N], of what a backward kernel says of each token.
 
     A decay at t scales what tokens from t on read of tokens before t. Of a chunk that is what its
     tokens from t on read in all, less what they read of each other; and what the state after it
@@ -64,39 +67,36 @@ def decay_gradients(facts: jax.Array, dt: jax.Array, a: jax.Array, about: Chunks
     """
     size = facts.shape[-1] // about.held.shape[-1]
     cut = facts.reshape(*facts.shape[:-1], -1, size)
-    read, overlap, given, lasting = (
-        cut[:, :, 0, 0],
-        cut[:, :, 0, 1],
-        cut[:, :, 1, 0],
-        cut[:, :, 1, 1],
-    )
-    steps = padded(dt.astype(jnp.float32), 1, size).transpose(0, 2, 1).reshape(given.shape)
+    read, overlap, given, lasting = (cut[:, :, i, j] for i in (0, 1) for j in (0, 1))
+    steps = about.stats[:, :, 3].reshape(given.shape)
     net = read - steps * given
     from_here = jnp.flip(jnp.cumsum(jnp.flip(net, -1), -1), -1)
     lasted = steps * lasting
     lasted = jnp.cumsum(lasted, -1) - lasted
     kept = (about.held * jnp.sum(overlap, -1))[..., None]
-    change = from_here + lasted + kept  # by dt a
-    dsteps = given + lasting + change * a.astype(jnp.float32)[None, :, None, None]
-    da = jnp.sum(change * steps, axis=(0, 2, 3))
-    ddt = dsteps.reshape(*dsteps.shape[:2], -1)[:, :, : dt.shape[1]].transpose(0, 2, 1)
-    return ddt.astype(dt.dtype), da.astype(a.dtype)
+
+    def out(x):
+        return x.reshape(*x.shape[:2], -1)[:, :, :length].transpose(0, 2, 1)
+
+    return out(given + lasting), out(from_here + lasted + kept)
 
 
 def _backward(plan: Plan, residuals, gradients):
     @sequential_vmap
-    def call(x, dt, a, b, c, initial, number, dy, dfinal):
-        about = chunks(dt, a, number, plan.size)
+    def call(x, steps, log_decay, b, c, initial, number, dy, dfinal):
+        about = chunks(steps, log_decay, number, plan.size)
         pull = dy.astype(x.dtype), dfinal.astype(jnp.float32)
         dx, db, dc, facts, dinitial = plan.backward(
             x, b, c, about, initial, pull, **dict(plan.options[1])
         )
-        return dx, *decay_gradients(facts, dt, a, about), db, dc, dinitial
+        return dx, *decay_gradients(facts, about, x.shape[1]), db, dc, dinitial
 
-    *found, dinitial = call(*residuals, *gradients)
-    initial, number = residuals[5:]
+    dx, dsteps, ddecay, db, dc, dinitial = call(*residuals, *gradients)
+    _, steps, _, _, _, initial, number = residuals
+    dsteps = None if steps is None else dsteps
+    dinitial = None if initial is None else dinitial
     none = None if number is None else np.zeros(number.shape, jax.dtypes.float0)
-    return *found, None if initial is None else dinitial.astype(initial.dtype), none
+    return dx, dsteps, ddecay, db, dc, dinitial, none
 
 
 run.defvjp(_forward, _backward)

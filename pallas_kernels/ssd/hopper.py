@@ -11,7 +11,7 @@ from pallas_kernels.ssd.mosaic_gpu_backward import backward
 from pallas_kernels.target import interpreting, not_hopper, target
 from pallas_kernels.warpgroups import CONSUMERS
 
-__all__ = ["obstacle", "scan", "unfit"]
+__all__ = ["obstacle", "scan", "unfit", "walk"]
 
 _WIDTH, _STATES = 64, (64, 128)
 
@@ -51,17 +51,29 @@ def _walked(count: int, programs: int) -> int:
 
 def scan(x, dt, a, b, c, initial, number) -> tuple[jax.Array, jax.Array]:
     """As `reference`."""
+    dt = dt.astype(jnp.float32)
+    log_decay = dt * a.astype(jnp.float32)[None, None]
+    initial = None if initial is None else initial.swapaxes(2, 3)
+    y, final = walk(x, dt, log_decay, b, c, initial, number)
+    return y, final.swapaxes(2, 3)
+
+
+def walk(x, steps, log_decay, b, c, initial, number) -> tuple[jax.Array, jax.Array]:
+    """As `derivative.run` with any width of heads that `unfit` lets through."""
     batch, length, heads, width = x.shape
-    slices = width // _WIDTH
+    slices, state = width // _WIDTH, b.shape[3]
+    log_decay = log_decay.astype(jnp.float32)
     if slices > 1:  # columns of a state are heads of their own
         x = x.reshape(batch, length, heads * slices, _WIDTH)
-        dt, a = jnp.repeat(dt, slices, axis=2), jnp.repeat(a, slices)
+        log_decay = jnp.repeat(log_decay, slices, axis=2)
+        steps = None if steps is None else jnp.repeat(steps, slices, axis=2)
     if initial is not None:
-        initial = initial.astype(jnp.float32).reshape(batch, -1, _WIDTH, b.shape[3])
-        initial = initial.swapaxes(2, 3)
+        initial = initial.astype(jnp.float32)
+        initial = initial.reshape(batch, heads, state, slices, _WIDTH).swapaxes(2, 3)
+        initial = initial.reshape(batch, -1, state, _WIDTH)
     kind = (("interpret", interpreting()),)
     walked = _walked(x.shape[2] // b.shape[2], batch * b.shape[2] * -(-length // SIZE))
     plan = Plan(SIZE, forward, backward, (kind, (("heads", walked), *kind)))
-    y, final = run(x, dt, a, b, c, initial, number, plan)
-    final = final.swapaxes(2, 3).reshape(batch, heads, width, b.shape[3])
-    return y.reshape(batch, length, heads, width), final
+    y, final = run(x, steps, log_decay, b, c, initial, number, plan)
+    final = final.reshape(batch, heads, slices, state, _WIDTH).swapaxes(2, 3)
+    return y.reshape(batch, length, heads, width), final.reshape(batch, heads, state, width)

@@ -151,7 +151,7 @@ class Gradients:
     """The kernel that owns a chunk: a program walks over `heads` heads of one group.
 
     Its results are the gradient of x, the parts of those of b and c that these heads give, and four
-    numbers a token and head from which the gradients of dt and a follow; see `FACTS`.
+    numbers a token and head from which the gradients of steps and decays follow; see `backward`.
     """
 
     sizes: Sizes
@@ -377,7 +377,8 @@ def backward(
     stages: int = 2,
     interpret: bool = False,
 ) -> tuple[jax.Array, ...]:
-    """Gradients by x, b and c, facts [B, N, 2, 2, C Q] of dt and a, and that by the state before.
+    """Gradients by x, b and c, facts [B, N, 2, 2, C Q] of decays and
+    steps, and that by the state before.
 
     The facts are, in float32, of each token as a reader: the sum over what it read of weight times
     gradient, and a share of what the chunk's first state gives to the state after it; of each token

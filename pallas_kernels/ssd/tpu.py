@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels.ssd.derivative import Plan, run
 from pallas_kernels.ssd.mosaic_tpu import SIZE, backward, forward
 from pallas_kernels.target import target
 
-__all__ = ["obstacle", "scan", "unfit"]
+__all__ = ["obstacle", "scan", "unfit", "walk"]
 
 _ROOM = 8 << 20  # bytes of scratch memory for the states of a group's heads
 
@@ -34,13 +35,20 @@ def obstacle(x, b) -> str | None:
     return unfit(dtype=str(x.dtype), heads=heads, widths=widths, platform=target())
 
 
-def scan(
-    x, dt, a, b, c, initial, number, *, interpret: bool = False
-) -> tuple[jax.Array, jax.Array]:
+def scan(x, dt, a, b, c, initial, number, *, interpret: bool = False):
     """As `reference`."""
+    dt = dt.astype(jnp.float32)
+    log_decay = dt * a.astype(jnp.float32)[None, None]
+    initial = None if initial is None else initial.swapaxes(2, 3)
+    y, final = walk(x, dt, log_decay, b, c, initial, number, interpret=interpret)
+    return y, final.swapaxes(2, 3)
+
+
+def walk(
+    x, steps, log_decay, b, c, initial, number, *, interpret: bool = False
+) -> tuple[jax.Array, jax.Array]:
+    """As `derivative.run` by these kernels."""
     kind = (("interpret", interpret),)
     plan = Plan(SIZE, forward, backward, (kind, kind))
-    if initial is not None:
-        initial = initial.astype("float32").swapaxes(2, 3)
-    y, final = run(x, dt, a, b, c, initial, number, plan)
-    return y, final.swapaxes(2, 3)
+    initial = None if initial is None else initial.astype(jnp.float32)
+    return run(x, steps, log_decay.astype(jnp.float32), b, c, initial, number, plan)

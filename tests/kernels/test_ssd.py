@@ -1,5 +1,5 @@
-"""The dual state space scan on the CPU: reference, arguments; its kernels interpreted, lowered for a
-GPU and compiled for TPUs."""
+"""The dual state space scan on the CPU: reference and arguments; its kernels interpreted, lowered
+for a GPU and compiled for TPUs."""
 
 import functools
 import importlib.util
