@@ -16,7 +16,7 @@ def reference(q, k, v, log_decay, initial, number) -> tuple[jax.Array, jax.Array
       initial: the matrices before, [B, N, M, H], or None for zeros.
       number: int32 [B, T], how many sequences began up to each token; None where none did.
     """
-    wide = jnp.promote_types(v.dtype, jnp.float32)
+    wide = v.dtype if jnp.finfo(v.dtype).bits >= 32 else jnp.float32
     repeats = v.shape[2] // k.shape[2]
     if initial is None:
         initial = jnp.zeros((v.shape[0], v.shape[2], k.shape[3], v.shape[3]), wide)

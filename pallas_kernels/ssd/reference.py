@@ -16,7 +16,7 @@ def reference(x, dt, a, b, c, initial, number) -> tuple[jax.Array, jax.Array]:
       initial: the state before, [B, N, H, M], or None for zeros.
       number: int32 [B, T], how many sequences began up to each token; None where none did.
     """
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+    wide = x.dtype if jnp.finfo(x.dtype).bits >= 32 else jnp.float32
     repeats = x.shape[2] // b.shape[2]
     if initial is None:
         initial = jnp.zeros((x.shape[0], *x.shape[2:], b.shape[-1]), wide)
