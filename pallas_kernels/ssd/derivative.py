@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.custom_batching import sequential_vmap
 
-from pallas_kernels.ssd.chunks import Chunks, chunks, padded
+from pallas_kernels.ssd.chunks import Chunks, chunks
 
 __all__ = ["Plan", "run"]
 
