@@ -96,7 +96,7 @@ class Spare:
 
     @staticmethod
     def kinds(shape: Any, stage: tuple[int, int], *sums: tuple[int, int]) -> dict:
-        """What to allocate, by name: nothing unless `shape.interpret`; operands are of `shape.dtype`."""
+        """What to allocate, by name; operands are of `shape.dtype`."""
         if not shape.interpret:
             return {}
         kinds = {f"sum{i}": plgpu.SMEM((CONSUMERS, *x), jnp.float32) for i, x in enumerate(sums)}

@@ -144,7 +144,7 @@ def forward(
       initial: float32 [B, I, M].
     """
     batch, length, channels = x.shape
-    kernel = Forward((batch, length, *a.shape), tiles, jnp.dtype(x.dtype), interpret)
+    kernel = Forward((batch, length, channels, a.shape[1]), tiles, jnp.dtype(x.dtype), interpret)
     return plgpu.kernel(
         kernel.body,
         out_type=(

@@ -35,7 +35,7 @@ class Plan:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
-def run(x, steps, log_decay, b, c, initial, number, plan: Plan):
+def run(x, steps, log_decay, b, c, initial, number, plan: Plan) -> Any:
     """(y, final state); differentiable by all but `number`. A vmapped axis becomes a loop.
 
     Args:

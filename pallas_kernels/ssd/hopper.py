@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -74,6 +76,7 @@ def walk(x, steps, log_decay, b, c, initial, number) -> tuple[jax.Array, jax.Arr
     kind = (("interpret", interpreting()),)
     walked = _walked(x.shape[2] // b.shape[2], batch * b.shape[2] * -(-length // SIZE))
     plan = Plan(SIZE, forward, backward, (kind, (("heads", walked), *kind)))
-    y, final = run(x, steps, log_decay, b, c, initial, number, plan)
+    found: Any = run(x, steps, log_decay, b, c, initial, number, plan)
+    y, final = found
     final = final.reshape(batch, heads, slices, state, _WIDTH).swapaxes(2, 3)
     return y.reshape(batch, length, heads, width), final.reshape(batch, heads, state, width)

@@ -81,7 +81,8 @@ def by_hand(case: Case, given: tuple[np.ndarray, ...]) -> dict[str, np.ndarray]:
         state = decay[:, t, :, None, None] * state + entering
         y[:, t] = np.einsum("bnhm,bnm->bnh", state, wide_c[:, t])
     final, pull = state, dfinal
-    dx, ddt, db, dc = np.zeros(x.shape), np.zeros(dt.shape), *np.zeros((2, *wide_b.shape))
+    dx, ddt = np.zeros(x.shape), np.zeros(dt.shape)
+    db, dc = np.zeros(wide_b.shape), np.zeros(wide_b.shape)
     da = np.zeros(a.shape)
     for t in reversed(range(case.length)):
         after = decay[:, t, :, None, None] * before[t] + np.einsum(

@@ -109,10 +109,9 @@ def test_a_start_forgets_what_is_no_number() -> None:
     given[5] = np.full_like(given[5], np.nan)
     x, dt, a, b, c, initial = (jnp.asarray(z) for z in given[:6])
     for run in (named("reference", "cpu"), on_tpu):
-        narrow = (z.astype(jnp.bfloat16) for z in (b, c))
-        y, final = run(
-            x.astype(jnp.bfloat16), dt, a, *narrow, initial, jnp.asarray(case.segment_ids())
-        )
+        narrow = [z.astype(jnp.bfloat16) for z in (x, b, c)]
+        ids = jnp.asarray(case.segment_ids())
+        y, final = run(narrow[0], dt, a, narrow[1], narrow[2], initial, ids)
         assert np.all(np.isfinite(np.asarray(final)))
         np.testing.assert_allclose(np.asarray(y, np.float32), want["y"], atol=0.1, rtol=0.05)
 
@@ -161,18 +160,18 @@ def test_wrong_arguments_are_named() -> None:
         ssd(x, dt, a, b, c, implementation="mosaic_gp")
     with pytest.raises(UnsupportedError, match="needs a CUDA device"):
         ssd(x, dt, a, b, c, implementation="mosaic_gpu")
-    narrow = [z.astype(jnp.bfloat16) for z in (x, b, c)]
+    x16, b16, c16 = (z.astype(jnp.bfloat16) for z in (x, b, c))
     gpu = named("mosaic_gpu", "gpu")
     with pytest.raises(UnsupportedError, match="bfloat16 and float16"):
         gpu(x, dt, a, b, c, None, None)
     with pytest.raises(UnsupportedError, match="multiple of 64"):
-        gpu(narrow[0][..., :32], dt, a, *narrow[1:], None, None)
+        gpu(x16[..., :32], dt, a, b16, c16, None, None)
     with pytest.raises(UnsupportedError, match="states of 64 or 128"):
-        gpu(narrow[0], dt, a, *(z[..., :16] for z in narrow[1:]), None, None)
+        gpu(x16, dt, a, b16[..., :16], c16[..., :16], None, None)
     with pytest.raises(UnsupportedError, match="two by two"):
-        gpu(narrow[0][:, :, :1], dt[..., :1], a[:1], *narrow[1:], None, None)
-    assert explain(*narrow[:2]).name == "reference"
+        gpu(x16[:, :, :1], dt[..., :1], a[:1], b16, c16, None, None)
+    assert explain(x16, b16).name == "reference"
     with targeting("gpu"):
-        assert explain(*narrow[:2]).name == "mosaic_gpu"
+        assert explain(x16, b16).name == "mosaic_gpu"
     with targeting("tpu"):
-        assert explain(*narrow[:2]).name == "mosaic_tpu"
+        assert explain(x16, b16).name == "mosaic_tpu"
