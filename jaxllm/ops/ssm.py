@@ -20,7 +20,12 @@ from jaxllm.core.logging import note_once
 from jaxllm.core.sharding import DEFAULT_RULES, Rules, island, shards
 from jaxllm.errors import UnsupportedError
 from jaxllm.ops.linear import align
-from jaxllm.ops.selective import Selective, selective_chunked, selective_loop
+from jaxllm.ops.selective import (
+    Selective,
+    selective_chunked,
+    selective_kernel,
+    selective_loop,
+)
 from jaxllm.ops.ssd import Dual, dual_chunked, dual_loop
 from jaxllm.spec.state_space import GatedNorm
 from jaxllm.typing import AnyArray
@@ -33,6 +38,7 @@ __all__ = [
     "Dual",
     "Selective",
     "choose_dual",
+    "choose_selective",
     "dual_scan",
     "gated_norm",
     "selective_scan",
@@ -64,6 +70,7 @@ def _dual_kernel(
 SELECTIVE: dict[str, Callable[..., Any]] = {
     "reference": selective_loop,
     "chunked": selective_chunked,
+    "mosaic_gpu": selective_kernel,
 }
 DUAL: dict[str, Callable[..., Any]] = {
     "reference": dual_loop,
@@ -73,14 +80,54 @@ DUAL: dict[str, Callable[..., Any]] = {
 """(inputs, initial state, starts or None) -> (y without d x in float32, final state)."""
 
 
-def _choose(table: dict[str, Callable[..., Any]], name: str, tokens: int) -> Callable[..., Any]:
-    """An implementation by name; `auto` takes chunks for anything longer than a token."""
-    if name == "auto":
-        name = "chunked" if tokens > 1 else "reference"
-    if name not in table:
+def _known(table: dict[str, Callable[..., Any]], name: str) -> None:
+    if name not in ("auto", *table):
         allowed = ", ".join(sorted(table))
         raise UnsupportedError(f"scan {name!r} is unknown; allowed: auto, {allowed}")
-    return table[name]
+
+
+def choose_selective(
+    implementation: str, *, tokens: int, starts: bool, dtype: str, shape: tuple[int, int]
+) -> Choice:
+    """The implementation of `selective_scan` for a kind of call, and why.
+
+    Args:
+      implementation: `auto` or a name in `SELECTIVE`.
+      tokens: T.
+      starts: whether sequences may begin within a row.
+      dtype: name of x's dtype.
+      shape: I and M.
+
+    Raises:
+      UnsupportedError: no such implementation, or a kernel that cannot serve the call.
+    """
+    _known(SELECTIVE, implementation)
+    if implementation == "auto" and tokens == 1:
+        return Choice("reference", "one token needs no chunks")
+    if implementation == "auto" and target() != "gpu":
+        return Choice("chunked", f"plain jnp; no kernel has won on {target()}")
+    if implementation in ("auto", "mosaic_gpu"):
+        from pallas_kernels.selective_scan import unfit  # a third of a second to import
+
+        mesh = jax.sharding.get_abstract_mesh()
+        obstacle = unfit(dtype=dtype, channels=shape[0], state=shape[1])
+        if starts:
+            obstacle = "it knows no sequences that begin within a row"
+        elif not (mesh.empty or mesh.size == 1):
+            obstacle = "it runs on one device"
+        if implementation == "auto":
+            if obstacle is None:
+                return Choice("mosaic_gpu", "faster than plain jnp on a Hopper GPU")
+            return Choice("chunked", f"mosaic_gpu: {obstacle}")
+        if obstacle is not None:
+            raise UnsupportedError(f"scan {implementation!r}: {obstacle}; use 'chunked' or 'auto'")
+    return Choice(implementation, "named")
+
+
+def _unfit(implementation: str, **kind: Any) -> str | None:
+    from pallas_kernels.ssd import unfit  # Pallas takes a third of a second to import
+
+    return unfit(implementation, **kind)
 
 
 def choose_dual(
@@ -105,13 +152,11 @@ def choose_dual(
     Raises:
       UnsupportedError: no such implementation, or a kernel that cannot serve the call.
     """
-    from pallas_kernels.ssd import unfit  # Pallas takes a third of a second to import
-
     kind = {"dtype": dtype, "heads": heads, "widths": widths, "platform": platform}
-    if implementation in _KERNELS and (obstacle := unfit(implementation, **kind)):
+    if implementation in _KERNELS and (obstacle := _unfit(implementation, **kind)):
         raise UnsupportedError(f"scan {implementation!r}: {obstacle}; use 'chunked' or 'auto'")
     if implementation != "auto":
-        _choose(DUAL, implementation, tokens)
+        _known(DUAL, implementation)
         return Choice(implementation, "named")
     if tokens == 1:
         return Choice("reference", "one token needs no chunks")
@@ -119,7 +164,7 @@ def choose_dual(
         return Choice("chunked", "plain jnp; our kernel has not been timed on a TPU")
     if platform != "gpu":
         return Choice("chunked", "plain jnp, the fastest on a CPU")
-    obstacle = unfit("mosaic_gpu", **kind)
+    obstacle = _unfit("mosaic_gpu", **kind)
     if obstacle is None:
         return Choice("mosaic_gpu", "many times faster than plain jnp on a Hopper GPU")
     return Choice("chunked", f"mosaic_gpu: {obstacle}")
@@ -154,13 +199,16 @@ def selective_scan(
       (y in x's dtype, the state after the last token in float32).
 
     Raises:
-      UnsupportedError: no such implementation.
+      UnsupportedError: see `choose_selective`.
     """
-    x = inputs.x
+    x, shape = inputs.x, inputs.a.shape
     if initial is None:
-        initial = jnp.zeros((x.shape[0], *inputs.a.shape), jnp.float32)
-    run = _choose(SELECTIVE, implementation, x.shape[1])
-    return _run(run, inputs, initial, starts, inputs.d)
+        initial = jnp.zeros((x.shape[0], *shape), jnp.float32)
+    kind = {"tokens": x.shape[1], "starts": starts is not None, "dtype": str(x.dtype)}
+    choice = choose_selective(implementation, **kind, shape=shape)
+    if implementation == "auto" and x.shape[1] > 1:
+        note_once(f"selective scan: {choice.name} ({choice.why})")
+    return _run(SELECTIVE[choice.name], inputs, initial, starts, inputs.d)
 
 
 def dual_scan(
