@@ -104,9 +104,9 @@ def choose_selective(
     _known(SELECTIVE, implementation)
     if implementation == "auto" and tokens == 1:
         return Choice("reference", "one token needs no chunks")
-    if implementation == "auto" and target() != "gpu":
-        return Choice("chunked", f"plain jnp; no kernel has won on {target()}")
-    if implementation in ("auto", "mosaic_gpu"):
+    if implementation == "auto":
+        return Choice("chunked", "plain jnp; our kernel has not been timed")
+    if implementation == "mosaic_gpu":
         from pallas_kernels.selective_scan import unfit  # a third of a second to import
 
         mesh = jax.sharding.get_abstract_mesh()
@@ -115,10 +115,6 @@ def choose_selective(
             obstacle = "it knows no sequences that begin within a row"
         elif not (mesh.empty or mesh.size == 1):
             obstacle = "it runs on one device"
-        if implementation == "auto":
-            if obstacle is None:
-                return Choice("mosaic_gpu", "faster than plain jnp on a Hopper GPU")
-            return Choice("chunked", f"mosaic_gpu: {obstacle}")
         if obstacle is not None:
             raise UnsupportedError(f"scan {implementation!r}: {obstacle}; use 'chunked' or 'auto'")
     return Choice(implementation, "named")
@@ -160,14 +156,11 @@ def choose_dual(
         return Choice(implementation, "named")
     if tokens == 1:
         return Choice("reference", "one token needs no chunks")
-    if platform == "tpu":
-        return Choice("chunked", "plain jnp; our kernel has not been timed on a TPU")
-    if platform != "gpu":
-        return Choice("chunked", "plain jnp, the fastest on a CPU")
-    obstacle = _unfit("mosaic_gpu", **kind)
-    if obstacle is None:
-        return Choice("mosaic_gpu", "many times faster than plain jnp on a Hopper GPU")
-    return Choice("chunked", f"mosaic_gpu: {obstacle}")
+    if platform in ("gpu", "tpu"):
+        kernel = f"mosaic_{platform}"
+        obstacle = _unfit(kernel, **kind) or "its present form has not been timed"
+        return Choice("chunked", f"plain jnp; not {kernel}: {obstacle}")
+    return Choice("chunked", "plain jnp, the fastest on a CPU")
 
 
 def _run(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.core
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels.errors import ShapeError
 
@@ -25,5 +26,6 @@ def check_segments(op: str, ids: jax.Array, shape: tuple[int, int]) -> None:
         raise ShapeError(f"{op}: segment_ids must be integers {shape}, not {ids.dtype} {ids.shape}")
     if isinstance(ids, jax.core.Tracer | jax.ShapeDtypeStruct) or not ids.size:
         return
-    if int(jnp.min(ids)) < 0 or bool(jnp.any(ids[:, 1:] < ids[:, :-1])):
+    seen = np.asarray(ids)  # jnp would trace where what stands around is traced
+    if np.min(seen) < 0 or np.any(seen[:, 1:] < seen[:, :-1]):
         raise ShapeError(f"{op}: segment_ids must be from 0 on and never go back along a sequence")

@@ -113,7 +113,8 @@ def test_state_space_scan_on_a_mesh_lowers_for_cuda(groups: int) -> None:
 
     def loss(given):
         with targeting("gpu"):
-            return jnp.sum(ssm.dual_scan(given)[0].astype(jnp.float32))
+            y, _ = ssm.dual_scan(given, implementation="mosaic_gpu")
+            return jnp.sum(y.astype(jnp.float32))
 
     with jax.set_mesh(mesh):
         traced = jax.jit(jax.grad(loss)).trace(dual(heads=16, groups=groups))
@@ -121,17 +122,17 @@ def test_state_space_scan_on_a_mesh_lowers_for_cuda(groups: int) -> None:
     assert text.count("mosaic_gpu_v2") >= 3
 
 
-def test_what_auto_takes() -> None:
+def test_what_can_be_named() -> None:
     q, k, v, log_decay, _ = inputs(length=8)
     given = dual(length=8)
-    kind = {"tokens": 8, "dtype": "bfloat16", "heads": (2, 1), "widths": (64, 64)}
-    assert ssm.choose_dual("auto", **kind, platform="cpu").name == "chunked"
-    assert ssm.choose_dual("auto", **kind, platform="tpu").name == "chunked"
-    assert ssm.choose_dual("auto", **kind, platform="gpu").name == "mosaic_gpu"
-    narrow = kind | {"widths": (48, 64)}
-    found = ssm.choose_dual("auto", **narrow, platform="gpu")
-    assert found.name == "chunked"
-    assert "multiple of 64" in found.why
+    kind = {"tokens": 8, "dtype": "bfloat16", "heads": (2, 1)}
+    for platform in ("cpu", "tpu", "gpu"):  # no kernel is taken before it was timed
+        found = ssm.choose_dual("auto", **kind, widths=(64, 64), platform=platform)
+        assert found.name == "chunked"
+    named = functools.partial(ssm.choose_dual, "mosaic_gpu", **kind, platform="gpu")
+    assert named(widths=(64, 64)).name == "mosaic_gpu"
+    with pytest.raises(UnsupportedError, match="multiple of 64"):
+        named(widths=(48, 64))
     with pytest.raises(UnsupportedError, match="needs a CUDA device, this is cpu"):
         ssm.dual_scan(given, implementation="mosaic_gpu")
     with targeting("gpu"):
@@ -140,6 +141,15 @@ def test_what_auto_takes() -> None:
             op((q, k, v), gates=Gates(beta=log_decay), implementation="mosaic_gpu")
         with pytest.raises(UnsupportedError, match="not one a channel"):
             op((q, k, v), gates=Gates(v), implementation="mosaic_gpu")
+    scan = functools.partial(
+        ssm.choose_selective, "mosaic_gpu", tokens=8, dtype="bfloat16", shape=(64, 16)
+    )
+    with pytest.raises(UnsupportedError, match="needs a CUDA device"):
+        scan(starts=False)
+    with targeting("gpu"):
+        assert scan(starts=False).name == "mosaic_gpu"
+        with pytest.raises(UnsupportedError, match="begin within a row"):
+            scan(starts=True)
 
 
 def test_wrong_arguments_are_named() -> None:

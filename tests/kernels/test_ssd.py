@@ -125,6 +125,18 @@ def test_ids_on_the_device_may_go_back() -> None:
     np.testing.assert_array_equal(run(back), run(forth))
 
 
+def test_ids_that_are_seen_within_a_trace_are_checked() -> None:
+    x, dt, a, b, c, *_ = (jnp.asarray(z) for z in arguments(Case(length=4)))
+
+    def run(x, ids):
+        return ssd(x, dt, a, b, c, segment_ids=ids, implementation="reference")[0]
+
+    ids, back = (jnp.asarray([z], jnp.int32) for z in ([0, 0, 1, 1], [1, 1, 0, 0]))
+    np.testing.assert_array_equal(jax.jit(lambda x: run(x, ids))(x), jax.jit(run)(x, ids))
+    with pytest.raises(ShapeError, match="never go back"):
+        jax.jit(lambda x: run(x, back))(x)
+
+
 def test_transforms_keep_the_shapes() -> None:
     case = Case(length=64)
     x, dt, a, b, c, initial = arguments(case)[:6]
