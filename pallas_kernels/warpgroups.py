@@ -4,7 +4,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +15,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 __all__ = [
+    "COLUMN",
     "CONSUMERS",
     "LOG2E",
     "ROW",
     "SQUARE",
+    "Spare",
     "along",
     "clear",
+    "drain",
     "iota",
     "multiply",
     "roles",
@@ -28,6 +33,7 @@ __all__ = [
 CONSUMERS = 2  # warpgroups that compute; one more loads
 SQUARE = plgpu.Layout.WGMMA
 ROW = SQUARE.reduce(1)  # one value a row of an accumulator
+COLUMN = SQUARE.reduce(0)
 LOG2E = math.log2(math.e)
 _WIDTH = 64  # columns that are cleared at a time
 
@@ -75,6 +81,86 @@ def multiply(acc, left: jax.Array, right, stage=None) -> None:
         plgpu.commit_smem()
         left = stage
     plgpu.wgmma(acc, left, right)
+
+
+@dataclasses.dataclass(frozen=True)
+class Spare:
+    """A consumer's memory for what the interpreter cannot do; empty on a device.
+
+    It knows neither a left operand in registers nor a store to an accumulator: there, sums are
+    plain memory, and a product is made from nothing and added.
+    """
+
+    sums: tuple[Any, ...] = ()
+    stage: Any = None
+
+    @staticmethod
+    def kinds(shape: Any, stage: tuple[int, int], *sums: tuple[int, int]) -> dict:
+        """What to allocate, by name; operands are of `shape.dtype`."""
+        if not shape.interpret:
+            return {}
+        kinds = {f"sum{i}": plgpu.SMEM((CONSUMERS, *x), jnp.float32) for i, x in enumerate(sums)}
+        return kinds | {"stage": swizzled((CONSUMERS, *stage), shape.dtype)}
+
+    @classmethod
+    def of(cls, smem: dict, wg) -> Spare:
+        """A warpgroup's part of what `kinds` named."""
+        if "stage" not in smem:
+            return cls()
+        sums = sorted(name for name in smem if name.startswith("sum"))
+        return cls(tuple(smem[name].at[wg] for name in sums), smem["stage"].at[wg])
+
+    def zeroed(self, body, *shapes: tuple[int, int]):
+        """body(*accumulators), float32 zeros that `add` adds to."""
+        if self.stage is None:
+            return pl.run_scoped(body, *(plgpu.ACC(shape, jnp.float32) for shape in shapes))
+        for ref in self.sums:
+            ref[...] = jnp.zeros(ref.shape, jnp.float32)
+        return body(*self.sums[: len(shapes)])
+
+    def kept(self, acc, index: int):
+        """An accumulator that is stored to: itself, or in the interpreter the memory of its sum."""
+        return acc if self.stage is None else self.sums[index]
+
+    def read(self, acc, wait_n: int):
+        """Its sums when at most `wait_n` products are on their way."""
+        return (
+            acc[...] if self.stage is not None else plgpu.wgmma_accumulator_load(acc, wait_n=wait_n)
+        )
+
+    def add_shared(self, acc, left, right) -> None:
+        """acc += left @ right, begun and not waited for; both are refs."""
+        if self.stage is None:
+            plgpu.wgmma(acc, left, right)
+            return
+
+        def run(fresh):
+            plgpu.wgmma(fresh, left, right)
+            return fresh[...]
+
+        acc[...] = acc[...] + pl.run_scoped(run, plgpu.ACC(acc.shape, jnp.float32))
+
+    def add(self, acc, left: jax.Array, right) -> None:
+        """acc += left @ right, begun and not waited for; `left` is in registers, `right` a ref."""
+        if self.stage is None:
+            multiply(acc, left, right)
+            return
+
+        def run(fresh):
+            multiply(fresh, left, right, self.stage.at[pl.ds(0, left.shape[0])])
+            return fresh[...]
+
+        acc[...] = acc[...] + pl.run_scoped(run, plgpu.ACC(acc.shape, jnp.float32))
+
+
+def drain(free: dict) -> None:
+    """Waits until everything that was loaded was also used, so that no barrier ends half-way."""
+    for barrier in free.values():
+        if not barrier.shape:
+            plgpu.barrier_wait(barrier)
+            continue
+        for slot in range(barrier.shape[0]):
+            plgpu.barrier_wait(barrier.at[slot])
 
 
 def roles(kernel, refs, smem, full, free):

@@ -2,14 +2,15 @@
 
   python3 scripts/bench_train.py --out $OUT/train.jsonl [--ablate] [--only CASE…]
 
-Cases of two devices are measured when they are named.
+Cases of two devices, and of models that live by a kernel, are measured when they are named.
 
 bfloat16 matmuls on random tokens. Each case runs in a process of its own, through the very programs
 that `jaxllm train` compiles; those of float32 state and of several devices twice: compiled cold,
 then from the store. A peer is transformers with torch.compile and fused AdamW on the same card. One
 JSON line each.
 
-Model FLOPs of a step: 6 x parameters x tokens + 6 x layers x rows x length^2 x attention width.
+Model FLOPs of a step: 6 x parameters of a token x tokens + 6 x attention layers x rows x length^2 x
+attention width; recurrences are not counted.
 """
 
 from __future__ import annotations
@@ -31,8 +32,9 @@ STEPS, ROUNDS, PEAK_FLOPS = 8, 5, 989e12
 """Steps timed together, as in a run, where the device never waits; rounds, of which the median is
 taken; an H100's dense bfloat16 peak."""
 
-LLAMA, GPT = "1.24B", "124M"
+LLAMA, GPT, MAMBA, OLMOE = "1.24B", "124M", "Mamba-2 1.3B", "OLMoE, half"
 SHAPES = {LLAMA: (8, 2048), "1.24B long": (4, 4096), GPT: (32, 1024)}
+OTHERS = {MAMBA: (8, 2048), OLMOE: (8, 2048)}
 """Model and (rows, length)."""
 
 HIDING = (("xla_gpu_enable_latency_hiding_scheduler", True),)
@@ -49,6 +51,19 @@ MESHES: dict[str, tuple[str, dict[str, Any]]] = {
     "1.24B, 2 devices, tensor=2": (LLAMA, {"mesh": "tensor=2", "fused": False}),
 }
 """Weak scaling over devices that copy or shard the state, strong over those that split layers."""
+_NARROW = {"param_dtype": "bfloat16", "logit_dtype": "bfloat16"}
+_SCANNED = _NARROW | {"layout": "scan", "remat": "save_dots"}
+KERNELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "Mamba-2 1.3B": (MAMBA, _SCANNED),
+    "Mamba-2 1.3B, chunked": (MAMBA, _SCANNED | {"scan": "chunked"}),
+    "Mamba-2 1.3B, unrolled": (MAMBA, _NARROW | {"remat": "save_dots"}),
+    "Mamba-2 1.3B, full": (MAMBA, _SCANNED | {"remat": "full"}),
+    "Mamba-2 1.3B, chunked, full": (MAMBA, _SCANNED | {"scan": "chunked", "remat": "full"}),
+    "OLMoE, half": (OLMOE, _NARROW),
+    "OLMoE, half, ragged_dot": (OLMOE, _NARROW | {"experts": "ragged_dot"}),
+    "OLMoE, half, save_dots": (OLMOE, _NARROW | {"remat": "save_dots"}),
+}
+"""Models whose time is in a kernel, by it and by the plain form that it stands for."""
 PEERS = {f"{shape}, peer": shape for shape in SHAPES}
 ABLATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "1.24B, separate projections": (LLAMA, {"fused": False}),
@@ -114,6 +129,10 @@ def specs(name: str) -> Any:
     from jaxllm.spec.ops import MLP, Attention, Norm
     from jaxllm.zoo.families import PRESETS
 
+    if name == MAMBA:
+        return mamba()
+    if name == OLMOE:
+        return olmoe()
     if name != GPT:
         return PRESETS["llama-3.2-1b"]
     norm = Norm(type="layer", bias=True)
@@ -132,12 +151,52 @@ def specs(name: str) -> Any:
     )
 
 
+def mamba() -> Any:
+    """The shape of the published Mamba-2 of 1.3 billion parameters."""
+    from jaxllm.spec.model import Block, Head, ModelSpec, sub
+    from jaxllm.spec.ops import Norm
+    from jaxllm.spec.state_space import StateSpaceDual
+
+    norm = Norm()
+    op = StateSpaceDual(heads=64, head_dim=64, state=128)
+    return ModelSpec(
+        vocab=50_288,
+        width=2048,
+        blocks=(Block(name="M", subs=(sub("ssm", op, norm_in=norm),)),),
+        layers="M*48",
+        context=2048,
+        final_norm=norm,
+        head=Head(tied=True),
+    )
+
+
+def olmoe() -> Any:
+    """The shape of OLMoE with half of its layers: 64 experts, 8 a token."""
+    from jaxllm.spec.model import Block, Head, ModelSpec, sub
+    from jaxllm.spec.moe import MoE
+    from jaxllm.spec.ops import MLP, Attention, Norm
+
+    norm = Norm()
+    attn = Attention(heads=16, kv_heads=16, head_dim=128)
+    moe = MoE(experts=64, active=8, mlp=MLP(width=1024))
+    subs = (sub("attn", attn, norm_in=norm), sub("moe", moe, norm_in=norm))
+    return ModelSpec(
+        vocab=50_304,
+        width=2048,
+        blocks=(Block(name="E", subs=subs),),
+        layers="E*8",
+        context=4096,
+        final_norm=norm,
+        head=Head(),
+    )
+
+
 def run_config(shape: str, changes: dict[str, Any]) -> Any:
     """The run that a case stands for."""
     from jaxllm.ops.loss import LossOptions
     from jaxllm.train.config import Optimizer, RunConfig
 
-    rows, length = SHAPES[shape]
+    rows, length = (SHAPES | OTHERS)[shape]
     config = RunConfig(
         spec=specs(shape),
         batch=rows,
@@ -153,11 +212,13 @@ def run_config(shape: str, changes: dict[str, Any]) -> Any:
 
 def model_flops(spec: Any, rows: int, length: int) -> float:
     """Of one training step, counted as in the head of this file."""
-    from jaxllm.spec.cost import num_params
+    from jaxllm.spec.cost import num_active_params
+    from jaxllm.spec.ops import Attention
 
-    attention = next(n.op for s in spec.block(0).subs for n in s.ops if hasattr(n.op, "head_dim"))
-    pairs = spec.num_layers * rows * length**2 * attention.heads * attention.head_dim
-    return 6 * num_params(spec) * rows * length + 6 * pairs
+    ops = [named.op for part in spec.block(0).subs for named in part.ops]
+    wide = sum(op.heads * op.head_dim for op in ops if isinstance(op, Attention))
+    pairs = spec.num_layers * rows * length**2 * wide
+    return 6 * num_active_params(spec) * rows * length + 6 * pairs
 
 
 def measure(shape: str, changes: dict[str, Any]) -> dict[str, Any]:
@@ -265,7 +326,7 @@ def main() -> None:
     parser.add_argument("--timeout", type=float, default=150)
     parser.add_argument("--case", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    every = CASES | MESHES | ABLATIONS
+    every = CASES | MESHES | KERNELS | ABLATIONS
     if options.case:
         shape, changes = every[options.case]
         print(json.dumps(measure(shape, dict(changes))))

@@ -9,7 +9,16 @@ from jaxllm.core.config import require
 from jaxllm.core.precision import DtypeName, dtype_of
 from jaxllm.core.sharding import DEFAULT_RULES, Rules
 
-__all__ = ["AttentionKind", "Codes", "Layout", "Matrices", "Policy", "Remat"]
+__all__ = [
+    "AttentionKind",
+    "Codes",
+    "ExpertsKind",
+    "Layout",
+    "Matrices",
+    "Policy",
+    "Remat",
+    "ScanKind",
+]
 
 Layout = Literal["scan", "unrolled", "runs"]
 Matrices = Literal["canonical", "in_out", "out_in"]
@@ -17,7 +26,7 @@ Codes = Literal["values", "planes"]
 Remat = Literal["none", "save_dots", "save_attention", "offload", "full"]
 AttentionKind = Literal["auto", "reference", "cudnn", "mosaic_gpu", "mosaic_tpu"]
 LatentKind = Literal["auto", "plain", "absorbed"]
-ScanKind = Literal["auto", "reference", "chunked"]
+ScanKind = Literal["auto", "reference", "chunked", "mosaic_gpu", "mosaic_tpu"]
 ExpertsKind = Literal["auto", "blocked", "ragged_dot", "mosaic_gpu", "mosaic_tpu"]
 
 
@@ -31,7 +40,8 @@ class Policy:
       logit_dtype: dtype of logits.
       attention: implementation of softmax attention; `auto` chooses and says what it took.
       scan: implementation of recurrences (state space, linear attention): token by token
-        (`reference`) or in chunks.
+        (`reference`), in chunks (`chunked`), or by our kernels for Hopper GPUs and TPUs
+        (`mosaic_gpu`, `mosaic_tpu`).
       experts: implementation of the products of experts: block by block of rows (`blocked`, for
         CPUs), XLA's own (`ragged_dot`), or our kernels for Hopper GPUs and TPUs (`mosaic_gpu`,
         `mosaic_tpu`).

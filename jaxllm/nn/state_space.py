@@ -117,7 +117,8 @@ class StateSpaceDual(nn.Module):
         def run(tokens: Any, initial: Any, starts: Any) -> Any:
             x, dt, b, c = tokens
             inputs = Dual(x, dt, b, c, a, leaves["d"])
-            return dual_scan(inputs, initial, starts=starts, implementation=self.policy.scan)
+            how = {"implementation": self.policy.scan, "rules": self.policy.rules}
+            return dual_scan(inputs, initial, starts=starts, **how)
 
         y, scan = recur.recurrence(held.get("scan"), (x, dt, b, c), run, step=step)
         y = gated_norm(y, z, None if op.norm is None else leaves["norm"], op.norm)

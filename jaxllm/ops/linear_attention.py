@@ -20,15 +20,18 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from jaxllm.core.config import nearest
+from jaxllm.core.logging import note_once
 from jaxllm.core.precision import at_least_float32
-from jaxllm.errors import ConfigError, ShapeError
+from jaxllm.errors import ConfigError, ShapeError, UnsupportedError
 from jaxllm.ops.chunks import over_tokens
 from jaxllm.ops.linear_chunks import chunked
 from jaxllm.typing import AnyArray, Slot
+from pallas_kernels.choice import Choice
 
-__all__ = ["IMPLEMENTATIONS", "Gates", "add_ones", "divide", "linear_attention"]
+__all__ = ["IMPLEMENTATIONS", "Gates", "add_ones", "choose", "divide", "linear_attention"]
 
-IMPLEMENTATIONS = ("auto", "reference", "chunked")
+_KERNELS = ("mosaic_gpu", "mosaic_tpu")
+IMPLEMENTATIONS = ("auto", "reference", "chunked", *_KERNELS)
 
 
 @jax.tree_util.register_dataclass
@@ -63,39 +66,99 @@ def linear_attention(
         each other.
       gates: decays and strengths.
       state: the matrices before; zeros by default.
-      implementation: `auto` goes token by token for one token, else chunk by chunk.
+      implementation: `auto` goes token by token for one token, else chunk by chunk; kernels go
+        by name.
 
     Returns:
       (what each query reads, in the dtype of the values; the matrices after).
 
     Raises:
       ConfigError: an unknown implementation. ShapeError: heads that do not divide.
+      UnsupportedError: a kernel that cannot serve the call.
     """
-    if implementation not in IMPLEMENTATIONS:
-        raise ConfigError(
-            f"linear attention {implementation!r} is unknown; "
-            f"{nearest(implementation, IMPLEMENTATIONS)}"
-        )
     q, k, v = qkv
     heads, key_heads = v.shape[2], k.shape[2]
     if heads % key_heads:
         raise ShapeError(
             f"linear attention: {heads} heads are no multiple of {key_heads} key heads"
         )
+    choice = choose(implementation, qkv, gates)
+    if implementation == "auto" and v.shape[1] > 1:
+        note_once(f"linear attention: {choice.name} ({choice.why})")
+    if choice.name in _KERNELS:
+        return _kernel(choice.name, qkv, gates, state)
     dtype, wide = v.dtype, at_least_float32(v.dtype)
     q, k, v, log_decay, beta = _prepare((q, k, v), gates, heads // key_heads, wide)
     if state is None:
         state = jnp.zeros((v.shape[0], heads, k.shape[-1], v.shape[-1]), wide)
     state = jnp.asarray(state).astype(wide)
-    if implementation == "auto":
-        implementation = "reference" if v.shape[1] == 1 else "chunked"
-    if implementation == "reference":
+    if choice.name == "reference":
         out, state = reference((q, k, v), log_decay, beta, state)
     else:
         narrow = jnp.dtype(dtype).itemsize < 4
         precision = jax.lax.Precision.DEFAULT if narrow else jax.lax.Precision.HIGHEST
         out, state = chunked((q, k, v), log_decay, beta, state, precision=precision)
     return out.astype(dtype), state
+
+
+def _unfit(name: str, qkv: tuple[Array, Array, Array], gates: Gates) -> str | None:
+    """Why a kernel cannot serve a call, or None."""
+    q, k, v = qkv
+    if gates.beta is not None:
+        return "it has no delta rule"
+    if gates.log_decay is not None and gates.log_decay.ndim > 3:
+        return "it takes a decay a head, not one a channel"
+    if not q.dtype == k.dtype == v.dtype:
+        return f"it takes q, k and v of one dtype, not {q.dtype}, {k.dtype} and {v.dtype}"
+    mesh = jax.sharding.get_abstract_mesh()
+    if not (mesh.empty or mesh.size == 1):
+        return "it runs on one device"
+    from pallas_kernels.linear_attention import unfit  # Pallas takes a third of a second to import
+
+    heads, widths = (v.shape[2], k.shape[2]), (v.shape[3], k.shape[3])
+    return unfit(name, dtype=str(v.dtype), heads=heads, widths=widths)
+
+
+def choose(implementation: str, qkv: tuple[Array, Array, Array], gates: Gates) -> Choice:
+    """The implementation for a call, and why.
+
+    Raises:
+      ConfigError: unknown name; UnsupportedError: a kernel that cannot serve the call.
+    """
+    if implementation not in IMPLEMENTATIONS:
+        raise ConfigError(
+            f"linear attention {implementation!r} is unknown; "
+            f"{nearest(implementation, IMPLEMENTATIONS)}"
+        )
+    if implementation in _KERNELS and (obstacle := _unfit(implementation, qkv, gates)):
+        raise UnsupportedError(
+            f"linear attention {implementation!r}: {obstacle}; use 'chunked' or 'auto'"
+        )
+    if implementation != "auto":
+        return Choice(implementation, "named")
+    if qkv[2].shape[1] == 1:
+        return Choice("reference", "one token needs no chunks")
+    return Choice("chunked", "plain jnp; our kernels have not been timed")
+
+
+def _kernel(
+    name: str, qkv: tuple[Array, Array, Array], gates: Gates, state: AnyArray | None
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B N M H"]]:
+    """By a kernel of `pallas_kernels.linear_attention`."""
+    from pallas_kernels.linear_attention import linear_attention as kernel
+
+    q, k, v = qkv
+    decay, ids = gates.log_decay, None
+    if gates.real is not None:
+        k, v = (jnp.where(gates.real[..., None, None], x, jnp.zeros_like(x)) for x in (k, v))
+        if decay is not None:
+            decay = jnp.where(gates.real[..., None], decay, jnp.zeros_like(decay))
+    if gates.starts is not None:
+        ids = jnp.cumsum(gates.starts, axis=1, dtype=jnp.int32)
+    decay = None if decay is None else decay.astype(jnp.float32)
+    before = None if state is None else jnp.asarray(state).astype(jnp.float32)
+    how = {"log_decay": decay, "initial": before, "segment_ids": ids}
+    return kernel(q, k, v, **how, implementation=name)
 
 
 def _prepare(

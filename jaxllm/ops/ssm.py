@@ -6,6 +6,9 @@ size is 0 leaves the state as it was (padding); a start forgets all before it, b
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,31 +16,151 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from jaxllm.core.logging import note_once
+from jaxllm.core.sharding import DEFAULT_RULES, Rules, island, shards
 from jaxllm.errors import UnsupportedError
 from jaxllm.ops.linear import align
-from jaxllm.ops.selective import Selective, selective_chunked, selective_loop
+from jaxllm.ops.selective import (
+    Selective,
+    selective_chunked,
+    selective_kernel,
+    selective_loop,
+)
 from jaxllm.ops.ssd import Dual, dual_chunked, dual_loop
 from jaxllm.spec.state_space import GatedNorm
 from jaxllm.typing import AnyArray
+from pallas_kernels.choice import Choice
+from pallas_kernels.target import target
 
-__all__ = ["DUAL", "SELECTIVE", "Dual", "Selective", "dual_scan", "gated_norm", "selective_scan"]
+__all__ = [
+    "DUAL",
+    "SELECTIVE",
+    "Dual",
+    "Selective",
+    "choose_dual",
+    "choose_selective",
+    "dual_scan",
+    "gated_norm",
+    "selective_scan",
+]
+
+_KERNELS = ("mosaic_gpu", "mosaic_tpu")
+
+
+def _dual_kernel(
+    name: str, inputs: Dual, initial: Float[Array, "B N H M"], starts: Bool[Array, "B T"] | None
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B N H M"]]:
+    """By a kernel of `pallas_kernels.ssd`, which gives y in x's dtype."""
+    from pallas_kernels.ssd import ssd
+
+    ids = None if starts is None else jnp.cumsum(starts, axis=1, dtype=jnp.int32)
+    y, final = ssd(
+        inputs.x,
+        inputs.dt,
+        inputs.a,
+        inputs.b,
+        inputs.c,
+        initial=initial,
+        segment_ids=ids,
+        implementation=name,
+    )
+    return y.astype(jnp.float32), final
+
 
 SELECTIVE: dict[str, Callable[..., Any]] = {
     "reference": selective_loop,
     "chunked": selective_chunked,
+    "mosaic_gpu": selective_kernel,
 }
-DUAL: dict[str, Callable[..., Any]] = {"reference": dual_loop, "chunked": dual_chunked}
+DUAL: dict[str, Callable[..., Any]] = {
+    "reference": dual_loop,
+    "chunked": dual_chunked,
+    **{name: functools.partial(_dual_kernel, name) for name in _KERNELS},
+}
 """(inputs, initial state, starts or None) -> (y without d x in float32, final state)."""
 
 
-def _choose(table: dict[str, Callable[..., Any]], name: str, tokens: int) -> Callable[..., Any]:
-    """An implementation by name; `auto` takes chunks for anything longer than a token."""
-    if name == "auto":
-        name = "chunked" if tokens > 1 else "reference"
-    if name not in table:
+def _known(table: dict[str, Callable[..., Any]], name: str) -> None:
+    if name not in ("auto", *table):
         allowed = ", ".join(sorted(table))
         raise UnsupportedError(f"scan {name!r} is unknown; allowed: auto, {allowed}")
-    return table[name]
+
+
+def choose_selective(
+    implementation: str, *, tokens: int, starts: bool, dtype: str, shape: tuple[int, int]
+) -> Choice:
+    """The implementation of `selective_scan` for a kind of call, and why.
+
+    Args:
+      implementation: `auto` or a name in `SELECTIVE`.
+      tokens: T.
+      starts: whether sequences may begin within a row.
+      dtype: name of x's dtype.
+      shape: I and M.
+
+    Raises:
+      UnsupportedError: no such implementation, or a kernel that cannot serve the call.
+    """
+    _known(SELECTIVE, implementation)
+    if implementation == "auto" and tokens == 1:
+        return Choice("reference", "one token needs no chunks")
+    if implementation == "auto":
+        return Choice("chunked", "plain jnp; our kernel has not been timed")
+    if implementation == "mosaic_gpu":
+        from pallas_kernels.selective_scan import unfit  # a third of a second to import
+
+        mesh = jax.sharding.get_abstract_mesh()
+        obstacle = unfit(dtype=dtype, channels=shape[0], state=shape[1])
+        if starts:
+            obstacle = "it knows no sequences that begin within a row"
+        elif not (mesh.empty or mesh.size == 1):
+            obstacle = "it runs on one device"
+        if obstacle is not None:
+            raise UnsupportedError(f"scan {implementation!r}: {obstacle}; use 'chunked' or 'auto'")
+    return Choice(implementation, "named")
+
+
+def _unfit(implementation: str, **kind: Any) -> str | None:
+    from pallas_kernels.ssd import unfit  # Pallas takes a third of a second to import
+
+    return unfit(implementation, **kind)
+
+
+def choose_dual(
+    implementation: str,
+    *,
+    tokens: int,
+    dtype: str,
+    heads: tuple[int, int],
+    widths: tuple[int, int],
+    platform: str,
+) -> Choice:
+    """The implementation of `dual_scan` for a kind of call, and why.
+
+    Args:
+      implementation: `auto` or a name in `DUAL`.
+      tokens: T.
+      dtype: name of x's dtype.
+      heads: N and K on one device.
+      widths: H and M.
+      platform: `cpu`, `gpu`, `tpu`, or `interpreter` for kernels on a CPU.
+
+    Raises:
+      UnsupportedError: no such implementation, or a kernel that cannot serve the call.
+    """
+    kind = {"dtype": dtype, "heads": heads, "widths": widths, "platform": platform}
+    if implementation in _KERNELS and (obstacle := _unfit(implementation, **kind)):
+        raise UnsupportedError(f"scan {implementation!r}: {obstacle}; use 'chunked' or 'auto'")
+    if implementation != "auto":
+        _known(DUAL, implementation)
+        return Choice(implementation, "named")
+    if tokens == 1:
+        return Choice("reference", "one token needs no chunks")
+    if platform in ("gpu", "tpu"):
+        kernel = f"mosaic_{platform}"
+        obstacle = _unfit(kernel, **kind) or "its present form has not been timed"
+        return Choice("chunked", f"plain jnp; not {kernel}: {obstacle}")
+    return Choice("chunked", "plain jnp, the fastest on a CPU")
 
 
 def _run(
@@ -69,13 +192,16 @@ def selective_scan(
       (y in x's dtype, the state after the last token in float32).
 
     Raises:
-      UnsupportedError: no such implementation.
+      UnsupportedError: see `choose_selective`.
     """
-    x = inputs.x
+    x, shape = inputs.x, inputs.a.shape
     if initial is None:
-        initial = jnp.zeros((x.shape[0], *inputs.a.shape), jnp.float32)
-    run = _choose(SELECTIVE, implementation, x.shape[1])
-    return _run(run, inputs, initial, starts, inputs.d)
+        initial = jnp.zeros((x.shape[0], *shape), jnp.float32)
+    kind = {"tokens": x.shape[1], "starts": starts is not None, "dtype": str(x.dtype)}
+    choice = choose_selective(implementation, **kind, shape=shape)
+    if implementation == "auto" and x.shape[1] > 1:
+        note_once(f"selective scan: {choice.name} ({choice.why})")
+    return _run(SELECTIVE[choice.name], inputs, initial, starts, inputs.d)
 
 
 def dual_scan(
@@ -84,6 +210,7 @@ def dual_scan(
     *,
     starts: Bool[AnyArray, "B T"] | None = None,
     implementation: str = "auto",
+    rules: Rules = DEFAULT_RULES,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N H M"]]:
     """S <- exp(dt a) S + dt x b^T; y = S c + d x, token by token. Source: arXiv 2405.21060.
 
@@ -92,18 +219,57 @@ def dual_scan(
       initial: the state before; zeros by default.
       starts: tokens before which nothing is remembered; None for none.
       implementation: `auto`, or a name in `DUAL`.
+      rules: logical axis -> mesh axes, for kernels, which run on each device's own part.
 
     Returns:
       (y in x's dtype, the state after the last token in float32).
 
     Raises:
-      UnsupportedError: no such implementation.
+      UnsupportedError: see `choose_dual`.
     """
     x = inputs.x
     if initial is None:
         initial = jnp.zeros((x.shape[0], *x.shape[2:], inputs.b.shape[-1]), jnp.float32)
-    run = _choose(DUAL, implementation, x.shape[1])
+    groups, split = inputs.b.shape[2], shards("kv_heads", rules)
+    heads = x.shape[2] // shards("heads", rules), -(-groups // split)
+    choice = choose_dual(
+        implementation,
+        tokens=x.shape[1],
+        dtype=str(x.dtype),
+        heads=heads,
+        widths=(x.shape[3], inputs.b.shape[3]),
+        platform=target(),
+    )
+    if implementation == "auto" and x.shape[1] > 1:
+        note_once(f"state space scan: {choice.name} ({choice.why})")
+    run = DUAL[choice.name]
+    if choice.name in _KERNELS:
+        run = functools.partial(_on_each_device, run, rules=rules)
     return _run(run, inputs, initial, starts, inputs.d[:, None])
+
+
+def _on_each_device(
+    run: Callable[..., Any], inputs: Dual, initial: Array, starts: Any, *, rules: Rules
+) -> tuple[Array, Array]:
+    """A kernel of `DUAL` on the sequences and heads that each device has."""
+    groups, split = inputs.b.shape[2], shards("kv_heads", rules)
+    if groups > 1 and groups % split:  # devices with parts of a group each have it for themselves
+        b, c = (
+            jnp.repeat(z, split // math.gcd(groups, split), axis=2) for z in (inputs.b, inputs.c)
+        )
+        inputs = dataclasses.replace(inputs, b=b, c=c)
+    tokens, by_head = ("batch", "length", "heads", "head_dim"), ("batch", "heads", None, None)
+    shared = ("batch", "length", "kv_heads", None)
+    axes = Dual(tokens, tokens[:3], shared, shared, ("heads",), ("heads",))
+    arguments, names = (inputs, initial), (axes, by_head)
+    if starts is not None:
+        arguments, names = (*arguments, starts), (*names, tokens[:2])
+
+    def one(inputs: Dual, initial: Array, starts: Any = None) -> tuple[Array, Array]:
+        return run(inputs, initial, starts)
+
+    out = [(inputs.x.shape, tokens), (initial.shape, by_head)]
+    return island(one, arguments, names, out=out, rules=rules)
 
 
 def gated_norm(

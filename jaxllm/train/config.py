@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from jaxllm.core.config import require
 from jaxllm.core.mesh import parse_mesh
-from jaxllm.core.policy import AttentionKind, Remat
+from jaxllm.core.policy import AttentionKind, ExpertsKind, Remat, ScanKind
 from jaxllm.core.precision import DtypeName
 from jaxllm.data.tokens import check_tokenizer
 from jaxllm.ops.loss import LossOptions
@@ -160,6 +160,8 @@ class RunConfig:
         exported model has them apart.
       logit_dtype: of logits in the loss; its statistics are float32 anyhow.
       attention: implementation of softmax attention, as in `Policy`.
+      scan: implementation of recurrences, as in `Policy`.
+      experts: implementation of the products of experts, as in `Policy`.
       balance_rate: by how much a step moves the balance bias of each expert, towards equal loads;
         for models that have them.
       expert_capacity: tokens of an expert on a device, as a multiple of its even share; those past
@@ -215,6 +217,8 @@ class RunConfig:
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     logit_dtype: Literal["float32", "bfloat16"] = "float32"
     attention: AttentionKind = "auto"
+    scan: ScanKind = "auto"
+    experts: ExpertsKind = "auto"
     layout: Literal["scan", "unrolled"] = "scan"
     fused: bool = False
     balance_rate: float = 1e-3

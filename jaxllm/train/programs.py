@@ -71,6 +71,8 @@ def run_policy(config: RunConfig) -> Policy:
         remat=cast(Remat, config.remat),
         logit_dtype=config.logit_dtype,
         attention=config.attention,
+        scan=config.scan,
+        experts=config.experts,
         layout=config.layout,
         fused=config.fused,
         rules=row.params,

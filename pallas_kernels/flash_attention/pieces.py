@@ -7,7 +7,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +17,18 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.flash_attention.padding import pad
 from pallas_kernels.flash_attention.problem import Extras, Spec
 from pallas_kernels.flash_attention.ranges import BOTH, HIGH, LOW, Walk, runs
-from pallas_kernels.warpgroups import CONSUMERS, LOG2E, ROW, SQUARE, along, iota, multiply, swizzled
+from pallas_kernels.warpgroups import (
+    COLUMN,
+    CONSUMERS,
+    LOG2E,
+    ROW,
+    SQUARE,
+    Spare,
+    along,
+    drain,
+    iota,
+    swizzled,
+)
 
 __all__ = [
     "COLUMN",
@@ -39,7 +49,6 @@ __all__ = [
 ]
 
 SECTION_BYTES = 24 << 20  # keys and values that are read again and again: half of an H100's L2
-COLUMN = plgpu.Layout.WGMMA.reduce(0)
 
 
 def capped(scores: jax.Array, spec: Spec) -> tuple[jax.Array, float]:
@@ -47,64 +56,6 @@ def capped(scores: jax.Array, spec: Spec) -> tuple[jax.Array, float]:
     if spec.softcap is None:
         return scores, spec.scale * LOG2E
     return jnp.tanh(scores * (spec.scale / spec.softcap)), spec.softcap * LOG2E
-
-
-@dataclasses.dataclass(frozen=True)
-class Spare:
-    """A consumer's memory for what the interpreter cannot do; empty on a device.
-
-    It knows neither a left operand in registers nor a store to an accumulator: there, sums are
-    plain memory, and a product is made from nothing and added.
-    """
-
-    sums: tuple[object, ...] = ()
-    stage: object | None = None
-
-    @staticmethod
-    def kinds(shape: Any, stage: tuple[int, int], *sums: tuple[int, int]) -> dict:
-        """What to allocate, by name, for a kernel's `dtype` and whether it is to `interpret`."""
-        if not shape.interpret:
-            return {}
-        kinds = {f"sum{i}": plgpu.SMEM((CONSUMERS, *x), jnp.float32) for i, x in enumerate(sums)}
-        return kinds | {"stage": swizzled((CONSUMERS, *stage), shape.dtype)}
-
-    @classmethod
-    def of(cls, smem: dict, wg) -> Spare:
-        """A warpgroup's part of what `kinds` named."""
-        if "stage" not in smem:
-            return cls()
-        sums = sorted(name for name in smem if name.startswith("sum"))
-        return cls(tuple(smem[name].at[wg] for name in sums), smem["stage"].at[wg])
-
-    def zeroed(self, body, *shapes: tuple[int, int]):
-        """body(*accumulators), float32 zeros that `add` adds to."""
-        if self.stage is None:
-            return pl.run_scoped(body, *(plgpu.ACC(shape, jnp.float32) for shape in shapes))
-        for ref in self.sums:
-            ref[...] = jnp.zeros(ref.shape, jnp.float32)
-        return body(*self.sums[: len(shapes)])
-
-    def add(self, acc, left: jax.Array, right) -> None:
-        """acc += left @ right, begun and not waited for; `left` is in registers, `right` a ref."""
-        if self.stage is None:
-            multiply(acc, left, right)
-            return
-
-        def run(fresh):
-            multiply(fresh, left, right, self.stage)
-            return fresh[...]
-
-        acc[...] = acc[...] + pl.run_scoped(run, plgpu.ACC(acc.shape, jnp.float32))
-
-
-def drain(free: dict) -> None:
-    """Waits until everything that was loaded was also used, so that no barrier ends half-way."""
-    for barrier in free.values():
-        if not barrier.shape:
-            plgpu.barrier_wait(barrier)
-            continue
-        for slot in range(barrier.shape[0]):
-            plgpu.barrier_wait(barrier.at[slot])
 
 
 def keeper(walk: Walk, refs, batch, rows):

@@ -65,7 +65,9 @@ def slow_dual(part, initial, starts):
 
 
 KINDS = {"selective": (selective_scan, slow_selective), "dual": (dual_scan, slow_dual)}
-WAYS = [("selective", name) for name in SELECTIVE] + [("dual", name) for name in DUAL]
+WAYS = [("selective", name) for name in SELECTIVE if not name.startswith("mosaic")] + [
+    ("dual", name) for name in DUAL if not name.startswith("mosaic")
+]
 
 
 def starting(length=LENGTH):

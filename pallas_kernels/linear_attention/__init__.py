@@ -1,0 +1,11 @@
+"""Linear attention with a decay a head: one signature, several implementations."""
+
+from pallas_kernels.linear_attention.api import (
+    IMPLEMENTATIONS,
+    Choice,
+    explain,
+    linear_attention,
+    unfit,
+)
+
+__all__ = ["IMPLEMENTATIONS", "Choice", "explain", "linear_attention", "unfit"]

@@ -1,0 +1,119 @@
+"""python -m pallas_kernels.ssd.bench [part of a case's name …]: times every case.
+
+One JSON line a case, pass and implementation, with tokens a second and the ratio to the limit of
+the forward's bytes or products. The peer is the plain chunked form of `jaxllm.ops` in the same run;
+the error of both against the loop over tokens is taken on one short sequence of the case.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.ssd import ssd
+from pallas_kernels.ssd.shapes import CASES, Shaped
+from pallas_kernels.timing import seconds
+
+__all__ = ["main"]
+
+_COPY = 3.0e12  # bytes a second that an H100 copies
+_PRODUCT = 783e12  # an 8192^3 bf16 product of normal data on such a card
+_ROTATED = 200e6
+
+
+def _draw(case: Shaped, seed: int) -> tuple:
+    """x, dt, a, b, c and the gradient of y."""
+
+    @jax.jit
+    def arrays(key):
+        keys = jax.random.split(key, 6)
+        tokens = (case.batch, case.length)
+        normal = functools.partial(jax.random.normal, dtype=jnp.bfloat16)
+        x, dy = (normal(k, (*tokens, case.heads, case.width)) for k in keys[:2])
+        b, c = (normal(k, (*tokens, case.groups, case.state)) for k in keys[2:4])
+        dt = jax.nn.softplus(jax.random.normal(keys[4], (*tokens, case.heads)) - 3.0)
+        a = -jnp.exp(jax.random.normal(keys[5], (case.heads,)))
+        return x, dt, a, b * jnp.asarray(case.state**-0.5, b.dtype), c, dy
+
+    return arrays(jax.random.key(seed))
+
+
+def plain(x, dt, a, b, c):
+    """The chunked form in plain jnp."""
+    found: Any = importlib.import_module("jaxllm.ops.ssd")
+    start = jnp.zeros((x.shape[0], *x.shape[2:], b.shape[3]), jnp.float32)
+    y, _ = found.dual_chunked(found.Dual(x, dt, b, c, a, None), start, None)
+    return y.astype(x.dtype)
+
+
+def kernel(x, dt, a, b, c):
+    """Ours for Hopper."""
+    return ssd(x, dt, a, b, c, implementation="mosaic_gpu")[0]
+
+
+def _exact(x, dt, a, b, c):
+    wide = (z.astype(jnp.float32) for z in (x, dt, a, b, c))
+    return ssd(*wide, implementation="reference")[0]
+
+
+FORMS = {"mosaic_gpu": kernel, "chunked, jnp": plain}
+
+
+def _both(function):
+    def run(*arguments):
+        *inputs, dy = arguments
+        y, back = jax.vjp(function, *inputs)
+        return y, *back(dy)
+
+    return run
+
+
+def _error(function, arguments: tuple) -> list[float]:
+    """Root mean square errors, as part of the true values': of y and of each gradient."""
+    short = [z[:1, :512] if z.ndim > 1 else z for z in arguments]
+    wide = [z.astype(jnp.float32) for z in short]
+    found, want = jax.jit(_both(function))(*short), jax.jit(_both(_exact))(*wide)
+
+    def ratio(got, true):
+        miss = jnp.mean(jnp.square(got.astype(jnp.float32) - true))
+        return float(jnp.sqrt(miss / jnp.mean(jnp.square(true))))
+
+    return [round(ratio(*pair), 5) for pair in zip(found, want, strict=True)]
+
+
+def main(words: list[str]) -> None:
+    """Times the cases whose name holds one of `words`, all without any."""
+    device = jax.devices()[0].device_kind
+    for name, case in CASES.items():
+        if words and not any(word in name for word in words):
+            continue
+        limit = max(case.bytes / _COPY, case.flops / _PRODUCT)
+        count = max(2, int(_ROTATED // case.bytes) + 1)
+        drawn = [_draw(case, seed) for seed in range(count)]
+        for who, function in FORMS.items():
+            line: dict[str, Any] = {"case": name, "implementation": who}
+            try:
+                line["errors"] = _error(function, drawn[0])
+                for way in ("forward", "forward and backward"):
+                    call = _both(function) if way != "forward" else lambda *z, f=function: f(*z[:5])
+                    time, spread = seconds(call, drawn, rounds=8)
+                    line |= {"pass": way, "us": round(1e6 * time, 1)}
+                    line |= {"spread_us": round(1e6 * spread, 1)}
+                    line["mega_tokens_per_s"] = round(case.tokens / time / 1e6, 2)
+                    if way == "forward":
+                        line["of_limit"] = round(limit / time, 3)
+                    print(json.dumps(line | {"device": device}), flush=True)
+                    line.pop("of_limit", None)
+            except Exception as error:  # a form that fails is a line, not the end
+                line["failed"] = repr(error)[:200]
+                print(json.dumps(line | {"device": device}), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
