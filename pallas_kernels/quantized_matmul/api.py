@@ -33,11 +33,12 @@ class Plan:
 def tiles_for(inputs: int, outputs: int, group: int, *, processors: int = 132) -> Tiles:
     """How a product is cut: enough programs for four on every processor, of eight steps or more."""
     width = min(group, 128)
+    warpgroups = next(n for n in (4, 2, 1) if outputs % (64 * n) == 0)
     steps, tiles = inputs // width, outputs // 64
     splits = 1
     while tiles * splits < 4 * processors and steps % (2 * splits) == 0 and steps // splits >= 16:
         splits *= 2
-    return Tiles(inputs=width, stages=6, splits=splits)
+    return Tiles(inputs=width, stages=4, splits=splits, warpgroups=warpgroups)
 
 
 def unfit(
@@ -146,8 +147,7 @@ def product(x, values, scale, offset, plan: Plan) -> jax.Array:
     if plan.implementation == "reference":
         return reference(x, values, scale, offset)
     count = x.shape[0]
-    padded = jnp.pad(x, ((0, -count % 8), (0, 0)))
-    y = run(padded, values, scale, tiles=plan.tiles, interpret=plan.interpret)[:count]
+    y = run(x, values, scale, tiles=plan.tiles, interpret=plan.interpret)
     if offset is None:
         return y
     # An offset adds itself times the sum of its group's inputs: a product as narrow as the scales.
