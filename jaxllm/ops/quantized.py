@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxllm.core.qarray import QArray, dequantize_rows, half_rows, halves, scales
+from jaxllm.core.qarray import CODES, QArray, dequantize_rows, half_rows, halves, scales
 from jaxllm.core.qrows import row_blocks
 from pallas_kernels.target import target
 
@@ -89,8 +89,12 @@ def _whole(x: Array, leaf: QArray, out_dtype: Any) -> Array:
     return _product(x, rows.astype(x.dtype), out_dtype)
 
 
+_KINDS = {"fp8": "float8_e4m3fn"} | dict.fromkeys(("nf4", "fp4", "mxfp4", "bnb_fp4"), "table")
+"""What our kernel calls formats that have other names there."""
+
+
 def unfit(dtype: str, kind: str, sizes: tuple[int, int, int], rows: int = 1) -> str | None:
-    """Why our kernel for packed integers cannot serve a kind of product here, or None.
+    """Why our kernel for packed numbers cannot serve a kind of product here, or None.
 
     Args:
       dtype: of the activations.
@@ -103,6 +107,7 @@ def unfit(dtype: str, kind: str, sizes: tuple[int, int, int], rows: int = 1) -> 
         return f"it needs a CUDA device, this is {platform}"
     from pallas_kernels import quantized_matmul  # Pallas takes a third of a second to import
 
+    kind = _KINDS.get(kind, kind)
     return quantized_matmul.unfit(dtype=dtype, rows=rows, kind=kind, sizes=sizes, platform=platform)
 
 
@@ -110,26 +115,32 @@ def kernel_obstacle(x: Any, leaf: QArray) -> str | None:
     """Why our kernel cannot serve x [..., I] times a leaf, or None."""
     if not jax.sharding.get_abstract_mesh().empty:
         return "it runs on one device"
-    plain = leaf.version == 1 and leaf.rows == 1 and leaf.order is None
-    if not plain or leaf.lead or isinstance(leaf.scale, QArray):
-        return "it takes one matrix in the first layout, with a scale for every row and group"
-    if leaf.num_inputs != leaf.scale.shape[-1] * leaf.group:
+    if leaf.version != 1 or leaf.order is not None or leaf.lead:
+        return "it takes one matrix in the first layout, its inputs in order"
+    groups = leaf.scale.values if isinstance(leaf.scale, QArray) else leaf.scale
+    if groups.shape[-1] != 1 and leaf.num_inputs != groups.shape[-1] * leaf.group:
         return "its groups have one size"
-    sizes = (leaf.num_outputs, leaf.num_inputs, leaf.group)
+    sizes = (leaf.num_outputs, leaf.num_inputs, leaf.num_inputs // groups.shape[-1])
     return unfit(str(x.dtype), leaf.format, sizes, math.prod(x.shape[:-1]))
 
 
 def _by_kernel(x: Array, leaf: QArray, out_dtype: Any) -> Array:
     from pallas_kernels.quantized_matmul import quantized_matmul
 
+    def per_row(array: Any) -> Array:
+        return jnp.asarray(row_blocks(array, leaf.num_outputs, leaf.rows))
+
+    scale = scales(leaf) if isinstance(leaf.scale, QArray) else leaf.scale
     y = quantized_matmul(
         x.reshape(-1, x.shape[-1]),
         jnp.asarray(leaf.values),
-        jnp.asarray(leaf.scale),
-        None if leaf.offset is None else jnp.asarray(leaf.offset),
+        per_row(scale),
+        None if leaf.offset is None else per_row(leaf.offset),
+        table=CODES.get(leaf.format, ()),
+        out_dtype=str(jnp.dtype(out_dtype)),
         implementation="mosaic_gpu",
     )
-    return y.astype(out_dtype).reshape(*x.shape[:-1], -1)
+    return y.reshape(*x.shape[:-1], -1)
 
 
 def _on_cpu() -> bool:

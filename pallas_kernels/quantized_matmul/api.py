@@ -10,15 +10,17 @@ import jax.numpy as jnp
 
 from pallas_kernels.choice import known
 from pallas_kernels.errors import ShapeError, UnsupportedError
-from pallas_kernels.quantized_matmul.mosaic_gpu import Tiles, run
+from pallas_kernels.quantized_matmul.mosaic_gpu import Coding, Tiles, run
 from pallas_kernels.quantized_matmul.reference import dequantized, reference
 from pallas_kernels.target import interpreting, not_hopper, processors, target
 
 __all__ = ["IMPLEMENTATIONS", "Plan", "quantized_matmul", "tiles_for", "unfit"]
 
 IMPLEMENTATIONS = ("mosaic_gpu", "reference")
-MOST_ROWS = 64
-_TYPES = ("int4", "uint4", "int8")
+MOST_ROWS = 512
+_TYPES = ("int4", "uint4", "int8", "float8_e4m3fn")
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+_E2M1_CODES = (*_E2M1, *(-x for x in _E2M1))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,18 +29,25 @@ class Plan:
 
     implementation: str
     tiles: Tiles = Tiles()
+    table: tuple[float, ...] = ()
+    out_dtype: str = "float32"
     interpret: bool = False
 
 
-def tiles_for(inputs: int, outputs: int, group: int, *, processors: int = 132) -> Tiles:
-    """How a product is cut: enough programs for four on every processor, of eight steps or more."""
-    width = min(group, 128)
-    warpgroups = next(n for n in (4, 2, 1) if outputs % (64 * n) == 0)
-    steps, tiles = inputs // width, outputs // 64
-    splits = 1
-    while tiles * splits < 4 * processors and steps % (2 * splits) == 0 and steps // splits >= 16:
-        splits *= 2
-    return Tiles(inputs=width, stages=4, splits=splits, warpgroups=warpgroups)
+def tiles_for(count: int, inputs: int, outputs: int, group: int, *, processors: int = 132) -> Tiles:
+    """How a product is cut: one program for every processor, with an equal share of all steps."""
+    width = 128 if inputs % 128 == 0 else (64 if inputs % 64 == 0 else 32)
+    rows = min(-(-count // 8) * 8, 128)
+    row_tiles = -(-count // rows)
+    most = 4 if rows <= 64 else 2
+    few = inputs // width * (outputs // 256) < 3 * processors
+    warpgroups = next(n for n in (4, 2, 1) if outputs % (64 * n) == 0 and n <= (2 if few else most))
+    steps = inputs // width
+    total = steps * (outputs // (64 * warpgroups))
+    each = -(-total * row_tiles // processors)
+    held = 64 * warpgroups * width // 2 + rows * width * 2
+    stages = max(2, min(8, 150_000 // held))
+    return Tiles(inputs=width, stages=stages, steps=each, warpgroups=warpgroups, rows=rows)
 
 
 def unfit(
@@ -49,33 +58,34 @@ def unfit(
     Args:
       dtype: of the activations.
       rows: of them.
-      kind: type of the values.
+      kind: type of the values, or `table` for codes of 16 numbers.
       sizes: outputs, inputs, and inputs of a group.
       platform: of `target`.
     """
     outputs, _, group = sizes
     if platform not in ("gpu", "interpreter"):
         return f"it needs a CUDA device, this is {platform}"
-    if kind not in _TYPES:
-        return f"it takes {', '.join(_TYPES)}, not {kind}"
-    if dtype not in ("bfloat16", "float16"):
-        return f"it takes activations in bfloat16 and float16, not {dtype}"
+    if kind not in (*_TYPES, "table"):
+        return f"it takes {', '.join(_TYPES)} and tables of 16 numbers, not {kind}"
+    narrow = ("bfloat16", "float16") if kind in ("int4", "int8") else ("bfloat16",)
+    if dtype not in narrow:
+        return f"it takes activations in {' and '.join(narrow)} for {kind}, not {dtype}"
     if not 1 <= rows <= MOST_ROWS:
         return f"it takes 1 to {MOST_ROWS} rows, not {rows}"
-    if outputs % 64 or group % 64 or (group > 128 and group % 128):
+    if outputs % 64 or (group not in (32, 64) and group % 128):
         return (
-            "it takes outputs that are a multiple of 64 and groups of 64 or of a multiple of 128 "
-            f"inputs, not {outputs} outputs and groups of {group}"
+            "it takes outputs that are a multiple of 64 and groups of 32, 64 or of a multiple of "
+            f"128 inputs, not {outputs} outputs and groups of {group}"
         )
     return not_hopper(platform)
 
 
-def _obstacle(x: jax.Array, values: jax.Array, scale: jax.Array) -> str | None:
+def _obstacle(x: jax.Array, values: jax.Array, scale: jax.Array, table: tuple) -> str | None:
     (count, inputs), outputs = x.shape, values.shape[0]
     return unfit(
         dtype=str(x.dtype),
         rows=count,
-        kind=str(values.dtype),
+        kind="table" if table else str(values.dtype),
         sizes=(outputs, inputs, inputs // scale.shape[1]),
         platform=target(),
     )
@@ -106,54 +116,76 @@ def quantized_matmul(
     scale: jax.Array,
     offset: jax.Array | None = None,
     *,
+    table: tuple[float, ...] = (),
     implementation: str = "reference",
+    out_dtype: str = "float32",
 ) -> jax.Array:
-    """x times the transpose of packed integers; differentiable with respect to x alone.
+    """x times the transpose of packed numbers; differentiable with respect to x alone.
 
-    y[m, o] = sum over k of x[m, k] (values[o, k] scale[o, k / group] + offset[o, k / group])
+    y[m, o] = sum over k of x[m, k] (n(values[o, k]) scale[o, k / group] + offset[o, k / group])
+
+    where n is the number itself, or what `table` has for it.
 
     Args:
       x: [M, K], bfloat16, float16 or float32.
-      values: [O, K], int4, uint4 or int8.
-      scale: float [O, G], one for each group of K / G inputs; float32 or bfloat16.
+      values: [O, K], int4, uint4, int8 or float8_e4m3fn.
+      scale: float [O, G], one for each group of K / G inputs: float32, bfloat16, float16 or
+        float8_e8m0fnu.
       offset: like `scale`, or None.
-      implementation: `mosaic_gpu` (Hopper, 1 to 64 rows) or `reference`.
+      table: 16 numbers that values in uint4 are codes of (NF4, E2M1); none for plain numbers.
+      implementation: `mosaic_gpu` (Hopper, 1 to 512 rows) or `reference`.
+      out_dtype: of the result; sums are kept in float32.
 
     Returns:
-      float32 [M, O].
+      [M, O].
 
     Raises:
       ShapeError: arguments that do not fit. UnsupportedError: an implementation that cannot serve
         the call, with the reason.
     """
     _check(x, values, scale, offset)
+    if table and (len(table) != 16 or values.dtype != jnp.uint4):
+        raise ShapeError(
+            f"a table has 16 numbers for values in uint4, found {len(table)} for {values.dtype}"
+        )
     known("quantized_matmul", implementation, IMPLEMENTATIONS)
-    plan = Plan(implementation=implementation)
+    plan = Plan(implementation=implementation, table=table, out_dtype=out_dtype)
     if implementation == "mosaic_gpu":
-        reason = _obstacle(x, values, scale)
+        reason = _obstacle(x, values, scale, table)
         if reason is not None:
             raise UnsupportedError(
                 f"quantized_matmul 'mosaic_gpu': {reason}; use implementation='reference'"
             )
-        group = x.shape[1] // scale.shape[1]
-        tiles = tiles_for(x.shape[1], values.shape[0], group, processors=processors())
+        (count, inputs), (outputs, groups) = x.shape, scale.shape
+        tiles = tiles_for(count, inputs, outputs, inputs // groups, processors=processors())
         plan = dataclasses.replace(plan, tiles=tiles, interpret=interpreting())
     return product(x, values, scale, offset, plan)
+
+
+def _kind(x: jax.Array, values: jax.Array, table: tuple[float, ...]) -> str:
+    if x.dtype != jnp.bfloat16:
+        return ""
+    if table:
+        return "e2m1" if table == _E2M1_CODES else "table"
+    return "e4m3" if values.dtype == jnp.float8_e4m3fn else str(values.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def product(x, values, scale, offset, plan: Plan) -> jax.Array:
     """The call of a plan."""
     if plan.implementation == "reference":
-        return reference(x, values, scale, offset)
-    count = x.shape[0]
-    y = run(x, values, scale, tiles=plan.tiles, interpret=plan.interpret)
+        return reference(x, values, scale, offset, plan.table).astype(plan.out_dtype)
+    tiles, interpret, kind = plan.tiles, plan.interpret, _kind(x, values, plan.table)
+    coding = Coding(kind=kind, table=plan.table)
     if offset is None:
-        return y
+        options = {"tiles": tiles, "coding": coding, "interpret": interpret}
+        return run(x, values, scale, out_dtype=plan.out_dtype, **options)
+    y = run(x, values, scale, tiles=tiles, coding=coding, interpret=interpret)
     # An offset adds itself times the sum of its group's inputs: a product as narrow as the scales.
-    sums = jnp.sum(x.astype(jnp.float32).reshape(count, scale.shape[1], -1), axis=2)
+    sums = jnp.sum(x.astype(jnp.float32).reshape(x.shape[0], scale.shape[1], -1), axis=2)
     highest = jax.lax.Precision.HIGHEST
-    return y + jnp.matmul(sums, offset.astype(jnp.float32).T, precision=highest)
+    more = jnp.matmul(sums, offset.astype(jnp.float32).T, precision=highest)
+    return (y + more).astype(plan.out_dtype)
 
 
 def _forward(x, values, scale, offset, plan: Plan):
@@ -161,9 +193,8 @@ def _forward(x, values, scale, offset, plan: Plan):
 
 
 def _backward(plan: Plan, kept, dy):
-    del plan
     like, values, scale, offset = kept
-    w = dequantized(values, scale, offset).astype(like.dtype)
+    w = dequantized(values, scale, offset, plan.table).astype(like.dtype)
     wide = like.dtype == jnp.float32
     precision = jax.lax.Precision.HIGHEST if wide else jax.lax.Precision.DEFAULT
     dx = jnp.matmul(dy.astype(like.dtype), w, precision=precision)

@@ -2,7 +2,7 @@
 # pyright: reportPrivateImportUsage=false, reportAbstractUsage=false, reportIndexIssue=false, reportAttributeAccessIssue=false, reportCallIssue=false
 """x times packed integers on Hopper: the weights are the register operand, x lies in shared memory.
 
-A program makes some hundred outputs of all rows of x, over its share of the inputs. Its warpgroups
+A program makes some hundred outputs of some rows of x, over its share of the inputs. Its warpgroups
 each widen a tile of packed values in registers and multiply it by x transposed (D = W xT, so that
 the 64 rows of the instruction are outputs and few rows of x cost little); one more loads. The sums
 of one group are scaled when they are whole, which is less work than scaling the values, and keeps
@@ -16,15 +16,20 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.once import lowered_once
+from pallas_kernels.quantized_matmul.reference import numbers
+from pallas_kernels.quantized_matmul.widen import BLOCK, order, widen
 from pallas_kernels.warpgroups import ROW, along, multiply
 
-__all__ = ["Tiles", "run"]
+__all__ = ["Coding", "Tiles", "run"]
 
+CHUNK = 128  # inputs that are widened at a time
+FLIGHT = 128  # columns of sums of products that are waited for together: half as many registers
 OUTPUTS = 64  # rows of one product: what a warpgroup's instruction has
 _UPCAST = {4: plgpu.Layout.WGMMA_UPCAST_4X, 8: plgpu.Layout.WGMMA_UPCAST_2X}
 
@@ -33,23 +38,45 @@ _UPCAST = {4: plgpu.Layout.WGMMA_UPCAST_4X, 8: plgpu.Layout.WGMMA_UPCAST_2X}
 class Tiles:
     """How a product is cut; any choice gives the same result up to rounding.
 
+    The steps of all tiles of outputs stand one after the other, and a program takes the next so
+    many of them: it may end one tile's and begin another's. What several programs found of a tile
+    is added afterwards.
+
     Attributes:
       inputs: of one step; whole groups, or a divisor of one.
       stages: steps in flight.
-      splits: programs that share the inputs of a tile; their sums are added afterwards.
-      warpgroups: that compute in a program.
-      tall: tiles of 64 outputs of each of them.
+      steps: of one program.
+      warpgroups: that compute in a program, 64 outputs each.
+      rows: of x at a time; a multiple of 8.
     """
 
     inputs: int = 128
     stages: int = 4
-    splits: int = 1
+    steps: int = 8
     warpgroups: int = 2
-    tall: int = 1
+    rows: int = 8
+
+    @property
+    def outputs(self) -> int:
+        """Of one tile."""
+        return OUTPUTS * self.warpgroups
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Coding:
+    """How codes are widened.
+
+    Attributes:
+      kind: one of `widen.KINDS`, or none for integers in Mosaic's own way (x in float16).
+      table: what the codes of `table` and `e2m1` stand for.
+    """
+
+    kind: str = ""
+    table: tuple[float, ...] = ()
 
 
 def _bits(dtype) -> int:
-    return 4 if "4" in str(dtype) else 8
+    return 4 if str(dtype) in ("int4", "uint4") else 8
 
 
 def _swizzled(width: int, bits: int) -> tuple:
@@ -59,149 +86,230 @@ def _swizzled(width: int, bits: int) -> tuple:
 
 
 @dataclasses.dataclass(frozen=True)
+class Share:
+    """Which programs make which tiles.
+
+    Attributes:
+      tiles: how many.
+      steps: of each.
+      each: steps of a program.
+    """
+
+    tiles: int
+    steps: int
+    each: int
+
+    @property
+    def programs(self) -> int:
+        return -(-self.tiles * self.steps // self.each)
+
+    @property
+    def whole(self) -> bool:
+        """Whether no tile is made by several programs."""
+        return self.each % self.steps == 0
+
+    def _first(self, program: int) -> int:
+        return program * self.each // self.steps
+
+    @property
+    def slots(self) -> int:
+        """Tiles that a program works on, at most; past the last tile it works for nothing."""
+        last = lambda p: ((p + 1) * self.each - 1) // self.steps  # noqa: E731
+        return max(last(p) - self._first(p) + 1 for p in range(self.programs))
+
+    def parts(self) -> tuple[np.ndarray, np.ndarray]:
+        """For each tile the places (program x slots + slot) of its parts, and whether there are."""
+        found = []
+        for tile in range(self.tiles):
+            begin, end = tile * self.steps, (tile + 1) * self.steps
+            programs = range(begin // self.each, -(-end // self.each))
+            found.append([p * self.slots + tile - self._first(p) for p in programs])
+        most = max(map(len, found))
+        places = [one + [0] * (most - len(one)) for one in found]
+        there = [[1.0] * len(one) + [0.0] * (most - len(one)) for one in found]
+        return np.asarray(places, np.int32), np.asarray(there, np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
 class Product:
     """One compiled kernel."""
 
-    rows: int
     group: int
     tiles: Tiles
+    share: Share
+    coding: Coding
     bits: int
     turned: bool
     interpret: bool
 
     def widened(self, w_smem, dtype):
-        w = plgpu.load(w_smem, layout=None if self.interpret else _UPCAST[self.bits])
-        if not self.interpret and self.bits == 4:  # values move between lanes while they are small
+        if self.interpret:
+            return numbers(plgpu.load(w_smem), self.coding.table).astype(dtype)
+        if self.coding.kind:
+            w = plgpu.load(w_smem, layout=plgpu.Layout.WGMMA_UPCAST_4X)
+            return widen(w, self.coding.kind, self.coding.table)
+        w = plgpu.load(w_smem, layout=_UPCAST[self.bits])
+        if self.bits == 4:  # values move between lanes while they are small
             w = plgpu.layout_cast(w, plgpu.Layout.WGMMA)
         w = w.astype(dtype)
-        if not self.interpret and self.bits == 8:
-            w = plgpu.layout_cast(w, plgpu.Layout.WGMMA)
-        return w
+        return plgpu.layout_cast(w, plgpu.Layout.WGMMA) if self.bits == 8 else w
 
-    def step(self, at, w_smem, x_smem, totals, *, scale, start, first, stage=None):
-        """Adds what one tile of inputs gives to the sums [64, rows]."""
-        width = min(self.group, self.tiles.inputs)
-        groups = self.tiles.inputs // width
-        per_group = self.group // width
-        pairs = [(r, g) for r in range(self.tiles.tall) for g in range(groups)]
-        wg = lax.axis_index("wg")
+    def step(self, at, w_smem, x_smem, total, *, refs, out_smem, stage=None):
+        """Adds what one tile of inputs gives to the sums [64, rows]; hands them out when whole."""
+        scale, out = refs
+        wg, program = lax.axis_index("wg"), lax.axis_index("program")
+        here = program * self.share.each + at[0]
+        tile, k = lax.div(here, self.share.steps), lax.rem(here, self.share.steps)
+        first = jnp.minimum(tile, self.share.tiles - 1) * self.tiles.outputs + wg * OUTPUTS
+        first = pl.multiple_of(first, OUTPUTS)
+        total = self.products(w_smem, x_smem, total, scale.at[pl.ds(first, OUTPUTS)], k, stage)
+        last = (k == self.share.steps - 1) | (at[0] == self.share.each - 1)
 
-        def product(*accs):
-            scales = []
-            for (r, g), acc in zip(pairs, accs, strict=True):
-                row = (wg * self.tiles.tall + r) * OUTPUTS
-                index = lax.div((start + at[0]) * groups + g, per_group)
-                one = scale.at[pl.ds(first + row, OUTPUTS), index]
-                layout = None if self.interpret else ROW
-                scales.append(plgpu.load(one, layout=layout, optimized=False))
-                columns = pl.ds(g * width, width)
-                w = self.widened(w_smem.at[pl.ds(row, OUTPUTS), columns], x_smem.dtype)
-                at_stage = None if stage is None else stage.at[wg]
-                multiply(acc, w, x_smem.at[:, columns].T, at_stage)
+        @pl.when(last)
+        def _():
+            part, rows = out_smem.at[wg], lax.axis_index("rows")
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            if self.turned:
+                part.T[...] = total.astype(out.dtype)
+                plgpu.commit_smem()
+                to = out.at[pl.ds(rows * self.tiles.rows, self.tiles.rows), pl.ds(first, OUTPUTS)]
+            else:
+                part[...] = total
+                plgpu.commit_smem()
+                slot = tile - lax.div(program * self.share.each, self.share.steps)
+                to = out.at[rows, program, slot, pl.ds(wg * OUTPUTS, OUTPUTS)]
+            plgpu.copy_smem_to_gmem(part, to)
+
+        return lax.cond(last, self.zeros, lambda: total)
+
+    def products(self, w_smem, x_smem, total, scale, k, stage):
+        inputs, count, wg = self.tiles.inputs, self.tiles.rows, lax.axis_index("wg")
+        chunk = min(inputs, CHUNK)
+        part = min(self.group, chunk)
+
+        def run(some, *accs):
+            scales, w = [], {}
+            for (c, g), acc in zip(some, accs, strict=True):
+                column = c * chunk + g * part
+                index = lax.div(k * inputs + column, self.group)
+                scales.append(self.scales(scale.at[:, index]))
+                if c not in w:
+                    held = w_smem.at[pl.ds(wg * OUTPUTS, OUTPUTS), pl.ds(c * chunk, chunk)]
+                    w[c] = self.widened(held, x_smem.dtype)
+                left = w[c] if part == chunk else w[c][:, g * part : (g + 1) * part]
+                on_stage = None if stage is None else stage.at[wg]
+                multiply(acc, left, x_smem.at[:, pl.ds(column, part)].T, on_stage)
                 if stage is not None:
                     plgpu.wgmma_wait(0)
             plgpu.wgmma_wait(0)
             return [acc[...] for acc in accs], scales
 
-        shape = plgpu.ACC((OUTPUTS, self.rows), jnp.float32)
-        parts, scales = pl.run_scoped(product, *[shape] * len(pairs))
-        totals = list(totals)
-        for (r, _), part, one in zip(pairs, parts, scales, strict=True):
-            totals[r] += part * along(one.astype(jnp.float32), part.shape, 0)
-        return tuple(totals)
+        pairs = [(c, g) for c in range(inputs // chunk) for g in range(chunk // part)]
+        at_once = max(1, FLIGHT // count)
+        acc = plgpu.ACC((OUTPUTS, count), jnp.float32)
+        for i in range(0, len(pairs), at_once):
+            some = pairs[i : i + at_once]
+            found = pl.run_scoped(functools.partial(run, some), *[acc] * len(some))
+            for sums, one in zip(*found, strict=True):
+                total += sums * along(one, sums.shape, 0)
+        return total
+
+    def scales(self, column):
+        layout = None if self.interpret else ROW
+        found = plgpu.load(column, layout=layout, optimized=False)
+        if found.dtype == jnp.float8_e8m0fnu and not self.interpret:
+            bits = lax.bitcast_convert_type(found, jnp.uint8).astype(jnp.int32)
+            return lax.bitcast_convert_type(bits << 23, jnp.float32)
+        return found.astype(jnp.float32)
 
     def body(self, values, scale, x, out, out_smem, stage=None):
-        tile, split = lax.axis_index("tile"), lax.axis_index("split")
-        tiles, width = self.tiles, self.tiles.inputs
-        steps = x.shape[1] // width // tiles.splits
-        start = split * steps
-        high = OUTPUTS * tiles.tall * tiles.warpgroups
-        first = tile * high
+        tiles, share, width = self.tiles, self.share, self.tiles.inputs
+        start, rows = lax.axis_index("program") * share.each, lax.axis_index("rows")
+
+        def of_values(k):
+            tile = jnp.minimum(lax.div(start + k, share.steps), share.tiles - 1)
+            return tile, lax.rem(start + k, share.steps)
 
         def compute(pipeline):
-            totals = pipeline(tuple(self.zeros() for _ in range(tiles.tall)))
-            wg = lax.axis_index("wg")
-            for r, total in enumerate(totals):
-                part = out_smem.at[wg * tiles.tall + r]
-                rows = pl.ds(first + (wg * tiles.tall + r) * OUTPUTS, OUTPUTS)
-                if self.turned:
-                    part.T[...] = total.astype(out.dtype)
-                    plgpu.commit_smem()
-                    part = part.at[pl.ds(0, out.shape[1])]
-                    plgpu.copy_smem_to_gmem(part, out.at[split, :, rows])
-                else:
-                    part[...] = total
-                    plgpu.commit_smem()
-                    plgpu.copy_smem_to_gmem(part, out.at[split, rows])
+            pipeline(self.zeros())
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
+        options = {"refs": (scale, out), "out_smem": out_smem, "stage": stage}
         pipeline = plgpu.emit_pipeline_warp_specialized(
-            functools.partial(self.step, scale=scale, start=start, first=first, stage=stage),
-            grid=(steps,),
+            functools.partial(self.step, **options),
+            grid=(share.each,),
             in_specs=[
                 plgpu.BlockSpec(
-                    (high, width),
-                    lambda k: (tile, start + k),
-                    transforms=_swizzled(min(width, self.group), self.bits),
+                    (tiles.outputs, width),
+                    of_values,
+                    transforms=_swizzled(min(width, CHUNK), self.bits),
                 ),
                 plgpu.BlockSpec(
-                    (self.rows, width), lambda k: (0, start + k), transforms=_swizzled(width, 16)
+                    (tiles.rows, width),
+                    lambda k: (rows, lax.rem(start + k, share.steps)),
+                    transforms=_swizzled(min(width, self.group), 16),
                 ),
             ],
-            max_concurrent_steps=min(tiles.stages, steps),
+            max_concurrent_steps=min(tiles.stages, share.each),
             wg_axis="wg",
             num_compute_wgs=tiles.warpgroups,
-            memory_registers=40,
+            memory_registers=24,
             compute_context=compute,
         )
         pipeline(values, x)
 
     def zeros(self):
-        sums = jnp.zeros((OUTPUTS, self.rows), jnp.float32)
+        sums = jnp.zeros((OUTPUTS, self.tiles.rows), jnp.float32)
         return sums if self.interpret else plgpu.layout_cast(sums, plgpu.Layout.WGMMA)
 
 
-@lowered_once("tiles", "interpret", "out_dtype")
+@lowered_once("tiles", "interpret", "out_dtype", "coding")
 def run(
     x: jax.Array,
     values: jax.Array,
     scale: jax.Array,
     *,
     tiles: Tiles = Tiles(),
+    coding: Coding = Coding(),
     out_dtype=jnp.float32,
     interpret: bool = False,
 ) -> jax.Array:
     """[M, O] of x [M, K] times values [O, K] under scales [O, G].
 
-    O is a multiple of 64 x tall x warpgroups, M at most 256; `tiles.inputs` divides the group or the
-    other way round, and the splits divide the steps.
+    O is a multiple of `tiles.outputs`, `tiles.rows` at most 128; `tiles.inputs` divides K, and the
+    group or the other way round.
     """
     (count, inputs), outputs = x.shape, values.shape[0]
-    group = inputs // scale.shape[1]
-    bits = _bits(values.dtype)
-    rows = -(-count // 8) * 8
+    group, width = inputs // scale.shape[1], tiles.inputs
+    if coding.kind and not interpret:
+        x = x.reshape(count, -1, BLOCK)[:, :, order(coding.kind)].reshape(count, -1)
+    row_tiles = -(-count // tiles.rows)
     if interpret:
-        x = jnp.pad(x, ((0, rows - count), (0, 0)))
+        x = jnp.pad(x, ((0, row_tiles * tiles.rows - count), (0, 0)))
+    elif count > 8 and count % 8:  # less than a tile of eight or whole ones are what TMA takes
+        x = jnp.pad(x, ((0, -count % 8), (0, 0)))
+    share = Share(outputs // tiles.outputs, inputs // width, tiles.steps)
     # Only values of 16 bits can be turned round on the way to shared memory.
-    turned = tiles.splits == 1 and jnp.dtype(out_dtype).itemsize == 2
-    kernel = Product(rows, group, tiles, bits, turned, interpret)
-    parts = tiles.tall * tiles.warpgroups
+    turned = share.whole and jnp.dtype(out_dtype).itemsize == 2 and count % tiles.rows == 0
+    kernel = Product(group, tiles, share, coding, _bits(values.dtype), turned, interpret)
     if turned:
-        out_type = jax.ShapeDtypeStruct((1, count, outputs), out_dtype)
-        scratch = {"out_smem": plgpu.SMEM((parts, rows, OUTPUTS), out_dtype)}
+        out_type = jax.ShapeDtypeStruct((count, outputs), out_dtype)
+        held = plgpu.SMEM((tiles.warpgroups, tiles.rows, OUTPUTS), out_dtype)
     else:
-        out_type = jax.ShapeDtypeStruct((tiles.splits, outputs, rows), jnp.float32)
-        scratch = {"out_smem": plgpu.SMEM((parts, OUTPUTS, rows), jnp.float32)}
+        shape = (row_tiles, share.programs, share.slots, tiles.outputs, tiles.rows)
+        out_type = jax.ShapeDtypeStruct(shape, jnp.float32)
+        held = plgpu.SMEM((tiles.warpgroups, OUTPUTS, tiles.rows), jnp.float32)
+    scratch = {"out_smem": held}
     if interpret:
-        width = min(group, tiles.inputs)
+        part = min(group, width, CHUNK)
         scratch["stage"] = plgpu.SMEM(
-            (tiles.warpgroups, OUTPUTS, width), x.dtype, transforms=_swizzled(width, 16)
+            (tiles.warpgroups, OUTPUTS, part), x.dtype, transforms=_swizzled(part, 16)
         )
-    sums = plgpu.kernel(
+    found = plgpu.kernel(
         kernel.body,
         out_type=out_type,
-        grid=(outputs // (OUTPUTS * parts), tiles.splits),
-        grid_names=("tile", "split"),
+        grid=(share.programs, row_tiles),
+        grid_names=("program", "rows"),
         num_threads=tiles.warpgroups + 1,
         thread_name="wg",
         scratch_types=scratch,
@@ -209,4 +317,17 @@ def run(
         kernel_name="quantized_matmul",
         interpret=plgpu.InterpretGPUParams() if interpret else False,
     )(values, scale, x)
-    return sums[0] if turned else jnp.sum(sums, axis=0).T[:count].astype(out_dtype)
+    return found if turned else _gathered(found, share)[:count].astype(out_dtype)
+
+
+def _gathered(found: jax.Array, share: Share) -> jax.Array:
+    """[rows, O] of the parts [row tiles, programs, slots, outputs of a tile, rows of a tile]."""
+    row_tiles, _, _, high, rows = found.shape
+    found = found.reshape(row_tiles, -1, high, rows)
+    places, there = share.parts()
+    total = jnp.zeros((row_tiles, share.tiles, high, rows), jnp.float32)
+    for place, one in zip(places.T, there.T, strict=True):
+        part = found[:, place]
+        # What is not there may be anything, NaN as well.
+        total += part if one.all() else jnp.where((one > 0)[None, :, None, None], part, 0.0)
+    return total.reshape(row_tiles, -1, rows).transpose(0, 2, 1).reshape(row_tiles * rows, -1)

@@ -115,11 +115,15 @@ KERNEL = {
     "int4": Scheme(format="int4", group=64),
     "int8": Scheme(format="int8"),
     "offset": Scheme(format="int4", group=128, symmetric=False),
+    "nf4": Scheme(format="nf4"),
+    "mxfp4": Scheme(format="mxfp4"),
+    "fp8 blocks": Scheme(format="fp8", rows=128, group=128),
+    "fp8 matrix": Scheme(format="fp8", rows=0, group=0),
 }
 
 
 @pytest.mark.parametrize("name", KERNEL)
-def test_a_gpu_multiplies_packed_integers_by_our_kernel(name):
+def test_a_gpu_multiplies_packed_numbers_by_our_kernel(name):
     q = quantize_jit(draw(256, 2, 64), KERNEL[name])
     x, dy = draw(2, 3, 256).astype(jnp.bfloat16), draw(2, 3, 2, 64, seed=1).astype(jnp.bfloat16)
     w = dequantize(q, jnp.float32)
@@ -142,7 +146,11 @@ def test_what_the_kernel_cannot_serve_is_said():
     assert "needs a CUDA device" in quantized.kernel_obstacle(x, q)
     with targeting("gpu"):
         assert "not float32" in quantized.kernel_obstacle(draw(3, 256), q)
-        assert "1 to 64 rows" in quantized.kernel_obstacle(jnp.repeat(x, 30, 0), q)
+        assert "1 to 512 rows" in quantized.kernel_obstacle(jnp.repeat(x, 200, 0), q)
         assert "first layout" in quantized.kernel_obstacle(x, as_planes(q))
-        assert "not mxfp4" in quantized.kernel_obstacle(x, leaf("mxfp4", planes=False))
-        assert "groups of 32" in quantized.kernel_obstacle(x, leaf("int4", planes=False))
+        assert "not dynamic8" in quantized.kernel_obstacle(
+            x, dataclasses.replace(q, format="dynamic8")
+        )
+        assert "groups of 16" in quantized.kernel_obstacle(
+            x, dataclasses.replace(q, group=16, scale=jnp.ones((128, 16)))
+        )
