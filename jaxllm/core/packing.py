@@ -87,7 +87,7 @@ def _checked(facts: Any, where: str) -> dict[str, Any]:
         and whole(facts.get("inputs"), 0)
         and facts["inputs"] < len(facts["shape"])
         and all(whole(facts.get(name), 1) for name in ("group", "rows", "version"))
-        and facts["version"] in (1, 2)
+        and facts["version"] in (1, 2, 3)
         and isinstance(facts.get("arrays"), list)
     )
     if not sound:
@@ -130,7 +130,7 @@ def unpacked(
     values = read(f"{prefix}values")
     dtype = value_dtype(fields["format"])
     width = QArray(values, None, **fields).num_inputs
-    if four_bits(dtype) and fields["version"] == 1:
+    if four_bits(dtype) and fields["version"] != 2:
         halved = values.dtype == np.uint8 and values.shape[-1] * 2 == width
         values = _from_nibbles(values, dtype) if halved else values.astype(dtype)
     scale: Any

@@ -73,7 +73,7 @@ def _tiled(x: Array, leaf: QArray, out_dtype: Any) -> Array:
 
 def _tile(x: Array, piece: QArray) -> Array:
     """x times one tile; the halves of planes one after the other, for joining them would copy."""
-    if piece.version == 1:
+    if piece.version != 2:
         return _product(x, dequantize_rows(piece).astype(x.dtype), jnp.float32)
     low, high = (half_rows(piece, *half).astype(x.dtype) for half in halves(piece))
     left, right = jnp.split(x, 2, axis=-1)
@@ -115,12 +115,14 @@ def kernel_obstacle(x: Any, leaf: QArray) -> str | None:
     """Why our kernel cannot serve x [..., I] times a leaf, or None."""
     if not jax.sharding.get_abstract_mesh().empty:
         return "it runs on one device"
-    if leaf.version != 1 or leaf.order is not None or leaf.lead:
-        return "it takes one matrix in the first layout, its inputs in order"
+    if leaf.version == 2 or leaf.order is not None or leaf.lead:
+        return "it takes one matrix in the first or third layout, its inputs in order"
     groups = leaf.scale.values if isinstance(leaf.scale, QArray) else leaf.scale
     if groups.shape[-1] != 1 and leaf.num_inputs != groups.shape[-1] * leaf.group:
         return "its groups have one size"
     sizes = (leaf.num_outputs, leaf.num_inputs, leaf.num_inputs // groups.shape[-1])
+    if leaf.version == 3 and x.dtype != jnp.bfloat16:
+        return f"it takes the third layout with activations in bfloat16, not {x.dtype}"
     return unfit(str(x.dtype), leaf.format, sizes, math.prod(x.shape[:-1]))
 
 
@@ -137,6 +139,7 @@ def _by_kernel(x: Array, leaf: QArray, out_dtype: Any) -> Array:
         per_row(scale),
         None if leaf.offset is None else per_row(leaf.offset),
         table=CODES.get(leaf.format, ()),
+        arranged=leaf.version == 3,
         out_dtype=str(jnp.dtype(out_dtype)),
         implementation="mosaic_gpu",
     )

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from pallas_kernels.choice import known
 from pallas_kernels.errors import ShapeError, UnsupportedError
 from pallas_kernels.quantized_matmul.mosaic_gpu import Coding, Tiles, run
+from pallas_kernels.quantized_matmul.order import kind_of, natural, stored
 from pallas_kernels.quantized_matmul.reference import dequantized, reference
 from pallas_kernels.target import interpreting, not_hopper, processors, target
 
@@ -19,8 +20,6 @@ __all__ = ["IMPLEMENTATIONS", "Plan", "quantized_matmul", "tiles_for", "unfit"]
 IMPLEMENTATIONS = ("mosaic_gpu", "reference")
 MOST_ROWS = 512
 _TYPES = ("int4", "uint4", "int8", "float8_e4m3fn")
-_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-_E2M1_CODES = (*_E2M1, *(-x for x in _E2M1))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,11 +29,14 @@ class Plan:
     implementation: str
     tiles: Tiles = Tiles()
     table: tuple[float, ...] = ()
+    arranged: bool = False
     out_dtype: str = "float32"
     interpret: bool = False
 
 
-def tiles_for(count: int, inputs: int, outputs: int, group: int, *, processors: int = 132) -> Tiles:
+def tiles_for(
+    count: int, inputs: int, outputs: int, *, bits: int = 4, processors: int = 132
+) -> Tiles:
     """How a product is cut: one program for every processor, with an equal share of all steps."""
     width = 128 if inputs % 128 == 0 else (64 if inputs % 64 == 0 else 32)
     rows = min(-(-count // 8) * 8, 128)
@@ -45,8 +47,9 @@ def tiles_for(count: int, inputs: int, outputs: int, group: int, *, processors: 
     steps = inputs // width
     total = steps * (outputs // (64 * warpgroups))
     each = -(-total * row_tiles // processors)
-    held = 64 * warpgroups * width // 2 + rows * width * 2
-    stages = max(2, min(8, 150_000 // held))
+    held = 64 * warpgroups * width * bits // 8 + rows * width * 2
+    room = 220_000 - 64 * warpgroups * rows * 4  # of shared memory, less what results take
+    stages = max(2, min(8, room // held))
     return Tiles(inputs=width, stages=stages, steps=each, warpgroups=warpgroups, rows=rows)
 
 
@@ -117,6 +120,7 @@ def quantized_matmul(
     offset: jax.Array | None = None,
     *,
     table: tuple[float, ...] = (),
+    arranged: bool = False,
     implementation: str = "reference",
     out_dtype: str = "float32",
 ) -> jax.Array:
@@ -133,6 +137,8 @@ def quantized_matmul(
         float8_e8m0fnu.
       offset: like `scale`, or None.
       table: 16 numbers that values in uint4 are codes of (NF4, E2M1); none for plain numbers.
+      arranged: the inputs of values are in the order of `order.stored`, which spares the kernel
+        for Hopper to bring x into an order of its own.
       implementation: `mosaic_gpu` (Hopper, 1 to 512 rows) or `reference`.
       out_dtype: of the result; sums are kept in float32.
 
@@ -149,34 +155,31 @@ def quantized_matmul(
             f"a table has 16 numbers for values in uint4, found {len(table)} for {values.dtype}"
         )
     known("quantized_matmul", implementation, IMPLEMENTATIONS)
-    plan = Plan(implementation=implementation, table=table, out_dtype=out_dtype)
+    plan = Plan(implementation=implementation, table=table, arranged=arranged, out_dtype=out_dtype)
     if implementation == "mosaic_gpu":
         reason = _obstacle(x, values, scale, table)
+        if arranged and x.dtype != jnp.bfloat16:
+            reason = f"it takes arranged values with x in bfloat16, not {x.dtype}"
         if reason is not None:
             raise UnsupportedError(
                 f"quantized_matmul 'mosaic_gpu': {reason}; use implementation='reference'"
             )
-        (count, inputs), (outputs, groups) = x.shape, scale.shape
-        tiles = tiles_for(count, inputs, outputs, inputs // groups, processors=processors())
+        bits = 4 if "int4" in str(values.dtype) else 8
+        tiles = tiles_for(*x.shape, values.shape[0], bits=bits, processors=processors())
         plan = dataclasses.replace(plan, tiles=tiles, interpret=interpreting())
     return product(x, values, scale, offset, plan)
-
-
-def _kind(x: jax.Array, values: jax.Array, table: tuple[float, ...]) -> str:
-    if x.dtype != jnp.bfloat16:
-        return ""
-    if table:
-        return "e2m1" if table == _E2M1_CODES else "table"
-    return "e4m3" if values.dtype == jnp.float8_e4m3fn else str(values.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def product(x, values, scale, offset, plan: Plan) -> jax.Array:
     """The call of a plan."""
+    kind = kind_of(values.dtype, plan.table)
     if plan.implementation == "reference":
+        x = stored(x, kind) if plan.arranged else x
         return reference(x, values, scale, offset, plan.table).astype(plan.out_dtype)
-    tiles, interpret, kind = plan.tiles, plan.interpret, _kind(x, values, plan.table)
-    coding = Coding(kind=kind, table=plan.table)
+    tiles, interpret = plan.tiles, plan.interpret
+    kind = kind if x.dtype == jnp.bfloat16 else ""
+    coding = Coding(kind=kind, table=plan.table, arranged=plan.arranged)
     if offset is None:
         options = {"tiles": tiles, "coding": coding, "interpret": interpret}
         return run(x, values, scale, out_dtype=plan.out_dtype, **options)
@@ -198,6 +201,8 @@ def _backward(plan: Plan, kept, dy):
     wide = like.dtype == jnp.float32
     precision = jax.lax.Precision.HIGHEST if wide else jax.lax.Precision.DEFAULT
     dx = jnp.matmul(dy.astype(like.dtype), w, precision=precision)
+    if plan.arranged:
+        dx = natural(dx, kind_of(values.dtype, plan.table))
     return dx, None, None, None
 
 

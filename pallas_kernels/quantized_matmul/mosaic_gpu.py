@@ -22,8 +22,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.once import lowered_once
+from pallas_kernels.quantized_matmul.order import natural, stored
 from pallas_kernels.quantized_matmul.reference import numbers
-from pallas_kernels.quantized_matmul.widen import BLOCK, order, widen
+from pallas_kernels.quantized_matmul.widen import widen
 from pallas_kernels.warpgroups import ROW, along, multiply
 
 __all__ = ["Coding", "Tiles", "run"]
@@ -69,10 +70,12 @@ class Coding:
     Attributes:
       kind: one of `widen.KINDS`, or none for integers in Mosaic's own way (x in float16).
       table: what the codes of `table` and `e2m1` stand for.
+      arranged: they are stored as `order.stored` has it.
     """
 
     kind: str = ""
     table: tuple[float, ...] = ()
+    arranged: bool = False
 
 
 def _bits(dtype) -> int:
@@ -172,7 +175,9 @@ class Product:
             if self.turned:
                 part.T[...] = total.astype(out.dtype)
                 plgpu.commit_smem()
-                to = out.at[pl.ds(rows * self.tiles.rows, self.tiles.rows), pl.ds(first, OUTPUTS)]
+                count = min(out.shape[0], self.tiles.rows)
+                part = part.at[pl.ds(0, count)]
+                to = out.at[pl.ds(rows * count, count), pl.ds(first, OUTPUTS)]
             else:
                 part[...] = total
                 plgpu.commit_smem()
@@ -281,8 +286,8 @@ def run(
     """
     (count, inputs), outputs = x.shape, values.shape[0]
     group, width = inputs // scale.shape[1], tiles.inputs
-    if coding.kind and not interpret:
-        x = x.reshape(count, -1, BLOCK)[:, :, order(coding.kind)].reshape(count, -1)
+    if coding.kind and interpret == coding.arranged:  # the interpreter widens codes where they are
+        x = (stored if interpret else natural)(x, coding.kind)
     row_tiles = -(-count // tiles.rows)
     if interpret:
         x = jnp.pad(x, ((0, row_tiles * tiles.rows - count), (0, 0)))
@@ -290,7 +295,8 @@ def run(
         x = jnp.pad(x, ((0, -count % 8), (0, 0)))
     share = Share(outputs // tiles.outputs, inputs // width, tiles.steps)
     # Only values of 16 bits can be turned round on the way to shared memory.
-    turned = share.whole and jnp.dtype(out_dtype).itemsize == 2 and count % tiles.rows == 0
+    turned = share.whole and jnp.dtype(out_dtype).itemsize == 2
+    turned = turned and (count < tiles.rows or count % tiles.rows == 0)
     kernel = Product(group, tiles, share, coding, _bits(values.dtype), turned, interpret)
     if turned:
         out_type = jax.ShapeDtypeStruct((count, outputs), out_dtype)

@@ -2,9 +2,8 @@
 # pyright: reportPrivateImportUsage=false, reportAbstractUsage=false, reportIndexIssue=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportArgumentType=false, reportOptionalMemberAccess=false
 """Codes of four and eight bits as bfloat16 in registers, a pair an instruction.
 
-A thread reads eight codes of a row that lie together. The operand of the tensor cores wants four
-pairs of inputs of it, eight inputs apart. As a sum over inputs takes them in any order, codes stay
-where they are read, and x is brought into the order in which they then stand (`order`).
+A thread reads eight codes of a row that lie together and makes four pairs of them, in the order of
+`order.py`: none moves between threads.
 """
 
 from __future__ import annotations
@@ -20,10 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
-__all__ = ["BLOCK", "KINDS", "order", "widen"]
-
-BLOCK = 32
-"""Inputs that are out of order among themselves: what the four threads of a row read at once."""
+__all__ = ["KINDS", "widen"]
 
 
 def _constant(number: int) -> ir.Value:
@@ -132,21 +128,6 @@ _FOUR: dict[str, Callable[[ir.Value], list[ir.Value]]] = {
 }
 _EIGHT = {"int8": _bytes, "e4m3": _e4m3}
 KINDS = (*_FOUR, "table", *_EIGHT)
-
-
-def order(kind: str) -> np.ndarray:
-    """For each input of a block as the operand has them, the input that is read for it."""
-    found = np.zeros(BLOCK, np.int32)
-    for pair in range(4):
-        for thread in range(4):
-            for one in range(2):
-                code = pair + 4 * one
-                if kind == "table":
-                    code = 2 * pair + one
-                elif kind in _EIGHT:
-                    code = 4 * (pair // 2) + pair % 2 + 2 * one
-                found[8 * pair + 2 * thread + one] = 8 * thread + code
-    return found
 
 
 def widen(w: jax.Array, kind: str, table: tuple[float, ...] = ()) -> jax.Array:

@@ -11,6 +11,7 @@ from pallas_kernels.errors import ShapeError, UnsupportedError
 from pallas_kernels.quantized_matmul import quantized_matmul
 from pallas_kernels.quantized_matmul.api import Plan, product, tiles_for
 from pallas_kernels.quantized_matmul.mosaic_gpu import Share, Tiles
+from pallas_kernels.quantized_matmul.order import BLOCK, natural, order, stored
 from pallas_kernels.target import targeting
 
 LIMITS = {"int4": (-8, 8), "uint4": (0, 16), "int8": (-127, 128)}
@@ -123,6 +124,18 @@ def test_shares():
         assert places.max() < share.programs * share.slots
 
 
+@pytest.mark.parametrize("kind", ["int4", "int8", "table"])
+def test_orders(kind):
+    """A place of its own for each input of a block, and the way back."""
+    assert sorted(order(kind)) == list(range(BLOCK))
+    x = np.arange(3 * 64).reshape(3, 64)
+    assert np.array_equal(natural(stored(x, kind), kind), x)
+    # A thread's four pairs: inputs 2 q and 2 q + 1 of each eight, from the eight that it read.
+    pairs = order(kind).reshape(4, 4, 2)
+    for thread in range(4):
+        assert sorted(pairs[:, thread].ravel()) == list(range(8 * thread, 8 * thread + 8))
+
+
 @pytest.mark.parametrize("offset", [False, True])
 def test_gradient(offset):
     """With respect to x, from the packed values; the rest is constant."""
@@ -168,7 +181,7 @@ def test_tiles():
         (3, 2048, 2048),
         (1, 576, 960),
     ):
-        tiles = tiles_for(count, inputs, outputs, 64)
+        tiles = tiles_for(count, inputs, outputs)
         share = Share(outputs // tiles.outputs, inputs // tiles.inputs, tiles.steps)
         assert share.programs <= 132
         assert share.programs * tiles.steps < 132 * (tiles.steps + 1)
