@@ -55,7 +55,8 @@ def as_operand(leaf: QArray) -> QArray:
     """One matrix of version 1 in version 3, or as it is where no kernel reads that."""
     known = leaf.format in ("int8", "int4", "uint4", "fp8") or leaf.format in NIBBLES
     whole = leaf.values.shape[-1] % 32 == 0 and leaf.num_outputs % 64 == 0
-    if leaf.version != 1 or leaf.lead or leaf.order is not None or not (known and whole):
+    plain = leaf.version == 1 and not leaf.lead and leaf.order is None and not leaf.activations
+    if not (plain and known and whole):
         return leaf
     return dataclasses.replace(leaf, values=in_stored_order(leaf.values, leaf), version=3)
 

@@ -22,7 +22,7 @@ __all__ = [
     "wanted_arrays",
 ]
 
-_FACTS = ("format", "shape", "inputs", "group", "rows", "version")
+_FACTS = ("format", "shape", "inputs", "group", "rows", "version", "activations")
 
 
 def nibbles(values: np.ndarray) -> np.ndarray:
@@ -89,12 +89,13 @@ def _checked(facts: Any, where: str) -> dict[str, Any]:
         and all(whole(facts.get(name), 1) for name in ("group", "rows", "version"))
         and facts["version"] in (1, 2, 3)
         and isinstance(facts.get("arrays"), list)
+        and type(facts.get("activations", False)) is bool
     )
     if not sound:
         raise WeightsError(
             f"{where}: is described by {str(facts)[:120]}, which is no quantized leaf"
         )
-    return facts
+    return {"activations": False} | facts
 
 
 def wanted_arrays(facts: Any, where: str, prefix: str = "") -> list[str]:

@@ -146,6 +146,26 @@ def _by_kernel(x: Array, leaf: QArray, out_dtype: Any) -> Array:
     return y.reshape(*x.shape[:-1], -1)
 
 
+def _both_rounded(x: Array, leaf: QArray, out_dtype: Any) -> Array:
+    """x rounded as the values are, with a scale a token: XLA has cuBLASLt multiply eight bits."""
+    wide = x.astype(jnp.float32)
+    whole = leaf.format == "int8"
+    top = 127.0 if whole else 448.0
+    peak = jnp.max(jnp.abs(wide), axis=-1, keepdims=True)
+    scale = jnp.where(peak == 0, 1.0, peak / top)
+    scaled = wide / scale
+    codes = (jnp.round(scaled) if whole else scaled).astype(leaf.values.dtype)
+    sums = jax.lax.dot_general(
+        codes,
+        jnp.asarray(leaf.values),
+        (((x.ndim - 1,), (1,)), ((), ())),
+        preferred_element_type=jnp.int32 if whole else jnp.float32,
+    )
+    per_output = row_blocks(scales(leaf), leaf.num_outputs, leaf.rows)[:, 0]
+    y = sums.astype(jnp.float32) * scale * jax.lax.expand_dims(per_output, range(sums.ndim - 1))
+    return y.astype(out_dtype)
+
+
 def _on_cpu() -> bool:
     return target() in ("cpu", "interpreter") and jax.sharding.get_abstract_mesh().empty
 
@@ -156,6 +176,7 @@ def quantized_product(
 ) -> Float[Array, "... O"]:
     """x times the matrix of a leaf that is not stacked.
 
+    A leaf with `activations` multiplies x rounded; the gradient takes no notice of that.
     Values are unpacked in x's dtype and sums kept in float32. The gradient with respect to x is
     computed from the packed values again, so that a backward pass keeps no unpacked matrix; the
     leaf has none.
@@ -167,6 +188,8 @@ def quantized_product(
     """
     # Or a loop over tokens would have the matrix unpacked before it, and be read from memory.
     x, leaf = jax.lax.optimization_barrier((x, leaf))
+    if leaf.activations:
+        return _both_rounded(x, leaf, out_dtype)
     if kernel_obstacle(x, leaf) is None:
         return _by_kernel(x, leaf, out_dtype)
     if not _on_cpu():

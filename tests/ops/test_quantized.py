@@ -10,6 +10,7 @@ import pytest
 from jaxllm.core.layouts import as_operand, as_planes, as_values
 from jaxllm.core.qarray import dequantize, dequantize_rows
 from jaxllm.core.quantize import Scheme, quantize_jit
+from jaxllm.errors import ConfigError
 from jaxllm.ops import linear, quantized
 from pallas_kernels.target import targeting
 
@@ -165,3 +166,32 @@ def test_what_the_kernel_cannot_serve_is_said():
         assert "groups of 16" in quantized.kernel_obstacle(
             x, dataclasses.replace(q, group=16, scale=jnp.ones((128, 16)))
         )
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", Scheme(format="fp8", activations=True)])
+def test_activations_are_rounded_token_by_token(scheme):
+    """Near the exact product, and the same for a token whatever the others are."""
+    w, x = draw(256, 2, 48), draw(2, 3, 256)
+    x = x.at[0, 0].multiply(1e3).at[1, 2].set(0.0)
+    q = quantize_jit(w, scheme if isinstance(scheme, Scheme) else Scheme(format=scheme))
+    assert q.activations and as_operand(q) is q
+
+    def product(x):
+        return linear.einsum("BTD,DNH->BTNH", x, q, dtype="float32")
+
+    found, wanted = product(x), jnp.einsum("BTD,DNH->BTNH", x, dequantize(q, jnp.float32))
+    unit = jnp.max(jnp.abs(wanted), axis=(-1, -2), keepdims=True)
+    bound = 0.02 if q.format == "int8" else 0.06
+    assert np.abs(found - wanted).max(axis=(-1, -2))[1, 2] == 0
+    relative = jnp.abs(found - wanted) / jnp.where(unit == 0, 1.0, unit)
+    assert 0 < relative.max() < bound
+    np.testing.assert_allclose(product(x[:1, :1]), found[:1, :1], rtol=1e-5)
+    d_x = jax.grad(lambda x: jnp.sum(product(x)))(x)
+    assert np.abs(d_x - jnp.sum(dequantize(q, jnp.float32), axis=(1, 2))).max() < 1e-3
+
+
+def test_activations_want_one_scale_a_row():
+    with pytest.raises(ConfigError, match="one scale a row or matrix and no offset, found int4"):
+        Scheme(format="int4", activations=True)
+    with pytest.raises(ConfigError, match="group=64"):
+        Scheme(format="w8a8", group=64)
