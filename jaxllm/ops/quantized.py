@@ -103,8 +103,8 @@ def unfit(dtype: str, kind: str, sizes: tuple[int, int, int], rows: int = 1) -> 
       rows: of the activations.
     """
     platform = target()
-    if platform not in ("gpu", "interpreter"):
-        return f"it needs a CUDA device, this is {platform}"
+    if platform not in ("gpu", "tpu", "interpreter"):
+        return f"it needs a CUDA device or a TPU, this is {platform}"
     from pallas_kernels import quantized_matmul  # Pallas takes a third of a second to import
 
     kind = _KINDS.get(kind, kind)
@@ -121,6 +121,8 @@ def kernel_obstacle(x: Any, leaf: QArray) -> str | None:
     if groups.shape[-1] != 1 and leaf.num_inputs != groups.shape[-1] * leaf.group:
         return "its groups have one size"
     sizes = (leaf.num_outputs, leaf.num_inputs, leaf.num_inputs // groups.shape[-1])
+    if target() == "tpu" and (leaf.version == 3 or leaf.offset is not None):
+        return "it takes the first layout on a TPU, and no offsets"
     if leaf.version == 3 and x.dtype != jnp.bfloat16:
         return f"it takes the third layout with activations in bfloat16, not {x.dtype}"
     return unfit(str(x.dtype), leaf.format, sizes, math.prod(x.shape[:-1]))
@@ -141,7 +143,7 @@ def _by_kernel(x: Array, leaf: QArray, out_dtype: Any) -> Array:
         table=CODES.get(leaf.format, ()),
         arranged=leaf.version == 3,
         out_dtype=str(jnp.dtype(out_dtype)),
-        implementation="mosaic_gpu",
+        implementation="mosaic_tpu" if target() == "tpu" else "mosaic_gpu",
     )
     return y.reshape(*x.shape[:-1], -1)
 

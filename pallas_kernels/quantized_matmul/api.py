@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.choice import known
 from pallas_kernels.errors import ShapeError, UnsupportedError
+from pallas_kernels.quantized_matmul import mosaic_tpu
 from pallas_kernels.quantized_matmul.mosaic_gpu import Coding, Tiles, run
 from pallas_kernels.quantized_matmul.order import kind_of, natural, stored
 from pallas_kernels.quantized_matmul.reference import dequantized, reference
@@ -17,7 +18,7 @@ from pallas_kernels.target import interpreting, not_hopper, processors, target
 
 __all__ = ["IMPLEMENTATIONS", "Plan", "quantized_matmul", "tiles_for", "unfit"]
 
-IMPLEMENTATIONS = ("mosaic_gpu", "reference")
+IMPLEMENTATIONS = ("mosaic_gpu", "mosaic_tpu", "reference")
 MOST_ROWS = 512
 _TYPES = ("int4", "uint4", "int8", "float8_e4m3fn")
 
@@ -56,7 +57,7 @@ def tiles_for(
 def unfit(
     *, dtype: str, rows: int, kind: str, sizes: tuple[int, int, int], platform: str
 ) -> str | None:
-    """Why the kernel for Hopper cannot serve a kind of call, or None.
+    """Why no kernel for a platform can serve a kind of call, or None.
 
     Args:
       dtype: of the activations.
@@ -66,8 +67,10 @@ def unfit(
       platform: of `target`.
     """
     outputs, _, group = sizes
+    if platform == "tpu":
+        return mosaic_tpu.unfit(dtype=dtype, kind=kind, sizes=sizes)
     if platform not in ("gpu", "interpreter"):
-        return f"it needs a CUDA device, this is {platform}"
+        return f"it needs a CUDA device or a TPU, this is {platform}"
     if kind not in (*_TYPES, "table"):
         return f"it takes {', '.join(_TYPES)} and tables of 16 numbers, not {kind}"
     narrow = ("bfloat16", "float16") if kind in ("int4", "int8") else ("bfloat16",)
@@ -84,6 +87,8 @@ def unfit(
 
 
 def _obstacle(x: jax.Array, values: jax.Array, scale: jax.Array, table: tuple) -> str | None:
+    if target() not in ("gpu", "interpreter"):
+        return f"it needs a CUDA device, this is {target()}"
     (count, inputs), outputs = x.shape, values.shape[0]
     return unfit(
         dtype=str(x.dtype),
@@ -92,6 +97,17 @@ def _obstacle(x: jax.Array, values: jax.Array, scale: jax.Array, table: tuple) -
         sizes=(outputs, inputs, inputs // scale.shape[1]),
         platform=target(),
     )
+
+
+def _tpu_obstacle(x, values, scale, plan: Plan, offset) -> str | None:
+    platform = target()
+    if platform not in ("tpu", "interpreter"):
+        return f"it needs a TPU, this is {platform}"
+    if plan.arranged or offset is not None:
+        return "it takes values in their natural order, without offsets"
+    kind = "table" if plan.table else str(values.dtype)
+    sizes = (values.shape[0], x.shape[1], x.shape[1] // scale.shape[1])
+    return mosaic_tpu.unfit(dtype=str(x.dtype), kind=kind, sizes=sizes)
 
 
 def _check(x: jax.Array, values: jax.Array, scale: jax.Array, offset: jax.Array | None) -> None:
@@ -139,7 +155,8 @@ def quantized_matmul(
       table: 16 numbers that values in uint4 are codes of (NF4, E2M1); none for plain numbers.
       arranged: the inputs of values are in the order of `order.stored`, which spares the kernel
         for Hopper to bring x into an order of its own.
-      implementation: `mosaic_gpu` (Hopper, 1 to 512 rows) or `reference`.
+      implementation: `mosaic_gpu` (Hopper, 1 to 512 rows), `mosaic_tpu` (int4 and int8 in groups
+        of a multiple of 128) or `reference`.
       out_dtype: of the result; sums are kept in float32.
 
     Returns:
@@ -156,6 +173,13 @@ def quantized_matmul(
         )
     known("quantized_matmul", implementation, IMPLEMENTATIONS)
     plan = Plan(implementation=implementation, table=table, arranged=arranged, out_dtype=out_dtype)
+    if implementation == "mosaic_tpu":
+        reason = _tpu_obstacle(x, values, scale, plan, offset)
+        if reason is not None:
+            raise UnsupportedError(
+                f"quantized_matmul 'mosaic_tpu': {reason}; use implementation='reference'"
+            )
+        plan = dataclasses.replace(plan, interpret=interpreting())
     if implementation == "mosaic_gpu":
         reason = _obstacle(x, values, scale, table)
         if arranged and x.dtype != jnp.bfloat16:
@@ -178,6 +202,8 @@ def product(x, values, scale, offset, plan: Plan) -> jax.Array:
         x = stored(x, kind) if plan.arranged else x
         return reference(x, values, scale, offset, plan.table).astype(plan.out_dtype)
     tiles, interpret = plan.tiles, plan.interpret
+    if plan.implementation == "mosaic_tpu":
+        return mosaic_tpu.run(x, values, scale, out_dtype=plan.out_dtype, interpret=interpret)
     kind = kind if x.dtype == jnp.bfloat16 else ""
     coding = Coding(kind=kind, table=plan.table, arranged=plan.arranged)
     if offset is None:

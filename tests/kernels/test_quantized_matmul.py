@@ -1,6 +1,10 @@
 """The product with packed integers: reference, interpreted kernel, lowering, gradient, refusals."""
 
 import functools
+import importlib.util
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +16,9 @@ from pallas_kernels.quantized_matmul import quantized_matmul
 from pallas_kernels.quantized_matmul.api import Plan, product, tiles_for
 from pallas_kernels.quantized_matmul.mosaic_gpu import Share, Tiles
 from pallas_kernels.quantized_matmul.order import BLOCK, natural, order, stored
+from pallas_kernels.quantized_matmul.shapes import CASES as TIMED
 from pallas_kernels.target import targeting
+from tests.kernels.compile_grouped_tpu import ENVIRONMENT, TYPES
 
 LIMITS = {"int4": (-8, 8), "uint4": (0, 16), "int8": (-127, 128)}
 TABLES = {
@@ -124,6 +130,27 @@ def test_shares():
         assert places.max() < share.programs * share.slots
 
 
+@pytest.mark.parametrize("options", [{"count": 3}, {"count": 20, "kind": "int8", "group": 512}])
+def test_interpreted_for_a_tpu(options):
+    options = dict(options)
+    arguments = draw(options.pop("count"), 256, 2048, **options)
+    with targeting("interpreter"):
+        found = quantized_matmul(*arguments, implementation="mosaic_tpu")
+    wanted = exact(*arguments)
+    assert np.abs(np.asarray(found) - wanted).max() < 1e-5 * np.abs(wanted).max()
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs the package libtpu")
+@pytest.mark.parametrize("topology", TYPES)
+def test_every_timed_case_compiles_for_a_tpu(topology):
+    command = [sys.executable, "-m", "tests.kernels.compile_quantized_tpu", topology]
+    env = os.environ | ENVIRONMENT | {"TPU_ACCELERATOR_TYPE": TYPES[topology]}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    held = [case for case in TIMED.values() if case.kind in ("int4", "int8") and case.group >= 128]
+    assert done.stdout.count("1 kernels") == len(held)
+
+
 @pytest.mark.parametrize("kind", ["int4", "int8", "table"])
 def test_orders(kind):
     """A place of its own for each input of a block, and the way back."""
@@ -150,10 +177,12 @@ def test_gradient(offset):
 def test_refusals():
     x, values, scale, _ = draw(4, 128, 256)
     with pytest.raises(UnsupportedError, match="did you mean 'mosaic_gpu'"):
-        quantized_matmul(x, values, scale, implementation="mosaic")
+        quantized_matmul(x, values, scale, implementation="mosaic_gp")
     named = functools.partial(quantized_matmul, implementation="mosaic_gpu")
     with pytest.raises(UnsupportedError, match="needs a CUDA device, this is cpu"):
         named(x, values, scale)
+    with pytest.raises(UnsupportedError, match="needs a TPU, this is cpu"):
+        quantized_matmul(x, values, scale, implementation="mosaic_tpu")
     with targeting("gpu"):
         with pytest.raises(UnsupportedError, match="bfloat16 and float16 for int4, not float32"):
             named(x.astype(jnp.float32), values, scale)
