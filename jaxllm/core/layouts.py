@@ -8,7 +8,6 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxllm.core.policy import Codes
 from jaxllm.core.qarray import NIBBLES, QArray, in_natural_order, in_stored_order, value_dtype
 
 __all__ = ["as_held", "as_operand", "as_planes", "as_values", "has_planes"]
@@ -61,6 +60,6 @@ def as_operand(leaf: QArray) -> QArray:
     return dataclasses.replace(leaf, values=in_stored_order(leaf.values, leaf), version=3)
 
 
-def as_held(leaf: QArray, codes: Codes) -> QArray:
-    """A leaf of version 1 as a run holds it."""
+def as_held(leaf: QArray, codes: str) -> QArray:
+    """A leaf of version 1 as `Policy.codes` says."""
     return {"planes": as_planes, "operand": as_operand}.get(codes, lambda same: same)(leaf)

@@ -281,7 +281,7 @@ def dequantize_rows(leaf: QArray) -> Float[Array, "..."]:
     """The values as [*lead, O, I] in float32, inputs in their logical order."""
     rows = _dequantized_rows(leaf)
     if leaf.version == 3:
-        return in_natural_order(rows, leaf)
+        return jnp.asarray(in_natural_order(rows, leaf))
     if leaf.order is None:
         return rows
     back = jnp.argsort(leaf.order, axis=-1)

@@ -18,7 +18,6 @@ import numpy as np
 
 from jaxllm.core.layouts import as_held
 from jaxllm.core.packing import packed_arrays, packed_facts
-from jaxllm.core.policy import Codes
 from jaxllm.core.qarray import QArray, dequantize
 from jaxllm.core.qrows import join_rows, take_rows
 from jaxllm.core.tree import unstacked_paths
@@ -159,7 +158,7 @@ def packed_leaf(
     path: str,
     definition: ParamDef,
     *,
-    codes: Codes,
+    codes: str,
 ) -> QArray | None:
     """A leaf in the run's layout, or None where it must be plain.
 
@@ -168,7 +167,7 @@ def packed_leaf(
       sources: unstacked path -> tensors.
       path: in the run's layout.
       definition: of that leaf.
-      codes: how its values are held.
+      codes: how its values are held, as `Policy.codes` says.
 
     Raises:
       UnsupportedError: parts that differ in a way that no joined leaf has.

@@ -189,7 +189,8 @@ def quantized_matmul(
                 f"quantized_matmul 'mosaic_gpu': {reason}; use implementation='reference'"
             )
         bits = 4 if "int4" in str(values.dtype) else 8
-        tiles = tiles_for(*x.shape, values.shape[0], bits=bits, processors=processors())
+        count, inputs = x.shape
+        tiles = tiles_for(count, inputs, len(values), bits=bits, processors=processors())
         plan = dataclasses.replace(plan, tiles=tiles, interpret=interpreting())
     return product(x, values, scale, offset, plan)
 

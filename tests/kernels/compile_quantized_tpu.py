@@ -35,7 +35,7 @@ def kernels(case: Shaped, mesh: Mesh) -> int:
     with targeting("tpu"), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         traced = jax.jit(run).trace(*arguments)
         compiled = traced.lower(lowering_platforms=("tpu",)).compile()
-    return compiled.as_text().count("tpu_custom_call")
+    return str(compiled.as_text()).count("tpu_custom_call")
 
 
 def main(topology: str) -> None:
