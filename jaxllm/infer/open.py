@@ -87,7 +87,7 @@ def run_policy(
         "layout": "unrolled" if single else "scan",
         "fused": single,
         "matrices": {"gpu": "out_in", "cpu": "in_out"}.get(platform if single else "", "canonical"),
-        "codes": {"cpu": "planes", "gpu": "operand"}.get(platform if single else "", "values"),
+        "codes": "planes" if single and platform == "cpu" else "values",
     }
     return Policy(**(base | changes))  # pyright: ignore[reportArgumentType]
 

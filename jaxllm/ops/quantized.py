@@ -93,7 +93,16 @@ _KINDS = {"fp8": "float8_e4m3fn"} | dict.fromkeys(("nf4", "fp4", "mxfp4", "bnb_f
 """What our kernel calls formats that have other names there."""
 
 
-def unfit(dtype: str, kind: str, sizes: tuple[int, int, int], rows: int = 1) -> str | None:
+def _kernel(version: int = 1) -> str:
+    """The kernel for a layout version on the platform at hand."""
+    if target() == "tpu":
+        return "mosaic_tpu"
+    return "mosaic_gpu_streamed" if version == 3 else "mosaic_gpu"
+
+
+def unfit(
+    dtype: str, kind: str, sizes: tuple[int, int, int], rows: int = 1, version: int = 1
+) -> str | None:
     """Why our kernel for packed numbers cannot serve a kind of product here, or None.
 
     Args:
@@ -101,14 +110,15 @@ def unfit(dtype: str, kind: str, sizes: tuple[int, int, int], rows: int = 1) -> 
       kind: format of the weights.
       sizes: outputs, inputs, and inputs of a group.
       rows: of the activations.
+      version: layout of the weights.
     """
     platform = target()
     if platform not in ("gpu", "tpu", "interpreter"):
         return f"it needs a CUDA device or a TPU, this is {platform}"
     from pallas_kernels import quantized_matmul  # Pallas takes a third of a second to import
 
-    kind = _KINDS.get(kind, kind)
-    return quantized_matmul.unfit(dtype=dtype, rows=rows, kind=kind, sizes=sizes, platform=platform)
+    options = {"dtype": dtype, "rows": rows, "kind": _KINDS.get(kind, kind), "sizes": sizes}
+    return quantized_matmul.unfit(_kernel(version), platform=platform, **options)
 
 
 def kernel_obstacle(x: Any, leaf: QArray) -> str | None:
@@ -120,12 +130,10 @@ def kernel_obstacle(x: Any, leaf: QArray) -> str | None:
     groups = leaf.scale.values if isinstance(leaf.scale, QArray) else leaf.scale
     if groups.shape[-1] != 1 and leaf.num_inputs != groups.shape[-1] * leaf.group:
         return "its groups have one size"
-    sizes = (leaf.num_outputs, leaf.num_inputs, leaf.num_inputs // groups.shape[-1])
     if target() == "tpu" and (leaf.version == 3 or leaf.offset is not None):
         return "it takes the first layout on a TPU, and no offsets"
-    if leaf.version == 3 and x.dtype != jnp.bfloat16:
-        return f"it takes the third layout with activations in bfloat16, not {x.dtype}"
-    return unfit(str(x.dtype), leaf.format, sizes, math.prod(x.shape[:-1]))
+    sizes = (leaf.num_outputs, leaf.num_inputs, leaf.num_inputs // groups.shape[-1])
+    return unfit(str(x.dtype), leaf.format, sizes, math.prod(x.shape[:-1]), leaf.version)
 
 
 def _by_kernel(x: Array, leaf: QArray, out_dtype: Any) -> Array:
@@ -143,7 +151,7 @@ def _by_kernel(x: Array, leaf: QArray, out_dtype: Any) -> Array:
         table=CODES.get(leaf.format, ()),
         arranged=leaf.version == 3,
         out_dtype=str(jnp.dtype(out_dtype)),
-        implementation="mosaic_tpu" if target() == "tpu" else "mosaic_gpu",
+        implementation=_kernel(leaf.version),
     )
     return y.reshape(*x.shape[:-1], -1)
 

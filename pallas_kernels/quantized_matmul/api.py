@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.choice import known
 from pallas_kernels.errors import ShapeError, UnsupportedError
-from pallas_kernels.quantized_matmul import mosaic_tpu
-from pallas_kernels.quantized_matmul.mosaic_gpu import Coding, Tiles, run
+from pallas_kernels.quantized_matmul import mosaic_tpu, streamed
+from pallas_kernels.quantized_matmul.mosaic_gpu import Tiles, run
 from pallas_kernels.quantized_matmul.order import kind_of, natural, stored
 from pallas_kernels.quantized_matmul.reference import dequantized, reference
 from pallas_kernels.target import interpreting, not_hopper, processors, target
 
 __all__ = ["IMPLEMENTATIONS", "Plan", "quantized_matmul", "tiles_for", "unfit"]
 
-IMPLEMENTATIONS = ("mosaic_gpu", "mosaic_tpu", "reference")
-MOST_ROWS = 512
+IMPLEMENTATIONS = ("mosaic_gpu", "mosaic_gpu_streamed", "mosaic_tpu", "reference")
+MOST_ROWS = 64
 _TYPES = ("int4", "uint4", "int8", "float8_e4m3fn")
 
 
@@ -28,86 +29,87 @@ class Plan:
     """The static part of one call."""
 
     implementation: str
-    tiles: Tiles = Tiles()
+    tiles: Tiles | streamed.Tiles | None = None
     table: tuple[float, ...] = ()
     arranged: bool = False
     out_dtype: str = "float32"
     interpret: bool = False
 
 
-def tiles_for(
-    count: int, inputs: int, outputs: int, *, bits: int = 4, processors: int = 132
-) -> Tiles:
-    """How a product is cut: one program for every processor, with an equal share of all steps."""
-    width = 128 if inputs % 128 == 0 else (64 if inputs % 64 == 0 else 32)
-    rows = min(-(-count // 8) * 8, 128)
-    row_tiles = -(-count // rows)
-    most = 4 if rows <= 64 else 2
-    few = inputs // width * (outputs // 256) < 3 * processors
-    warpgroups = next(n for n in (4, 2, 1) if outputs % (64 * n) == 0 and n <= (2 if few else most))
-    steps = inputs // width
-    total = steps * (outputs // (64 * warpgroups))
-    each = -(-total * row_tiles // processors)
-    held = 64 * warpgroups * width * bits // 8 + rows * width * 2
-    room = 220_000 - 64 * warpgroups * rows * 4  # of shared memory, less what results take
-    stages = max(2, min(8, room // held))
-    return Tiles(inputs=width, stages=stages, steps=each, warpgroups=warpgroups, rows=rows)
+def tiles_for(inputs: int, outputs: int, group: int, *, processors: int = 132) -> Tiles:
+    """How a product is cut: enough programs for four on every processor, of eight steps or more."""
+    width = min(group, 128)
+    steps, tiles = inputs // width, outputs // 64
+    splits = 1
+    while tiles * splits < 4 * processors and steps % (2 * splits) == 0 and steps // splits >= 16:
+        splits *= 2
+    return Tiles(inputs=width, stages=6, splits=splits)
 
 
 def unfit(
-    *, dtype: str, rows: int, kind: str, sizes: tuple[int, int, int], platform: str
+    implementation: str,
+    *,
+    dtype: str,
+    rows: int,
+    kind: str,
+    sizes: tuple[int, int, int],
+    platform: str,
 ) -> str | None:
-    """Why no kernel for a platform can serve a kind of call, or None.
+    """Why a kernel cannot serve a kind of call, or None.
 
     Args:
+      implementation: one of `IMPLEMENTATIONS`.
       dtype: of the activations.
       rows: of them.
       kind: type of the values, or `table` for codes of 16 numbers.
       sizes: outputs, inputs, and inputs of a group.
       platform: of `target`.
     """
-    outputs, _, group = sizes
-    if platform == "tpu":
+    if implementation == "reference":
+        return None
+    wanted = "tpu" if implementation == "mosaic_tpu" else "gpu"
+    if platform not in (wanted, "interpreter"):
+        return f"it needs a {'TPU' if wanted == 'tpu' else 'CUDA device'}, this is {platform}"
+    if implementation == "mosaic_tpu":
         return mosaic_tpu.unfit(dtype=dtype, kind=kind, sizes=sizes)
-    if platform not in ("gpu", "interpreter"):
-        return f"it needs a CUDA device or a TPU, this is {platform}"
-    if kind not in (*_TYPES, "table"):
-        return f"it takes {', '.join(_TYPES)} and tables of 16 numbers, not {kind}"
-    narrow = ("bfloat16", "float16") if kind in ("int4", "int8") else ("bfloat16",)
-    if dtype not in narrow:
-        return f"it takes activations in {' and '.join(narrow)} for {kind}, not {dtype}"
+    if implementation == "mosaic_gpu_streamed":
+        found = streamed.unfit(dtype=dtype, rows=rows, kind=kind, sizes=sizes)
+    else:
+        found = _unfit_for_hopper(dtype, rows, kind, sizes)
+    return found or not_hopper(platform)
+
+
+def _unfit_for_hopper(dtype: str, rows: int, kind: str, sizes: tuple[int, int, int]) -> str | None:
+    outputs, _, group = sizes
+    if kind not in ("int4", "uint4", "int8"):
+        return f"it takes int4, uint4, int8, not {kind}"
+    if dtype not in ("bfloat16", "float16"):
+        return f"it takes activations in bfloat16 and float16, not {dtype}"
     if not 1 <= rows <= MOST_ROWS:
         return f"it takes 1 to {MOST_ROWS} rows, not {rows}"
-    if outputs % 64 or (group not in (32, 64) and group % 128):
+    if outputs % 64 or group % 64 or (group > 128 and group % 128):
         return (
-            "it takes outputs that are a multiple of 64 and groups of 32, 64 or of a multiple of "
-            f"128 inputs, not {outputs} outputs and groups of {group}"
+            "it takes outputs that are a multiple of 64 and groups of 64 or of a multiple of 128 "
+            f"inputs, not {outputs} outputs and groups of {group}"
         )
-    return not_hopper(platform)
+    return None
 
 
-def _obstacle(x: jax.Array, values: jax.Array, scale: jax.Array, table: tuple) -> str | None:
-    if target() not in ("gpu", "interpreter"):
-        return f"it needs a CUDA device, this is {target()}"
+def _obstacle(x, values, scale, offset, plan: Plan) -> str | None:
+    name = plan.implementation
+    if plan.arranged and name not in ("mosaic_gpu_streamed", "reference"):
+        return "it takes values in their natural order"
+    if offset is not None and name == "mosaic_tpu":
+        return "it takes no offsets"
     (count, inputs), outputs = x.shape, values.shape[0]
     return unfit(
+        name,
         dtype=str(x.dtype),
         rows=count,
-        kind="table" if table else str(values.dtype),
+        kind="table" if plan.table else str(values.dtype),
         sizes=(outputs, inputs, inputs // scale.shape[1]),
         platform=target(),
     )
-
-
-def _tpu_obstacle(x, values, scale, plan: Plan, offset) -> str | None:
-    platform = target()
-    if platform not in ("tpu", "interpreter"):
-        return f"it needs a TPU, this is {platform}"
-    if plan.arranged or offset is not None:
-        return "it takes values in their natural order, without offsets"
-    kind = "table" if plan.table else str(values.dtype)
-    sizes = (values.shape[0], x.shape[1], x.shape[1] // scale.shape[1])
-    return mosaic_tpu.unfit(dtype=str(x.dtype), kind=kind, sizes=sizes)
 
 
 def _check(x: jax.Array, values: jax.Array, scale: jax.Array, offset: jax.Array | None) -> None:
@@ -155,8 +157,9 @@ def quantized_matmul(
       table: 16 numbers that values in uint4 are codes of (NF4, E2M1); none for plain numbers.
       arranged: the inputs of values are in the order of `order.stored`, which spares the kernel
         for Hopper to bring x into an order of its own.
-      implementation: `mosaic_gpu` (Hopper, 1 to 512 rows), `mosaic_tpu` (int4 and int8 in groups
-        of a multiple of 128) or `reference`.
+      implementation: `mosaic_gpu` (Hopper: integers, 1 to 64 rows), `mosaic_gpu_streamed` (Hopper:
+        all of these, 1 to 512 rows), `mosaic_tpu` (int4 and int8 in groups of a multiple of 128)
+        or `reference`.
       out_dtype: of the result; sums are kept in float32.
 
     Returns:
@@ -173,26 +176,23 @@ def quantized_matmul(
         )
     known("quantized_matmul", implementation, IMPLEMENTATIONS)
     plan = Plan(implementation=implementation, table=table, arranged=arranged, out_dtype=out_dtype)
-    if implementation == "mosaic_tpu":
-        reason = _tpu_obstacle(x, values, scale, plan, offset)
-        if reason is not None:
-            raise UnsupportedError(
-                f"quantized_matmul 'mosaic_tpu': {reason}; use implementation='reference'"
-            )
-        plan = dataclasses.replace(plan, interpret=interpreting())
-    if implementation == "mosaic_gpu":
-        reason = _obstacle(x, values, scale, table)
-        if arranged and x.dtype != jnp.bfloat16:
-            reason = f"it takes arranged values with x in bfloat16, not {x.dtype}"
-        if reason is not None:
-            raise UnsupportedError(
-                f"quantized_matmul 'mosaic_gpu': {reason}; use implementation='reference'"
-            )
-        bits = 4 if "int4" in str(values.dtype) else 8
-        count, inputs = x.shape
-        tiles = tiles_for(count, inputs, len(values), bits=bits, processors=processors())
-        plan = dataclasses.replace(plan, tiles=tiles, interpret=interpreting())
+    reason = _obstacle(x, values, scale, offset, plan)
+    if reason is not None:
+        raise UnsupportedError(
+            f"quantized_matmul {implementation!r}: {reason}; use implementation='reference'"
+        )
+    plan = dataclasses.replace(plan, tiles=_tiles(x, values, scale, plan), interpret=interpreting())
     return product(x, values, scale, offset, plan)
+
+
+def _tiles(x, values, scale, plan: Plan) -> Tiles | streamed.Tiles | None:
+    (count, inputs), (outputs, groups) = x.shape, scale.shape
+    if plan.implementation == "mosaic_gpu":
+        return tiles_for(inputs, outputs, inputs // groups, processors=processors())
+    if plan.implementation == "mosaic_gpu_streamed":
+        bits = 4 if "int4" in str(values.dtype) else 8
+        return streamed.tiles_for(count, inputs, outputs, bits=bits, processors=processors())
+    return None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -202,15 +202,19 @@ def product(x, values, scale, offset, plan: Plan) -> jax.Array:
     if plan.implementation == "reference":
         x = stored(x, kind) if plan.arranged else x
         return reference(x, values, scale, offset, plan.table).astype(plan.out_dtype)
-    tiles, interpret = plan.tiles, plan.interpret
+    options: dict[str, Any] = {"interpret": plan.interpret}
+    narrow = plan.out_dtype if offset is None else "float32"
     if plan.implementation == "mosaic_tpu":
-        return mosaic_tpu.run(x, values, scale, out_dtype=plan.out_dtype, interpret=interpret)
-    kind = kind if x.dtype == jnp.bfloat16 else ""
-    coding = Coding(kind=kind, table=plan.table, arranged=plan.arranged)
+        return mosaic_tpu.run(x, values, scale, out_dtype=plan.out_dtype, **options)
+    if plan.implementation == "mosaic_gpu":
+        padded = jnp.pad(x, ((0, -x.shape[0] % 8), (0, 0)))
+        y = run(padded, values, scale, tiles=plan.tiles, **options)[: x.shape[0]]
+    else:
+        coding = streamed.Coding(kind=kind, table=plan.table, arranged=plan.arranged)
+        options |= {"tiles": plan.tiles, "coding": coding}
+        y = streamed.run(x, values, scale, out_dtype=narrow, **options)
     if offset is None:
-        options = {"tiles": tiles, "coding": coding, "interpret": interpret}
-        return run(x, values, scale, out_dtype=plan.out_dtype, **options)
-    y = run(x, values, scale, tiles=tiles, coding=coding, interpret=interpret)
+        return y.astype(plan.out_dtype)
     # An offset adds itself times the sum of its group's inputs: a product as narrow as the scales.
     sums = jnp.sum(x.astype(jnp.float32).reshape(x.shape[0], scale.shape[1], -1), axis=2)
     highest = jax.lax.Precision.HIGHEST

@@ -113,7 +113,7 @@ def main(names: list[str]) -> None:
             continue
         copies = max(2, int(-(-_ROTATED // case.nbytes)))
         arguments = _draw(case, copies)
-        for implementation in ("mosaic_gpu", "reference"):
+        for implementation in ("mosaic_gpu", "mosaic_gpu_streamed", "reference"):
             options = {"implementation": implementation, "table": case.table}
             call = functools.partial(quantized_matmul, out_dtype="bfloat16", **options)
             try:

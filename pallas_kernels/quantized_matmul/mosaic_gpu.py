@@ -2,11 +2,11 @@
 # pyright: reportPrivateImportUsage=false, reportAbstractUsage=false, reportIndexIssue=false, reportAttributeAccessIssue=false, reportCallIssue=false
 """x times packed integers on Hopper: the weights are the register operand, x lies in shared memory.
 
-A program makes some hundred outputs of some rows of x, over its share of the inputs. Its warpgroups
-each widen a tile of packed values in registers and multiply it by x transposed (D = W xT, so that
-the 64 rows of the instruction are outputs and few rows of x cost little); one more loads. The sums
-of one group are scaled when they are whole, which is less work than scaling the values, and keeps
-these exact.
+A program of one warpgroup makes 64 outputs of all rows of x, over its share of the inputs: it loads
+a tile of packed values, widens it in registers and multiplies it by x transposed (D = W xT, so that
+the 64 rows of the instruction are outputs and few rows of x cost little). The sums of one group are
+scaled when they are whole, which is less work than scaling the values, and keeps these exact.
+Several small programs share a processor: one widens while others wait for memory or products.
 """
 
 from __future__ import annotations
@@ -16,21 +16,15 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.once import lowered_once
-from pallas_kernels.quantized_matmul.order import natural, stored
-from pallas_kernels.quantized_matmul.reference import numbers
-from pallas_kernels.quantized_matmul.widen import widen
 from pallas_kernels.warpgroups import ROW, along, multiply
 
-__all__ = ["Coding", "Tiles", "run"]
+__all__ = ["Tiles", "run"]
 
-CHUNK = 128  # inputs that are widened at a time
-FLIGHT = 128  # columns of sums of products that are waited for together: half as many registers
 OUTPUTS = 64  # rows of one product: what a warpgroup's instruction has
 _UPCAST = {4: plgpu.Layout.WGMMA_UPCAST_4X, 8: plgpu.Layout.WGMMA_UPCAST_2X}
 
@@ -39,47 +33,19 @@ _UPCAST = {4: plgpu.Layout.WGMMA_UPCAST_4X, 8: plgpu.Layout.WGMMA_UPCAST_2X}
 class Tiles:
     """How a product is cut; any choice gives the same result up to rounding.
 
-    The steps of all tiles of outputs stand one after the other, and a program takes the next so
-    many of them: it may end one tile's and begin another's. What several programs found of a tile
-    is added afterwards.
-
     Attributes:
-      inputs: of one step; whole groups, or a divisor of one.
+      inputs: of one step; a divisor of the group, or the group.
       stages: steps in flight.
-      steps: of one program.
-      warpgroups: that compute in a program, 64 outputs each.
-      rows: of x at a time; a multiple of 8.
+      splits: programs that share the inputs of a tile; their sums are added afterwards.
     """
 
     inputs: int = 128
     stages: int = 4
-    steps: int = 8
-    warpgroups: int = 2
-    rows: int = 8
-
-    @property
-    def outputs(self) -> int:
-        """Of one tile."""
-        return OUTPUTS * self.warpgroups
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Coding:
-    """How codes are widened.
-
-    Attributes:
-      kind: one of `widen.KINDS`, or none for integers in Mosaic's own way (x in float16).
-      table: what the codes of `table` and `e2m1` stand for.
-      arranged: they are stored as `order.stored` has it.
-    """
-
-    kind: str = ""
-    table: tuple[float, ...] = ()
-    arranged: bool = False
+    splits: int = 1
 
 
 def _bits(dtype) -> int:
-    return 4 if str(dtype) in ("int4", "uint4") else 8
+    return 4 if "4" in str(dtype) else 8
 
 
 def _swizzled(width: int, bits: int) -> tuple:
@@ -89,251 +55,101 @@ def _swizzled(width: int, bits: int) -> tuple:
 
 
 @dataclasses.dataclass(frozen=True)
-class Share:
-    """Which programs make which tiles.
-
-    Attributes:
-      tiles: how many.
-      steps: of each.
-      each: steps of a program.
-    """
-
-    tiles: int
-    steps: int
-    each: int
-
-    @property
-    def programs(self) -> int:
-        return -(-self.tiles * self.steps // self.each)
-
-    @property
-    def whole(self) -> bool:
-        """Whether no tile is made by several programs."""
-        return self.each % self.steps == 0
-
-    def _first(self, program: int) -> int:
-        return program * self.each // self.steps
-
-    @property
-    def slots(self) -> int:
-        """Tiles that a program works on, at most; past the last tile it works for nothing."""
-        last = lambda p: ((p + 1) * self.each - 1) // self.steps  # noqa: E731
-        return max(last(p) - self._first(p) + 1 for p in range(self.programs))
-
-    def parts(self) -> tuple[np.ndarray, np.ndarray]:
-        """For each tile the places (program x slots + slot) of its parts, and whether there are."""
-        found = []
-        for tile in range(self.tiles):
-            begin, end = tile * self.steps, (tile + 1) * self.steps
-            programs = range(begin // self.each, -(-end // self.each))
-            found.append([p * self.slots + tile - self._first(p) for p in programs])
-        most = max(map(len, found))
-        places = [one + [0] * (most - len(one)) for one in found]
-        there = [[1.0] * len(one) + [0.0] * (most - len(one)) for one in found]
-        return np.asarray(places, np.int32), np.asarray(there, np.float32)
-
-
-@dataclasses.dataclass(frozen=True)
 class Product:
     """One compiled kernel."""
 
+    rows: int
     group: int
     tiles: Tiles
-    share: Share
-    coding: Coding
     bits: int
-    turned: bool
     interpret: bool
 
-    def widened(self, w_smem, dtype):
-        if self.interpret:
-            return numbers(plgpu.load(w_smem), self.coding.table).astype(dtype)
-        if self.coding.kind:
-            w = plgpu.load(w_smem, layout=plgpu.Layout.WGMMA_UPCAST_4X)
-            return widen(w, self.coding.kind, self.coding.table)
-        w = plgpu.load(w_smem, layout=_UPCAST[self.bits])
-        if self.bits == 4:  # values move between lanes while they are small
+    def step(self, at, w_smem, x_smem, total, *, scale_of, stage=None):
+        """Adds what one tile of inputs gives to the sums [64, rows]."""
+        scale = plgpu.load(scale_of(at[0]), layout=None if self.interpret else ROW, optimized=False)
+        w = plgpu.load(w_smem, layout=None if self.interpret else _UPCAST[self.bits])
+        if not self.interpret and self.bits == 4:  # values move between lanes while they are small
             w = plgpu.layout_cast(w, plgpu.Layout.WGMMA)
-        w = w.astype(dtype)
-        return plgpu.layout_cast(w, plgpu.Layout.WGMMA) if self.bits == 8 else w
+        w = w.astype(x_smem.dtype)
+        if not self.interpret and self.bits == 8:
+            w = plgpu.layout_cast(w, plgpu.Layout.WGMMA)
 
-    def step(self, at, w_smem, x_smem, total, *, refs, out_smem, stage=None):
-        """Adds what one tile of inputs gives to the sums [64, rows]; hands them out when whole."""
-        scale, out = refs
-        wg, program = lax.axis_index("wg"), lax.axis_index("program")
-        here = program * self.share.each + at[0]
-        tile, k = lax.div(here, self.share.steps), lax.rem(here, self.share.steps)
-        first = jnp.minimum(tile, self.share.tiles - 1) * self.tiles.outputs + wg * OUTPUTS
-        first = pl.multiple_of(first, OUTPUTS)
-        total = self.products(w_smem, x_smem, total, scale.at[pl.ds(first, OUTPUTS)], k, stage)
-        last = (k == self.share.steps - 1) | (at[0] == self.share.each - 1)
-
-        @pl.when(last)
-        def _():
-            part, rows = out_smem.at[wg], lax.axis_index("rows")
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            if self.turned:
-                part.T[...] = total.astype(out.dtype)
-                plgpu.commit_smem()
-                count = min(out.shape[0], self.tiles.rows)
-                part = part.at[pl.ds(0, count)]
-                to = out.at[pl.ds(rows * count, count), pl.ds(first, OUTPUTS)]
-            else:
-                part[...] = total
-                plgpu.commit_smem()
-                slot = tile - lax.div(program * self.share.each, self.share.steps)
-                to = out.at[rows, program, slot, pl.ds(wg * OUTPUTS, OUTPUTS)]
-            plgpu.copy_smem_to_gmem(part, to)
-
-        return lax.cond(last, self.zeros, lambda: total)
-
-    def products(self, w_smem, x_smem, total, scale, k, stage):
-        inputs, count, wg = self.tiles.inputs, self.tiles.rows, lax.axis_index("wg")
-        chunk = min(inputs, CHUNK)
-        part = min(self.group, chunk)
-
-        def run(some, *accs):
-            scales, w = [], {}
-            for (c, g), acc in zip(some, accs, strict=True):
-                column = c * chunk + g * part
-                index = lax.div(k * inputs + column, self.group)
-                scales.append(self.scales(scale.at[:, index]))
-                if c not in w:
-                    held = w_smem.at[pl.ds(wg * OUTPUTS, OUTPUTS), pl.ds(c * chunk, chunk)]
-                    w[c] = self.widened(held, x_smem.dtype)
-                left = w[c] if part == chunk else w[c][:, g * part : (g + 1) * part]
-                on_stage = None if stage is None else stage.at[wg]
-                multiply(acc, left, x_smem.at[:, pl.ds(column, part)].T, on_stage)
-                if stage is not None:
-                    plgpu.wgmma_wait(0)
+        def product(acc):
+            multiply(acc, w, x_smem.T, stage)
             plgpu.wgmma_wait(0)
-            return [acc[...] for acc in accs], scales
+            return acc[...]
 
-        pairs = [(c, g) for c in range(inputs // chunk) for g in range(chunk // part)]
-        at_once = max(1, FLIGHT // count)
-        acc = plgpu.ACC((OUTPUTS, count), jnp.float32)
-        for i in range(0, len(pairs), at_once):
-            some = pairs[i : i + at_once]
-            found = pl.run_scoped(functools.partial(run, some), *[acc] * len(some))
-            for sums, one in zip(*found, strict=True):
-                total += sums * along(one, sums.shape, 0)
-        return total
-
-    def scales(self, column):
-        layout = None if self.interpret else ROW
-        found = plgpu.load(column, layout=layout, optimized=False)
-        if found.dtype == jnp.float8_e8m0fnu and not self.interpret:
-            bits = lax.bitcast_convert_type(found, jnp.uint8).astype(jnp.int32)
-            return lax.bitcast_convert_type(bits << 23, jnp.float32)
-        return found.astype(jnp.float32)
+        part = pl.run_scoped(product, plgpu.ACC((OUTPUTS, self.rows), jnp.float32))
+        return total + part * along(scale.astype(jnp.float32), part.shape, 0)
 
     def body(self, values, scale, x, out, out_smem, stage=None):
-        tiles, share, width = self.tiles, self.share, self.tiles.inputs
-        start, rows = lax.axis_index("program") * share.each, lax.axis_index("rows")
-
-        def of_values(k):
-            tile = jnp.minimum(lax.div(start + k, share.steps), share.tiles - 1)
-            return tile, lax.rem(start + k, share.steps)
-
-        def compute(pipeline):
-            pipeline(self.zeros())
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
-        options = {"refs": (scale, out), "out_smem": out_smem, "stage": stage}
-        pipeline = plgpu.emit_pipeline_warp_specialized(
-            functools.partial(self.step, **options),
-            grid=(share.each,),
+        tile, split = lax.axis_index("tile"), lax.axis_index("split")
+        width, tiles = self.tiles.inputs, self.tiles
+        steps = x.shape[1] // width // tiles.splits
+        per_group = self.group // width
+        start = split * steps
+        rows = pl.ds(tile * OUTPUTS, OUTPUTS)
+        # A number of each row; the sectors they come with hold those of the next steps.
+        scale_of = lambda k: scale.at[rows, lax.div(start + k, per_group)]  # noqa: E731
+        pipeline = plgpu.emit_pipeline(
+            functools.partial(self.step, scale_of=scale_of, stage=stage),
+            grid=(steps,),
             in_specs=[
                 plgpu.BlockSpec(
-                    (tiles.outputs, width),
-                    of_values,
-                    transforms=_swizzled(min(width, CHUNK), self.bits),
+                    (OUTPUTS, width),
+                    lambda k: (0, start + k),
+                    transforms=_swizzled(width, self.bits),
                 ),
                 plgpu.BlockSpec(
-                    (tiles.rows, width),
-                    lambda k: (rows, lax.rem(start + k, share.steps)),
-                    transforms=_swizzled(min(width, self.group), 16),
+                    (self.rows, width), lambda k: (0, start + k), transforms=_swizzled(width, 16)
                 ),
             ],
-            max_concurrent_steps=min(tiles.stages, share.each),
-            wg_axis="wg",
-            num_compute_wgs=tiles.warpgroups,
-            memory_registers=24,
-            compute_context=compute,
+            max_concurrent_steps=min(tiles.stages, steps),
+            init_carry=self.zeros(),
         )
-        pipeline(values, x)
+        total = pipeline(values.at[rows], x)
+        out_smem[...] = total
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(out_smem, out.at[split, rows])
+        plgpu.wait_smem_to_gmem(0)
 
     def zeros(self):
-        sums = jnp.zeros((OUTPUTS, self.tiles.rows), jnp.float32)
+        sums = jnp.zeros((OUTPUTS, self.rows), jnp.float32)
         return sums if self.interpret else plgpu.layout_cast(sums, plgpu.Layout.WGMMA)
 
 
-@lowered_once("tiles", "interpret", "out_dtype", "coding")
+@lowered_once("tiles", "interpret")
 def run(
     x: jax.Array,
     values: jax.Array,
     scale: jax.Array,
     *,
     tiles: Tiles = Tiles(),
-    coding: Coding = Coding(),
-    out_dtype=jnp.float32,
     interpret: bool = False,
 ) -> jax.Array:
-    """[M, O] of x [M, K] times values [O, K] under scales [O, G].
+    """float32 [M, O] of x [M, K] times values [O, K] under scales [O, G].
 
-    O is a multiple of `tiles.outputs`, `tiles.rows` at most 128; `tiles.inputs` divides K, and the
-    group or the other way round.
+    O is a multiple of 64, M of 8 and at most 256; `tiles.inputs` divides the group, and the splits
+    divide the steps.
     """
     (count, inputs), outputs = x.shape, values.shape[0]
-    group, width = inputs // scale.shape[1], tiles.inputs
-    if coding.kind and interpret == coding.arranged:  # the interpreter widens codes where they are
-        x = (stored if interpret else natural)(x, coding.kind)
-    row_tiles = -(-count // tiles.rows)
+    group = inputs // scale.shape[1]
+    bits = _bits(values.dtype)
+    kernel = Product(count, group, tiles, bits, interpret)
+    out_type = jax.ShapeDtypeStruct((tiles.splits, outputs, count), jnp.float32)
+    scratch = {"out_smem": plgpu.SMEM((OUTPUTS, count), jnp.float32)}
     if interpret:
-        x = jnp.pad(x, ((0, row_tiles * tiles.rows - count), (0, 0)))
-    elif count > 8 and count % 8:  # less than a tile of eight or whole ones are what TMA takes
-        x = jnp.pad(x, ((0, -count % 8), (0, 0)))
-    share = Share(outputs // tiles.outputs, inputs // width, tiles.steps)
-    # Only values of 16 bits can be turned round on the way to shared memory.
-    turned = share.whole and jnp.dtype(out_dtype).itemsize == 2
-    turned = turned and (count < tiles.rows or count % tiles.rows == 0)
-    kernel = Product(group, tiles, share, coding, _bits(values.dtype), turned, interpret)
-    if turned:
-        out_type = jax.ShapeDtypeStruct((count, outputs), out_dtype)
-        held = plgpu.SMEM((tiles.warpgroups, tiles.rows, OUTPUTS), out_dtype)
-    else:
-        shape = (row_tiles, share.programs, share.slots, tiles.outputs, tiles.rows)
-        out_type = jax.ShapeDtypeStruct(shape, jnp.float32)
-        held = plgpu.SMEM((tiles.warpgroups, OUTPUTS, tiles.rows), jnp.float32)
-    scratch = {"out_smem": held}
-    if interpret:
-        part = min(group, width, CHUNK)
         scratch["stage"] = plgpu.SMEM(
-            (tiles.warpgroups, OUTPUTS, part), x.dtype, transforms=_swizzled(part, 16)
+            (OUTPUTS, tiles.inputs), x.dtype, transforms=_swizzled(tiles.inputs, 16)
         )
-    found = plgpu.kernel(
+    sums = plgpu.kernel(
         kernel.body,
         out_type=out_type,
-        grid=(share.programs, row_tiles),
-        grid_names=("program", "rows"),
-        num_threads=tiles.warpgroups + 1,
-        thread_name="wg",
+        grid=(outputs // OUTPUTS, tiles.splits),
+        grid_names=("tile", "split"),
         scratch_types=scratch,
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name="quantized_matmul",
         interpret=plgpu.InterpretGPUParams() if interpret else False,
     )(values, scale, x)
-    return found if turned else _gathered(found, share)[:count].astype(out_dtype)
-
-
-def _gathered(found: jax.Array, share: Share) -> jax.Array:
-    """[rows, O] of the parts [row tiles, programs, slots, outputs of a tile, rows of a tile]."""
-    row_tiles, _, _, high, rows = found.shape
-    found = found.reshape(row_tiles, -1, high, rows)
-    places, there = share.parts()
-    total = jnp.zeros((row_tiles, share.tiles, high, rows), jnp.float32)
-    for place, one in zip(places.T, there.T, strict=True):
-        part = found[:, place]
-        # What is not there may be anything, NaN as well.
-        total += part if one.all() else jnp.where((one > 0)[None, :, None, None], part, 0.0)
-    return total.reshape(row_tiles, -1, rows).transpose(0, 2, 1).reshape(row_tiles * rows, -1)
+    return jnp.sum(sums, axis=0).T

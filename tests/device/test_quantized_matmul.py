@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.quantized_matmul import quantized_matmul
+from pallas_kernels.quantized_matmul.order import kind_of, stored
 from tests.kernels.test_quantized_matmul import TABLES, draw, exact
 
 pytestmark = [
@@ -19,6 +20,24 @@ CASES = {
     "offset": {"count": 3, "kind": "uint4", "offset": True},
     "int8": {"count": 8, "kind": "int8"},
     "small groups": {"count": 5, "group": 64},
+    "one scale a row": {"count": 2, "group": 4096, "kind": "int8"},
+}
+
+
+@pytest.mark.parametrize("sizes", [(512, 4096), (2112, 4096)])
+@pytest.mark.parametrize("name", CASES)
+def test_cases_are_exact_to_a_rounding_and_the_same_twice(name, sizes):
+    options = dict(CASES[name])
+    x, values, scale, offset = draw(options.pop("count"), *sizes, **options)
+    call = jax.jit(lambda *a: quantized_matmul(*a, implementation="mosaic_gpu"))
+    found, again = call(x, values, scale, offset), call(x, values, scale, offset)
+    wanted = exact(x, values, scale, offset)
+    assert np.abs(np.asarray(found) - wanted).max() < 1e-5 * np.abs(wanted).max()
+    np.testing.assert_array_equal(np.asarray(found), np.asarray(again))
+    assert found.dtype == jnp.float32
+
+
+STREAMED = CASES | {
     "groups of 32": {"count": 64, "group": 32},
     "tiles of rows": {"count": 300},
     "whole tiles": {"count": 128, "out_dtype": "bfloat16"},
@@ -31,24 +50,26 @@ CASES = {
         "group": 32,
         "exponents": True,
     },
-    "one scale a row": {"count": 2, "group": 4096, "kind": "int8"},
 }
 
 
+@pytest.mark.parametrize("arranged", [False, True])
 @pytest.mark.parametrize("sizes", [(512, 4096), (2112, 4096)])
-@pytest.mark.parametrize("name", CASES)
-def test_cases_are_exact_to_a_rounding_and_the_same_twice(name, sizes):
-    options = dict(CASES[name])
+@pytest.mark.parametrize("name", STREAMED)
+def test_streamed(name, sizes, arranged):
+    """At most twice the error of the product in bfloat16, and the same twice."""
+    options = dict(STREAMED[name])
     more = {key: options.pop(key) for key in ("table", "out_dtype") if key in options}
-    arguments = draw(options.pop("count"), *sizes, **options)
-    call = jax.jit(lambda *a: quantized_matmul(*a, implementation="mosaic_gpu", **more))
-    found, again = call(*arguments), call(*arguments)
+    x, values, scale, offset = draw(options.pop("count"), *sizes, **options)
     table = more.get("table", ())
-    wanted = exact(*arguments, table)
-    plain = quantized_matmul(*arguments, table=table, out_dtype=more.get("out_dtype", "float32"))
+    wanted = exact(x, values, scale, offset, table)
+    plain = quantized_matmul(x, values, scale, offset, **more)
+    if arranged:
+        values = stored(values, kind_of(values.dtype, table))
+    named = {"implementation": "mosaic_gpu_streamed", "arranged": arranged}
+    call = jax.jit(lambda *a: quantized_matmul(*a, **named, **more))
+    found, again = call(x, values, scale, offset), call(x, values, scale, offset)
     error, allowed = (np.abs(np.asarray(y, np.float64) - wanted).max() for y in (found, plain))
     assert error <= 2 * allowed
-    if not more:
-        assert error < 1e-5 * np.abs(wanted).max()
     np.testing.assert_array_equal(np.asarray(found), np.asarray(again))
     assert found.dtype == more.get("out_dtype", jnp.float32)

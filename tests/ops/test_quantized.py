@@ -136,7 +136,7 @@ def test_the_operand_s_order_holds_the_same_numbers(name):
 @pytest.mark.parametrize("name", KERNEL)
 def test_a_gpu_multiplies_packed_numbers_by_our_kernel(name):
     q = quantize_jit(draw(256, 2, 64), KERNEL[name])
-    q = as_operand(q) if name in ("int4", "nf4") else q
+    q = q if name in ("int8", "offset") else as_operand(q)
     x, dy = draw(2, 3, 256).astype(jnp.bfloat16), draw(2, 3, 2, 64, seed=1).astype(jnp.bfloat16)
     w = dequantize(q, jnp.float32)
 
@@ -155,24 +155,23 @@ def test_a_gpu_multiplies_packed_numbers_by_our_kernel(name):
 
 def test_what_the_kernel_cannot_serve_is_said():
     x, q = draw(3, 256).astype(jnp.bfloat16), quantize_jit(draw(256, 2, 64), KERNEL["int4"])
-    assert "needs a CUDA device" in quantized.kernel_obstacle(x, q)
+    obstacle = quantized.kernel_obstacle
+    assert "needs a CUDA device" in obstacle(x, q)
     with targeting("tpu"):
-        assert "no offsets" in quantized.kernel_obstacle(
-            x, quantize_jit(draw(256, 2, 64), KERNEL["offset"])
-        )
-        assert "multiples of 128" in quantized.kernel_obstacle(x, q)
         wide = quantize_jit(draw(256, 2, 64), Scheme(format="int4", group=128))
-        assert quantized.kernel_obstacle(x, wide) is None
+        assert obstacle(x, wide) is None
+        assert "no offsets" in obstacle(x, quantize_jit(draw(256, 2, 64), KERNEL["offset"]))
+        assert "multiples of 128" in obstacle(x, q)
     with targeting("gpu"):
-        assert "not float32" in quantized.kernel_obstacle(draw(3, 256), q)
-        assert "1 to 512 rows" in quantized.kernel_obstacle(jnp.repeat(x, 200, 0), q)
-        assert "first or third layout" in quantized.kernel_obstacle(x, as_planes(q))
-        assert "not dynamic8" in quantized.kernel_obstacle(
-            x, dataclasses.replace(q, format="dynamic8")
-        )
-        assert "groups of 16" in quantized.kernel_obstacle(
-            x, dataclasses.replace(q, group=16, scale=jnp.ones((128, 16)))
-        )
+        assert "not float32" in obstacle(draw(3, 256), q)
+        assert "1 to 64 rows" in obstacle(jnp.repeat(x, 30, 0), q)
+        assert "first or third layout" in obstacle(x, as_planes(q))
+        assert "not table" in obstacle(x, leaf("mxfp4", planes=False))
+        assert "groups of 32" in obstacle(x, leaf("int4", planes=False))
+        held = as_operand(q)
+        assert obstacle(jnp.repeat(x, 30, 0), held) is None
+        assert "1 to 512 rows" in obstacle(jnp.repeat(x, 200, 0), held)
+        assert "not float32" in obstacle(draw(3, 256), held)
 
 
 @pytest.mark.parametrize("scheme", ["w8a8", Scheme(format="fp8", activations=True)])
