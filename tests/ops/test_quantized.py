@@ -68,9 +68,10 @@ def test_scattered_inputs(planes):
     assert np.abs(found - x @ dequantize_rows(q).T).max() < 1e-4
 
 
+@pytest.mark.parametrize("held", [as_planes, as_operand])
 @pytest.mark.parametrize("name", ["int8", "offset", "nf4"])
-def test_tables(name):
-    table = as_planes(quantize_jit(draw(40, 128), SCHEMES[name], inputs=0))
+def test_tables(name, held):
+    table = held(quantize_jit(draw(64, 128), SCHEMES[name], inputs=0))
     plain = dequantize(table, jnp.float32)
     ids = jnp.asarray([[3, 39], [0, 17]], jnp.int32)
     assert np.array_equal(linear.take(table, ids, dtype="float32"), plain[ids])
