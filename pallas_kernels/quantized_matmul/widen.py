@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,11 +23,15 @@ from jaxlib.mlir.dialects import arith, llvm, vector
 __all__ = ["KINDS", "widen"]
 
 
-def _constant(number: int) -> ir.Value:
+Word = Any
+"""A register of 32 bits: a value of MLIR's, or numpy's words where a test computes them."""
+
+
+def _constant(number: int) -> Word:
     return mgpu.c(number - (1 << 32) if number >> 31 else number, ir.IntegerType.get_signless(32))
 
 
-def _shifted(word: ir.Value, right: int) -> ir.Value:
+def _shifted(word: Word, right: int) -> Word:
     if right == 0:
         return word
     if right < 0:
@@ -34,7 +39,7 @@ def _shifted(word: ir.Value, right: int) -> ir.Value:
     return arith.shrui(word, _constant(right))
 
 
-def _ptx(text: str, *words: ir.Value) -> ir.Value:
+def _ptx(text: str, *words: Word) -> Word:
     kind = ir.IntegerType.get_signless(32)
     return llvm.inline_asm(kind, list(words), text, ",".join(["=r", *"r" * len(words)]))
 
@@ -43,15 +48,15 @@ def _both(number: int) -> int:
     return number << 16 | number
 
 
-def _sub(word: ir.Value, number: int) -> ir.Value:
+def _sub(word: Word, number: int) -> Word:
     return _ptx("sub.bf16x2 $0, $1, $2;", word, _constant(_both(number)))
 
 
-def _times(word: ir.Value, number: int) -> ir.Value:
+def _times(word: Word, number: int) -> Word:
     return _ptx("mul.bf16x2 $0, $1, $2;", word, _constant(_both(number)))
 
 
-def _nibbles(word: ir.Value, magic: int, flip: int) -> list[ir.Value]:
+def _nibbles(word: Word, magic: int, flip: int) -> list[Word]:
     """0x4300 is 128 in bfloat16, whose last four bits then count from it in ones."""
     found = []
     for i in range(4):
@@ -61,7 +66,7 @@ def _nibbles(word: ir.Value, magic: int, flip: int) -> list[ir.Value]:
     return found
 
 
-def _e2m1(word: ir.Value) -> list[ir.Value]:
+def _e2m1(word: Word) -> list[Word]:
     """Sign, exponent and mantissa put in their places; then the exponent's bias is mended."""
     found = []
     for i in range(4):
@@ -71,11 +76,11 @@ def _e2m1(word: ir.Value) -> list[ir.Value]:
     return found
 
 
-def _looked_up(word: ir.Value, table: tuple[float, ...]) -> list[ir.Value]:
+def _looked_up(word: Word, table: tuple[float, ...]) -> list[Word]:
     """By bytes: a permutation picks four of eight bytes, so four of them and a choice make 16."""
     bits = np.asarray(jnp.asarray(table, jnp.bfloat16)).view(np.uint16)
 
-    def words(of: np.ndarray) -> list[ir.Value]:
+    def words(of: np.ndarray) -> list[Word]:
         return [_constant(int(x)) for x in of.astype(np.uint8).view(np.uint32)]
 
     low, high = words(bits & 0xFF), words(bits >> 8)
@@ -87,7 +92,7 @@ def _looked_up(word: ir.Value, table: tuple[float, ...]) -> list[ir.Value]:
     for half in range(2):
         at, choice = _shifted(place, 16 * half), _shifted(upper, 16 * half)
 
-        def four(parts: list[ir.Value], at=at, choice=choice) -> ir.Value:
+        def four(parts: list[Word], at=at, choice=choice) -> Word:
             below, above = permute(parts[0], parts[1], at), permute(parts[2], parts[3], at)
             return permute(below, above, choice)
 
@@ -96,7 +101,7 @@ def _looked_up(word: ir.Value, table: tuple[float, ...]) -> list[ir.Value]:
     return found
 
 
-def _e4m3(words: list[ir.Value]) -> list[ir.Value]:
+def _e4m3(words: list[Word]) -> list[Word]:
     found = []
     for word in words:
         for i in range(2):
@@ -106,7 +111,7 @@ def _e4m3(words: list[ir.Value]) -> list[ir.Value]:
     return found
 
 
-def _bytes(words: list[ir.Value]) -> list[ir.Value]:
+def _bytes(words: list[Word]) -> list[Word]:
     """16 (128 + h) - 2304 + (128 + l) for a byte's halves, with its first bit turned."""
     found = []
     for word in words:
@@ -121,7 +126,7 @@ def _bytes(words: list[ir.Value]) -> list[ir.Value]:
     return found
 
 
-_FOUR: dict[str, Callable[[ir.Value], list[ir.Value]]] = {
+_FOUR: dict[str, Callable[[Word], list[Word]]] = {
     "int4": lambda word: _nibbles(word, 0x4308, 0x8),
     "uint4": lambda word: _nibbles(word, 0x4300, 0),
     "e2m1": _e2m1,

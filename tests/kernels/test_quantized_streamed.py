@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from pallas_kernels.errors import UnsupportedError
-from pallas_kernels.quantized_matmul import quantized_matmul
+from pallas_kernels.quantized_matmul import order, quantized_matmul, widen
 from pallas_kernels.quantized_matmul.api import Plan, product
-from pallas_kernels.quantized_matmul.order import BLOCK, natural, order, stored
+from pallas_kernels.quantized_matmul.order import BLOCK, natural, stored
 from pallas_kernels.quantized_matmul.streamed import Share, Tiles, tiles_for
 from pallas_kernels.target import targeting
 from tests.kernels.test_quantized_matmul import TABLES, draw, exact
@@ -100,16 +100,81 @@ def test_shares():
         assert places.max() < share.programs * share.slots
 
 
+class Words:
+    """What `widen` asks of a processor, on numpy's words of 32 bits."""
+
+    shli = staticmethod(lambda a, b: a << b)
+    shrui = staticmethod(lambda a, b: a >> b)
+    andi = staticmethod(lambda a, b: a & b)
+    ori = staticmethod(lambda a, b: a | b)
+    xori = staticmethod(lambda a, b: a ^ b)
+
+    @staticmethod
+    def ptx(text, *words):
+        words = np.broadcast_arrays(*words)
+        if text.startswith("prmt"):
+            source = np.stack(words[:2], axis=-1).view(np.uint8)
+            picks = (words[2][..., None] >> (4 * np.arange(4, dtype=np.uint32))) & 0xF
+            assert (picks < 8).all()  # the eighth bit would repeat a sign
+            return np.take_along_axis(source, picks.astype(int), -1).view(np.uint32)[..., 0]
+        a, *rest = [pairs(word).astype(np.float32) for word in words]
+        if text.startswith("sub"):
+            found = a - rest[0]
+        elif text.startswith("mul"):
+            found = a * rest[0]
+        else:
+            assert text.startswith(
+                "{.reg .b32 t; fma.rn.bf16x2 t, $1, $3, $4; add.bf16x2 $0, t, $2;}"
+            )
+            low, sixteen, less = rest
+            found = (a * sixteen + less).astype(jnp.bfloat16).astype(np.float32) + low
+        return found.astype(jnp.bfloat16).view(np.uint32)[..., 0]
+
+
+def pairs(words):
+    """bfloat16 [..., 2] of words, the lower half first."""
+    return np.ascontiguousarray(words)[..., None].view(jnp.bfloat16)
+
+
+@pytest.mark.parametrize("kind", widen.KINDS)
+def test_widening(kind, monkeypatch):
+    """Every code, at every place of a word: exact, and in the order that x is brought into."""
+    monkeypatch.setattr(widen, "arith", Words)
+    monkeypatch.setattr(widen, "_ptx", Words.ptx)
+    monkeypatch.setattr(widen, "_constant", np.uint32)
+    eight = kind in ("int8", "e4m3")
+    codes = np.arange(256 if eight else 16)
+    codes = np.stack([np.roll(codes, 3 * i) for i in range(8)], axis=-1)
+    if eight:
+        words = codes.astype(np.uint8).reshape(-1, 2, 4).view(np.uint32)[..., 0]
+        found = widen._EIGHT[kind](list(words.T))
+        dtype = np.int8 if kind == "int8" else jnp.float8_e4m3fn
+        numbers = np.arange(256).astype(np.uint8).view(dtype).astype(np.float32)
+        numbers[np.isnan(numbers)] = np.nan
+    else:
+        words = (codes << 4 * np.arange(8)).sum(-1).astype(np.uint32)
+        signed = np.where(np.arange(16) < 8, np.arange(16), np.arange(16) - 16)
+        table = TABLES["nf4"] if kind == "table" else TABLES["e2m1"]
+        numbers = {"int4": signed, "uint4": np.arange(16)}.get(kind, np.asarray(table))
+        numbers = numbers.astype(jnp.bfloat16).astype(np.float32)
+        found = widen._looked_up(words, table) if kind == "table" else widen._FOUR[kind](words)
+    found = np.stack([pairs(word) for word in found], axis=1).astype(np.float32)
+    read = order.order(kind).reshape(4, 4, 2)[:, 0]  # the codes of a row's first thread
+    wanted = numbers[codes][:, read]
+    known = ~np.isnan(wanted)  # a NaN of fp8 stands in no checkpoint, and widens to 480
+    np.testing.assert_array_equal(found[known], wanted[known])
+
+
 @pytest.mark.parametrize("kind", ["int4", "int8", "table"])
 def test_orders(kind):
     """A place of its own for each input of a block, and the way back."""
-    assert sorted(order(kind)) == list(range(BLOCK))
+    assert sorted(order.order(kind)) == list(range(BLOCK))
     x = np.arange(3 * 64).reshape(3, 64)
     assert np.array_equal(natural(stored(x, kind), kind), x)
     # A thread's four pairs: inputs 2 q and 2 q + 1 of each eight, from the eight that it read.
-    pairs = order(kind).reshape(4, 4, 2)
+    read = order.order(kind).reshape(4, 4, 2)
     for thread in range(4):
-        assert sorted(pairs[:, thread].ravel()) == list(range(8 * thread, 8 * thread + 8))
+        assert sorted(read[:, thread].ravel()) == list(range(8 * thread, 8 * thread + 8))
 
 
 def test_tiles():
