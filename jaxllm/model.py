@@ -264,12 +264,12 @@ class Model:
         """The same model with matrices rounded to nearest in few bits.
 
         Args:
-          format: `int8`, `int4`, `nf4`, `fp4`, `mxfp4` or `fp8`.
+          format: `int8`, `int4`, `nf4`, `fp4`, `mxfp4` or `fp8`; `w8a8` rounds activations too.
           include: globs over unstacked paths (`layers.3.mlp.down`); by default all matrices of the
             layers. `embed.table` and `head.kernel` are the others.
           exclude: globs that take out of these.
-          **scheme: `group`, `rows`, `symmetric`, `double`; see `Scheme`. Without `group` int4
-            takes 128, or 64 or 32 where 128 does not divide the inputs.
+          **scheme: `group`, `rows`, `symmetric`, `double`, `activations`; see `Scheme`.
+            Without `group` int4 takes 128, or 64 or 32 where 128 does not divide the inputs.
 
         Raises:
           ConfigError: an unknown format, or rules that take nothing; ShapeError: a group that does

@@ -4,7 +4,8 @@
 
 Prompt 512, 128 new tokens, greedy, batch 1 and 32, through `Model.generate_batch`: what is timed is
 what a user calls. `--peer` measures transformers (static cache, torch.compile) on the same card,
-`--ablate` takes one ingredient away at a time, `--cold` starts fresh processes. One JSON line each.
+`--ablate` takes one ingredient away at a time, and quantizes; `--only "as loaded" int4` compares
+two of these; `--cold` starts fresh processes. One JSON line each.
 """
 
 from __future__ import annotations
@@ -85,8 +86,10 @@ def measure(label: str, batch: int, **changes: Any) -> dict[str, Any]:
     from jaxllm.infer.open import run_policy
 
     per_call = changes.pop("tokens_per_call", 8)
-    options = changes.pop("options", None)
+    options, quantized = changes.pop("options", None), changes.pop("quantized", None)
     model = jaxllm.load(PRESET, policy=run_policy("bfloat16", **changes), store=False)
+    if quantized is not None:
+        model = model.quantize(**quantized)
     generator = dataclasses.replace(model.generator, tokens_per_call=per_call)
     if options is not None:
         setup = dataclasses.replace(generator.setup, options=options)
@@ -101,7 +104,7 @@ def measure(label: str, batch: int, **changes: Any) -> dict[str, Any]:
         timings = model.generate_batch(rows, max_tokens=NEW + 1)[0].timings
         rates.append(timings.tokens_per_second)
         prefills.append(timings.time_to_first_token_ms)
-    weights = sum(x.nbytes for x in jax.tree.leaves(model.params))
+    weights = model.nbytes
     return {
         "bench": f"1.24B bfloat16 decode, batch {batch}",
         "variant": label,
@@ -150,6 +153,8 @@ def check() -> dict[str, Any]:
     }
 
 
+_INT4 = {"format": "int4", "group": 128}
+_HEAD = _INT4 | {"include": ("layers.*", "embed.table")}
 ABLATIONS: dict[str, dict[str, Any]] = {
     "as loaded": {},
     "without concurrent command buffers": {"options": ()},
@@ -159,6 +164,11 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "separate and [in, out]": {"fused": False, "matrices": "canonical"},
     "scan over stacked layers": {"fused": False, "matrices": "canonical", "layout": "scan"},
     "1 token a call": {"tokens_per_call": 1},
+    "int4": {"quantized": _INT4},
+    "int4, streamed": {"quantized": _INT4, "codes": "operand"},
+    "int4 and head, streamed": {"quantized": _HEAD, "codes": "operand"},
+    "nf4, streamed": {"quantized": {"format": "nf4", "double": False}, "codes": "operand"},
+    "w8a8": {"quantized": {"format": "w8a8"}},
 }
 
 

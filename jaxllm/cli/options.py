@@ -130,14 +130,16 @@ class Quantize:
     """Catalogue name, Hugging Face directory, .gguf file, or org/name that was pulled."""
     dest: tyro.conf.Positional[Path]
     """Directory to write."""
-    format: Literal["int8", "int4", "nf4", "fp4", "mxfp4", "fp8"] = "int4"
-    """What a value is rounded to."""
+    format: Literal["int8", "int4", "nf4", "fp4", "mxfp4", "fp8", "w8a8"] = "int4"
+    """What a value is rounded to; w8a8 is int8 with --activations."""
     group: int | None = None
     """Inputs of one scale; 0 is a whole row. By default what suits the format."""
     rows: int = 1
     """Outputs of one scale; 0 is all of them (fp8)."""
     asymmetric: bool = False
     """Spread each group's range over all codes, with an offset (int8, int4)."""
+    activations: bool = False
+    """Round what is multiplied too, each token by a scale of its own (int8, fp8)."""
     include: Many = ()
     """Glob over unstacked paths (layers.*.mlp.down); all matrices of the layers by default."""
     exclude: Many = ()

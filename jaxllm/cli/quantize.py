@@ -19,6 +19,7 @@ def run(options: Quantize) -> int:
 
     model = load(options.source, dtype=options.dtype)
     scheme = {"rows": options.rows, "symmetric": not options.asymmetric}
+    scheme["activations"] = options.activations
     if options.group is not None:
         scheme["group"] = options.group
     small = model.quantize(

@@ -8,9 +8,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxllm.core.qarray import NIBBLES, QArray, value_dtype
+from jaxllm.core.qarray import NIBBLES, QArray, in_natural_order, in_stored_order, value_dtype
 
-__all__ = ["as_planes", "as_values", "has_planes"]
+__all__ = ["as_held", "as_operand", "as_planes", "as_values", "has_planes"]
 
 
 def has_planes(leaf: QArray) -> bool:
@@ -38,11 +38,28 @@ def as_planes(leaf: QArray) -> QArray:
 
 
 def as_values(leaf: QArray) -> QArray:
-    """A leaf of version 2 in version 1; one of version 1 as it is."""
+    """A leaf in version 1."""
     if leaf.version == 1:
         return leaf
+    if leaf.version == 3:
+        return dataclasses.replace(leaf, values=in_natural_order(leaf.values, leaf), version=1)
     module = _module(leaf.values)
     low, high = leaf.values & module.uint8(15), leaf.values >> module.uint8(4)
     codes = module.concatenate([low, high], axis=-1).astype(module.int8)
     codes = codes - module.int8(8) if leaf.format == "int4" else codes
     return dataclasses.replace(leaf, values=codes.astype(value_dtype(leaf.format)), version=1)
+
+
+def as_operand(leaf: QArray) -> QArray:
+    """One matrix of version 1 in version 3, or as it is where no kernel reads that."""
+    known = leaf.format in ("int8", "int4", "uint4", "fp8") or leaf.format in NIBBLES
+    whole = leaf.values.shape[-1] % 32 == 0 and leaf.num_outputs % 64 == 0
+    plain = leaf.version == 1 and not leaf.lead and leaf.order is None and not leaf.activations
+    if not (plain and known and whole):
+        return leaf
+    return dataclasses.replace(leaf, values=in_stored_order(leaf.values, leaf), version=3)
+
+
+def as_held(leaf: QArray, codes: str) -> QArray:
+    """A leaf of version 1 as `Policy.codes` says."""
+    return {"planes": as_planes, "operand": as_operand}.get(codes, lambda same: same)(leaf)

@@ -22,7 +22,7 @@ __all__ = [
     "wanted_arrays",
 ]
 
-_FACTS = ("format", "shape", "inputs", "group", "rows", "version")
+_FACTS = ("format", "shape", "inputs", "group", "rows", "version", "activations")
 
 
 def nibbles(values: np.ndarray) -> np.ndarray:
@@ -87,14 +87,15 @@ def _checked(facts: Any, where: str) -> dict[str, Any]:
         and whole(facts.get("inputs"), 0)
         and facts["inputs"] < len(facts["shape"])
         and all(whole(facts.get(name), 1) for name in ("group", "rows", "version"))
-        and facts["version"] in (1, 2)
+        and facts["version"] in (1, 2, 3)
         and isinstance(facts.get("arrays"), list)
+        and type(facts.get("activations", False)) is bool
     )
     if not sound:
         raise WeightsError(
             f"{where}: is described by {str(facts)[:120]}, which is no quantized leaf"
         )
-    return facts
+    return {"activations": False} | facts
 
 
 def wanted_arrays(facts: Any, where: str, prefix: str = "") -> list[str]:
@@ -130,7 +131,7 @@ def unpacked(
     values = read(f"{prefix}values")
     dtype = value_dtype(fields["format"])
     width = QArray(values, None, **fields).num_inputs
-    if four_bits(dtype) and fields["version"] == 1:
+    if four_bits(dtype) and fields["version"] != 2:
         halved = values.dtype == np.uint8 and values.shape[-1] * 2 == width
         values = _from_nibbles(values, dtype) if halved else values.astype(dtype)
     scale: Any

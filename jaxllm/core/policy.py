@@ -22,7 +22,7 @@ __all__ = [
 
 Layout = Literal["scan", "unrolled", "runs"]
 Matrices = Literal["canonical", "in_out", "out_in"]
-Codes = Literal["values", "planes"]
+Codes = Literal["values", "planes", "operand"]
 Remat = Literal["none", "save_dots", "save_attention", "offload", "full"]
 AttentionKind = Literal["auto", "reference", "cudnn", "mosaic_gpu", "mosaic_tpu"]
 LatentKind = Literal["auto", "plain", "absorbed"]
@@ -55,8 +55,9 @@ class Policy:
       matrices: how matrices are held. `canonical` as the spec says; `in_out` also a tied
         embedding, as [D, V]; `out_in` as [out, in]. A product of one row reads the one or the
         other up to twice as fast, by device.
-      codes: how four-bit values are held: in jax's own types, or as planes of nibbles in bytes,
-        which a CPU unpacks five times faster.
+      codes: how quantized values are held: in jax's own types, four bits as planes of nibbles in
+        bytes, which a CPU unpacks five times faster, or with inputs in the order in which our
+        kernel for Hopper finds them in its registers (`operand`).
       latent: how latent attention reads what it remembers: keys and values `plain` for all heads,
         `absorbed` into queries and outputs, or by the number of new tokens (`auto`).
       expert_capacity: an expert takes at most this times its even share of a device's tokens, and

@@ -32,6 +32,8 @@ __all__ = [
     "half_rows",
     "halves",
     "held_matrix",
+    "in_natural_order",
+    "in_stored_order",
     "num_bytes",
     "scales",
     "value_dtype",
@@ -98,9 +100,12 @@ class QArray:
       inputs: number of leading dims of `shape` that are contracted; 0 for a table [rows, width].
       group: inputs of one scale.
       rows: outputs of one scale.
+      activations: x is rounded as well, with a scale a token, and multiplied in the values' own
+        dtype (int8, fp8).
       version: layout of `values`. 1: as above. 2: two nibbles a byte, uint8 [*lead, O, I / 2],
         byte j holds code j below and code j + I / 2 above (codes count from 0: int4 plus 8). A CPU
-        unpacks it five times faster than jax's int4.
+        unpacks it five times faster than jax's int4. 3: as 1, but inputs change places in blocks
+        of 32 as `pallas_kernels.quantized_matmul.order` says.
     """
 
     values: Slot
@@ -113,6 +118,7 @@ class QArray:
     group: int = dataclasses.field(default=1, metadata={"static": True})
     rows: int = dataclasses.field(default=1, metadata={"static": True})
     version: int = dataclasses.field(default=1, metadata={"static": True})
+    activations: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
     def lead(self) -> tuple[int, ...]:
@@ -220,13 +226,34 @@ def _scaled(numbers: Array, leaf: QArray, scale: Array, offset: Any) -> Array:
 
 def _dequantized_rows(leaf: QArray) -> Array:
     """float32 [*lead, O, I], inputs in the order in which they are held."""
-    if leaf.version not in (1, 2):
-        raise UnsupportedError(f"layout version {leaf.version} is read by its kernel only")
+    if leaf.version not in (1, 2, 3):
+        raise UnsupportedError(f"layout version {leaf.version} is unknown; there are 1, 2 and 3")
     values = jnp.asarray(leaf.values)
     if leaf.version == 2:
         values = jnp.concatenate(_planes(values), axis=-1)
     numbers = _numbers(leaf.format, values, leaf.version)
     return _scaled(numbers, leaf, scales(leaf), leaf.offset)
+
+
+def _widened_as(leaf: QArray) -> str:
+    from pallas_kernels.quantized_matmul.order import kind_of
+
+    table = () if leaf.format == "dynamic8" else CODES.get(leaf.format, ())
+    return kind_of(value_dtype(leaf.format), table)
+
+
+def in_stored_order(array: AnyArray, leaf: QArray) -> AnyArray:
+    """Something [..., I] with inputs in the places of layout version 3."""
+    from pallas_kernels.quantized_matmul.order import stored
+
+    return stored(array, _widened_as(leaf))
+
+
+def in_natural_order(array: AnyArray, leaf: QArray) -> AnyArray:
+    """The way back from `in_stored_order`."""
+    from pallas_kernels.quantized_matmul.order import natural
+
+    return natural(array, _widened_as(leaf))
 
 
 def halves(leaf: QArray) -> tuple[tuple[Array, Array, Any], tuple[Array, Array, Any]]:
@@ -253,6 +280,8 @@ def half_rows(leaf: QArray, values: Array, scale: Array, offset: Any) -> Array:
 def dequantize_rows(leaf: QArray) -> Float[Array, "..."]:
     """The values as [*lead, O, I] in float32, inputs in their logical order."""
     rows = _dequantized_rows(leaf)
+    if leaf.version == 3:
+        return jnp.asarray(in_natural_order(rows, leaf))
     if leaf.order is None:
         return rows
     back = jnp.argsort(leaf.order, axis=-1)

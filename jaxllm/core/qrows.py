@@ -55,7 +55,9 @@ def take_rows(leaf: QArray, rows: Any) -> QArray:
 
 
 def _same_kind(leaves: list[QArray]) -> bool:
-    statics = {(a.format, a.group, a.version, a.inputs, a.offset is None) for a in leaves}
+    statics = {
+        (a.format, a.group, a.version, a.inputs, a.activations, a.offset is None) for a in leaves
+    }
     dtypes = {tuple(str(x.dtype) for x in jax.tree.leaves(leaf)) for leaf in leaves}
     return len(statics) == 1 and len(dtypes) == 1
 

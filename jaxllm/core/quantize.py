@@ -19,8 +19,8 @@ from jaxllm.typing import AnyArray
 
 __all__ = ["SCHEMES", "Scheme", "quantize", "quantize_jit"]
 
-SCHEMES = ("int8", "int4", "nf4", "fp4", "mxfp4", "fp8")
-"""Formats that one can ask for."""
+SCHEMES = ("int8", "int4", "nf4", "fp4", "mxfp4", "fp8", "w8a8")
+"""Formats that one can ask for; `w8a8` is `int8` with activations."""
 
 _GROUPS = {"int4": 128, "nf4": 64, "fp4": 64, "mxfp4": 32}
 _TOP = {"nf4": 1.0, "fp4": 6.0, "mxfp4": 6.0, "fp8": 448.0, "int8": 127.0, "int4": 7.0}
@@ -37,6 +37,8 @@ class Scheme:
         (mxfp4), else 0.
       rows: outputs of one scale; 0 is all of them.
       symmetric: no offset; without it the range of each group is spread over all codes.
+      activations: what is multiplied by the matrix is rounded too, each token by a scale of its own
+        (int8 and fp8 with one scale a row or matrix).
       double: scales are quantized too, 256 of them under one scale (nf4 and fp4 by default).
     """
 
@@ -45,8 +47,12 @@ class Scheme:
     rows: int = 1
     symmetric: bool = True
     double: bool | None = None
+    activations: bool = False
 
     def __post_init__(self) -> None:
+        if self.format == "w8a8":
+            object.__setattr__(self, "format", "int8")
+            object.__setattr__(self, "activations", True)
         if self.format not in SCHEMES:
             raise ConfigError(f"format {self.format!r} is unknown; {nearest(self.format, SCHEMES)}")
         if self.group is None:
@@ -63,6 +69,12 @@ class Scheme:
             not self.double or (self.rows == 1 and self.format not in ("mxfp4", "fp8")),
             f"double quantization is of one scale a row and group, not of {self.format}, "
             f"rows={self.rows}",
+        )
+        require(
+            not self.activations
+            or (self.format in ("int8", "fp8") and self.size == 0 and self.symmetric),
+            "activations are rounded for int8 and fp8 with one scale a row or matrix and no "
+            f"offset, found {self.format}, group={self.group}, symmetric={self.symmetric}",
         )
         require(
             self.format != "mxfp4" or (self.size == 32 and self.rows == 1),
@@ -201,6 +213,7 @@ def quantize(
         inputs=inputs,
         group=group,
         rows=rows,
+        activations=scheme.activations,
     )
 
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxllm.core.qarray import QArray, dequantize_rows, half_rows, halves, scales
+from jaxllm.core.qarray import CODES, QArray, dequantize_rows, half_rows, halves, scales
 from jaxllm.core.qrows import row_blocks
 from pallas_kernels.target import target
 
@@ -73,7 +73,7 @@ def _tiled(x: Array, leaf: QArray, out_dtype: Any) -> Array:
 
 def _tile(x: Array, piece: QArray) -> Array:
     """x times one tile; the halves of planes one after the other, for joining them would copy."""
-    if piece.version == 1:
+    if piece.version != 2:
         return _product(x, dequantize_rows(piece).astype(x.dtype), jnp.float32)
     low, high = (half_rows(piece, *half).astype(x.dtype) for half in halves(piece))
     left, right = jnp.split(x, 2, axis=-1)
@@ -89,47 +89,91 @@ def _whole(x: Array, leaf: QArray, out_dtype: Any) -> Array:
     return _product(x, rows.astype(x.dtype), out_dtype)
 
 
-def unfit(dtype: str, kind: str, sizes: tuple[int, int, int], rows: int = 1) -> str | None:
-    """Why our kernel for packed integers cannot serve a kind of product here, or None.
+_KINDS = {"fp8": "float8_e4m3fn"} | dict.fromkeys(("nf4", "fp4", "mxfp4", "bnb_fp4"), "table")
+"""What our kernel calls formats that have other names there."""
+
+
+def _kernel(version: int = 1) -> str:
+    """The kernel for a layout version on the platform at hand."""
+    if target() == "tpu":
+        return "mosaic_tpu"
+    return "mosaic_gpu_streamed" if version == 3 else "mosaic_gpu"
+
+
+def unfit(
+    dtype: str, kind: str, sizes: tuple[int, int, int], rows: int = 1, version: int = 1
+) -> str | None:
+    """Why our kernel for packed numbers cannot serve a kind of product here, or None.
 
     Args:
       dtype: of the activations.
       kind: format of the weights.
       sizes: outputs, inputs, and inputs of a group.
       rows: of the activations.
+      version: layout of the weights.
     """
     platform = target()
-    if platform not in ("gpu", "interpreter"):
-        return f"it needs a CUDA device, this is {platform}"
+    if platform not in ("gpu", "tpu", "interpreter"):
+        return f"it needs a CUDA device or a TPU, this is {platform}"
     from pallas_kernels import quantized_matmul  # Pallas takes a third of a second to import
 
-    return quantized_matmul.unfit(dtype=dtype, rows=rows, kind=kind, sizes=sizes, platform=platform)
+    options = {"dtype": dtype, "rows": rows, "kind": _KINDS.get(kind, kind), "sizes": sizes}
+    return quantized_matmul.unfit(_kernel(version), platform=platform, **options)
 
 
 def kernel_obstacle(x: Any, leaf: QArray) -> str | None:
     """Why our kernel cannot serve x [..., I] times a leaf, or None."""
     if not jax.sharding.get_abstract_mesh().empty:
         return "it runs on one device"
-    plain = leaf.version == 1 and leaf.rows == 1 and leaf.order is None
-    if not plain or leaf.lead or isinstance(leaf.scale, QArray):
-        return "it takes one matrix in the first layout, with a scale for every row and group"
-    if leaf.num_inputs != leaf.scale.shape[-1] * leaf.group:
+    if leaf.version == 2 or leaf.order is not None or leaf.lead:
+        return "it takes one matrix in the first or third layout, its inputs in order"
+    groups = leaf.scale.values if isinstance(leaf.scale, QArray) else leaf.scale
+    if groups.shape[-1] != 1 and leaf.num_inputs != groups.shape[-1] * leaf.group:
         return "its groups have one size"
-    sizes = (leaf.num_outputs, leaf.num_inputs, leaf.group)
-    return unfit(str(x.dtype), leaf.format, sizes, math.prod(x.shape[:-1]))
+    if target() == "tpu" and (leaf.version == 3 or leaf.offset is not None):
+        return "it takes the first layout on a TPU, and no offsets"
+    sizes = (leaf.num_outputs, leaf.num_inputs, leaf.num_inputs // groups.shape[-1])
+    return unfit(str(x.dtype), leaf.format, sizes, math.prod(x.shape[:-1]), leaf.version)
 
 
 def _by_kernel(x: Array, leaf: QArray, out_dtype: Any) -> Array:
     from pallas_kernels.quantized_matmul import quantized_matmul
 
+    def per_row(array: Any) -> Array:
+        return jnp.asarray(row_blocks(array, leaf.num_outputs, leaf.rows))
+
+    scale = scales(leaf) if isinstance(leaf.scale, QArray) else leaf.scale
     y = quantized_matmul(
         x.reshape(-1, x.shape[-1]),
         jnp.asarray(leaf.values),
-        jnp.asarray(leaf.scale),
-        None if leaf.offset is None else jnp.asarray(leaf.offset),
-        implementation="mosaic_gpu",
+        per_row(scale),
+        None if leaf.offset is None else per_row(leaf.offset),
+        table=CODES.get(leaf.format, ()),
+        arranged=leaf.version == 3,
+        out_dtype=str(jnp.dtype(out_dtype)),
+        implementation=_kernel(leaf.version),
     )
-    return y.astype(out_dtype).reshape(*x.shape[:-1], -1)
+    return y.reshape(*x.shape[:-1], -1)
+
+
+def _both_rounded(x: Array, leaf: QArray, out_dtype: Any) -> Array:
+    """x rounded as the values are, with a scale a token: XLA has cuBLASLt multiply eight bits."""
+    wide = x.astype(jnp.float32)
+    whole = leaf.format == "int8"
+    top = 127.0 if whole else 448.0
+    peak = jnp.max(jnp.abs(wide), axis=-1, keepdims=True)
+    scale = jnp.where(peak == 0, 1.0, peak / top)
+    scaled = wide / scale
+    codes = (jnp.round(scaled) if whole else scaled).astype(leaf.values.dtype)
+    sums = jax.lax.dot_general(
+        codes,
+        jnp.asarray(leaf.values),
+        (((x.ndim - 1,), (1,)), ((), ())),
+        preferred_element_type=jnp.int32 if whole else jnp.float32,
+    )
+    per_output = row_blocks(scales(leaf), leaf.num_outputs, leaf.rows)[:, 0]
+    y = sums.astype(jnp.float32) * scale * jax.lax.expand_dims(per_output, range(sums.ndim - 1))
+    return y.astype(out_dtype)
 
 
 def _on_cpu() -> bool:
@@ -142,6 +186,7 @@ def quantized_product(
 ) -> Float[Array, "... O"]:
     """x times the matrix of a leaf that is not stacked.
 
+    A leaf with `activations` multiplies x rounded; the gradient takes no notice of that.
     Values are unpacked in x's dtype and sums kept in float32. The gradient with respect to x is
     computed from the packed values again, so that a backward pass keeps no unpacked matrix; the
     leaf has none.
@@ -153,6 +198,8 @@ def quantized_product(
     """
     # Or a loop over tokens would have the matrix unpacked before it, and be read from memory.
     x, leaf = jax.lax.optimization_barrier((x, leaf))
+    if leaf.activations:
+        return _both_rounded(x, leaf, out_dtype)
     if kernel_obstacle(x, leaf) is None:
         return _by_kernel(x, leaf, out_dtype)
     if not _on_cpu():

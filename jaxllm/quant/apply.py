@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 from jaxllm.core.config import require
-from jaxllm.core.layouts import as_planes
+from jaxllm.core.layouts import as_held
 from jaxllm.core.policy import Policy
 from jaxllm.core.quantize import Scheme, quantize_jit
 from jaxllm.core.tree import flatten, map_leaves, segments_of, select, unstacked_paths
@@ -133,4 +133,4 @@ def _quantized(
     shape = definition.shape[lead:]
     width = math.prod(shape[:inputs]) if inputs else shape[-1]
     leaf = quantize_jit(value, scheme=_fitting(scheme, width, given), inputs=inputs, lead=lead)
-    return as_planes(leaf) if policy.codes == "planes" else leaf
+    return as_held(leaf, policy.codes)

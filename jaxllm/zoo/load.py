@@ -200,7 +200,7 @@ def read_arrays(
         layers = unstacked_paths(path)
         stacked = len(layers) > 1 or definition.axes[0] == "layers"
         if packed and definition.std:
-            leaf = packed_leaf(checkpoint, sources, path, definition, planes=packed == "planes")
+            leaf = packed_leaf(checkpoint, sources, path, definition, codes=packed)
             if leaf is not None:
                 yield path, leaf
                 continue

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxllm.core.layouts import as_planes
+from jaxllm.core.layouts import as_held
 from jaxllm.core.packing import packed_arrays, packed_facts
 from jaxllm.core.qarray import QArray, dequantize
 from jaxllm.core.qrows import join_rows, take_rows
@@ -158,7 +158,7 @@ def packed_leaf(
     path: str,
     definition: ParamDef,
     *,
-    planes: bool,
+    codes: str,
 ) -> QArray | None:
     """A leaf in the run's layout, or None where it must be plain.
 
@@ -167,7 +167,7 @@ def packed_leaf(
       sources: unstacked path -> tensors.
       path: in the run's layout.
       definition: of that leaf.
-      planes: four bits in layout version 2.
+      codes: how its values are held, as `Policy.codes` says.
 
     Raises:
       UnsupportedError: parts that differ in a way that no joined leaf has.
@@ -179,7 +179,7 @@ def packed_leaf(
         leaf = _of_layer(checkpoint, sources, layer, one)
         if leaf is None:
             return None
-        leaves.append(as_planes(leaf) if planes else leaf)
+        leaves.append(as_held(leaf, codes))
     return _stacked(leaves) if stacked else leaves[0]
 
 

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.choice import known
 from pallas_kernels.errors import ShapeError, UnsupportedError
+from pallas_kernels.quantized_matmul import mosaic_tpu, streamed
 from pallas_kernels.quantized_matmul.mosaic_gpu import Tiles, run
+from pallas_kernels.quantized_matmul.order import kind_of, natural, stored
 from pallas_kernels.quantized_matmul.reference import dequantized, reference
 from pallas_kernels.target import interpreting, not_hopper, processors, target
 
 __all__ = ["IMPLEMENTATIONS", "Plan", "quantized_matmul", "tiles_for", "unfit"]
 
-IMPLEMENTATIONS = ("mosaic_gpu", "reference")
+IMPLEMENTATIONS = ("mosaic_gpu", "mosaic_gpu_streamed", "mosaic_tpu", "reference")
 MOST_ROWS = 64
-_TYPES = ("int4", "uint4", "int8")
+_TYPES = ("int4", "uint4", "int8", "float8_e4m3fn")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,7 +29,10 @@ class Plan:
     """The static part of one call."""
 
     implementation: str
-    tiles: Tiles = Tiles()
+    tiles: Tiles | streamed.Tiles | None = None
+    table: tuple[float, ...] = ()
+    arranged: bool = False
+    out_dtype: str = "float32"
     interpret: bool = False
 
 
@@ -41,22 +47,42 @@ def tiles_for(inputs: int, outputs: int, group: int, *, processors: int = 132) -
 
 
 def unfit(
-    *, dtype: str, rows: int, kind: str, sizes: tuple[int, int, int], platform: str
+    implementation: str,
+    *,
+    dtype: str,
+    rows: int,
+    kind: str,
+    sizes: tuple[int, int, int],
+    platform: str,
 ) -> str | None:
-    """Why the kernel for Hopper cannot serve a kind of call, or None.
+    """Why a kernel cannot serve a kind of call, or None.
 
     Args:
+      implementation: one of `IMPLEMENTATIONS`.
       dtype: of the activations.
       rows: of them.
-      kind: type of the values.
+      kind: type of the values, or `table` for codes of 16 numbers.
       sizes: outputs, inputs, and inputs of a group.
       platform: of `target`.
     """
+    if implementation == "reference":
+        return None
+    wanted = "tpu" if implementation == "mosaic_tpu" else "gpu"
+    if platform not in (wanted, "interpreter"):
+        return f"it needs a {'TPU' if wanted == 'tpu' else 'CUDA device'}, this is {platform}"
+    if implementation == "mosaic_tpu":
+        return mosaic_tpu.unfit(dtype=dtype, kind=kind, sizes=sizes)
+    if implementation == "mosaic_gpu_streamed":
+        found = streamed.unfit(dtype=dtype, rows=rows, kind=kind, sizes=sizes)
+    else:
+        found = _unfit_for_hopper(dtype, rows, kind, sizes)
+    return found or not_hopper(platform)
+
+
+def _unfit_for_hopper(dtype: str, rows: int, kind: str, sizes: tuple[int, int, int]) -> str | None:
     outputs, _, group = sizes
-    if platform not in ("gpu", "interpreter"):
-        return f"it needs a CUDA device, this is {platform}"
-    if kind not in _TYPES:
-        return f"it takes {', '.join(_TYPES)}, not {kind}"
+    if kind not in ("int4", "uint4", "int8"):
+        return f"it takes int4, uint4, int8, not {kind}"
     if dtype not in ("bfloat16", "float16"):
         return f"it takes activations in bfloat16 and float16, not {dtype}"
     if not 1 <= rows <= MOST_ROWS:
@@ -66,15 +92,21 @@ def unfit(
             "it takes outputs that are a multiple of 64 and groups of 64 or of a multiple of 128 "
             f"inputs, not {outputs} outputs and groups of {group}"
         )
-    return not_hopper(platform)
+    return None
 
 
-def _obstacle(x: jax.Array, values: jax.Array, scale: jax.Array) -> str | None:
+def _obstacle(x, values, scale, offset, plan: Plan) -> str | None:
+    name = plan.implementation
+    if plan.arranged and name not in ("mosaic_gpu_streamed", "reference"):
+        return "it takes values in their natural order"
+    if offset is not None and name == "mosaic_tpu":
+        return "it takes no offsets"
     (count, inputs), outputs = x.shape, values.shape[0]
     return unfit(
+        name,
         dtype=str(x.dtype),
         rows=count,
-        kind=str(values.dtype),
+        kind="table" if plan.table else str(values.dtype),
         sizes=(outputs, inputs, inputs // scale.shape[1]),
         platform=target(),
     )
@@ -105,55 +137,89 @@ def quantized_matmul(
     scale: jax.Array,
     offset: jax.Array | None = None,
     *,
+    table: tuple[float, ...] = (),
+    arranged: bool = False,
     implementation: str = "reference",
+    out_dtype: str = "float32",
 ) -> jax.Array:
-    """x times the transpose of packed integers; differentiable with respect to x alone.
+    """x times the transpose of packed numbers; differentiable with respect to x alone.
 
-    y[m, o] = sum over k of x[m, k] (values[o, k] scale[o, k / group] + offset[o, k / group])
+    y[m, o] = sum over k of x[m, k] (n(values[o, k]) scale[o, k / group] + offset[o, k / group])
+
+    where n is the number itself, or what `table` has for it.
 
     Args:
       x: [M, K], bfloat16, float16 or float32.
-      values: [O, K], int4, uint4 or int8.
-      scale: float [O, G], one for each group of K / G inputs; float32 or bfloat16.
+      values: [O, K], int4, uint4, int8 or float8_e4m3fn.
+      scale: float [O, G], one for each group of K / G inputs: float32, bfloat16, float16 or
+        float8_e8m0fnu.
       offset: like `scale`, or None.
-      implementation: `mosaic_gpu` (Hopper, 1 to 64 rows) or `reference`.
+      table: 16 numbers that values in uint4 are codes of (NF4, E2M1); none for plain numbers.
+      arranged: the inputs of values are in the order of `order.stored`, which spares the kernel
+        for Hopper to bring x into an order of its own.
+      implementation: `mosaic_gpu` (Hopper: integers, 1 to 64 rows), `mosaic_gpu_streamed` (Hopper:
+        all of these, 1 to 512 rows), `mosaic_tpu` (int4 and int8 in groups of a multiple of 128)
+        or `reference`.
+      out_dtype: of the result; sums are kept in float32.
 
     Returns:
-      float32 [M, O].
+      [M, O].
 
     Raises:
       ShapeError: arguments that do not fit. UnsupportedError: an implementation that cannot serve
         the call, with the reason.
     """
     _check(x, values, scale, offset)
+    if table and (len(table) != 16 or values.dtype != jnp.uint4):
+        raise ShapeError(
+            f"a table has 16 numbers for values in uint4, found {len(table)} for {values.dtype}"
+        )
     known("quantized_matmul", implementation, IMPLEMENTATIONS)
-    plan = Plan(implementation=implementation)
-    if implementation == "mosaic_gpu":
-        reason = _obstacle(x, values, scale)
-        if reason is not None:
-            raise UnsupportedError(
-                f"quantized_matmul 'mosaic_gpu': {reason}; use implementation='reference'"
-            )
-        group = x.shape[1] // scale.shape[1]
-        tiles = tiles_for(x.shape[1], values.shape[0], group, processors=processors())
-        plan = dataclasses.replace(plan, tiles=tiles, interpret=interpreting())
+    plan = Plan(implementation=implementation, table=table, arranged=arranged, out_dtype=out_dtype)
+    reason = _obstacle(x, values, scale, offset, plan)
+    if reason is not None:
+        raise UnsupportedError(
+            f"quantized_matmul {implementation!r}: {reason}; use implementation='reference'"
+        )
+    plan = dataclasses.replace(plan, tiles=_tiles(x, values, scale, plan), interpret=interpreting())
     return product(x, values, scale, offset, plan)
+
+
+def _tiles(x, values, scale, plan: Plan) -> Tiles | streamed.Tiles | None:
+    (count, inputs), (outputs, groups) = x.shape, scale.shape
+    if plan.implementation == "mosaic_gpu":
+        return tiles_for(inputs, outputs, inputs // groups, processors=processors())
+    if plan.implementation == "mosaic_gpu_streamed":
+        bits = 4 if "int4" in str(values.dtype) else 8
+        return streamed.tiles_for(count, inputs, outputs, bits=bits, processors=processors())
+    return None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def product(x, values, scale, offset, plan: Plan) -> jax.Array:
     """The call of a plan."""
+    kind = kind_of(values.dtype, plan.table)
     if plan.implementation == "reference":
-        return reference(x, values, scale, offset)
-    count = x.shape[0]
-    padded = jnp.pad(x, ((0, -count % 8), (0, 0)))
-    y = run(padded, values, scale, tiles=plan.tiles, interpret=plan.interpret)[:count]
+        x = stored(x, kind) if plan.arranged else x
+        return reference(x, values, scale, offset, plan.table).astype(plan.out_dtype)
+    options: dict[str, Any] = {"interpret": plan.interpret}
+    narrow = plan.out_dtype if offset is None else "float32"
+    if plan.implementation == "mosaic_tpu":
+        return mosaic_tpu.run(x, values, scale, out_dtype=plan.out_dtype, **options)
+    if plan.implementation == "mosaic_gpu":
+        padded = jnp.pad(x, ((0, -x.shape[0] % 8), (0, 0)))
+        y = run(padded, values, scale, tiles=plan.tiles, **options)[: x.shape[0]]
+    else:
+        coding = streamed.Coding(kind=kind, table=plan.table, arranged=plan.arranged)
+        options |= {"tiles": plan.tiles, "coding": coding}
+        y = streamed.run(x, values, scale, out_dtype=narrow, **options)
     if offset is None:
-        return y
+        return y.astype(plan.out_dtype)
     # An offset adds itself times the sum of its group's inputs: a product as narrow as the scales.
-    sums = jnp.sum(x.astype(jnp.float32).reshape(count, scale.shape[1], -1), axis=2)
+    sums = jnp.sum(x.astype(jnp.float32).reshape(x.shape[0], scale.shape[1], -1), axis=2)
     highest = jax.lax.Precision.HIGHEST
-    return y + jnp.matmul(sums, offset.astype(jnp.float32).T, precision=highest)
+    more = jnp.matmul(sums, offset.astype(jnp.float32).T, precision=highest)
+    return (y + more).astype(plan.out_dtype)
 
 
 def _forward(x, values, scale, offset, plan: Plan):
@@ -161,12 +227,13 @@ def _forward(x, values, scale, offset, plan: Plan):
 
 
 def _backward(plan: Plan, kept, dy):
-    del plan
     like, values, scale, offset = kept
-    w = dequantized(values, scale, offset).astype(like.dtype)
+    w = dequantized(values, scale, offset, plan.table).astype(like.dtype)
     wide = like.dtype == jnp.float32
     precision = jax.lax.Precision.HIGHEST if wide else jax.lax.Precision.DEFAULT
     dx = jnp.matmul(dy.astype(like.dtype), w, precision=precision)
+    if plan.arranged:
+        dx = natural(dx, kind_of(values.dtype, plan.table))
     return dx, None, None, None
 
 

@@ -29,14 +29,16 @@ _PRODUCT = 800e12  # operations a second that its products in bfloat16 come to
 def _draw(case: Shaped, copies: int) -> list[tuple]:
     keys = jax.random.split(jax.random.key(0), 3 * copies)
     groups = case.inputs // case.group
-    low, high = {"int8": (-127, 128), "uint4": (0, 16)}.get(case.kind, (-8, 8))
+    low, high = {"int4": (-8, 8), "uint4": (0, 16)}.get(case.dtype, (-127, 128))
 
     @jax.jit
     def one(a, b, c):
         x = jax.random.normal(a, (case.rows, case.inputs), jnp.bfloat16)
         values = jax.random.randint(b, (case.outputs, case.inputs), low, high, jnp.int8)
         scale = jax.random.uniform(c, (case.outputs, groups), jnp.float32, 0.5, 1.5)
-        return x, values.astype(case.kind), scale
+        if case.kind == "mxfp4":
+            scale = jnp.exp2(jnp.floor(8 * scale)).astype(jnp.float8_e8m0fnu)
+        return x, values.astype(case.dtype), scale
 
     return [one(*keys[3 * i : 3 * i + 3]) for i in range(copies)]
 
@@ -52,11 +54,11 @@ def _plain(case: Shaped, copies: int) -> list[tuple]:
     return [one(*keys[2 * i : 2 * i + 2]) for i in range(copies)]
 
 
-def _error(arguments: tuple, function) -> float:
+def _error(case: Shaped, arguments: tuple, function) -> float:
     """Largest error against the reference in float32, over the largest value."""
     x, values, scale = arguments
     part = slice(0, 512)
-    exact = quantized_matmul(x.astype(jnp.float32), values[part], scale[part])
+    exact = quantized_matmul(x.astype(jnp.float32), values[part], scale[part], table=case.table)
     found = function(*arguments)[:, part]
     return float(jnp.max(jnp.abs(found - exact)) / jnp.max(jnp.abs(exact)))
 
@@ -111,10 +113,11 @@ def main(names: list[str]) -> None:
             continue
         copies = max(2, int(-(-_ROTATED // case.nbytes)))
         arguments = _draw(case, copies)
-        for implementation in ("mosaic_gpu", "reference"):
-            call = functools.partial(quantized_matmul, implementation=implementation)
+        for implementation in ("mosaic_gpu", "mosaic_gpu_streamed", "reference"):
+            options = {"implementation": implementation, "table": case.table}
+            call = functools.partial(quantized_matmul, out_dtype="bfloat16", **options)
             try:
-                error = _error(arguments[0], jax.jit(call))
+                error = _error(case, arguments[0], jax.jit(call))
                 time, spread = seconds(call, arguments, calls=_CALLS)
             except UnsupportedError as reason:
                 print(json.dumps({"case": name, "skipped": str(reason)}), flush=True)

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels.quantized_matmul import quantized_matmul
-from tests.kernels.test_quantized_matmul import draw, exact
+from pallas_kernels.quantized_matmul.order import kind_of, stored
+from tests.kernels.test_quantized_matmul import TABLES, draw, exact
 
 pytestmark = [
     pytest.mark.gpu,
@@ -34,3 +35,41 @@ def test_cases_are_exact_to_a_rounding_and_the_same_twice(name, sizes):
     assert np.abs(np.asarray(found) - wanted).max() < 1e-5 * np.abs(wanted).max()
     np.testing.assert_array_equal(np.asarray(found), np.asarray(again))
     assert found.dtype == jnp.float32
+
+
+STREAMED = CASES | {
+    "groups of 32": {"count": 64, "group": 32},
+    "tiles of rows": {"count": 300},
+    "whole tiles": {"count": 128, "out_dtype": "bfloat16"},
+    "fp8": {"count": 8, "kind": "float8_e4m3fn"},
+    "nf4": {"count": 1, "kind": "uint4", "table": TABLES["nf4"], "group": 64},
+    "mxfp4": {
+        "count": 16,
+        "kind": "uint4",
+        "table": TABLES["e2m1"],
+        "group": 32,
+        "exponents": True,
+    },
+}
+
+
+@pytest.mark.parametrize("arranged", [False, True])
+@pytest.mark.parametrize("sizes", [(512, 4096), (2112, 4096)])
+@pytest.mark.parametrize("name", STREAMED)
+def test_streamed(name, sizes, arranged):
+    """At most twice the error of the product in bfloat16, and the same twice."""
+    options = dict(STREAMED[name])
+    more = {key: options.pop(key) for key in ("table", "out_dtype") if key in options}
+    x, values, scale, offset = draw(options.pop("count"), *sizes, **options)
+    table = more.get("table", ())
+    wanted = exact(x, values, scale, offset, table)
+    plain = quantized_matmul(x, values, scale, offset, **more)
+    if arranged:
+        values = stored(values, kind_of(values.dtype, table))
+    named = {"implementation": "mosaic_gpu_streamed", "arranged": arranged}
+    call = jax.jit(lambda *a: quantized_matmul(*a, **named, **more))
+    found, again = call(x, values, scale, offset), call(x, values, scale, offset)
+    error, allowed = (np.abs(np.asarray(y, np.float64) - wanted).max() for y in (found, plain))
+    assert error <= 2 * allowed
+    np.testing.assert_array_equal(np.asarray(found), np.asarray(again))
+    assert found.dtype == more.get("out_dtype", jnp.float32)

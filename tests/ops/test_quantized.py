@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxllm.core.layouts import as_planes
+from jaxllm.core.layouts import as_operand, as_planes, as_values
 from jaxllm.core.qarray import dequantize, dequantize_rows
 from jaxllm.core.quantize import Scheme, quantize_jit
+from jaxllm.errors import ConfigError
 from jaxllm.ops import linear, quantized
 from pallas_kernels.target import targeting
 
@@ -67,9 +68,10 @@ def test_scattered_inputs(planes):
     assert np.abs(found - x @ dequantize_rows(q).T).max() < 1e-4
 
 
+@pytest.mark.parametrize("held", [as_planes, as_operand])
 @pytest.mark.parametrize("name", ["int8", "offset", "nf4"])
-def test_tables(name):
-    table = as_planes(quantize_jit(draw(40, 128), SCHEMES[name], inputs=0))
+def test_tables(name, held):
+    table = held(quantize_jit(draw(64, 128), SCHEMES[name], inputs=0))
     plain = dequantize(table, jnp.float32)
     ids = jnp.asarray([[3, 39], [0, 17]], jnp.int32)
     assert np.array_equal(linear.take(table, ids, dtype="float32"), plain[ids])
@@ -115,12 +117,27 @@ KERNEL = {
     "int4": Scheme(format="int4", group=64),
     "int8": Scheme(format="int8"),
     "offset": Scheme(format="int4", group=128, symmetric=False),
+    "nf4": Scheme(format="nf4"),
+    "mxfp4": Scheme(format="mxfp4"),
+    "fp8 blocks": Scheme(format="fp8", rows=128, group=128),
+    "fp8 matrix": Scheme(format="fp8", rows=0, group=0),
 }
 
 
 @pytest.mark.parametrize("name", KERNEL)
-def test_a_gpu_multiplies_packed_integers_by_our_kernel(name):
+def test_the_operand_s_order_holds_the_same_numbers(name):
     q = quantize_jit(draw(256, 2, 64), KERNEL[name])
+    held = as_operand(q)
+    assert held.version == 3
+    assert np.array_equal(dequantize_rows(held), dequantize_rows(q))
+    same = jax.tree.map(np.array_equal, as_values(held), q)
+    assert all(jax.tree.leaves(same))
+
+
+@pytest.mark.parametrize("name", KERNEL)
+def test_a_gpu_multiplies_packed_numbers_by_our_kernel(name):
+    q = quantize_jit(draw(256, 2, 64), KERNEL[name])
+    q = q if name in ("int8", "offset") else as_operand(q)
     x, dy = draw(2, 3, 256).astype(jnp.bfloat16), draw(2, 3, 2, 64, seed=1).astype(jnp.bfloat16)
     w = dequantize(q, jnp.float32)
 
@@ -139,10 +156,50 @@ def test_a_gpu_multiplies_packed_integers_by_our_kernel(name):
 
 def test_what_the_kernel_cannot_serve_is_said():
     x, q = draw(3, 256).astype(jnp.bfloat16), quantize_jit(draw(256, 2, 64), KERNEL["int4"])
-    assert "needs a CUDA device" in quantized.kernel_obstacle(x, q)
+    obstacle = quantized.kernel_obstacle
+    assert "needs a CUDA device" in obstacle(x, q)
+    with targeting("tpu"):
+        wide = quantize_jit(draw(256, 2, 64), Scheme(format="int4", group=128))
+        assert obstacle(x, wide) is None
+        assert "no offsets" in obstacle(x, quantize_jit(draw(256, 2, 64), KERNEL["offset"]))
+        assert "multiples of 128" in obstacle(x, q)
     with targeting("gpu"):
-        assert "not float32" in quantized.kernel_obstacle(draw(3, 256), q)
-        assert "1 to 64 rows" in quantized.kernel_obstacle(jnp.repeat(x, 30, 0), q)
-        assert "first layout" in quantized.kernel_obstacle(x, as_planes(q))
-        assert "not mxfp4" in quantized.kernel_obstacle(x, leaf("mxfp4", planes=False))
-        assert "groups of 32" in quantized.kernel_obstacle(x, leaf("int4", planes=False))
+        assert "not float32" in obstacle(draw(3, 256), q)
+        assert "1 to 64 rows" in obstacle(jnp.repeat(x, 30, 0), q)
+        assert "first or third layout" in obstacle(x, as_planes(q))
+        assert "not table" in obstacle(x, leaf("mxfp4", planes=False))
+        assert "groups of 32" in obstacle(x, leaf("int4", planes=False))
+        held = as_operand(q)
+        assert obstacle(jnp.repeat(x, 30, 0), held) is None
+        assert "1 to 512 rows" in obstacle(jnp.repeat(x, 200, 0), held)
+        assert "not float32" in obstacle(draw(3, 256), held)
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", Scheme(format="fp8", activations=True)])
+def test_activations_are_rounded_token_by_token(scheme):
+    """Near the exact product, and the same for a token whatever the others are."""
+    w, x = draw(256, 2, 48), draw(2, 3, 256)
+    x = x.at[0, 0].multiply(1e3).at[1, 2].set(0.0)
+    q = quantize_jit(w, scheme if isinstance(scheme, Scheme) else Scheme(format=scheme))
+    assert q.activations and as_operand(q) is q
+
+    def product(x):
+        return linear.einsum("BTD,DNH->BTNH", x, q, dtype="float32")
+
+    found, wanted = product(x), jnp.einsum("BTD,DNH->BTNH", x, dequantize(q, jnp.float32))
+    unit = jnp.max(jnp.abs(wanted), axis=(-1, -2), keepdims=True)
+    bound = 0.02 if q.format == "int8" else 0.06
+    assert np.abs(found - wanted).max(axis=(-1, -2))[1, 2] == 0
+    relative = jnp.abs(found - wanted) / jnp.where(unit == 0, 1.0, unit)
+    assert 0 < relative.max() < bound
+    np.testing.assert_allclose(product(x[:1, :1]), found[:1, :1], rtol=1e-5)
+    d_x = jax.grad(lambda x: jnp.sum(product(x)))(x)
+    wanted = jnp.sum(dequantize(q, jnp.float32), axis=(1, 2))
+    np.testing.assert_allclose(d_x, jnp.broadcast_to(wanted, x.shape), atol=1e-3)
+
+
+def test_activations_want_one_scale_a_row():
+    with pytest.raises(ConfigError, match="one scale a row or matrix and no offset, found int4"):
+        Scheme(format="int4", activations=True)
+    with pytest.raises(ConfigError, match="group=64"):
+        Scheme(format="w8a8", group=64)

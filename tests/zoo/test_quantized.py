@@ -172,7 +172,8 @@ def test_wrong_configs_are_refused(tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    "format", ["int4", "nf4", *(pytest.param(f, marks=slow) for f in ("int8", "mxfp4", "fp8"))]
+    "format",
+    ["int4", "nf4", "w8a8", *(pytest.param(f, marks=slow) for f in ("int8", "mxfp4", "fp8"))],
 )
 def test_quantize_save_load(tmp_path, format):
     """What is saved loads back bit-equal, through the store too; nothing else is touched."""
