@@ -22,8 +22,9 @@ from jaxllm.serve.http.answers import Answers
 from jaxllm.serve.http.config import ServerConfig
 from jaxllm.serve.http.errors import RequestError, response_to
 from jaxllm.serve.http.fields import Fields, parse_object
-from jaxllm.serve.http.guard import Guard
+from jaxllm.serve.http.guard import PAGE, Guard
 from jaxllm.serve.http.metrics import Metrics
+from jaxllm.serve.http.page import page
 from jaxllm.serve.request import Gone
 
 __all__ = ["App", "build"]
@@ -75,6 +76,10 @@ class App:
             raise Gone("the server is shutting down")
         await self.health(_)
         return JSONResponse({"status": "ready"})
+
+    async def chat_page(self, _: Request) -> Response:
+        """A page to talk with the model."""
+        return page()
 
     async def show_metrics(self, _: Request) -> Response:
         """Prometheus."""
@@ -282,6 +287,7 @@ async def _wrong_method(request: Request, _: Exception) -> Response:
 def build(app: App) -> Any:
     """The ASGI application."""
     table: list[tuple[str, Callable[..., Any], str]] = [
+        (PAGE, app.chat_page, "GET"),
         ("/health", app.health, "GET"),
         ("/ready", app.ready, "GET"),
         ("/metrics", app.show_metrics, "GET"),

@@ -7,7 +7,7 @@ import ipaddress
 
 from jaxllm.core.config import require
 
-__all__ = ["ServerConfig"]
+__all__ = ["ServerConfig", "is_loopback"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,7 @@ class ServerConfig:
         require(0 <= self.port < 65536, f"port is in 0..65535, found {self.port}")
         require(all(self.api_keys), "an API key is empty")
         require(
-            bool(self.api_keys) or _is_loopback(self.host),
+            bool(self.api_keys) or is_loopback(self.host),
             f"host {self.host} can be reached from other machines: give --api-key (or "
             "--api-key-file), or bind to 127.0.0.1",
         )
@@ -57,7 +57,8 @@ class ServerConfig:
         require(self.drain_s >= 0, f"drain_s is at least 0, found {self.drain_s}")
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether an address is of this machine alone."""
     if host == "localhost":
         return True
     try:

@@ -21,10 +21,12 @@ class RequestError(ValueError):
     ):
         super().__init__(message)
         self.status, self.param, self.code = status, param, code
+        self.challenge: str | None = None  # how a client may show who it is, of a 401
 
 
 _KINDS = {
     401: "authentication_error",
+    403: "permission_error",
     404: "not_found_error",
     429: "rate_limit_error",
     503: "service_unavailable_error",
@@ -61,7 +63,9 @@ def response_to(error: BaseException) -> JSONResponse:
     if status == 500:
         log.error("a request failed", exc_info=error)
         message = "internal error; the server's log says more"
-    headers = {"Retry-After": "1" if status == 429 else "10"} if status in (429, 503) else None
+    headers = {"Retry-After": "1" if status == 429 else "10"} if status in (429, 503) else {}
+    if isinstance(error, RequestError) and error.challenge is not None:
+        headers["WWW-Authenticate"] = error.challenge
     return JSONResponse(
         body_of(message, status, param=param, code=code), status_code=status, headers=headers
     )
