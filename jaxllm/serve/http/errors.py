@@ -10,7 +10,7 @@ from jaxllm.core.logging import log
 from jaxllm.errors import CapacityError, UnsupportedError, WeightsError, user_errors
 from jaxllm.serve.request import Busy, Gone
 
-__all__ = ["RequestError", "body_of", "response_to"]
+__all__ = ["KINDS", "RequestError", "body_of", "response_to", "status_of"]
 
 
 class RequestError(ValueError):
@@ -24,18 +24,19 @@ class RequestError(ValueError):
         self.challenge: str | None = None  # how a client may show who it is, of a 401
 
 
-_KINDS = {
+KINDS = {
     401: "authentication_error",
     403: "permission_error",
     404: "not_found_error",
     429: "rate_limit_error",
     503: "service_unavailable_error",
 }
+"""Status -> type of the error, where it is not the usual one."""
 
 
 def body_of(message: str, status: int, *, param: str | None = None, code: str | None = None) -> Any:
     """The JSON object of an error."""
-    kind = _KINDS.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    kind = KINDS.get(status, "server_error" if status >= 500 else "invalid_request_error")
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
