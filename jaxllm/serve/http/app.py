@@ -16,8 +16,8 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from jaxllm.serve.embedder import Embedder
-from jaxllm.serve.engine import Engine, Served
 from jaxllm.serve.http import asked, responses
+from jaxllm.serve.http.answering import Answering, Worded
 from jaxllm.serve.http.answers import Answers
 from jaxllm.serve.http.config import ServerConfig
 from jaxllm.serve.http.errors import RequestError, response_to
@@ -53,8 +53,8 @@ class App:
     def __init__(
         self,
         name: str,
-        model: Served,
-        engine: Engine | None,
+        model: Worded,
+        engine: Answering | None,
         config: ServerConfig,
         *,
         embedder: Embedder | None = None,

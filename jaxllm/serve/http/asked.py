@@ -9,8 +9,8 @@ from typing import Any
 from jaxllm.errors import ConfigError
 from jaxllm.infer.sampling import Sampling
 from jaxllm.serve import grammar
-from jaxllm.serve.engine import Served
 from jaxllm.serve.http import schemas
+from jaxllm.serve.http.answering import Worded
 from jaxllm.serve.http.config import ServerConfig
 from jaxllm.serve.http.errors import RequestError
 from jaxllm.serve.http.fields import Fields
@@ -204,13 +204,13 @@ def _ids(given: Any, name: str, most: int) -> tuple[int, ...]:
     return tuple(given)
 
 
-def _tokenize(model: Served, text: str) -> list[int]:
+def _tokenize(model: Worded, text: str) -> list[int]:
     if model.tokenizer is None:
         raise ConfigError("this model has no tokenizer: give token ids")
     return model.tokenizer.encode(text)
 
 
-def messages_ids(given: Any, model: Served, most: int, tools: Tools | None = None) -> list[int]:
+def messages_ids(given: Any, model: Worded, most: int, tools: Tools | None = None) -> list[int]:
     """Token ids of a chat's messages by the model's own template, with the tools there are.
 
     Raises:
@@ -241,13 +241,13 @@ def texts(given: Any, name: str, most: int) -> list[str | list[int]]:
     return [x if isinstance(x, str) else list(_ids(x, name, MAX_IDS)) for x in given]
 
 
-def prompt_rows(given: Any, name: str, model: Served, most: int) -> list[list[int]]:
+def prompt_rows(given: Any, name: str, model: Worded, most: int) -> list[list[int]]:
     """Token ids of each prompt; see `texts`."""
     rows = texts(given, name, most)
     return [_tokenize(model, x) if isinstance(x, str) else x for x in rows]
 
 
-def chat(fields: Fields, model: Served, config: ServerConfig) -> Asked:
+def chat(fields: Fields, model: Worded, config: ServerConfig) -> Asked:
     """A request to /v1/chat/completions.
 
     Raises:
@@ -284,7 +284,7 @@ def with_tools(request: Request, tools: Tools | None) -> Request:
     return dataclasses.replace(request, grammar=tools.grammar)
 
 
-def completions(fields: Fields, model: Served, config: ServerConfig) -> Asked:
+def completions(fields: Fields, model: Worded, config: ServerConfig) -> Asked:
     """A request to /v1/completions.
 
     Raises:
@@ -325,7 +325,7 @@ class Vectors:
     packed: str
 
 
-def embeddings(fields: Fields, model: Served, config: ServerConfig) -> Vectors:
+def embeddings(fields: Fields, model: Worded, config: ServerConfig) -> Vectors:
     """A request to /v1/embeddings.
 
     Raises:
@@ -340,7 +340,7 @@ def embeddings(fields: Fields, model: Served, config: ServerConfig) -> Vectors:
     return Vectors(texts=texts(given, "input", config.max_prompts), packed=packed or "float")
 
 
-def tokens(fields: Fields, model: Served, config: ServerConfig) -> list[int]:
+def tokens(fields: Fields, model: Worded, config: ServerConfig) -> list[int]:
     """A request to /tokenize.
 
     Raises:

@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from jaxllm.serve.engine import Served
+from jaxllm.serve.http.answering import Worded
 from jaxllm.serve.http.config import ServerConfig
 from jaxllm.serve.http.errors import KINDS
 from jaxllm.serve.http.fields import Described, Fields
@@ -117,7 +117,7 @@ _LINKS = {
 
 
 def document(
-    table: Sequence[Way], model: Served, config: ServerConfig, name: str
+    table: Sequence[Way], model: Worded, config: ServerConfig, name: str
 ) -> dict[str, Any]:
     """OpenAPI 3.1 of a server.
 
@@ -159,7 +159,7 @@ def document(
     }
 
 
-def _body(way: Way, model: Served, config: ServerConfig) -> dict[str, Any]:
+def _body(way: Way, model: Worded, config: ServerConfig) -> dict[str, Any]:
     assert way.read is not None and way.sample is not None
     fields = Fields(way.sample, describe=True)
     with contextlib.suppress(Described):

@@ -9,9 +9,9 @@ import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
-from jaxllm.serve.engine import Served
 from jaxllm.serve.grammar import Grammar
 from jaxllm.serve.http import asked, schemas
+from jaxllm.serve.http.answering import Worded
 from jaxllm.serve.http.answers import kept_alive
 from jaxllm.serve.http.config import ServerConfig
 from jaxllm.serve.http.errors import RequestError, body_of, status_of
@@ -84,7 +84,7 @@ def _grammar(given: Any) -> Grammar | None:
     return asked.format_of(form, "text.format")
 
 
-def read(fields: Fields, model: Served, config: ServerConfig) -> asked.Asked:
+def read(fields: Fields, model: Worded, config: ServerConfig) -> asked.Asked:
     """A request to /v1/responses.
 
     Raises:

@@ -8,8 +8,8 @@ import re
 from typing import Any
 
 from jaxllm.serve import grammar
-from jaxllm.serve.engine import Served
 from jaxllm.serve.http import schemas
+from jaxllm.serve.http.answering import Worded
 from jaxllm.serve.http.errors import RequestError
 from jaxllm.serve.http.fields import Fields
 from jaxllm.text.tools import CLOSE, OPEN, Form, ToolParser, form_of
@@ -110,7 +110,7 @@ def _grammar(functions: list[dict[str, Any]], form: Form, several: bool) -> gram
     return grammar.lark("\n".join([f"start: one{more}", f"one: {one}", *rules]))
 
 
-def read_tools(fields: Fields, model: Served) -> Tools | None:
+def read_tools(fields: Fields, model: Worded) -> Tools | None:
     """The tools of a request; None without any, or where none may be called.
 
     Raises:
