@@ -15,7 +15,7 @@ from tests.serve.test_http import BOUNDS, KEY, serving
 
 pytestmark = pytest.mark.slow
 
-BOUNDED = EngineConfig(context=256, cache_tokens=4096, max_sequences=8, max_batch_tokens=64)
+BOUNDED = EngineConfig(context=512, cache_tokens=4096, max_sequences=8, max_batch_tokens=64)
 
 
 @pytest.fixture(scope="module")
