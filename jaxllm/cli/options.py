@@ -177,11 +177,9 @@ class _Engine:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Serve(_Engine):
-    """Answer over HTTP, as OpenAI's API does."""
+class Listen:
+    """Where a server listens, and to whom."""
 
-    source: Source
-    """Catalogue name, Hugging Face directory, .gguf file, or org/name that was pulled."""
     host: str = "127.0.0.1"
     """Address to bind to; one that other machines reach needs an API key."""
     port: int = 8000
@@ -192,10 +190,18 @@ class Serve(_Engine):
     """Opens every route but /health and /ready; may be given several times."""
     api_key_file: Path | None = None
     """More keys, one a line."""
-    pin_prefix: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction] = ()
-    """A text, or messages as .json, that many prompts begin with: computed once, kept for ever."""
     drain_s: float = 30.0
     """Seconds that running requests get after SIGTERM."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Serve(_Engine, Listen):
+    """Answer over HTTP, as OpenAI's API does."""
+
+    source: Source
+    """Catalogue name, Hugging Face directory, .gguf file, or org/name that was pulled."""
+    pin_prefix: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction] = ()
+    """A text, or messages as .json, that many prompts begin with: computed once, kept for ever."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""`jaxllm run BUNDLE generate|chat`: what `jaxllm generate|chat` do, from a bundle.
+"""`jaxllm run BUNDLE generate|chat|serve`: what `jaxllm generate|chat|serve` do, from a bundle.
 
 Imports nothing of the model's code: neither `jaxllm.nn` nor `jaxllm.zoo` nor flax.
 """
@@ -6,10 +6,11 @@ Imports nothing of the model's code: neither `jaxllm.nn` nor `jaxllm.zoo` nor fl
 from __future__ import annotations
 
 import dataclasses
+import time
 from typing import Any
 
-from jaxllm.cli import chat, generate
-from jaxllm.cli.options import Chat, Generate
+from jaxllm.cli import chat, generate, serve
+from jaxllm.cli.options import Chat, Generate, Listen, Source
 from jaxllm.core.config import nearest, require
 from jaxllm.core.logging import show_notes
 
@@ -32,7 +33,16 @@ class _Chat(_Trust, Chat):
     """Talk with the model over several turns; `source` is the bundle."""
 
 
-_COMMANDS = {"generate": _Generate, "chat": _Chat}
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Serve(_Trust, Listen):
+    """Answer over HTTP, one answer at a time; `source` is the bundle."""
+
+    source: Source
+    max_queue: int = 1024
+    """Requests that wait; more are told to come later."""
+
+
+_COMMANDS = {"generate": _Generate, "chat": _Chat, "serve": _Serve}
 
 
 def parse_run(bundle: str, arguments: list[str]) -> Any:
@@ -60,6 +70,8 @@ def run(options: Any) -> int:
         isinstance(options, _Trust),
         "name a bundle and then what to do: jaxllm run BUNDLE generate --prompt ...",
     )
+    if isinstance(options, _Serve):
+        return _serve(options)
     require(
         options.dtype is None,
         f"--dtype {options.dtype}: a bundle's dtype is fixed; export it with another --dtype",
@@ -73,3 +85,18 @@ def run(options: Any) -> int:
     if isinstance(options, Chat):
         return chat.talk(options, load)
     return generate.answer(options, load)
+
+
+def _serve(options: _Serve) -> int:
+    """The server in front of a bundle."""
+    begun = time.perf_counter()
+    config = serve.listens(options)
+    from jaxllm.export.engine import BundleEngine
+    from jaxllm.export.model import load_bundle
+    from jaxllm.serve.config import EngineConfig
+    from jaxllm.serve.http.app import App
+
+    model = load_bundle(options.source, trust=options.trust)
+    name = options.name or str(model.bundle.manifest["source"])
+    with BundleEngine(model, EngineConfig(max_queue=options.max_queue)) as engine:
+        return serve.listen(App(name, model, engine, config), begun)

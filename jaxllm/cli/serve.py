@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jaxllm.cli.options import Bench, Serve
+from jaxllm.cli.options import Bench, Listen, Serve
 from jaxllm.core.logging import show_notes
 from jaxllm.errors import ConfigError
 from jaxllm.text.chat import check_messages
@@ -18,11 +18,13 @@ from jaxllm.text.chat import check_messages
 if TYPE_CHECKING:
     from jaxllm.model import Model
     from jaxllm.serve.config import EngineConfig
+    from jaxllm.serve.http.app import App
+    from jaxllm.serve.http.config import ServerConfig
 
-__all__ = ["bounds_of", "name_of", "prefix_ids", "run"]
+__all__ = ["bounds_of", "listen", "listens", "name_of", "prefix_ids", "run"]
 
 
-def _keys(options: Serve) -> tuple[str, ...]:
+def _keys(options: Listen) -> tuple[str, ...]:
     """Keys of the command line and of a file, one a line."""
     if options.api_key_file is None:
         return options.api_key
@@ -70,20 +72,53 @@ def prefix_ids(path: Path, model: Model) -> list[int]:
     return model.tokenizer.apply_chat(check_messages(messages), add_generation_prompt=False)
 
 
+def listens(options: Listen) -> ServerConfig:
+    """Address, keys and bounds that a command line gives.
+
+    Raises:
+      ConfigError: a public address without a key, or a file of keys that cannot be read.
+    """
+    from jaxllm.serve.http.server import config_of
+
+    return config_of(
+        host=options.host, port=options.port, api_keys=_keys(options), drain_s=options.drain_s
+    )
+
+
+def listen(app: App, begun: float) -> int:
+    """Serve until SIGTERM or Ctrl-C; the exit code: 1 if the engine died.
+
+    Args:
+      app: the routes.
+      begun: when the process started to, by `time.perf_counter`.
+    """
+    from jaxllm.serve.http.server import Server
+
+    server = Server(app)
+
+    async def serve() -> None:
+        task = asyncio.create_task(server.serve())
+        while not server.started and not task.done():
+            await asyncio.sleep(0.01)
+        if server.started:
+            took = time.perf_counter() - begun
+            address = f"http://{app.config.host}:{server.port}"
+            print(f"jaxllm serve: ready on {address} in {took:.1f} s", file=sys.stderr)
+        await task
+
+    asyncio.run(serve())
+    return 0 if (app.engine is None or app.engine.error is None) and app.draining else 1
+
+
 def run(options: Serve) -> int:
     """Run the subcommand; returns 0 after SIGTERM or Ctrl-C."""
     begun = time.perf_counter()
     show_notes()
-    from jaxllm.serve.http.server import config_of
-
-    config = config_of(
-        host=options.host, port=options.port, api_keys=_keys(options), drain_s=options.drain_s
-    )
+    config = listens(options)
     from jaxllm.model import load
     from jaxllm.serve.embedder import Embedder
     from jaxllm.serve.engine import Engine
     from jaxllm.serve.http.app import App
-    from jaxllm.serve.http.server import Server
 
     model = load(options.source, dtype=options.dtype)
     bounds = bounds_of(options)
@@ -99,17 +134,4 @@ def run(options: Serve) -> int:
             count = engine.pin(ids)
             print(f"--pin-prefix {path}: {count} of {len(ids)} tokens pinned", file=sys.stderr)
         app = App(options.name or name_of(options.source), model, engine, config, embedder=embedder)
-        server = Server(app)
-
-        async def serve() -> None:
-            task = asyncio.create_task(server.serve())
-            while not server.started and not task.done():
-                await asyncio.sleep(0.01)
-            if server.started:
-                took = time.perf_counter() - begun
-                address = f"http://{config.host}:{server.port}"
-                print(f"jaxllm serve: ready on {address} in {took:.1f} s", file=sys.stderr)
-            await task
-
-        asyncio.run(serve())
-        return 0 if (engine is None or engine.error is None) and app.draining else 1
+        return listen(app, begun)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Generator as Pieces
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,7 @@ from jaxllm.export.runtime import BundleError
 from jaxllm.export.stored import StoredBundle
 from jaxllm.infer.reply import Generation, Prompt, prompt_ids, reply, sampling_of, whole
 from jaxllm.infer.timings import Timings
+from jaxllm.spec.model import ModelSpec
 from jaxllm.text.answer import Answer
 from jaxllm.text.tokenizer import Tokenizer
 
@@ -40,6 +42,11 @@ def load_bundle(path: str | Path, *, store: bool = True, trust: bool = False) ->
         return BundleModel(bundle=bundle, tokenizer=_tokenizer(bundle))
     except BundleError as error:
         raise WeightsError(str(error)) from None
+
+
+@functools.lru_cache(maxsize=4)
+def _spec(text: bytes) -> ModelSpec:
+    return ModelSpec.from_json(text.decode())
 
 
 def _tokenizer(bundle: StoredBundle) -> Tokenizer | None:
@@ -68,6 +75,11 @@ class BundleModel:
 
     bundle: StoredBundle
     tokenizer: Tokenizer | None
+
+    @property
+    def spec(self) -> ModelSpec:
+        """What the model is."""
+        return _spec(bytes(self.bundle.read("spec.json")))
 
     def stream(
         self,

@@ -16,7 +16,7 @@ from jaxllm.serve.http import asked
 from jaxllm.serve.http.answers import Answers
 from jaxllm.serve.http.config import ServerConfig
 from jaxllm.serve.http.errors import RequestError, body_of, status_of
-from jaxllm.serve.http.fields import parse_object
+from jaxllm.serve.http.fields import Fields, parse_object
 
 __all__ = ["answered", "read_lines", "run"]
 
@@ -75,7 +75,7 @@ async def _one(engine: Engine, name: str, url: str, body: dict[str, Any]) -> tup
     config = ServerConfig(max_tokens=engine.config.context or 1, max_n=128)
     try:
         require(not body.get("stream"), "stream is not served in a batch")
-        wanted = await asyncio.to_thread(READERS[url], body, engine.model, config)
+        wanted = await asyncio.to_thread(READERS[url], Fields(body), engine.model, config)
         loop = asyncio.get_running_loop()
         streams = [
             await asyncio.to_thread(engine.submit, request, loop=loop)

@@ -138,13 +138,31 @@ def table(setup: Setup, config: EngineConfig) -> tuple[Shape, ...]:
                 context=most,
                 greedy=jax.default_backend() != "cpu",
             )
-    return verified + shapes(
+    sizes = verified + shapes(
         tokens=tokens,
         sequences=config.max_sequences or 1,
         longest=min(tokens, RECURRENT_CHUNK) if recurrent(spec) else tokens,
         contexts=tuple(sorted(contexts)),
         greedy=jax.default_backend() != "cpu",
     )
+    return _with_mixed(sizes, config.mixed_tokens)
+
+
+def _with_mixed(sizes: tuple[Shape, ...], tokens: int | None) -> tuple[Shape, ...]:
+    """The table with programs for exactly `mixed_tokens`: a step would else cost what the next
+    larger one does, and fewer tokens would make nothing more even."""
+    if tokens is None or any(s.tokens == tokens and s.longest > 1 for s in sizes):
+        return sizes
+    larger = [s for s in sizes if s.tokens > tokens and s.longest > 1 and not s.every]
+    least = min((s.tokens for s in larger), default=0)
+    made = [
+        dataclasses.replace(
+            s, tokens=tokens, rows=min(s.rows, tokens), longest=min(s.longest, tokens)
+        )
+        for s in larger
+        if s.tokens == least and s.rows > 1
+    ]
+    return (*dict.fromkeys(made), *sizes)
 
 
 def lay_out(setup: Setup, config: EngineConfig, sizes: Sequence[Shape], store: Any) -> Memory:

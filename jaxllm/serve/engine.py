@@ -20,14 +20,14 @@ import numpy as np
 
 from jaxllm.aot import counter
 from jaxllm.core.logging import log
-from jaxllm.errors import CapacityError, ShapeError, UnsupportedError
+from jaxllm.errors import CapacityError, UnsupportedError
 from jaxllm.infer.generate import Generator
 from jaxllm.infer.programs import check_decodes
 from jaxllm.serve.config import EngineConfig, lay_out, recurrent, table
 from jaxllm.serve.grammar import Grammars
 from jaxllm.serve.ngram import Drafter
 from jaxllm.serve.pages import Pages
-from jaxllm.serve.request import Busy, Choice, Gone, Logprob, Request, Stream
+from jaxllm.serve.request import Choice, Gone, Logprob, Request, Stream, check_prompt, check_room
 from jaxllm.serve.runner import Runner, places_of
 from jaxllm.serve.scheduler import Limits, Scheduler, Turn
 from jaxllm.serve.sequence import Sequence
@@ -198,14 +198,7 @@ class Engine:
         """A sequence for each answer, checked."""
         spec, prompt = self.model.spec, request.prompt_ids
         context = self.config.context or spec.context
-        for name, ids in (("token ids", prompt), ("logit_bias", tuple(request.logit_bias))):
-            if ids and not 0 <= min(ids) <= max(ids) < spec.vocab:
-                raise ShapeError(f"{name} are in 0..{spec.vocab - 1}, found {min(ids)}..{max(ids)}")
-        if len(prompt) >= context:
-            raise CapacityError(
-                f"the prompt has {len(prompt)} tokens; the context of {context} tokens must hold "
-                "the prompt and at least one more"
-            )
+        check_prompt(request, spec.vocab, context)
         limit = min(context, len(prompt) + request.max_tokens)
         self.scheduler.check_fits(limit)
         ends = frozenset(request.stop_ids) | frozenset(
@@ -238,14 +231,8 @@ class Engine:
     def _check_open(self, tokens: int) -> None:
         if self.error is not None or self._closing or not self._thread.is_alive():
             raise Gone(self.error or "the engine is shutting down; ask another")
-        waiting = [*self.scheduler.waiting, *self._new]
-        queued = sum(s.prompt_length for s in waiting)
-        if len(waiting) >= self.config.max_queue or (
-            waiting and queued + tokens > self.config.max_queued_tokens
-        ):
-            raise Busy(
-                f"the queue is full ({len(waiting)} sequences, {queued} tokens wait); try later"
-            )
+        waiting = [s.prompt_length for s in (*self.scheduler.waiting, *self._new)]
+        check_room(waiting, tokens, self.config.max_queue, self.config.max_queued_tokens)
 
     def _drop(self, draft: Draft) -> None:
         with self._lock:

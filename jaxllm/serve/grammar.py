@@ -80,7 +80,7 @@ def json_schema(schema: Any) -> Grammar:
     Raises:
       ConfigError: it is no object, or too large or too deep.
     """
-    require(isinstance(schema, dict | bool), "a JSON schema is an object")
+    require(isinstance(schema, dict), "a JSON schema is an object")
     level, count = [schema], 0
     for _ in range(MAX_DEPTH):
         level = [
@@ -222,13 +222,16 @@ class Grammars:
         backend = self._made()
         from llguidance import LLMatcher, LLParserLimits
 
-        if grammar.kind == "json":
-            text = LLMatcher.grammar_from_json_schema(grammar.text, overrides=JSON_OPTIONS)  # pyright: ignore[reportArgumentType]
-        elif grammar.kind == "regex":
-            text = LLMatcher.grammar_from_regex(grammar.text)
-        else:
-            text = LLMatcher.grammar_from_lark(grammar.text)
-        guide = Guide(LLMatcher(backend, text, log_level=0, limits=LLParserLimits(**LIMITS)))
+        try:
+            if grammar.kind == "json":
+                text = LLMatcher.grammar_from_json_schema(grammar.text, overrides=JSON_OPTIONS)  # pyright: ignore[reportArgumentType]
+            elif grammar.kind == "regex":
+                text = LLMatcher.grammar_from_regex(grammar.text)
+            else:
+                text = LLMatcher.grammar_from_lark(grammar.text)
+            guide = Guide(LLMatcher(backend, text, log_level=0, limits=LLParserLimits(**LIMITS)))
+        except (ValueError, RuntimeError) as error:
+            raise ConfigError(f"the grammar cannot be read: {str(error)[:300]}") from None
         fill(np.zeros((1, words(self._vocab)), np.int32), [(guide, 0, ())])  # wrong when followed
         if guide.error is not None:
             raise ConfigError(guide.error)

@@ -10,12 +10,22 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from typing import Any
 
 from jaxllm.core.config import require
-from jaxllm.errors import CapacityError, UnsupportedError
+from jaxllm.errors import CapacityError, ShapeError, UnsupportedError
 from jaxllm.infer.sampling import Sampling
 from jaxllm.serve.grammar import Grammar
 from jaxllm.serve.programs import BIASES, TOP
 
-__all__ = ["Busy", "Choice", "Gone", "Logprob", "Piece", "Request", "Stream"]
+__all__ = [
+    "Busy",
+    "Choice",
+    "Gone",
+    "Logprob",
+    "Piece",
+    "Request",
+    "Stream",
+    "check_prompt",
+    "check_room",
+]
 
 
 class Busy(CapacityError):
@@ -72,6 +82,40 @@ class Request:
         require(fine, "values of logit_bias are in [-100, 100]")
         wanted = self.logprobs
         require(wanted is None or 0 <= wanted <= TOP, f"logprobs is in 0..{TOP}, found {wanted}")
+
+
+def check_prompt(request: Request, vocab: int, context: int) -> None:
+    """Refuse what a model cannot be given.
+
+    Raises:
+      ShapeError: token ids outside of the vocabulary; CapacityError: a prompt that leaves no room.
+    """
+    prompt = request.prompt_ids
+    for name, ids in (("token ids", prompt), ("logit_bias", tuple(request.logit_bias))):
+        if ids and not 0 <= min(ids) <= max(ids) < vocab:
+            raise ShapeError(f"{name} are in 0..{vocab - 1}, found {min(ids)}..{max(ids)}")
+    if len(prompt) >= context:
+        raise CapacityError(
+            f"the prompt has {len(prompt)} tokens; the context of {context} tokens must hold "
+            "the prompt and at least one more"
+        )
+
+
+def check_room(waiting: list[int], tokens: int, most: int, most_tokens: int) -> None:
+    """Refuse a request that would wait behind too many.
+
+    Args:
+      waiting: tokens of each prompt that waits.
+      tokens: of the prompts that come.
+      most: prompts that may wait.
+      most_tokens: that they may have, unless nothing waits.
+
+    Raises:
+      Busy: the queue is full.
+    """
+    queued = sum(waiting)
+    if len(waiting) >= most or (waiting and queued + tokens > most_tokens):
+        raise Busy(f"the queue is full ({len(waiting)} sequences, {queued} tokens wait); try later")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -120,6 +120,7 @@ for _ in range(40):
 
 @pytest.mark.parametrize(("make", "message"), [
     (lambda: grammar.json_schema([1]), "is an object"),
+    (lambda: grammar.json_schema(False), "is an object"),
     (lambda: grammar.json_schema(NESTED), "nested more than 32"),
     (lambda: grammar.json_schema({"enum": list(range(5000))}), "5001 values"),
     (lambda: grammar.json_schema({"const": "x" * 70_000}), "65536 characters"),

@@ -215,7 +215,9 @@ def test_openai_errors(client, address):
                 stranger.models.list()
 
 
-@pytest.mark.parametrize("path", ["/metrics", "/v1/models", "/nowhere", "/docs", "/"])
+@pytest.mark.parametrize(
+    "path", ["/metrics", "/v1/models", "/nowhere", "/docs", "/", "/openapi.json"]
+)
 def test_every_route_but_two_needs_a_key(address, path):
     assert httpx.get(address + path).status_code == 401
     assert httpx.get(address + path, headers={"Authorization": f"Basic {KEY}"}).status_code == 401

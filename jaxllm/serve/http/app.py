@@ -16,14 +16,16 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from jaxllm.serve.embedder import Embedder
-from jaxllm.serve.engine import Engine, Served
 from jaxllm.serve.http import asked, responses
+from jaxllm.serve.http.answering import Answering, Worded
 from jaxllm.serve.http.answers import Answers
 from jaxllm.serve.http.config import ServerConfig
 from jaxllm.serve.http.errors import RequestError, response_to
 from jaxllm.serve.http.fields import Fields, parse_object
-from jaxllm.serve.http.guard import Guard
+from jaxllm.serve.http.guard import PAGE, Guard
 from jaxllm.serve.http.metrics import Metrics
+from jaxllm.serve.http.openapi import CHAT, COMPLETION, INPUT, Way, document
+from jaxllm.serve.http.page import page
 from jaxllm.serve.request import Gone
 
 __all__ = ["App", "build"]
@@ -51,8 +53,8 @@ class App:
     def __init__(
         self,
         name: str,
-        model: Served,
-        engine: Engine | None,
+        model: Worded,
+        engine: Answering | None,
         config: ServerConfig,
         *,
         embedder: Embedder | None = None,
@@ -75,6 +77,10 @@ class App:
             raise Gone("the server is shutting down")
         await self.health(_)
         return JSONResponse({"status": "ready"})
+
+    async def chat_page(self, _: Request) -> Response:
+        """A page to talk with the model."""
+        return page()
 
     async def show_metrics(self, _: Request) -> Response:
         """Prometheus."""
@@ -111,19 +117,12 @@ class App:
             raise RequestError(
                 "this model does not say how its hidden states become a vector", code="unsupported"
             )
-        fields = Fields(parse_object(await request.body()))
-        self._check_name(fields.text("model"))
-        given, width = fields.raw("input"), self.model.spec.width
-        packed = fields.text("encoding_format") or "float"
-        fields.only("dimensions", width)
-        fields.text("user")
-        fields.close()
-        if packed not in ("float", "base64"):
-            raise RequestError("encoding_format is float or base64", param="encoding_format")
-        rows = asked.texts(given, "input", self.config.max_prompts)
-        found, count = await asyncio.to_thread(self.embedder.embed, rows)
+        body = parse_object(await request.body())
+        self._check_name(body.get("model"))
+        wanted = asked.embeddings(Fields(body), self.model, self.config)
+        found, count = await asyncio.to_thread(self.embedder.embed, wanted.texts)
         data = [
-            {"object": "embedding", "index": i, "embedding": _vector(vector, packed)}
+            {"object": "embedding", "index": i, "embedding": _vector(vector, wanted.packed)}
             for i, vector in enumerate(found)
         ]
         usage = {"prompt_tokens": count, "total_tokens": count}
@@ -131,18 +130,9 @@ class App:
 
     async def tokenize(self, request: Request) -> Response:
         """Token ids of a prompt or of messages."""
-        fields = Fields(parse_object(await request.body()))
-        self._check_name(fields.text("model"))
-        prompt, messages = fields.raw("prompt"), fields.raw("messages")
-        fields.close()
-        if (prompt is None) == (messages is None) or not isinstance(prompt, (str, type(None))):
-            raise RequestError("give either prompt, a string, or messages")
-        if prompt is not None:
-            rows = await asyncio.to_thread(asked.prompt_rows, prompt, "prompt", self.model, 1)
-            ids = rows[0]
-        else:
-            most = self.config.max_messages
-            ids = await asyncio.to_thread(asked.messages_ids, messages, self.model, most)
+        body = parse_object(await request.body())
+        self._check_name(body.get("model"))
+        ids = await asyncio.to_thread(asked.tokens, Fields(body), self.model, self.config)
         most = self._context
         return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": most})
 
@@ -176,9 +166,8 @@ class App:
     ) -> Response:
         begun = time.perf_counter()
         body = parse_object(await request.body())
-        name = body.get("model")
-        self._check_name(name if isinstance(name, str) else None)
-        wanted = await asyncio.to_thread(read, body, self.model, self.config)
+        self._check_name(body.get("model"))
+        wanted = await asyncio.to_thread(read, Fields(body), self.model, self.config)
         tenant, loop = request.scope.get("tenant", ""), asyncio.get_running_loop()
         streams = await asyncio.to_thread(self._submit, wanted, tenant, loop)
         answers = make(wanted, streams, body)
@@ -232,8 +221,8 @@ class App:
                 last, texts = now, texts + 1
             yield event
 
-    def _check_name(self, name: str | None) -> None:
-        if name is not None and name != self.name:
+    def _check_name(self, name: Any) -> None:
+        if isinstance(name, str) and name != self.name:  # else the reader says what it must be
             raise RequestError(
                 f"the model {name[:100]!r} is not served here; allowed: {self.name!r}",
                 status=404,
@@ -273,26 +262,35 @@ async def _missing(request: Request, _: Exception) -> Response:
     )
 
 
-async def _wrong_method(request: Request, _: Exception) -> Response:
-    return response_to(
+async def _wrong_method(request: Request, error: Any) -> Response:
+    reply = response_to(
         RequestError(f"{request.url.path[:200]} does not take {request.method}", status=405)
     )
+    reply.headers.update(error.headers or {})  # Allow
+    return reply
 
 
 def build(app: App) -> Any:
     """The ASGI application."""
-    table: list[tuple[str, Callable[..., Any], str]] = [
-        ("/health", app.health, "GET"),
-        ("/ready", app.ready, "GET"),
-        ("/metrics", app.show_metrics, "GET"),
-        ("/v1/models", app.models, "GET"),
-        ("/v1/models/{name:path}", app.model_card, "GET"),
-        ("/v1/chat/completions", app.chat, "POST"),
-        ("/v1/completions", app.completions, "POST"),
-        ("/v1/responses", app.responses, "POST"),
-        ("/v1/embeddings", app.embeddings, "POST"),
-        ("/tokenize", app.tokenize, "POST"),
+    table = [
+        Way(PAGE, app.chat_page),
+        Way("/health", app.health),
+        Way("/ready", app.ready),
+        Way("/metrics", app.show_metrics),
+        Way("/v1/models", app.models),
+        Way("/v1/models/{name:path}", app.model_card),
+        Way("/v1/chat/completions", app.chat, asked.chat, CHAT),
+        Way("/v1/completions", app.completions, asked.completions, COMPLETION),
+        Way("/v1/responses", app.responses, responses.read, INPUT),
+        Way("/v1/embeddings", app.embeddings, asked.embeddings, INPUT),
+        Way("/tokenize", app.tokenize, asked.tokens, CHAT),
     ]
-    routes = [Route(path, _caught(app, route), methods=[way]) for path, route, way in table]
+
+    async def openapi(_: Request) -> Response:
+        """This document."""
+        return JSONResponse(document(table, app.model, app.config, app.name))
+
+    table.append(Way("/openapi.json", openapi))
+    routes = [Route(way.path, _caught(app, way.answer), methods=[way.method]) for way in table]
     inner = Starlette(routes=routes, exception_handlers={404: _missing, 405: _wrong_method})
     return Guard(inner, app.config)

@@ -9,7 +9,8 @@ from typing import Any
 from jaxllm.errors import ConfigError
 from jaxllm.infer.sampling import Sampling
 from jaxllm.serve import grammar
-from jaxllm.serve.engine import Served
+from jaxllm.serve.http import schemas
+from jaxllm.serve.http.answering import Worded
 from jaxllm.serve.http.config import ServerConfig
 from jaxllm.serve.http.errors import RequestError
 from jaxllm.serve.http.fields import Fields
@@ -21,16 +22,23 @@ from jaxllm.text.tools import readable
 
 __all__ = [
     "Asked",
+    "Vectors",
     "chat",
     "completions",
+    "embeddings",
     "format_of",
     "messages_ids",
     "object_of",
     "prompt_rows",
     "requests_of",
     "texts",
+    "tokens",
     "with_tools",
 ]
+
+
+MAX_IDS = 1 << 24
+"""Tokens of a prompt; the body's size and the context are tighter bounds."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,7 +78,7 @@ def _sampling(fields: Fields) -> Sampling:
 
 
 def _bias(fields: Fields) -> dict[int, float]:
-    given = fields.raw("logit_bias")
+    given = fields.raw("logit_bias", schemas.bias(BIASES))
     if given is None:
         return {}
     if not isinstance(given, dict) or len(given) > BIASES:
@@ -89,7 +97,8 @@ def _bias(fields: Fields) -> dict[int, float]:
 
 
 def _stream(fields: Fields) -> tuple[bool, bool]:
-    stream, options = fields.flag("stream"), fields.raw("stream_options")
+    stream = fields.flag("stream")
+    options = fields.raw("stream_options", schemas.STREAM_OPTIONS)
     if options is None:
         return stream, False
     if not isinstance(options, dict) or not stream:
@@ -112,11 +121,13 @@ def format_of(given: Any, name: str = "response_format") -> grammar.Grammar | No
     if given is None:
         return None
     fields = object_of(given, name)
-    kind, inner = fields.text("type"), fields.raw("json_schema")
+    kind, inner = fields.text("type"), fields.raw("json_schema", schemas.OBJECT)
     fields.close()
     if kind not in ("text", "json_object", "json_schema"):
         raise RequestError(f"{name}.type is text, json_object or json_schema", param=name)
     if kind != "json_schema":
+        if inner is not None:
+            raise RequestError(f"{name}.json_schema needs the type json_schema", param=name)
         return grammar.json_schema({"type": "object"}) if kind == "json_object" else None
     return named_schema(inner, f"{name}.json_schema")
 
@@ -127,7 +138,7 @@ def named_schema(given: Any, name: str) -> grammar.Grammar:
     fields.text("name", most=64)
     fields.text("description", most=4096)
     fields.flag("strict")
-    schema = fields.raw("schema")
+    schema = fields.raw("schema", schemas.SCHEMA)
     fields.close()
     if schema is None:
         raise RequestError(f"{name}.schema is missing", param="response_format")
@@ -136,12 +147,12 @@ def named_schema(given: Any, name: str) -> grammar.Grammar:
 
 def _grammar(fields: Fields) -> grammar.Grammar | None:
     """The grammar that any of the fields asks for."""
-    inner = fields.raw("structured_outputs")
+    inner = fields.raw("structured_outputs", schemas.STRUCTURED)
     more = Fields({}) if inner is None else object_of(inner, "structured_outputs")
-    made = {"response_format": format_of(fields.raw("response_format"))}
+    made = {"response_format": format_of(fields.raw("response_format", schemas.FORMAT))}
     for source, prefix in ((fields, "guided_"), (more, "")):
         name = "structured_outputs" if source is more else prefix + "json"
-        schema = source.raw(f"{prefix}json")
+        schema = source.raw(f"{prefix}json", schemas.SCHEMA)
         pattern = source.text(f"{prefix}regex", most=grammar.MAX_REGEX_CHARS)
         texts = source.texts(f"{prefix}choice", grammar.MAX_CHOICES)
         if schema is not None:
@@ -167,7 +178,7 @@ def requests_of(
         "n": fields.integer("n", 1, config.max_n) or 1,
         "sampling": _sampling(fields),
         "stop": fields.texts("stop", 16),
-        "stop_ids": _ids(fields.raw("stop_token_ids"), "stop_token_ids", 64),
+        "stop_ids": _ids(fields.raw("stop_token_ids", schemas.token_ids(64)), "stop_token_ids", 64),
         "ignore_eos": fields.flag("ignore_eos"),
         "logit_bias": _bias(fields),
         "grammar": _grammar(fields),
@@ -175,7 +186,7 @@ def requests_of(
         **more,
     }
     fields.text("user")
-    fields.raw("metadata")
+    fields.raw("metadata", schemas.ANY)
     fields.only("store", False)
     fields.only("service_tier", "auto", "default")
     return tuple(Request(prompt_ids=tuple(ids), **shared) for ids in prompts)
@@ -186,19 +197,20 @@ def _ids(given: Any, name: str, most: int) -> tuple[int, ...]:
         return ()
     whole = isinstance(given, list) and len(given) <= most
     if not whole or not all(
-        isinstance(i, int) and not isinstance(i, bool) and 0 <= i < 2**31 for i in given
+        isinstance(i, int) and not isinstance(i, bool) and 0 <= i <= schemas.MAX_TOKEN
+        for i in given
     ):
         raise RequestError(f"{name} must be at most {most} token ids", param=name)
     return tuple(given)
 
 
-def _tokenize(model: Served, text: str) -> list[int]:
+def _tokenize(model: Worded, text: str) -> list[int]:
     if model.tokenizer is None:
         raise ConfigError("this model has no tokenizer: give token ids")
     return model.tokenizer.encode(text)
 
 
-def messages_ids(given: Any, model: Served, most: int, tools: Tools | None = None) -> list[int]:
+def messages_ids(given: Any, model: Worded, most: int, tools: Tools | None = None) -> list[int]:
     """Token ids of a chat's messages by the model's own template, with the tools there are.
 
     Raises:
@@ -218,34 +230,31 @@ def texts(given: Any, name: str, most: int) -> list[str | list[int]]:
     Raises:
       RequestError: it is none of these, or there are too many.
     """
-    if given is None:
-        raise RequestError(f"{name} is missing", param=name)
     if isinstance(given, str):
         return [given]
     if isinstance(given, list) and given and all(isinstance(x, int) for x in given):
-        return [list(_ids(given, name, 1 << 24))]
+        return [list(_ids(given, name, MAX_IDS))]
     if not isinstance(given, list) or not 1 <= len(given) <= most:
         raise RequestError(
             f"{name} must be a string, a list of token ids, or 1 to {most} of them", param=name
         )
-    return [x if isinstance(x, str) else list(_ids(x, name, 1 << 24)) for x in given]
+    return [x if isinstance(x, str) else list(_ids(x, name, MAX_IDS)) for x in given]
 
 
-def prompt_rows(given: Any, name: str, model: Served, most: int) -> list[list[int]]:
+def prompt_rows(given: Any, name: str, model: Worded, most: int) -> list[list[int]]:
     """Token ids of each prompt; see `texts`."""
     rows = texts(given, name, most)
     return [_tokenize(model, x) if isinstance(x, str) else x for x in rows]
 
 
-def chat(body: dict[str, Any], model: Served, config: ServerConfig) -> Asked:
+def chat(fields: Fields, model: Worded, config: ServerConfig) -> Asked:
     """A request to /v1/chat/completions.
 
     Raises:
       RequestError, ConfigError: a field is wrong, unknown or not served.
     """
-    fields = Fields(body)
     fields.text("model")
-    messages = fields.raw("messages")
+    messages = fields.raw("messages", schemas.messages(config.max_messages), needed=True)
     for name in ("max_completion_tokens", "max_tokens"):
         most = fields.integer(name, 1, config.max_tokens)
         if most is not None:
@@ -275,18 +284,22 @@ def with_tools(request: Request, tools: Tools | None) -> Request:
     return dataclasses.replace(request, grammar=tools.grammar)
 
 
-def completions(body: dict[str, Any], model: Served, config: ServerConfig) -> Asked:
+def completions(fields: Fields, model: Worded, config: ServerConfig) -> Asked:
     """A request to /v1/completions.
 
     Raises:
       RequestError, ConfigError: a field is wrong, unknown or not served.
     """
-    fields = Fields(body)
     fields.text("model")
     fields.only("echo", False)
     fields.only("suffix", "")
     fields.only("best_of", 1)
-    prompts = prompt_rows(fields.raw("prompt"), "prompt", model, config.max_prompts)
+    prompts = prompt_rows(
+        fields.raw("prompt", schemas.rows(config.max_prompts, MAX_IDS), needed=True),
+        "prompt",
+        model,
+        config.max_prompts,
+    )
     stream, usage = _stream(fields)
     requests = requests_of(
         fields,
@@ -297,3 +310,48 @@ def completions(body: dict[str, Any], model: Served, config: ServerConfig) -> As
     )
     fields.close()
     return Asked(requests=requests, stream=stream, usage=usage)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Vectors:
+    """A request to /v1/embeddings, read and checked.
+
+    Attributes:
+      texts: or token ids.
+      packed: `float` or `base64`.
+    """
+
+    texts: list[str | list[int]]
+    packed: str
+
+
+def embeddings(fields: Fields, model: Worded, config: ServerConfig) -> Vectors:
+    """A request to /v1/embeddings.
+
+    Raises:
+      RequestError: a field is wrong, unknown or not served.
+    """
+    fields.text("model")
+    given = fields.raw("input", schemas.rows(config.max_prompts, MAX_IDS), needed=True)
+    packed = fields.only("encoding_format", "float", "base64")
+    fields.only("dimensions", model.spec.width)
+    fields.text("user")
+    fields.close()
+    return Vectors(texts=texts(given, "input", config.max_prompts), packed=packed or "float")
+
+
+def tokens(fields: Fields, model: Worded, config: ServerConfig) -> list[int]:
+    """A request to /tokenize.
+
+    Raises:
+      RequestError, ConfigError: a field is wrong or unknown, or the template refuses the messages.
+    """
+    fields.text("model")
+    prompt = fields.raw("prompt", {"type": "string"})
+    messages = fields.raw("messages", schemas.messages(config.max_messages))
+    fields.close()
+    if (prompt is None) == (messages is None) or not isinstance(prompt, (str, type(None))):
+        raise RequestError("give either prompt, a string, or messages")
+    if prompt is not None:
+        return prompt_rows(prompt, "prompt", model, 1)[0]
+    return messages_ids(messages, model, config.max_messages)

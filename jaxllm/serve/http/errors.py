@@ -10,7 +10,7 @@ from jaxllm.core.logging import log
 from jaxllm.errors import CapacityError, UnsupportedError, WeightsError, user_errors
 from jaxllm.serve.request import Busy, Gone
 
-__all__ = ["RequestError", "body_of", "response_to"]
+__all__ = ["KINDS", "RequestError", "body_of", "response_to", "status_of"]
 
 
 class RequestError(ValueError):
@@ -21,19 +21,22 @@ class RequestError(ValueError):
     ):
         super().__init__(message)
         self.status, self.param, self.code = status, param, code
+        self.challenge: str | None = None  # how a client may show who it is, of a 401
 
 
-_KINDS = {
+KINDS = {
     401: "authentication_error",
+    403: "permission_error",
     404: "not_found_error",
     429: "rate_limit_error",
     503: "service_unavailable_error",
 }
+"""Status -> type of the error, where it is not the usual one."""
 
 
 def body_of(message: str, status: int, *, param: str | None = None, code: str | None = None) -> Any:
     """The JSON object of an error."""
-    kind = _KINDS.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    kind = KINDS.get(status, "server_error" if status >= 500 else "invalid_request_error")
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
@@ -61,7 +64,9 @@ def response_to(error: BaseException) -> JSONResponse:
     if status == 500:
         log.error("a request failed", exc_info=error)
         message = "internal error; the server's log says more"
-    headers = {"Retry-After": "1" if status == 429 else "10"} if status in (429, 503) else None
+    headers = {"Retry-After": "1" if status == 429 else "10"} if status in (429, 503) else {}
+    if isinstance(error, RequestError) and error.challenge is not None:
+        headers["WWW-Authenticate"] = error.challenge
     return JSONResponse(
         body_of(message, status, param=param, code=code), status_code=status, headers=headers
     )

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import base64
 import collections
 import hashlib
 import hmac
 from typing import Any
 
-from jaxllm.serve.http.config import ServerConfig
+from jaxllm.serve.http.config import ServerConfig, is_loopback
 from jaxllm.serve.http.errors import RequestError, response_to
 
-__all__ = ["OPEN", "Guard"]
+__all__ = ["OPEN", "PAGE", "Guard"]
 
 OPEN = frozenset({"/health", "/ready"})
 """Routes that need no key."""
+PAGE = "/"
+"""What a person opens: a browser asks for the key and sends it as the password of Basic."""
 
 
 class Guard:
@@ -58,23 +61,49 @@ class Guard:
                 f"the headers have more than {self._config.max_header_bytes} bytes", status=431
             )
         scope["tenant"] = ""
-        if scope["path"] not in OPEN and self._keys:
-            scope["tenant"] = self._tenant(headers.get(b"authorization", b""))
+        if scope["path"] not in OPEN:
+            if self._keys:
+                given = headers.get(b"authorization", b"")
+                scope["tenant"] = self._tenant(given, basic=scope["path"] == PAGE)
+            else:
+                self._check_origin(headers)
         length = headers.get(b"content-length", b"0")
         if not length.isdigit() or int(length[:20]) > self._config.max_body_bytes:
             raise _too_large(self._config.max_body_bytes)
 
-    def _tenant(self, header: bytes) -> str:
+    def _check_origin(self, headers: dict[bytes, bytes]) -> None:
+        """Without a key: refuse what other people's pages make a browser on this machine send.
+
+        They come from another origin, or under a name that was made to point here.
+        """
+        host, origin = headers.get(b"host", b""), headers.get(b"origin")
+        own = origin is None or origin.rpartition(b"//")[2] == host
+        name = _name_of(host.decode("latin-1"))
+        if not own or not (name in ("", self._config.host) or is_loopback(name)):
+            raise RequestError(
+                "a page of another origin, or another name of this machine, may not ask a server "
+                "without an API key; start it with --api-key",
+                status=403,
+                code="foreign_origin",
+            )
+
+    def _tenant(self, header: bytes, *, basic: bool) -> str:
         kind, _, given = header.partition(b" ")
-        digest = hashlib.sha256(given.strip()).digest()
+        given = given.strip()
+        wanted = b"basic" if basic and kind.lower() == b"basic" else b"bearer"
+        if wanted == b"basic":
+            given = _password(given)
+        digest = hashlib.sha256(given).digest()
         # Every key is compared, so that the time does not tell which one was near.
         found = [hmac.compare_digest(digest, key) for key in self._keys]
-        if kind.lower() != b"bearer" or not any(found):
-            raise RequestError(
+        if kind.lower() != wanted or not any(found):
+            error = RequestError(
                 "this server needs an API key: Authorization: Bearer KEY",
                 status=401,
                 code="invalid_api_key",
             )
+            error.challenge = 'Basic realm="jaxllm: the key is the password"' if basic else "Bearer"
+            raise error
         return digest.hex()[:16]
 
     def _bounded(self, receive: Any) -> Any:
@@ -90,6 +119,21 @@ class Guard:
             return message
 
         return bounded
+
+
+def _name_of(host: str) -> str:
+    """The name in a Host header, without its port."""
+    if host.startswith("["):
+        return host[1:].partition("]")[0]
+    return host.rpartition(":")[0] if ":" in host else host
+
+
+def _password(given: bytes) -> bytes:
+    """The password of Basic credentials; empty when they are none."""
+    try:
+        return base64.b64decode(given, validate=True).partition(b":")[2]
+    except ValueError:
+        return b""
 
 
 def _too_large(most: int) -> RequestError:

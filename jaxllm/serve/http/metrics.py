@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from jaxllm.serve.embedder import Embedder
-from jaxllm.serve.engine import Engine
+from jaxllm.serve.http.answering import Answering
 from jaxllm.serve.stats import Stats
 
 __all__ = ["Metrics"]
@@ -37,7 +37,7 @@ _COUNTERS = {
 class _Counts:
     """The engine's own counts, read when asked."""
 
-    def __init__(self, engine: Engine | None, embedder: Embedder | None):
+    def __init__(self, engine: Answering | None, embedder: Embedder | None):
         self._engine, self._embedder = engine, embedder
 
     def collect(self) -> Iterator[Any]:
@@ -56,7 +56,7 @@ class _Counts:
 class Metrics:
     """One registry a server."""
 
-    def __init__(self, engine: Engine | None, embedder: Embedder | None = None):
+    def __init__(self, engine: Answering | None, embedder: Embedder | None = None):
         self.registry = CollectorRegistry()
         counts = _Counts(engine, embedder)
         self.registry.register(counts)  # pyright: ignore[reportArgumentType]

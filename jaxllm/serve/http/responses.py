@@ -9,9 +9,9 @@ import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
-from jaxllm.serve.engine import Served
 from jaxllm.serve.grammar import Grammar
-from jaxllm.serve.http import asked
+from jaxllm.serve.http import asked, schemas
+from jaxllm.serve.http.answering import Worded
 from jaxllm.serve.http.answers import kept_alive
 from jaxllm.serve.http.config import ServerConfig
 from jaxllm.serve.http.errors import RequestError, body_of, status_of
@@ -43,9 +43,9 @@ def _message(item: Any, where: str) -> dict[str, Any]:
     """A message of a chat from an item of the input."""
     if not isinstance(item, dict):
         raise RequestError(f"{where} must be an object", param="input")
-    kind = item.get("type", "message")
-    if kind == "message" and item.get("role") in _ROLES:
-        return {"role": _ROLES[item["role"]], "content": _content(item.get("content"), where)}
+    kind, role = item.get("type", "message"), item.get("role")
+    if kind == "message" and isinstance(role, str) and role in _ROLES:
+        return {"role": _ROLES[role], "content": _content(item.get("content"), where)}
     if kind == "function_call" and isinstance(item.get("name"), str):
         function = {"name": item["name"], "arguments": item.get("arguments", "{}")}
         call = {"id": item.get("call_id"), "type": "function", "function": function}
@@ -60,7 +60,8 @@ def _message(item: Any, where: str) -> dict[str, Any]:
 
 
 def _messages(fields: Fields, most: int) -> list[dict[str, Any]]:
-    given, first = fields.raw("input"), fields.text("instructions", most=1 << 20)
+    given = fields.raw("input", schemas.items(most), needed=True)
+    first = fields.text("instructions", most=1 << 20)
     if isinstance(given, str):
         given = [{"role": "user", "content": given}]
     if not isinstance(given, list) or not 1 <= len(given) <= most:
@@ -74,7 +75,7 @@ def _grammar(given: Any) -> Grammar | None:
     if given is None:
         return None
     fields = asked.object_of(given, "text")
-    form = fields.raw("format")
+    form = fields.raw("format", schemas.OBJECT)
     fields.only("verbosity", "medium")
     fields.close()
     if isinstance(form, dict) and form.get("type") == "json_schema":
@@ -83,17 +84,16 @@ def _grammar(given: Any) -> Grammar | None:
     return asked.format_of(form, "text.format")
 
 
-def read(body: dict[str, Any], model: Served, config: ServerConfig) -> asked.Asked:
+def read(fields: Fields, model: Worded, config: ServerConfig) -> asked.Asked:
     """A request to /v1/responses.
 
     Raises:
       RequestError, ConfigError: a field is wrong, unknown or not served.
     """
-    fields = Fields(body)
     fields.text("model")
     messages = _messages(fields, config.max_messages)
     tools = read_tools(fields, model)
-    held = _grammar(fields.raw("text"))
+    held = _grammar(fields.raw("text", schemas.TEXT_FORMAT))
     fields.only("previous_response_id")
     fields.only("conversation")
     fields.only("background", False)

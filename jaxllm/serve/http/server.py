@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import signal
 from typing import Any
 
@@ -24,13 +25,15 @@ class Server:
     def __init__(self, app: App):
         import uvicorn
 
+        from jaxllm.serve.http.connection import Connection, Gate
+
         self.app, config = app, app.config
         self._server = uvicorn.Server(
             uvicorn.Config(
                 build(app),
                 host=config.host,
                 port=config.port,
-                http="h11",
+                http=functools.partial(Connection, gate=Gate(config)),  # pyright: ignore[reportArgumentType]
                 ws="none",
                 lifespan="off",
                 access_log=False,

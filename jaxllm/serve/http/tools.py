@@ -8,14 +8,14 @@ import re
 from typing import Any
 
 from jaxllm.serve import grammar
-from jaxllm.serve.engine import Served
+from jaxllm.serve.http import schemas
+from jaxllm.serve.http.answering import Worded
 from jaxllm.serve.http.errors import RequestError
 from jaxllm.serve.http.fields import Fields
 from jaxllm.text.tools import CLOSE, OPEN, Form, ToolParser, form_of
 
 __all__ = ["Tools", "read_tools"]
 
-MAX_TOOLS = 128
 _NAME = re.compile(r"[a-zA-Z0-9_.-]{1,64}")
 
 
@@ -45,7 +45,7 @@ def _function(given: Any, where: str) -> dict[str, Any]:
     if not isinstance(given, dict):
         raise RequestError(f"{where} must be an object", param="tools")
     fields = Fields(given)
-    name, parameters = fields.text("name"), fields.raw("parameters")
+    name, parameters = fields.text("name"), fields.raw("parameters", schemas.OBJECT)
     description = fields.text("description", most=1 << 14)
     fields.flag("strict")
     fields.close()
@@ -60,8 +60,8 @@ def _function(given: Any, where: str) -> dict[str, Any]:
 def _functions(given: Any) -> list[dict[str, Any]]:
     if given is None:
         return []
-    if not isinstance(given, list) or len(given) > MAX_TOOLS:
-        raise RequestError(f"tools must be a list of at most {MAX_TOOLS}", param="tools")
+    if not isinstance(given, list) or len(given) > schemas.MAX_TOOLS:
+        raise RequestError(f"tools must be a list of at most {schemas.MAX_TOOLS}", param="tools")
     out = []
     for i, item in enumerate(given):
         if not isinstance(item, dict) or item.get("type") != "function":
@@ -110,16 +110,16 @@ def _grammar(functions: list[dict[str, Any]], form: Form, several: bool) -> gram
     return grammar.lark("\n".join([f"start: one{more}", f"one: {one}", *rules]))
 
 
-def read_tools(fields: Fields, model: Served) -> Tools | None:
+def read_tools(fields: Fields, model: Worded) -> Tools | None:
     """The tools of a request; None without any, or where none may be called.
 
     Raises:
       RequestError: they are wrong, or the model's template has no known way to write calls.
     """
-    functions = _functions(fields.raw("tools"))
-    given = fields.raw("tool_choice")
-    several = fields.raw("parallel_tool_calls")
-    if several not in (None, True, False):
+    functions = _functions(fields.raw("tools", schemas.TOOLS))
+    given = fields.raw("tool_choice", schemas.TOOL_CHOICE)
+    several = fields.raw("parallel_tool_calls", {"type": "boolean"})
+    if several is not None and not isinstance(several, bool):
         raise RequestError("parallel_tool_calls is true or false", param="parallel_tool_calls")
     names = [function["name"] for function in functions]
     if not functions:
@@ -142,5 +142,5 @@ def read_tools(fields: Fields, model: Served) -> Tools | None:
     if isinstance(choice, list):
         chosen = [function for function in functions if function["name"] in choice]
         held = _grammar(chosen, form, several is not False and given == "required")
-    schemas = [{"type": "function", "function": function} for function in functions]
-    return Tools(schemas, tuple(names), form, held)
+    shown = [{"type": "function", "function": function} for function in functions]
+    return Tools(shown, tuple(names), form, held)

@@ -1,0 +1,41 @@
+"""Steps that compute prompts while others decode, bounded by `mixed_tokens`."""
+
+import dataclasses
+
+import pytest
+
+from jaxllm.serve.config import table
+from jaxllm.serve.engine import Engine
+from tests.serve.conftest import CONFIG, ask, prompt
+from tests.serve.test_engine import alone, settled
+
+
+def test_few_tokens_of_prompts_have_a_program_of_their_own(toy, monkeypatch):
+    """A step that `mixed_tokens` bounds costs what so many tokens do, not the next size."""
+    config = dataclasses.replace(CONFIG, mixed_tokens=6)
+    requests = [ask(prompt(3), 30, ignore_eos=True), ask(prompt(50), 4)]
+    with Engine(toy, config) as engine:
+        sizes, dispatch = [], engine.runner.dispatch
+
+        def spied(turns):
+            shape = engine.runner.shape_of(turns)
+            sizes.append((len(turns), shape.tokens, shape.longest > 1))
+            return dispatch(turns)
+
+        monkeypatch.setattr(engine.runner, "dispatch", spied)
+        streams = [engine.submit(requests[0])]
+        next(iter(streams[0]))
+        streams.append(engine.submit(requests[1]))
+        assert streams[1].result()[0].token_ids == alone(toy, requests[1])
+        settled(engine)
+        mixed = {tokens for rows, tokens, chunk in sizes if rows == 2 and chunk}
+        assert mixed == {6}
+
+
+@pytest.mark.parametrize(("mixed", "tokens"), [(None, {4, 16}), (6, {4, 6, 16}), (16, {4, 16})])
+def test_the_table_with_a_bound_on_mixed_steps(toy, mixed, tokens):
+    config = dataclasses.replace(CONFIG, mixed_tokens=mixed).filled(toy.spec)
+    sizes = table(toy.generator.setup, config)
+    assert {s.tokens for s in sizes if s.tokens >= 4} == tokens
+    assert sizes[-1].tokens == 16  # the largest comes last
+    assert len(set(sizes)) == len(sizes)
