@@ -89,6 +89,7 @@ class Engine:
         self._grammars = Grammars(model.tokenizer, model.spec.vocab, model.eos_ids)
         self.error: str | None = None
         self._stats = Stats(total_pages=sum(memory.pages.values()))
+        self.host_times: collections.deque[float] = collections.deque(maxlen=4096)
         self._lock = threading.Condition()
         self._new: list[Sequence] = []
         self._dropped: list[Draft] = []
@@ -279,7 +280,7 @@ class Engine:
         while self._take_in(idle=not pending):
             while pending and self.scheduler.held_up:
                 self._read(*pending.popleft())
-            start = time.perf_counter()
+            start, before = time.perf_counter(), self._stats.host_seconds
             turns = self.scheduler.plan()
             if turns:
                 self._set_options(turns)
@@ -289,6 +290,8 @@ class Engine:
             self._stats.host_seconds += time.perf_counter() - start
             if pending and (not turns or len(pending) > self.config.ahead):
                 self._read(*pending.popleft())
+            if turns:
+                self.host_times.append(self._stats.host_seconds - before)
 
     def _take_in(self, *, idle: bool) -> bool:
         """Requests and cancellations that came; waits for some when there is nothing to do."""

@@ -135,20 +135,21 @@ def shapes(
       sequences: most of a step.
       longest: most tokens of one sequence in a step.
       contexts: lengths of sequences to have programs of their own for, rising.
-      greedy: whether decoding without options has programs of its own.
+      greedy: whether decoding without options has programs of its own, as on an accelerator: there
+        a few rows cost what one does, so that other programs are for 4, 16, … and 8, 64, … rows.
     """
     require(tokens >= sequences, f"{tokens} tokens of a step hold no {sequences} sequences")
     powers = [1 << i for i in range((sequences - 1).bit_length() + 1)]
     decode = sorted({min(n, sequences) for n in powers})
     mixed_tokens = sorted({min(16 * 4**i, tokens) for i in range(12)})
-    mixed_rows = sorted({1, *(min(8**i, sequences) for i in range(1, 5))})
+    mixed_rows = sorted({min(8**i, sequences) for i in range(1 if greedy else 0, 5)})
+    choosing = sorted({min(4**i, sequences) for i in range(len(decode))}) if greedy else decode
     out = []
     for context in contexts:
-        out += [
-            Shape(tokens=n, rows=n, longest=1, context=context, greedy=plain)
-            for n in decode
-            for plain in ([True, False] if greedy else [False])
-        ]
+        for rows, plain in ((decode if greedy else [], True), (choosing, False)):
+            out += [
+                Shape(tokens=n, rows=n, longest=1, context=context, greedy=plain) for n in rows
+            ]
         out += [
             Shape(tokens=t, rows=r, longest=min(longest, t), context=context)
             for t in mixed_tokens

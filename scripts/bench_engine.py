@@ -1,0 +1,399 @@
+"""The serving engine on one accelerator: start, one answer, many answers, host time of a step.
+
+  python3 scripts/bench_engine.py --out $OUT/engine.jsonl [--parts start one many] [--quantize int4]
+
+Random weights of a preset, greedy. `start` starts fresh processes, the first of which compiles what
+the store lacks. `one` decodes one answer by the engine and by `generator.stream` in turn, `steps`
+runs programs by themselves, `many` is --requests prompts of 100 to 1,024 random tokens with answers
+of as many, all at once. One JSON line each, with the host's share of every step and where it went.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import fcntl
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+LIMITS = {"H100": (3.35e12, 989e12), "H200": (4.8e12, 989e12)}
+"""Bytes and bfloat16 FLOPs a second by the vendor's data sheet."""
+
+BEGAN = time.perf_counter()
+
+
+def config_of(given: argparse.Namespace) -> Any:
+    """The engine's bounds."""
+    from jaxllm.serve.config import EngineConfig
+
+    return EngineConfig(
+        context=given.context,
+        max_sequences=given.sequences,
+        max_batch_tokens=given.batch_tokens,
+        cache_tokens=given.cache_tokens,
+    )
+
+
+def opened(given: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
+    """(model, engine, seconds that each took)."""
+    begin = time.perf_counter()
+    import jax
+
+    import jaxllm
+    from jaxllm.serve.engine import Engine
+
+    jax.devices()
+    imported = time.perf_counter()
+    model = jaxllm.load(given.source, dtype=given.dtype)
+    if given.quantize:
+        model = model.quantize(given.quantize)
+    jax.block_until_ready(model.params)
+    loaded = time.perf_counter()
+    engine = Engine(model, config_of(given))
+    jax.block_until_ready(engine.runner.state)
+    made = list(engine.runner.executables.values())
+    return (
+        model,
+        engine,
+        {
+            "import_s": round(imported - begin, 2),
+            "model_s": round(loaded - imported, 2),
+            "engine_s": round(time.perf_counter() - loaded, 2),
+            "programs": len(made),
+            "stored": sum(e.stored for e in made),
+            "program_s": [round(x, 2) for x in sorted(e.seconds for e in made)],
+        },
+    )
+
+
+def since_start() -> float:
+    """Seconds since this process began."""
+    ticks = int(Path("/proc/self/stat").read_text().rsplit(") ", 1)[1].split()[19])
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+
+
+def child(given: argparse.Namespace) -> None:
+    """A start: prints how long it took until ready, and until the first token after."""
+    from jaxllm.serve.request import Request
+
+    _, engine, took = opened(given)
+    took["ready_s"] = round(since_start(), 2)
+    begin = time.perf_counter()
+    engine.generate(Request(prompt_ids=tuple(range(1, 100)), max_tokens=1))
+    took["first_token_ms"] = round(1e3 * (time.perf_counter() - begin), 1)
+    engine.close()
+    print("CHILD " + json.dumps(took), flush=True)
+
+
+def start(label: str) -> dict[str, Any]:
+    """What a fresh process says."""
+    command = [sys.executable, __file__, "--child", *sys.argv[1:]]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    found = [line[6:] for line in done.stdout.splitlines() if line.startswith("CHILD ")]
+    if not found:
+        return {"bench": f"start, {label}", "error": done.stderr[-1500:]}
+    return {"bench": f"start, {label}"} | json.loads(found[0])
+
+
+class Clock:
+    """Seconds of the calls of some functions of an engine, by name."""
+
+    def __init__(self, engine: Any):
+        self.times: dict[str, list[float]] = {}
+        runner = engine.runner
+        for holder, name in (
+            (engine.scheduler, "plan"),
+            (engine, "_set_options"),
+            (runner, "_pack"),
+            (runner, "dispatch"),
+            (runner, "shape_of"),
+        ):
+            setattr(holder, name, self._timed(name.strip("_"), getattr(holder, name)))
+        for shape, program in runner._programs.items():
+            runner._programs[shape] = self._timed("launch", program)
+
+    def _timed(self, name: str, function: Any) -> Any:
+        held = self.times.setdefault(name, [])
+
+        def call(*args: Any) -> Any:
+            begin = time.perf_counter()
+            try:
+                return function(*args)
+            finally:
+                held.append(time.perf_counter() - begin)
+
+        return call
+
+    def taken(self) -> dict[str, float]:
+        """Median milliseconds by name, forgotten after."""
+        out = {n: round(1e3 * statistics.median(t), 4) for n, t in self.times.items() if t}
+        for times in self.times.values():
+            times.clear()
+        return out
+
+
+def host_of(engine: Any, clock: Clock) -> dict[str, Any]:
+    """Host time of the steps since the last call."""
+    times = list(engine.host_times)
+    engine.host_times.clear()
+    if len(times) < 4:
+        return {}
+    return {
+        "steps": len(times),
+        "host_ms_median": round(1e3 * statistics.median(times), 4),
+        "host_ms_p90": round(1e3 * statistics.quantiles(times, n=10)[-1], 4),
+        "parts_ms_median": clock.taken(),
+    }
+
+
+def one(given: argparse.Namespace, model: Any, engine: Any, clock: Clock) -> dict[str, Any]:
+    """One answer by the engine and by the compiled loop, in turn."""
+    import numpy as np
+
+    import jaxllm
+    from jaxllm.serve.request import Request
+
+    prompt = np.random.default_rng(0).integers(0, model.spec.vocab, 128).tolist()
+    tokens = given.tokens
+    request = Request(prompt_ids=tuple(prompt), max_tokens=tokens, ignore_eos=True)
+    rates: dict[str, list[float]] = {"engine": [], "generate": []}
+    answers: dict[str, list[int]] = {}
+    for round_ in range(1 + given.rounds):
+        got: list[int] = []
+        begin = 0.0
+        for piece in engine.submit(request):
+            begin = begin or time.perf_counter()
+            got += piece.token_ids
+        rates["engine"].append((len(got) - 1) / (time.perf_counter() - begin))
+        answers["engine"] = got
+        if round_ == 0:
+            host_of(engine, clock)
+        chunks = model.generator.stream([prompt], jaxllm.Sampling(), tokens)
+        got = next(chunks)[0].tolist()
+        begin = time.perf_counter()
+        for chunk in chunks:
+            got += chunk[0].tolist()
+        rates["generate"].append((len(got) - 1) / (time.perf_counter() - begin))
+        answers["generate"] = got
+    host = host_of(engine, clock)
+    same = sum(a == b for a, b in zip(answers["engine"], answers["generate"], strict=False))
+    medians = {name: statistics.median(values[1:]) for name, values in rates.items()}
+    return {
+        "bench": f"one answer of {tokens} tokens",
+        "tokens_per_s": {name: round(value, 1) for name, value in medians.items()},
+        "all": {name: [round(x, 1) for x in values] for name, values in rates.items()},
+        "engine_over_generate": round(medians["engine"] / medians["generate"], 3),
+        "equal_tokens": [same, tokens],
+        **host,
+    }
+
+
+def least_seconds(model: Any, device: str, lengths: list[list[int]], rows: int) -> dict[str, float]:
+    """The least time by bytes and by FLOPs: weights once a step, cache once a token drawn."""
+    limit = next((v for k, v in LIMITS.items() if k in device), None)
+    if limit is None:
+        return {}
+    from jaxllm.spec.cost import num_params
+    from jaxllm.state.paged import page_bytes
+
+    token = sum(page_bytes(model.spec, page_size=1, dtype=model.policy.compute_dtype).values())
+    weights = model.nbytes
+    cache = sum(token * sum(range(p, p + n)) for p, n in lengths)
+    drawn = sum(n for _, n in lengths)
+    steps = max(max(n for _, n in lengths), drawn / rows)
+    flops = 2 * num_params(model.spec) * sum(p + n for p, n in lengths)
+    return {"bytes_s": (weights * steps + cache) / limit[0], "matmul_s": flops / limit[1]}
+
+
+def many(
+    given: argparse.Namespace, model: Any, engine: Any, clock: Clock, *, count: int
+) -> dict[str, Any]:
+    """Requests all at once."""
+    import jax
+    import numpy as np
+
+    from jaxllm.serve.request import Request
+
+    random = np.random.default_rng(0)
+    lengths = random.integers(100, 1025, (count, 2)).tolist()
+    if given.short:
+        lengths = [[16, given.tokens] for _ in range(count)]
+    requests = [
+        Request(
+            prompt_ids=tuple(random.integers(0, model.spec.vocab, p).tolist()),
+            max_tokens=n,
+            ignore_eos=True,
+        )
+        for p, n in lengths
+    ]
+    host_of(engine, clock)
+    before, begin = engine.stats(), time.perf_counter()
+    streams = [engine.submit(request) for request in requests]
+    until = begin + given.seconds_many
+    cut = False
+    for stream in streams:
+        for _ in stream:
+            if time.perf_counter() > until:
+                cut = True
+                stream.cancel()
+                break
+    took, after = time.perf_counter() - begin, engine.stats()
+    drawn = after.drawn_tokens - before.drawn_tokens
+    least = least_seconds(model, jax.devices()[0].device_kind, lengths, given.sequences)
+    rate = drawn / took
+    limit = sum(n for _, n in lengths) / max(least.values()) if least else None
+    return {
+        "bench": f"{count} requests at once" + ", 16 tokens in" * given.short,
+        "cut": cut,
+        "seconds": round(took, 2),
+        "output_tokens": drawn,
+        "output_tokens_per_s": round(rate, 1),
+        "least_s": {name: round(value, 3) for name, value in least.items()},
+        "limit_tokens_per_s": limit and round(limit, 1),
+        "share_of_limit": limit and round(rate / limit, 3),
+        "preemptions": after.preemptions - before.preemptions,
+        "compilations": after.compilations - before.compilations,
+        **host_of(engine, clock),
+    }
+
+
+def steps(given: argparse.Namespace, engine: Any) -> dict[str, Any]:
+    """Milliseconds of a step of some programs by themselves: the engine has nothing to do."""
+    import jax
+    import numpy as np
+
+    from jaxllm.serve.programs import unpack
+
+    runner, out = engine.runner, {}
+    for shape, program in runner.executables.items():
+        if given.shapes and not any(name in shape.name for name in given.shapes):
+            continue
+        parts = shape.parts(runner.memory)
+        packed = np.zeros((sum(int(np.prod(part)) for part in parts.values()),), np.int32)
+        views = unpack(packed, parts)
+        count = shape.tokens // shape.rows
+        views["counts"][:] = count
+        views["starts"][:] = min(1000, shape.context - count) if count == 1 else 0
+        views["slots"][:] = np.arange(shape.rows)
+        for group in runner.memory.windows:
+            width = views[f"pages:{group}"].shape[1]
+            pages = np.arange(shape.rows * width).reshape(shape.rows, width)
+            views[f"pages:{group}"][:] = pages % runner.memory.pages[group]
+        ints, masks = jax.device_put(packed), runner._no_masks[shape.places]
+
+        def call(ints: Any = ints, masks: Any = masks, program: Any = program) -> Any:
+            args = (runner.params, runner.state, runner.carry, runner._on_device, ints, masks)
+            runner.state, runner.carry, drawn = program(*args)
+            return drawn.tokens
+
+        jax.block_until_ready([call() for _ in range(3)])
+        launches, times = [], []
+        for _ in range(3):
+            begin = time.perf_counter()
+            drawn = call()
+            launches.append(time.perf_counter() - begin)
+            jax.block_until_ready(drawn)
+            begin = time.perf_counter()
+            for _ in range(given.repeats):
+                drawn = call()
+            jax.block_until_ready(drawn)
+            times.append((time.perf_counter() - begin) / given.repeats)
+        out[shape.name] = [round(1e3 * statistics.median(x), 3) for x in (times, launches)]
+    return {"bench": "a step by itself and its launch, ms, 1,000 tokens remembered", "ms": out}
+
+
+@contextlib.contextmanager
+def alone(path: Path | None) -> Iterator[None]:
+    """Hold a lock that others on the machine ask for too."""
+    if path is None:
+        yield
+        return
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def options() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="The serving engine on one accelerator.")
+    parser.add_argument("--source", default="random:llama-3.2-1b")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--quantize", help="a format of Model.quantize, such as int4")
+    parser.add_argument("--parts", nargs="*", default=["start", "one", "many"])
+    parser.add_argument("--starts", type=int, default=2, help="fresh processes")
+    parser.add_argument("--shapes", nargs="*", help="of the part steps: in the program's name")
+    parser.add_argument("--repeats", type=int, default=20, help="of the part steps")
+    parser.add_argument("--requests", type=int, nargs="*", default=[256])
+    parser.add_argument("--short", action="store_true", help="prompts of 16, --tokens each")
+    parser.add_argument("--tokens", type=int, default=512, help="of one answer")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--context", type=int, default=2048)
+    parser.add_argument("--sequences", type=int, default=256)
+    parser.add_argument("--batch-tokens", type=int, default=2048)
+    parser.add_argument("--cache-tokens", type=int, default=256 * 2048)
+    parser.add_argument("--seconds", type=float, default=1e9, help="begin no part after these")
+    parser.add_argument("--seconds-many", type=float, default=60.0, help="cut a load off after")
+    parser.add_argument("--lock", type=Path, help="a file to lock around what is timed")
+    parser.add_argument("--commit", default="")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure what was asked for."""
+    given = options()
+    if given.child:
+        child(given)
+        return
+    stamp = {"commit": given.commit, "date": datetime.date.today().isoformat()}
+    if given.quantize:
+        stamp["quantize"] = given.quantize
+
+    def say(make: Any, *args: Any, **more: Any) -> None:
+        if time.perf_counter() - BEGAN > given.seconds:
+            return
+        try:
+            line = make(*args, **more)
+        except Exception as error:
+            line = {"error": f"{type(error).__name__}: {error}"[:1500]}
+        line = line | stamp | {"at_s": round(time.perf_counter() - BEGAN, 1)}
+        print(json.dumps(line), flush=True)
+        if given.out is not None:
+            with given.out.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+
+    if "start" in given.parts:
+        for number in range(given.starts):
+            say(start, "the first" if number == 0 else "from the store")
+    if not {"one", "many", "steps"} & set(given.parts):
+        return
+    model, engine, took = opened(given)
+    import jax
+
+    stamp["device"] = jax.devices()[0].device_kind
+    say(lambda: {"bench": "this process"} | took)
+    with contextlib.ExitStack() as stack:
+        stack.callback(engine.close)
+        clock = Clock(engine)
+        if "one" in given.parts:
+            with alone(given.lock):
+                say(one, given, model, engine, clock)
+        if "steps" in given.parts:
+            with alone(given.lock):
+                say(steps, given, engine)
+        for count in given.requests if "many" in given.parts else []:
+            with alone(given.lock):
+                say(many, given, model, engine, clock, count=count)
+
+
+if __name__ == "__main__":
+    main()
