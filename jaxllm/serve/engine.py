@@ -27,8 +27,10 @@ from jaxllm.serve.config import EngineConfig, lay_out, recurrent, table
 from jaxllm.serve.grammar import Grammars
 from jaxllm.serve.ngram import Drafter
 from jaxllm.serve.pages import Pages
-from jaxllm.serve.request import Busy, Choice, Gone, Logprob, Request, Stream
-from jaxllm.serve.runner import Runner, places_of
+from jaxllm.serve.programs import Drawn
+from jaxllm.serve.request import Busy, Choice, Gone, Request, Stream
+from jaxllm.serve.results import hand_out
+from jaxllm.serve.runner import Runner
 from jaxllm.serve.scheduler import Limits, Scheduler, Turn
 from jaxllm.serve.sequence import Sequence
 from jaxllm.serve.stats import Stats
@@ -339,57 +341,15 @@ class Engine:
                     logprobs=request.logprobs is not None,
                 )
 
-    def _read(self, turns: list[Turn], drawn: Any) -> None:
+    def _read(self, turns: list[Turn], drawn: Drawn) -> None:
         """Wait for a step's tokens and hand them out."""
         tokens = np.asarray(drawn.tokens).tolist()
         start = time.perf_counter()
-        asked = any(t.draws and t.sequence.owner.stream.request.logprobs is not None for t in turns)
-        scores = _host(drawn) if asked else None
-        ended = []
-        for turn, place in zip(turns, places_of(turns), strict=True):
-            sequence, draft = turn.sequence, turn.sequence.owner
-            new = self.scheduler.drawn(turn, tokens[place : place + 1 + len(turn.drafts)])
-            if not new:
-                continue
-            new, finish = self._until_end(sequence, new)
-            self._stats.drawn_tokens += len(new)
-            if sequence.guide is not None and sequence.guide.error is not None:
-                self._writer.fail(draft, sequence.guide.error, refused=True)
-                finish = "abort"
-            else:
-                logprobs = _logprobs(draft.stream.request, new, scores, place)
-                self._writer.tokens(draft, new, logprobs, finish)
-            if finish is not None:
-                self.scheduler.finish(sequence)
-                ended.append(draft)
+        news, ended, count = hand_out(turns, drawn, tokens, self.scheduler)
+        self._writer.write(news)
+        self._stats.drawn_tokens += count
         if ended:
             with self._lock:
                 for draft in ended:
                     self._live.pop(draft, None)
         self._stats.host_seconds += time.perf_counter() - start
-
-    def _until_end(self, sequence: Sequence, new: list[int]) -> tuple[list[int], str | None]:
-        """New tokens up to one that ends the answer, and why it ends, if it does."""
-        for count, token in enumerate(new, 1):
-            if token in sequence.owner.ends:
-                return new[:count], "stop"
-            if sequence.guide is not None:
-                sequence.guide.take(token)
-                if sequence.guide.finished:
-                    return new[:count], "stop"
-        return new, "length" if len(sequence.tokens) >= sequence.limit else None
-
-
-def _host(drawn: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    return np.asarray(drawn.logprobs), np.asarray(drawn.top_ids), np.asarray(drawn.top_logprobs)
-
-
-def _logprobs(request: Request, tokens: list[int], scores: Any, place: int) -> list[Logprob]:
-    """What a request wants to know of its new tokens, the first of which was drawn at a place."""
-    if request.logprobs is None or scores is None:
-        return []
-    (own, ids, logs), count, out = scores, request.logprobs, []
-    for i, token in enumerate(tokens, place):
-        pairs = zip(ids[i, :count].tolist(), logs[i, :count].tolist(), strict=True)
-        out.append(Logprob(token, float(own[i]), tuple(pairs)))
-    return out

@@ -147,9 +147,7 @@ def shapes(
     out = []
     for context in contexts:
         for rows, plain in ((decode if greedy else [], True), (choosing, False)):
-            out += [
-                Shape(tokens=n, rows=n, longest=1, context=context, greedy=plain) for n in rows
-            ]
+            out += [Shape(tokens=n, rows=n, longest=1, context=context, greedy=plain) for n in rows]
         out += [
             Shape(tokens=t, rows=r, longest=min(longest, t), context=context)
             for t in mixed_tokens

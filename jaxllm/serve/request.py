@@ -83,7 +83,7 @@ class Logprob:
     top: tuple[tuple[int, float], ...]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(kw_only=True, slots=True)
 class Piece:
     """Something new of one answer.
 

@@ -166,8 +166,7 @@ class Runner:
 
     def _masks(self, turns: Sequence[Turn], shape: Shape) -> jax.Array:
         """Bits of the tokens that each place may draw; what lies on the device if all may be."""
-        pairs = zip(turns, places_of(turns), strict=True)
-        guides = [(t.sequence.guide, place, t.drafts) for t, place in pairs if t.masked]
+        guides = [(t.sequence.guide, place, t.drafts) for t, place in guided(turns)]
         if not guides:
             return self._no_masks[shape.places]
         masks = np.zeros((shape.places, self._words), np.int32)
@@ -187,9 +186,8 @@ class Runner:
         views["prompts"][:used] = [s.prompt_length for s in sequences]
         views["unread"][:used] = [turn.unread for turn in turns]
         views["begins"][:used] = [turn.begins for turn in turns]
-        for turn, place in zip(turns, places_of(turns), strict=True):
-            if turn.masked:
-                views["masked"][place : place + 1 + len(turn.drafts)] = 1
+        for turn, place in guided(turns):
+            views["masked"][place : place + 1 + len(turn.drafts)] = 1
         if shape.longest == 1:
             known = [i for i, turn in enumerate(turns) if not turn.unread]
             views["ids"][known] = [turns[i].sequence.tokens[turns[i].start] for i in known]
@@ -209,9 +207,16 @@ class Runner:
         return packed
 
 
+def guided(turns: Sequence[Turn]) -> list[tuple[Turn, int]]:
+    """Turns whose tokens a grammar limits, and where in what a step draws each begins."""
+    if all(turn.sequence.guide is None for turn in turns):
+        return []
+    return [(t, place) for t, place in zip(turns, places_of(turns), strict=True) if t.masked]
+
+
 def places_of(turns: Sequence[Turn]) -> list[int]:
     """Where in what a step draws each turn's tokens begin."""
-    if not any(turn.drafts for turn in turns):
+    if all(not turn.drafts for turn in turns):
         return list(range(len(turns)))
     return list(itertools.accumulate((turn.count for turn in turns[:-1]), initial=0))
 

@@ -203,7 +203,7 @@ class Scheduler:
         sequence = turn.sequence
         if not turn.draws or sequence.done:
             return []
-        new = agreed(turn.drafts, tokens)
+        new = agreed(turn.drafts, tokens) if turn.drafts else list(tokens)
         sequence.tokens += new
         if turn.drafts:
             sequence.length, sequence.guessed = len(sequence.tokens), 0

@@ -89,8 +89,10 @@ class Sequence:
     def wanted(self) -> int:
         """Tokens to compute before the next is drawn; 0 when the answer is as long as allowed, or
         while it is held up."""
-        ended = self.done or self.length >= self.limit
-        return 0 if ended or self.held_up else self.length - self.computed
+        length = self.length
+        if self.done or length >= self.limit or (length != len(self.tokens) and self.held_up):
+            return 0
+        return length - self.computed
 
     @property
     def held_up(self) -> bool:
