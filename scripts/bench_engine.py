@@ -27,20 +27,6 @@ from typing import Any
 LIMITS = {"H100": (3.35e12, 989e12), "H200": (4.8e12, 989e12)}
 """Bytes and bfloat16 FLOPs a second by the vendor's data sheet."""
 
-BEGAN = time.perf_counter()
-
-
-def config_of(given: argparse.Namespace) -> Any:
-    """The engine's bounds."""
-    from jaxllm.serve.config import EngineConfig
-
-    return EngineConfig(
-        context=given.context,
-        max_sequences=given.sequences,
-        max_batch_tokens=given.batch_tokens,
-        cache_tokens=given.cache_tokens,
-    )
-
 
 def opened(given: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
     """(model, engine, seconds that each took)."""
@@ -48,6 +34,7 @@ def opened(given: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
     import jax
 
     import jaxllm
+    from jaxllm.serve.config import EngineConfig
     from jaxllm.serve.engine import Engine
 
     jax.devices()
@@ -57,7 +44,8 @@ def opened(given: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
         model = model.quantize(given.quantize)
     jax.block_until_ready(model.params)
     loaded = time.perf_counter()
-    engine = Engine(model, config_of(given))
+    names = ("context", "max_sequences", "max_batch_tokens", "cache_tokens", "decode_steps")
+    engine = Engine(model, EngineConfig(**{name: getattr(given, name) for name in names}))
     jax.block_until_ready(engine.runner.state)
     made = list(engine.runner.executables.values())
     return (
@@ -82,8 +70,10 @@ def since_start() -> float:
 
 def child(given: argparse.Namespace) -> None:
     """A start: prints how long it took until ready, and until the first token after."""
+    from jaxllm.core.logging import show_notes
     from jaxllm.serve.request import Request
 
+    show_notes()
     _, engine, took = opened(given)
     took["ready_s"] = round(since_start(), 2)
     begin = time.perf_counter()
@@ -96,7 +86,11 @@ def child(given: argparse.Namespace) -> None:
 def start(label: str) -> dict[str, Any]:
     """What a fresh process says."""
     command = [sys.executable, __file__, "--child", *sys.argv[1:]]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    except subprocess.TimeoutExpired as error:
+        said = (error.stderr or b"").decode()
+        return {"bench": f"start, {label}", "error": "over 100 s", "said": said[-3000:]}
     found = [line[6:] for line in done.stdout.splitlines() if line.startswith("CHILD ")]
     if not found:
         return {"bench": f"start, {label}", "error": done.stderr[-1500:]}
@@ -125,10 +119,9 @@ class Clock:
 
         def call(*args: Any) -> Any:
             begin = time.perf_counter()
-            try:
-                return function(*args)
-            finally:
-                held.append(time.perf_counter() - begin)
+            out = function(*args)
+            held.append(time.perf_counter() - begin)
+            return out
 
         return call
 
@@ -185,20 +178,21 @@ def one(given: argparse.Namespace, model: Any, engine: Any, clock: Clock) -> dic
         answers["generate"] = got
     host = host_of(engine, clock)
     same = sum(a == b for a, b in zip(answers["engine"], answers["generate"], strict=False))
-    medians = {name: statistics.median(values[1:]) for name, values in rates.items()}
+    medians = {name: round(statistics.median(x[1:]), 1) for name, x in rates.items()}
     return {
         "bench": f"one answer of {tokens} tokens",
-        "tokens_per_s": {name: round(value, 1) for name, value in medians.items()},
-        "all": {name: [round(x, 1) for x in values] for name, values in rates.items()},
+        "tokens_per_s": medians,
         "engine_over_generate": round(medians["engine"] / medians["generate"], 3),
         "equal_tokens": [same, tokens],
         **host,
     }
 
 
-def least_seconds(model: Any, device: str, lengths: list[list[int]], rows: int) -> dict[str, float]:
+def least_seconds(model: Any, lengths: list[list[int]], rows: int) -> dict[str, float]:
     """The least time by bytes and by FLOPs: weights once a step, cache once a token drawn."""
-    limit = next((v for k, v in LIMITS.items() if k in device), None)
+    import jax
+
+    limit = next((v for k, v in LIMITS.items() if k in jax.devices()[0].device_kind), None)
     if limit is None:
         return {}
     from jaxllm.spec.cost import num_params
@@ -217,7 +211,6 @@ def many(
     given: argparse.Namespace, model: Any, engine: Any, clock: Clock, *, count: int
 ) -> dict[str, Any]:
     """Requests all at once."""
-    import jax
     import numpy as np
 
     from jaxllm.serve.request import Request
@@ -247,47 +240,52 @@ def many(
                 break
     took, after = time.perf_counter() - begin, engine.stats()
     drawn = after.drawn_tokens - before.drawn_tokens
-    least = least_seconds(model, jax.devices()[0].device_kind, lengths, given.sequences)
-    rate = drawn / took
+    least = least_seconds(model, lengths, given.max_sequences)
     limit = sum(n for _, n in lengths) / max(least.values()) if least else None
     return {
         "bench": f"{count} requests at once" + ", 16 tokens in" * given.short,
         "cut": cut,
         "seconds": round(took, 2),
         "output_tokens": drawn,
-        "output_tokens_per_s": round(rate, 1),
+        "output_tokens_per_s": round(drawn / took, 1),
         "least_s": {name: round(value, 3) for name, value in least.items()},
         "limit_tokens_per_s": limit and round(limit, 1),
-        "share_of_limit": limit and round(rate / limit, 3),
+        "share_of_limit": limit and round(drawn / took / limit, 3),
         "preemptions": after.preemptions - before.preemptions,
         "compilations": after.compilations - before.compilations,
         **host_of(engine, clock),
     }
 
 
-def steps(given: argparse.Namespace, engine: Any) -> dict[str, Any]:
-    """Milliseconds of a step of some programs by themselves: the engine has nothing to do."""
+def filled(shape: Any, memory: Any) -> Any:
+    """A step's integers on the device: all rows in use, each with pages of its own."""
     import jax
     import numpy as np
 
     from jaxllm.serve.programs import unpack
 
+    parts = shape.parts(memory)
+    packed = np.zeros((sum(int(np.prod(part)) for part in parts.values()),), np.int32)
+    views, count = unpack(packed, parts), shape.tokens // shape.rows * shape.steps
+    views["counts"][:] = count
+    views["starts"][:] = min(1000, shape.context - count) if shape.longest == 1 else 0
+    views["slots"][:] = np.arange(shape.rows)
+    for group in memory.windows:
+        width = views[f"pages:{group}"].shape[1]
+        pages = np.arange(shape.rows * width).reshape(shape.rows, width)
+        views[f"pages:{group}"][:] = pages % memory.pages[group]
+    return jax.device_put(packed)
+
+
+def steps(given: argparse.Namespace, engine: Any) -> dict[str, Any]:
+    """Milliseconds of a step of some programs by themselves: the engine has nothing to do."""
+    import jax
+
     runner, out = engine.runner, {}
     for shape, program in runner.executables.items():
-        if given.shapes and not any(name in shape.name for name in given.shapes):
+        if not any(name in shape.name for name in given.shapes):
             continue
-        parts = shape.parts(runner.memory)
-        packed = np.zeros((sum(int(np.prod(part)) for part in parts.values()),), np.int32)
-        views = unpack(packed, parts)
-        count = shape.tokens // shape.rows
-        views["counts"][:] = count
-        views["starts"][:] = min(1000, shape.context - count) if count == 1 else 0
-        views["slots"][:] = np.arange(shape.rows)
-        for group in runner.memory.windows:
-            width = views[f"pages:{group}"].shape[1]
-            pages = np.arange(shape.rows * width).reshape(shape.rows, width)
-            views[f"pages:{group}"][:] = pages % runner.memory.pages[group]
-        ints, masks = jax.device_put(packed), runner._no_masks[shape.places]
+        ints, masks = filled(shape, runner.memory), runner._no_masks[shape.places]
 
         def call(ints: Any = ints, masks: Any = masks, program: Any = program) -> Any:
             args = (runner.params, runner.state, runner.carry, runner._on_device, ints, masks)
@@ -329,20 +327,21 @@ def options() -> argparse.Namespace:
     parser.add_argument("--quantize", help="a format of Model.quantize, such as int4")
     parser.add_argument("--parts", nargs="*", default=["start", "one", "many"])
     parser.add_argument("--starts", type=int, default=2, help="fresh processes")
-    parser.add_argument("--shapes", nargs="*", help="of the part steps: in the program's name")
-    parser.add_argument("--repeats", type=int, default=20, help="of the part steps")
+    parser.add_argument("--shapes", nargs="*", default=[""], help="parts of programs' names")
+    parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--requests", type=int, nargs="*", default=[256])
     parser.add_argument("--short", action="store_true", help="prompts of 16, --tokens each")
     parser.add_argument("--tokens", type=int, default=512, help="of one answer")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--commit", default="")
     parser.add_argument("--context", type=int, default=2048)
-    parser.add_argument("--sequences", type=int, default=256)
-    parser.add_argument("--batch-tokens", type=int, default=2048)
+    parser.add_argument("--max-sequences", type=int, default=256)
+    parser.add_argument("--max-batch-tokens", type=int, default=2048)
+    parser.add_argument("--decode-steps", type=int)
     parser.add_argument("--cache-tokens", type=int, default=256 * 2048)
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no part after these")
     parser.add_argument("--seconds-many", type=float, default=60.0, help="cut a load off after")
     parser.add_argument("--lock", type=Path, help="a file to lock around what is timed")
-    parser.add_argument("--commit", default="")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -350,7 +349,7 @@ def options() -> argparse.Namespace:
 
 def main() -> None:
     """Measure what was asked for."""
-    given = options()
+    given, began = options(), time.perf_counter()
     if given.child:
         child(given)
         return
@@ -359,13 +358,13 @@ def main() -> None:
         stamp["quantize"] = given.quantize
 
     def say(make: Any, *args: Any, **more: Any) -> None:
-        if time.perf_counter() - BEGAN > given.seconds:
+        if time.perf_counter() - began > given.seconds:
             return
         try:
             line = make(*args, **more)
         except Exception as error:
             line = {"error": f"{type(error).__name__}: {error}"[:1500]}
-        line = line | stamp | {"at_s": round(time.perf_counter() - BEGAN, 1)}
+        line = line | stamp | {"at_s": round(time.perf_counter() - began, 1)}
         print(json.dumps(line), flush=True)
         if given.out is not None:
             with given.out.open("a") as file:
@@ -374,7 +373,7 @@ def main() -> None:
     if "start" in given.parts:
         for number in range(given.starts):
             say(start, "the first" if number == 0 else "from the store")
-    if not {"one", "many", "steps"} & set(given.parts):
+    if given.parts == ["start"]:
         return
     model, engine, took = opened(given)
     import jax

@@ -40,6 +40,8 @@ class EngineConfig:
       cache_tokens: that all pages together hold.
       prefix_cache: whether prompts find pages that earlier ones left.
       ahead: steps dispatched before the last one's tokens are read.
+      decode_steps: that the device takes by itself where all sequences decode without options;
+        their tokens come so many at a time. 1 on a CPU, 4 elsewhere by default.
       draft_tokens: most that are drafted of a sequence in a step, by prompt lookup; 0 for none.
       draft_cost: of one more token in a step, as a share of a step of one; by the device.
       max_queue: requests that wait.
@@ -54,6 +56,7 @@ class EngineConfig:
     cache_tokens: int | None = None
     prefix_cache: bool = True
     ahead: int = 1
+    decode_steps: int | None = None
     draft_tokens: int = 0
     draft_cost: float | None = None
     max_queue: int = 1024
@@ -66,6 +69,7 @@ class EngineConfig:
             least = 0 if field.name in free else 1
             require(value is None or value >= least, f"{field.name} is at least {least}")
         require(self.draft_tokens <= 31, "draft_tokens is at most 31")
+        require((self.decode_steps or 1) <= 16, "decode_steps is at most 16")
 
     def filled(self, spec: ModelSpec) -> EngineConfig:
         """The same with every choice but the cache's size made for this device.
@@ -90,6 +94,7 @@ class EngineConfig:
             context=context,
             page_size=self.page_size or (16 if on_cpu else 64),
             draft_cost=self.draft_cost or (0.2 if on_cpu else 0.02),
+            decode_steps=self.decode_steps or (1 if on_cpu else 4),
         )
 
     @property
@@ -123,7 +128,7 @@ def _reads_whole_tables(setup: Setup, page_size: int) -> bool:
 
 def table(setup: Setup, config: EngineConfig) -> tuple[Shape, ...]:
     """The programs of a filled config."""
-    spec = setup.spec
+    spec, on_cpu = setup.spec, jax.default_backend() == "cpu"
     tokens, context = config.max_batch_tokens or 1, config.context or 1
     contexts = {context}
     if _reads_whole_tables(setup, config.page_size or 1):
@@ -136,14 +141,14 @@ def table(setup: Setup, config: EngineConfig) -> tuple[Shape, ...]:
                 sequences=config.max_sequences or 1,
                 drafts=config.draft_tokens,
                 context=most,
-                greedy=jax.default_backend() != "cpu",
+                greedy=not on_cpu,
             )
     return verified + shapes(
         tokens=tokens,
         sequences=config.max_sequences or 1,
         longest=min(tokens, RECURRENT_CHUNK) if recurrent(spec) else tokens,
         contexts=tuple(sorted(contexts)),
-        greedy=jax.default_backend() != "cpu",
+        greedy=0 if on_cpu and config.decode_steps == 1 else config.decode_steps or 1,
     )
 
 

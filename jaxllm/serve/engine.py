@@ -85,6 +85,7 @@ class Engine:
             mixed=self.config.mixed_tokens or 0,
             drafts=self.config.draft_tokens,
             verified=self.config.verified_tokens,
+            steps=max(shape.steps for shape in sizes),
         )
         pages = {group: Pages(count) for group, count in memory.pages.items()}
         self.scheduler = Scheduler(limits, pages, memory.windows)
@@ -230,6 +231,7 @@ class Engine:
                     owner=Draft(stream, index, answer, ends),
                     guide=guide.copy() if guide is not None else None,
                     drafter=self._drafter(),
+                    plain=request.plain and not self.config.draft_tokens,
                 )
             )
         return out
@@ -287,13 +289,14 @@ class Engine:
             if turns:
                 self._set_options(turns)
                 pending.append((turns, self.runner.dispatch(turns)))
-                self._stats.steps += 1
+                self._stats.steps += turns[0].steps
                 self._stats.fed_tokens += sum(turn.count for turn in turns)
             self._stats.host_seconds += time.perf_counter() - start
             if pending and (not turns or len(pending) > self.config.ahead):
                 self._read(*pending.popleft())
             if turns:
-                self.host_times.append(self._stats.host_seconds - before)
+                took = self._stats.host_seconds - before
+                self.host_times.append(took / turns[0].steps)
 
     def _take_in(self, *, idle: bool) -> bool:
         """Requests and cancellations that came; waits for some when there is nothing to do."""

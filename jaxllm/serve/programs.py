@@ -72,6 +72,8 @@ class Shape:
       every: whether a token is drawn after every token, not only after a row's last: for drafts.
       greedy: every row takes its most likely token and wants no more. A GPU stops at each choice
         that a program makes, so that steps without options have programs without choices.
+      steps: of decoding that the program takes by itself; a row takes part in its first `counts`.
+        Above 1 only where all is greedy. Rows that take part in more of them come first.
     """
 
     tokens: int
@@ -80,16 +82,18 @@ class Shape:
     context: int
     every: bool = False
     greedy: bool = False
+    steps: int = 1
 
     @property
     def places(self) -> int:
-        """P: tokens that are drawn."""
-        return self.tokens if self.every else self.rows
+        """P: tokens that are drawn; of several steps all of a row's, then the next row's."""
+        return self.tokens if self.every else self.rows * self.steps
 
     @property
     def name(self) -> str:
         """For the program's name."""
         how = "-every" * self.every + "-greedy" * self.greedy
+        how += f"-n{self.steps}" * (self.steps > 1)
         return f"t{self.tokens}-r{self.rows}-l{self.longest}-s{self.context}{how}"
 
     def widths(self, memory: Memory) -> dict[str, int]:
@@ -97,7 +101,8 @@ class Shape:
         size, out = memory.page_size, {}
         whole = -(-self.context // size)
         for group, left in memory.windows.items():
-            out[group] = whole if left is None else min(whole, (left + self.longest) // size + 2)
+            span = max(self.longest, self.steps)
+            out[group] = whole if left is None else min(whole, (left + span) // size + 2)
         return out
 
     def parts(self, memory: Memory) -> dict[str, tuple[int, ...]]:
@@ -126,7 +131,7 @@ def unpack(packed: Any, parts: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
 
 
 def shapes(
-    *, tokens: int, sequences: int, longest: int, contexts: tuple[int, ...], greedy: bool = False
+    *, tokens: int, sequences: int, longest: int, contexts: tuple[int, ...], greedy: int = 0
 ) -> tuple[Shape, ...]:
     """The table: decoding of 1, 2, 4, … sequences; mixed steps of 16, 64, … tokens for 1 or more.
 
@@ -135,8 +140,8 @@ def shapes(
       sequences: most of a step.
       longest: most tokens of one sequence in a step.
       contexts: lengths of sequences to have programs of their own for, rising.
-      greedy: whether decoding without options has programs of its own, as on an accelerator: there
-        a few rows cost what one does, so that other programs are for 4, 16, … and 8, 64, … rows.
+      greedy: steps of the programs for decoding without options, 0 for none. They are for
+        accelerators, where a few rows cost what one does: others are for 4, 16, … or 8, 64, … rows.
     """
     require(tokens >= sequences, f"{tokens} tokens of a step hold no {sequences} sequences")
     powers = [1 << i for i in range((sequences - 1).bit_length() + 1)]
@@ -146,8 +151,14 @@ def shapes(
     choosing = sorted({min(4**i, sequences) for i in range(len(decode))}) if greedy else decode
     out = []
     for context in contexts:
-        for rows, plain in ((decode if greedy else [], True), (choosing, False)):
-            out += [Shape(tokens=n, rows=n, longest=1, context=context, greedy=plain) for n in rows]
+        kinds = [(choosing, False, 1)]
+        kinds += [(choosing if greedy > 1 else decode, True, 1)] if greedy else []
+        kinds += [(decode, True, greedy)] if greedy > 1 else []
+        out += [
+            Shape(tokens=n, rows=n, longest=1, context=context, greedy=plain, steps=steps)
+            for rows, plain, steps in kinds
+            for n in rows
+        ]
         out += [
             Shape(tokens=t, rows=r, longest=min(longest, t), context=context)
             for t in mixed_tokens

@@ -73,6 +73,12 @@ class Request:
         wanted = self.logprobs
         require(wanted is None or 0 <= wanted <= TOP, f"logprobs is in 0..{TOP}, found {wanted}")
 
+    @property
+    def plain(self) -> bool:
+        """Whether the most likely tokens are wanted and nothing else."""
+        asks = self.logit_bias or self.logprobs is not None or self.grammar is not None
+        return self.sampling.mode == "greedy" and not asks
+
 
 @dataclasses.dataclass(frozen=True)
 class Logprob:

@@ -43,7 +43,7 @@ def hand_out(
     total = 0
     for turn, place in zip(turns, places_of(turns), strict=True):
         sequence, draft = turn.sequence, turn.sequence.owner
-        new = scheduler.drawn(turn, tokens[place : place + 1 + len(turn.drafts)])
+        new = scheduler.drawn(turn, tokens[place : place + turn.places])
         if not new:
             continue
         new, finish = _until_end(sequence, new)

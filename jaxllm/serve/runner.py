@@ -123,19 +123,21 @@ class Runner:
         Raises:
           CapacityError: there is none: the scheduler's limits are not those of the table.
         """
-        tokens = sum(turn.count for turn in turns)
-        longest = max(turn.count for turn in turns)
+        steps = turns[0].steps
+        tokens = sum(turn.count for turn in turns) if steps == 1 else len(turns)
+        longest = max(turn.count for turn in turns) if steps == 1 else 1
         context = max(turn.start + turn.count for turn in turns)
         every = any(turn.drafts for turn in turns)
         greedy = all(self._greedy[t.sequence.slot] and t.sequence.guide is None for t in turns)
         reach = bisect.bisect_left(self._contexts, context)
-        key = (tokens, len(turns), longest, reach, every, greedy)
+        key = (tokens, len(turns), longest, reach, every, greedy, steps)
         if (known := self._found.get(key)) is not None:
             return known
         fits = (
             shape
             for shape in self._shapes
             if shape.every == every
+            and shape.steps == steps
             and shape.tokens >= tokens
             and shape.rows >= len(turns)
             and shape.longest >= longest
@@ -217,7 +219,8 @@ def guided(turns: Sequence[Turn]) -> list[tuple[Turn, int]]:
 def places_of(turns: Sequence[Turn]) -> list[int]:
     """Where in what a step draws each turn's tokens begin."""
     if all(not turn.drafts for turn in turns):
-        return list(range(len(turns)))
+        steps = turns[0].steps if turns else 1
+        return list(range(0, steps * len(turns), steps))
     return list(itertools.accumulate((turn.count for turn in turns[:-1]), initial=0))
 
 

@@ -38,6 +38,7 @@ class Limits:
       mixed: tokens of a step in which prompts are computed while others decode; 0 for no bound.
       drafts: tokens that one sequence may guess in a step; 0 for none.
       verified: tokens of a step with drafts.
+      steps: of decoding that the device can take by itself.
     """
 
     tokens: int
@@ -48,6 +49,7 @@ class Limits:
     mixed: int = 0
     drafts: int = 0
     verified: int = 0
+    steps: int = 1
 
     def __post_init__(self) -> None:
         require(
@@ -72,6 +74,7 @@ class Turn:
       begins: whether it is the first chunk since it got its slot.
       unread: whether its one token is on the device only.
       drafts: the last ones of those that it feeds, that are guesses.
+      steps: of decoding in one go, `count` of them for this sequence; it draws a token at each.
     """
 
     sequence: Sequence
@@ -81,6 +84,12 @@ class Turn:
     begins: bool
     unread: bool
     drafts: Sequence_[int] = ()
+    steps: int = 1
+
+    @property
+    def places(self) -> int:
+        """Tokens that it draws if it draws any."""
+        return self.count if self.steps > 1 else 1 + len(self.drafts)
 
     @property
     def fed(self) -> list[int]:
@@ -118,6 +127,7 @@ class Scheduler:
         self._slots = list(range(limits.sequences - 1, -1, -1))
         self._served: dict[str, int] = {}
         self._arrivals = itertools.count()
+        self._stuck = False  # whether the next that waits had no room, and nothing changed since
 
     def check_fits(self, tokens: int) -> None:
         """Refuse a sequence that could not run even alone.
@@ -149,6 +159,7 @@ class Scheduler:
             self._served = {t: self._served.get(t, 0) for t in others}
             self._served[sequence.tenant] = least
         self.waiting.append(sequence)
+        self._stuck = False
 
     def finish(self, sequence: Sequence) -> None:
         """Give back all that a sequence holds; nothing more is done for it."""
@@ -174,6 +185,8 @@ class Scheduler:
         order = [x for x in running if x[1] == 1]
         order += [x for x in running if x[1] > 1]
         longest = self.limits.longest
+        if self.limits.steps > 1 and order and self._alone(order):
+            return self._several(order)
         spare, room = self._spare(order), self._prompt_room(order)
         for sequence, wanted in order:
             if wanted > 1:
@@ -190,7 +203,10 @@ class Scheduler:
         left = min(left, room)
         while left > 0 and self._slots and not any(turn.drafts for turn in turns):
             sequence = self._next_waiting()
-            if sequence is None or not self._admit(sequence, left):
+            if sequence is None:
+                break
+            self._stuck = not self._admit(sequence, left)
+            if self._stuck:
                 break
             wanted = min(sequence.wanted, self.limits.longest, left)
             turns.append(self._turn(sequence, wanted))
@@ -198,8 +214,8 @@ class Scheduler:
         return turns
 
     def drawn(self, turn: Turn, tokens: Sequence_[int]) -> list[int]:
-        """Take what a turn drew, a token for each of its drafts and one more; those that are new
-        and still wanted."""
+        """Take the tokens that a turn drew, as many as its places; those that are new and still
+        wanted."""
         sequence = turn.sequence
         if not turn.draws or sequence.done:
             return []
@@ -214,6 +230,27 @@ class Scheduler:
         if len(sequence.tokens) // self.limits.page_size > sequence.named:
             self.prefixes.name(sequence)
         return new
+
+    def _alone(self, order: list[tuple[Sequence, int]]) -> bool:
+        """Whether the device can take several steps: all want a token and no options, there are
+        pages, and nobody who waits could start."""
+        new = -(-self.limits.steps // self.limits.page_size)
+        return (
+            all(wanted == 1 and sequence.plain for sequence, wanted in order)
+            and all(pages.available >= new * len(order) for pages in self.pages.values())
+            and (self._stuck or not self._slots or self._next_waiting() is None)
+        )
+
+    def _several(self, order: list[tuple[Sequence, int]]) -> list[Turn]:
+        """Turns of several steps of decoding; those that take part in more of them come first."""
+        turns: list[Turn] = []
+        for sequence, _ in order:
+            count = min(self.limits.steps, sequence.limit - sequence.length)
+            if sequence.computed + count > sequence.room:
+                self._hold(sequence, count, turns)
+            turns.append(self._turn(sequence, count, steps=self.limits.steps))
+        turns.sort(key=lambda turn: -turn.count)
+        return turns
 
     def _spare(self, order: list[tuple[Sequence, int]]) -> int:
         """Tokens that the step has for drafts: none where a prompt is on its way or may start."""
@@ -239,15 +276,17 @@ class Scheduler:
         )
         return drafts if fits else []
 
-    def _turn(self, sequence: Sequence, count: int, drafts: Sequence_[int] = ()) -> Turn:
+    def _turn(
+        self, sequence: Sequence, count: int, drafts: Sequence_[int] = (), steps: int = 1
+    ) -> Turn:
         start, begins = sequence.computed, sequence.begins
         end = sequence.computed = start + count
-        known = end - len(drafts)
-        draws = known == sequence.length
-        turn = Turn(sequence, start, count, draws, begins, known > len(sequence.tokens), drafts)
+        known = end - len(drafts) if steps == 1 else start + 1
+        draws, unread = known == sequence.length, known > len(sequence.tokens)
+        turn = Turn(sequence, start, count, draws, begins, unread, drafts, steps)
         sequence.begins = False
         if draws:
-            sequence.length += 1 + len(drafts)
+            sequence.length += turn.places
             sequence.guessed = len(drafts)
         self._served[sequence.tenant] += count
         if end // self.limits.page_size > sequence.named:
@@ -342,7 +381,7 @@ class Scheduler:
         for group, holding in sequence.holdings.items():
             for page in holding.pages:
                 self.pages[group].release(page)
-        sequence.holdings, sequence.room = {}, 0
+        sequence.holdings, sequence.room, self._stuck = {}, 0, False
         if sequence.slot is not None:
             self._slots.append(sequence.slot)
             sequence.slot = None

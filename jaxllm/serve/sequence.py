@@ -52,6 +52,8 @@ class Sequence:
       guide: its way through a grammar, or None; the next token is drawn when the last is known.
       drafter: guesses what comes next, or None; likewise, while it is active.
       guessed: tokens fed that were guesses and are not known to be right yet.
+      plain: whether it takes the most likely tokens and wants no more, so that the device can go on
+        by itself.
     """
 
     tokens: list[int]
@@ -76,6 +78,7 @@ class Sequence:
     guide: Any = None
     drafter: Any = None
     guessed: int = 0
+    plain: bool = False
 
     def __post_init__(self) -> None:
         self.length = len(self.tokens)

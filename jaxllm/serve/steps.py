@@ -158,34 +158,73 @@ def _unscored(tokens: Array) -> Drawn:
     return Drawn(tokens, none[:, 0], jnp.zeros(none.shape, jnp.int32), none)
 
 
+def _tables(memory: Memory, new: dict[str, Array]) -> dict[str, PageTable]:
+    return {
+        group: PageTable(new[f"pages:{group}"], new[f"firsts:{group}"]) for group in memory.windows
+    }
+
+
+def _logits(setup: Setup, shape: Shape, params: Any, state: Any, batch: Any) -> tuple[Array, Any]:
+    """(float32 logits of what is drawn, state) of a batch: (ids, flat, table)."""
+    ids, flat, table = batch
+    step = flat_step(flat, shape.tokens, table)
+    hidden, state, _ = api.apply(setup.spec, params, ids[None], step, state, policy=setup.policy)
+    if shape.longest > 1 and not shape.every:
+        ends = jnp.clip(flat.firsts + flat.counts - 1, 0, shape.tokens - 1)
+        hidden = hidden[:, ends]
+    logits = api.unembed(setup.spec, params, hidden, policy=setup.policy)[0]
+    return logits.astype(jnp.float32), state
+
+
 def serve_step(setup: Setup, memory: Memory, shape: Shape) -> Callable[..., Any]:
     """See `programs.step`."""
+    return _several(setup, memory, shape) if shape.steps > 1 else _once(setup, memory, shape)
+
+
+def _several(setup: Setup, memory: Memory, shape: Shape) -> Callable[..., Any]:
+    """Steps of greedy decoding, each row in as many as its count."""
     parts = shape.parts(memory)
 
-    def logits_of(params: Any, state: Any, ids: Array, flat: Flat, table: Any) -> Any:
-        step = flat_step(flat, shape.tokens, table)
-        hidden, state, _ = api.apply(
-            setup.spec, params, ids[None], step, state, policy=setup.policy
-        )
-        if shape.longest > 1 and not shape.every:
-            ends = jnp.clip(flat.firsts + flat.counts - 1, 0, shape.tokens - 1)
-            hidden = hidden[:, ends]
-        logits = api.unembed(setup.spec, params, hidden, policy=setup.policy)[0]
-        return logits.astype(jnp.float32), state
+    def run(
+        params: Any, state: Any, carry: Carry, options: Options, packed: Array, masks: Array
+    ) -> Any:
+        del options, masks
+        new = unpack(packed, parts)
+        counts, starts, slots = new["counts"], new["starts"], new["slots"]
+        table = _tables(memory, new)
+        last = jnp.take(carry.last, slots, mode="clip")
+        last = jnp.where(new["unread"] > 0, last, new["ids"])
+
+        def one(held: Any, i: Array) -> Any:
+            state, last = held
+            going = i < counts
+            flat = Flat(going.astype(jnp.int32), starts + i, slots, 1)
+            logits, state = _logits(setup, shape, params, state, (last, flat, table))
+            last = jnp.where(going, jnp.argmax(logits, axis=-1).astype(jnp.int32), last)
+            return (state, last), last
+
+        count = jnp.arange(shape.steps, dtype=jnp.int32)
+        (state, last), tokens = jax.lax.scan(one, (state, last), count)
+        after = carry.last.at[slots].set(last, mode="drop")
+        return state, Carry(after, carry.history), _unscored(tokens.T.reshape(-1))
+
+    return run
+
+
+def _once(setup: Setup, memory: Memory, shape: Shape) -> Callable[..., Any]:
+    """One step of anything."""
+    parts = shape.parts(memory)
 
     def run(
         params: Any, state: Any, carry: Carry, options: Options, packed: Array, masks: Array
     ) -> Any:
         new = unpack(packed, parts)
         flat = Flat(new["counts"], new["starts"], new["slots"], shape.longest)
-        table = {
-            group: PageTable(new[f"pages:{group}"], new[f"firsts:{group}"])
-            for group in memory.windows
-        }
+        table = _tables(memory, new)
         row = jnp.minimum(flat.owners(shape.tokens), shape.rows - 1)
         last = jnp.take(carry.last, flat.slots, mode="clip")
         new["ids"] = jnp.where(new["unread"][row] > 0, last[row], new["ids"])
-        logits, state = logits_of(params, state, new["ids"], flat, table)
+        logits, state = _logits(setup, shape, params, state, (new["ids"], flat, table))
         places, limits = _places(flat, shape), (masks, new["masked"] > 0)
         penalized = jnp.take(options.penalized, places.slots, mode="clip") & places.used
         take = lambda x: jnp.take(x, places.slots, axis=0, mode="clip")  # noqa: E731
