@@ -2,10 +2,10 @@
 
   python3 scripts/bench_engine.py --out $OUT/engine.jsonl [--parts start one many] [--quantize int4]
 
-Random weights of a preset, greedy. `start` starts fresh processes, the first of which compiles what
-the store lacks. `one` decodes one answer by the engine and by `generator.stream` in turn, `steps`
-runs programs by themselves, `many` is --requests prompts of 100 to 1,024 random tokens with answers
-of as many, all at once. One JSON line each, with the host's share of every step and where it went.
+Random weights of a preset, greedy. This process compiles what the store lacks; `start` starts fresh
+ones. `one` decodes an answer by the engine and by `generator.stream` in turn, `steps` runs programs
+by themselves, `many` is --requests prompts of 100 to 1,024 random tokens with answers of as many,
+all at once. One JSON line each, with the host's share of every step and where it went.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from engine_clock import Clock, host_of, steps
+
 LIMITS = {"H100": (3.35e12, 989e12), "H200": (4.8e12, 989e12)}
 """Bytes and bfloat16 FLOPs a second by the vendor's data sheet."""
 
@@ -39,10 +41,11 @@ def opened(given: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
 
     jax.devices()
     imported = time.perf_counter()
-    model = jaxllm.load(given.source, dtype=given.dtype)
-    if given.quantize:
-        model = model.quantize(given.quantize)
-    jax.block_until_ready(model.params)
+    with alone(None if given.child else given.lock):
+        model = jaxllm.load(given.source, dtype=given.dtype)
+        if given.quantize:
+            model = model.quantize(given.quantize)
+        jax.block_until_ready(model.params)
     loaded = time.perf_counter()
     names = ("context", "max_sequences", "max_batch_tokens", "cache_tokens", "decode_steps")
     engine = Engine(model, EngineConfig(**{name: getattr(given, name) for name in names}))
@@ -70,10 +73,11 @@ def since_start() -> float:
 
 def child(given: argparse.Namespace) -> None:
     """A start: prints how long it took until ready, and until the first token after."""
-    from jaxllm.core.logging import show_notes
+    from jaxllm.aot import store
     from jaxllm.serve.request import Request
 
-    show_notes()
+    if given.at_once:
+        store._ONE_AT_A_TIME = contextlib.nullcontext()  # pyright: ignore
     _, engine, took = opened(given)
     took["ready_s"] = round(since_start(), 2)
     begin = time.perf_counter()
@@ -83,68 +87,31 @@ def child(given: argparse.Namespace) -> None:
     print("CHILD " + json.dumps(took), flush=True)
 
 
-def start(label: str) -> dict[str, Any]:
+def start(*more: str) -> dict[str, Any]:
     """What a fresh process says."""
-    command = [sys.executable, __file__, "--child", *sys.argv[1:]]
+    label, command = " ".join(more), [sys.executable, __file__, "--child", *sys.argv[1:], *more]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=100)
-    except subprocess.TimeoutExpired as error:
-        said = (error.stderr or b"").decode()
-        return {"bench": f"start, {label}", "error": "over 100 s", "said": said[-3000:]}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except subprocess.TimeoutExpired:
+        return {"bench": f"start {label}", "error": "over 60 s"}
     found = [line[6:] for line in done.stdout.splitlines() if line.startswith("CHILD ")]
     if not found:
-        return {"bench": f"start, {label}", "error": done.stderr[-1500:]}
-    return {"bench": f"start, {label}"} | json.loads(found[0])
+        return {"bench": f"start {label}", "error": done.stderr[-1500:]}
+    return {"bench": f"start {label}"} | json.loads(found[0])
 
 
-class Clock:
-    """Seconds of the calls of some functions of an engine, by name."""
+def prepare(given: argparse.Namespace, model: Any) -> dict[str, Any]:
+    """Compile what `generator.stream` will ask for, so that nothing runs meanwhile."""
+    from jaxllm.infer import programs
+    from jaxllm.infer.programs import bucket
 
-    def __init__(self, engine: Any):
-        self.times: dict[str, list[float]] = {}
-        runner = engine.runner
-        for holder, name in (
-            (engine.scheduler, "plan"),
-            (engine, "_set_options"),
-            (runner, "_pack"),
-            (runner, "dispatch"),
-            (runner, "shape_of"),
-        ):
-            setattr(holder, name, self._timed(name.strip("_"), getattr(holder, name)))
-        for shape, program in runner._programs.items():
-            runner._programs[shape] = self._timed("launch", program)
-
-    def _timed(self, name: str, function: Any) -> Any:
-        held = self.times.setdefault(name, [])
-
-        def call(*args: Any) -> Any:
-            begin = time.perf_counter()
-            out = function(*args)
-            held.append(time.perf_counter() - begin)
-            return out
-
-        return call
-
-    def taken(self) -> dict[str, float]:
-        """Median milliseconds by name, forgotten after."""
-        out = {n: round(1e3 * statistics.median(t), 4) for n, t in self.times.items() if t}
-        for times in self.times.values():
-            times.clear()
-        return out
-
-
-def host_of(engine: Any, clock: Clock) -> dict[str, Any]:
-    """Host time of the steps since the last call."""
-    times = list(engine.host_times)
-    engine.host_times.clear()
-    if len(times) < 4:
-        return {}
-    return {
-        "steps": len(times),
-        "host_ms_median": round(1e3 * statistics.median(times), 4),
-        "host_ms_p90": round(1e3 * statistics.quantiles(times, n=10)[-1], 4),
-        "parts_ms_median": clock.taken(),
-    }
+    setup, generator = model.generator.setup, model.generator
+    capacity = bucket(given.prompt + min(given.tokens, 128), 256)
+    common = {"batch": 1, "capacity": capacity, "mode": "greedy"}
+    fresh = programs.prefill(setup, length=bucket(given.prompt), fresh=True, **common)
+    decode = programs.decode(setup, tokens=generator.tokens_per_call, **common)
+    made = [generator.executable(program) for program in (fresh, decode)]
+    return {"bench": "programs of generate", "program_s": [round(e.seconds, 2) for e in made]}
 
 
 def one(given: argparse.Namespace, model: Any, engine: Any, clock: Clock) -> dict[str, Any]:
@@ -154,7 +121,7 @@ def one(given: argparse.Namespace, model: Any, engine: Any, clock: Clock) -> dic
     import jaxllm
     from jaxllm.serve.request import Request
 
-    prompt = np.random.default_rng(0).integers(0, model.spec.vocab, 128).tolist()
+    prompt = np.random.default_rng(0).integers(0, model.spec.vocab, given.prompt).tolist()
     tokens = given.tokens
     request = Request(prompt_ids=tuple(prompt), max_tokens=tokens, ignore_eos=True)
     rates: dict[str, list[float]] = {"engine": [], "generate": []}
@@ -257,57 +224,6 @@ def many(
     }
 
 
-def filled(shape: Any, memory: Any) -> Any:
-    """A step's integers on the device: all rows in use, each with pages of its own."""
-    import jax
-    import numpy as np
-
-    from jaxllm.serve.programs import unpack
-
-    parts = shape.parts(memory)
-    packed = np.zeros((sum(int(np.prod(part)) for part in parts.values()),), np.int32)
-    views, count = unpack(packed, parts), shape.tokens // shape.rows * shape.steps
-    views["counts"][:] = count
-    views["starts"][:] = min(1000, shape.context - count) if shape.longest == 1 else 0
-    views["slots"][:] = np.arange(shape.rows)
-    for group in memory.windows:
-        width = views[f"pages:{group}"].shape[1]
-        pages = np.arange(shape.rows * width).reshape(shape.rows, width)
-        views[f"pages:{group}"][:] = pages % memory.pages[group]
-    return jax.device_put(packed)
-
-
-def steps(given: argparse.Namespace, engine: Any) -> dict[str, Any]:
-    """Milliseconds of a step of some programs by themselves: the engine has nothing to do."""
-    import jax
-
-    runner, out = engine.runner, {}
-    for shape, program in runner.executables.items():
-        if not any(name in shape.name for name in given.shapes):
-            continue
-        ints, masks = filled(shape, runner.memory), runner._no_masks[shape.places]
-
-        def call(ints: Any = ints, masks: Any = masks, program: Any = program) -> Any:
-            args = (runner.params, runner.state, runner.carry, runner._on_device, ints, masks)
-            runner.state, runner.carry, drawn = program(*args)
-            return drawn.tokens
-
-        jax.block_until_ready([call() for _ in range(3)])
-        launches, times = [], []
-        for _ in range(3):
-            begin = time.perf_counter()
-            drawn = call()
-            launches.append(time.perf_counter() - begin)
-            jax.block_until_ready(drawn)
-            begin = time.perf_counter()
-            for _ in range(given.repeats):
-                drawn = call()
-            jax.block_until_ready(drawn)
-            times.append((time.perf_counter() - begin) / given.repeats)
-        out[shape.name] = [round(1e3 * statistics.median(x), 3) for x in (times, launches)]
-    return {"bench": "a step by itself and its launch, ms, 1,000 tokens remembered", "ms": out}
-
-
 @contextlib.contextmanager
 def alone(path: Path | None) -> Iterator[None]:
     """Hold a lock that others on the machine ask for too."""
@@ -326,12 +242,13 @@ def options() -> argparse.Namespace:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--quantize", help="a format of Model.quantize, such as int4")
     parser.add_argument("--parts", nargs="*", default=["start", "one", "many"])
-    parser.add_argument("--starts", type=int, default=2, help="fresh processes")
+    parser.add_argument("--at-once", action="store_true", help="starts load programs in parallel")
     parser.add_argument("--shapes", nargs="*", default=[""], help="parts of programs' names")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--requests", type=int, nargs="*", default=[256])
     parser.add_argument("--short", action="store_true", help="prompts of 16, --tokens each")
     parser.add_argument("--tokens", type=int, default=512, help="of one answer")
+    parser.add_argument("--prompt", type=int, default=600, help="tokens of one answer's prompt")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--commit", default="")
     parser.add_argument("--context", type=int, default=2048)
@@ -370,18 +287,21 @@ def main() -> None:
             with given.out.open("a") as file:
                 file.write(json.dumps(line) + "\n")
 
-    if "start" in given.parts:
-        for number in range(given.starts):
-            say(start, "the first" if number == 0 else "from the store")
-    if given.parts == ["start"]:
-        return
+    from jaxllm.core.logging import show_notes
+
+    show_notes()
     model, engine, took = opened(given)
     import jax
 
     stamp["device"] = jax.devices()[0].device_kind
     say(lambda: {"bench": "this process"} | took)
+    if "one" in given.parts:
+        say(prepare, given, model)
     with contextlib.ExitStack() as stack:
         stack.callback(engine.close)
+        for more in ([], ["--at-once"]) if "start" in given.parts else []:
+            with alone(given.lock):
+                say(start, *more)
         clock = Clock(engine)
         if "one" in given.parts:
             with alone(given.lock):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jaxllm.cli.options import Bench, Serve
+from jaxllm.core.config import require
 from jaxllm.core.logging import show_notes
 from jaxllm.errors import ConfigError
 from jaxllm.text.chat import check_messages
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from jaxllm.model import Model
     from jaxllm.serve.config import EngineConfig
 
-__all__ = ["bounds_of", "name_of", "prefix_ids", "run"]
+__all__ = ["bounds_of", "draft_of", "name_of", "prefix_ids", "run"]
 
 
 def _keys(options: Serve) -> tuple[str, ...]:
@@ -53,7 +54,19 @@ def bounds_of(options: Serve | Bench) -> EngineConfig:
         cache_tokens=options.cache_tokens,
         prefix_cache=not options.no_prefix_cache,
         draft_tokens=options.draft_tokens,
+        decode_steps=options.decode_steps,
     )
+
+
+def draft_of(options: Serve | Bench, model: Model, source: str) -> Model | None:
+    """The draft model that a command line gives; the source itself is loaded once."""
+    from jaxllm.model import load
+
+    if options.draft is None:
+        require(options.draft_format is None, "--draft-format: give --draft too")
+        return None
+    draft = model if options.draft == source else load(options.draft, dtype=options.dtype)
+    return draft if options.draft_format is None else draft.quantize(options.draft_format)
 
 
 def prefix_ids(path: Path, model: Model) -> list[int]:
@@ -87,8 +100,11 @@ def run(options: Serve) -> int:
 
     model = load(options.source, dtype=options.dtype)
     bounds = bounds_of(options)
+    draft = draft_of(options, model, options.source)
     with contextlib.ExitStack() as stack:
-        engine = stack.enter_context(Engine(model, bounds)) if model.spec.decodes else None
+        engine = None
+        if model.spec.decodes:
+            engine = stack.enter_context(Engine(model, bounds, draft=draft))
         embedder = None
         if engine is None or model.spec.head.pooling is not None:
             embedder = stack.enter_context(Embedder(model, max_tokens=options.context or 512))

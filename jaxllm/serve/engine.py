@@ -20,12 +20,14 @@ import numpy as np
 
 from jaxllm.aot import counter
 from jaxllm.core.logging import log
+from jaxllm.core.qarray import num_bytes
 from jaxllm.errors import CapacityError, ShapeError, UnsupportedError
 from jaxllm.infer.generate import Generator
 from jaxllm.infer.programs import check_decodes
-from jaxllm.serve.config import EngineConfig, lay_out, recurrent, table
+from jaxllm.serve.config import EngineConfig, check_draft, lay_out, recurrent, table
 from jaxllm.serve.grammar import Grammars
 from jaxllm.serve.ngram import Drafter
+from jaxllm.serve.pace import Pace
 from jaxllm.serve.pages import Pages
 from jaxllm.serve.programs import Drawn
 from jaxllm.serve.request import Busy, Choice, Gone, Request, Stream
@@ -62,20 +64,36 @@ class Engine:
     Args:
       model: a loaded model.
       config: bounds; what suits the device by default.
+      draft: a smaller model of the same vocabulary that guesses tokens ahead, or the same in fewer
+        bits; its keys and values lie in the same pages.
 
     Raises:
-      UnsupportedError: an encoder, a mesh, or a mask that pages cannot serve; CapacityError: there
-        is no memory for the cache.
+      UnsupportedError: an encoder, a mesh, a mask that pages cannot serve, or a draft model that
+        does not go with the model; CapacityError: there is no memory for the cache.
     """
 
-    def __init__(self, model: Served, config: EngineConfig | None = None):
+    def __init__(
+        self, model: Served, config: EngineConfig | None = None, *, draft: Served | None = None
+    ):
         check_decodes(model.spec)
         counter.start()
-        self.model, self.config = model, (config or EngineConfig()).filled(model.spec)
+        given = config or EngineConfig()
+        self.model = model
+        self.config = given.filled(model.spec, drafts=draft is not None)
+        self._draft_share = 0.0
+        other = None
+        if draft is not None:
+            check_draft(model.spec, draft.spec, self.config)
+            other = draft.generator.setup, draft.generator.params
+            if given.draft_cost is None:
+                self._draft_share = num_bytes(other[1]) / num_bytes(model.generator.params)
         generator, store = model.generator, model.generator.store
-        sizes = table(generator.setup, self.config)
-        memory = lay_out(generator.setup, self.config, sizes, store)
-        self.runner = Runner(generator.setup, generator.params, memory, sizes, store=store)
+        setups = generator.setup, None if other is None else other[0]
+        sizes = table(setups[0], self.config, setups[1])
+        memory = lay_out(setups[0], self.config, sizes, store, setups[1])
+        self.runner = Runner(
+            generator.setup, generator.params, memory, sizes, store=store, draft=other
+        )
         limits = Limits(
             tokens=self.config.max_batch_tokens or 1,
             sequences=memory.slots,
@@ -83,7 +101,8 @@ class Engine:
             page_size=memory.page_size,
             prefix_cache=self.config.prefix_cache and not recurrent(model.spec),
             mixed=self.config.mixed_tokens or 0,
-            drafts=self.config.draft_tokens,
+            drafts=0 if other else self.config.draft_tokens,
+            guesses=tuple(sorted({shape.drafts for shape in sizes} - {0})),
             verified=self.config.verified_tokens,
             steps=max(shape.steps for shape in sizes),
         )
@@ -236,8 +255,10 @@ class Engine:
             )
         return out
 
-    def _drafter(self) -> Drafter | None:
+    def _drafter(self) -> Pace | None:
         most, cost = self.config.draft_tokens, self.config.draft_cost or 0.0
+        if self.scheduler.limits.guesses:
+            return Pace(most, cost, self._draft_share)
         return Drafter(most, cost) if most else None
 
     def _check_open(self, tokens: int) -> None:

@@ -20,6 +20,7 @@ from jaxllm.infer.programs import Setup
 from jaxllm.infer.sampling import Sampling
 from jaxllm.ops.sampling import History
 from jaxllm.serve.grammar import words
+from jaxllm.serve.pace import sizes
 from jaxllm.state.paged import paged_state
 from jaxllm.typing import Slot
 
@@ -31,6 +32,7 @@ __all__ = [
     "Memory",
     "Options",
     "Shape",
+    "guessing",
     "shapes",
     "step",
     "unpack",
@@ -74,6 +76,8 @@ class Shape:
         that a program makes, so that steps without options have programs without choices.
       steps: of decoding that the program takes by itself; a row takes part in its first `counts`.
         Above 1 only where all is greedy. Rows that take part in more of them come first.
+      drafts: tokens of each row that the draft model guesses first, `counts` - 1 of a row's own;
+        rows come as with steps. 0 where drafts come from the host or there are none.
     """
 
     tokens: int
@@ -83,6 +87,7 @@ class Shape:
     every: bool = False
     greedy: bool = False
     steps: int = 1
+    drafts: int = 0
 
     @property
     def places(self) -> int:
@@ -93,7 +98,7 @@ class Shape:
     def name(self) -> str:
         """For the program's name."""
         how = "-every" * self.every + "-greedy" * self.greedy
-        how += f"-n{self.steps}" * (self.steps > 1)
+        how += f"-n{self.steps}" * (self.steps > 1) + f"-d{self.drafts}" * (self.drafts > 0)
         return f"t{self.tokens}-r{self.rows}-l{self.longest}-s{self.context}{how}"
 
     def widths(self, memory: Memory) -> dict[str, int]:
@@ -180,7 +185,7 @@ def verifying(
       context: see `Shape`.
       greedy: whether steps without options have programs of their own.
     """
-    sizes = sorted({min(2 << i, tokens) for i in range((tokens - 1).bit_length())})
+    lengths = sorted({min(2 << i, tokens) for i in range((tokens - 1).bit_length())})
     return tuple(
         Shape(
             tokens=n,
@@ -190,7 +195,35 @@ def verifying(
             every=True,
             greedy=plain,
         )
-        for n in sizes
+        for n in lengths
+        for plain in ([True, False] if greedy else [False])
+    )
+
+
+def guessing(
+    *, tokens: int, sequences: int, drafts: int, context: int, greedy: bool = False
+) -> tuple[Shape, ...]:
+    """Steps of 1, 4, 16, … rows in which a draft model guesses 1, 3, 7, … tokens of each.
+
+    Args:
+      tokens: most of a step.
+      sequences: most of a step.
+      drafts: most of one sequence.
+      context: see `Shape`.
+      greedy: whether steps without options have programs of their own.
+    """
+    return tuple(
+        Shape(
+            tokens=rows * (1 + count),
+            rows=rows,
+            longest=1 + count,
+            context=context,
+            every=True,
+            greedy=plain,
+            drafts=count,
+        )
+        for count in sizes(drafts)
+        for rows in sorted({min(4**i, sequences, max(1, tokens // (1 + count))) for i in range(6)})
         for plain in ([True, False] if greedy else [False])
     )
 
@@ -235,7 +268,7 @@ class Drawn:
     """What a step drew.
 
     Attributes:
-      tokens: [P] int32.
+      tokens: [P] int32; -1 after a guess of the draft model that was wrong.
       logprobs: [P] float32 of the tokens, by the model's own distribution; 0 if nobody wants any.
       top_ids: [P, TOP] int32, the most likely tokens.
       top_logprobs: [P, TOP] float32.
@@ -258,31 +291,36 @@ def empty_options(slots: int, vocab: int) -> Options:
     )
 
 
-def abstract_state(setup: Setup, memory: Memory) -> tuple[Any, Carry]:
-    """Shapes of (state, carry)."""
-    state = paged_state(
-        setup.spec,
-        memory.pages,
-        memory.slots,
-        page_size=memory.page_size,
-        dtype=dtype_of(setup.policy.compute_dtype),
-        segments=setup.segments,
-    )
+def abstract_state(setup: Setup, memory: Memory, draft: Setup | None) -> tuple[Any, Carry]:
+    """Shapes of ((state, state of the draft model or None), carry)."""
+
+    def one(setup: Setup) -> Any:
+        return paged_state(
+            setup.spec,
+            memory.pages,
+            memory.slots,
+            page_size=memory.page_size,
+            dtype=dtype_of(setup.policy.compute_dtype),
+            segments=setup.segments,
+        )
+
+    state = one(setup), None if draft is None else one(draft)
     seen = (memory.slots, setup.spec.vocab)
     history = History(setup.array(seen, np.bool_, (None, None)), setup.ints(*seen))
     return state, Carry(setup.ints(memory.slots), history)
 
 
-def step(setup: Setup, memory: Memory, shape: Shape) -> Program:
+def step(setup: Setup, memory: Memory, shape: Shape, draft: Setup | None = None) -> Program:
     """One step: (params, state, carry, options, integers, masks) -> (state, carry, `Drawn`).
 
-    Masks are [P, words] int32, a bit a token, those that may be drawn.
+    Params and state are pairs, of the model and of the draft model or None. Masks are [P, words]
+    int32, a bit a token, those that may be drawn.
     """
 
     def build() -> Any:
         from jaxllm.serve.steps import serve_step
 
-        return serve_step(setup, memory, shape)
+        return serve_step((setup, draft), memory, shape)
 
     options = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype),
@@ -293,13 +331,14 @@ def step(setup: Setup, memory: Memory, shape: Shape) -> Program:
         "page_size": memory.page_size,
         "windows": sorted((g, w or -1) for g, w in memory.windows.items()),
         "shape": dataclasses.asdict(shape),
+        "draft": None if draft is None else draft.depends(),
     }
     return setup.program(
         f"serve-{shape.name}",
         build,
         (
-            setup.params,
-            *abstract_state(setup, memory),
+            (setup.params, None if draft is None else draft.params),
+            *abstract_state(setup, memory, draft),
             options,
             setup.ints(size),
             setup.ints(shape.places, words(setup.spec.vocab)),
@@ -309,13 +348,14 @@ def step(setup: Setup, memory: Memory, shape: Shape) -> Program:
     )
 
 
-def zeros(setup: Setup, memory: Memory) -> Program:
+def zeros(setup: Setup, memory: Memory, draft: Setup | None = None) -> Program:
     """An empty state and carry, made on the device: () -> (state, carry)."""
 
     def build() -> Any:
-        shapes_ = abstract_state(setup, memory)
+        shapes_ = abstract_state(setup, memory, draft)
         return lambda: jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), shapes_)
 
     depends = {"pages": sorted(memory.pages.items()), "slots": memory.slots}
     depends |= {"page_size": memory.page_size}
+    depends |= {"draft": None if draft is None else draft.depends()}
     return setup.program("serve-empty", build, (), depends=depends)

@@ -36,6 +36,7 @@ class Runner:
       memory: pages and slots.
       shapes: the table.
       store: where programs are kept, or None.
+      draft: a draft model's (setup, params), or None.
     """
 
     def __init__(
@@ -46,15 +47,18 @@ class Runner:
         shapes: Sequence[Shape],
         *,
         store: Store | None,
+        draft: tuple[Setup, Any] | None = None,
     ):
         if setup.mesh is not None:
             raise UnsupportedError("serving runs on one device: load the model without a mesh")
-        self.setup, self.params, self.memory = setup, params, memory
+        self.setup, self.memory = setup, memory
+        self._draft, others = draft or (None, None)
+        self.params = (params, others)
         # Greedy ones first: the first that serves is taken.
         order = lambda s: (s.context, s.tokens, s.rows, not s.greedy)  # noqa: E731
         self._shapes = tuple(sorted(shapes, key=order))
         self._programs = self._load(store)
-        self.state, self.carry = programs.zeros(setup, memory).load(store)()
+        self.state, self.carry = programs.zeros(setup, memory, self._draft).load(store)()
         self._options = programs.empty_options(memory.slots, setup.spec.vocab)
         self._on_device = jax.device_put(_copy(self._options))
         self._stale = False
@@ -89,7 +93,9 @@ class Runner:
         Python."""
         with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 2)) as pool:
             made = {
-                shape: pool.submit(programs.step(self.setup, self.memory, shape).load, store)
+                shape: pool.submit(
+                    programs.step(self.setup, self.memory, shape, self._draft).load, store
+                )
                 for shape in self._shapes
             }
             return {shape: future.result() for shape, future in made.items()}
@@ -123,21 +129,21 @@ class Runner:
         Raises:
           CapacityError: there is none: the scheduler's limits are not those of the table.
         """
-        steps = turns[0].steps
+        steps, guesses = turns[0].steps, turns[0].guesses
         tokens = sum(turn.count for turn in turns) if steps == 1 else len(turns)
         longest = max(turn.count for turn in turns) if steps == 1 else 1
         context = max(turn.start + turn.count for turn in turns)
-        every = any(turn.drafts for turn in turns)
+        every = guesses > 0 or any(turn.drafts for turn in turns)
         greedy = all(self._greedy[t.sequence.slot] and t.sequence.guide is None for t in turns)
         reach = bisect.bisect_left(self._contexts, context)
-        key = (tokens, len(turns), longest, reach, every, greedy, steps)
+        key = (tokens, len(turns), longest, reach, every, greedy, steps, guesses)
         if (known := self._found.get(key)) is not None:
             return known
         fits = (
             shape
             for shape in self._shapes
             if shape.every == every
-            and shape.steps == steps
+            and (shape.steps, shape.drafts) == (steps, guesses)
             and shape.tokens >= tokens
             and shape.rows >= len(turns)
             and shape.longest >= longest
@@ -190,7 +196,7 @@ class Runner:
         views["begins"][:used] = [turn.begins for turn in turns]
         for turn, place in guided(turns):
             views["masked"][place : place + 1 + len(turn.drafts)] = 1
-        if shape.longest == 1:
+        if shape.longest == 1 or shape.drafts:
             known = [i for i, turn in enumerate(turns) if not turn.unread]
             views["ids"][known] = [turns[i].sequence.tokens[turns[i].start] for i in known]
         else:
@@ -218,7 +224,7 @@ def guided(turns: Sequence[Turn]) -> list[tuple[Turn, int]]:
 
 def places_of(turns: Sequence[Turn]) -> list[int]:
     """Where in what a step draws each turn's tokens begin."""
-    if all(not turn.drafts for turn in turns):
+    if all(not turn.drafts and not turn.guesses for turn in turns):
         steps = turns[0].steps if turns else 1
         return list(range(0, steps * len(turns), steps))
     return list(itertools.accumulate((turn.count for turn in turns[:-1]), initial=0))

@@ -118,6 +118,17 @@ class Sequence:
         found = self.drafter.propose(self.tokens, most, rows)
         return found if self.guide is None else found[: self.guide.kept(found)]
 
+    def guesses(self, rows: int) -> int:
+        """Tokens that a draft model should guess of it; none where a grammar would have to follow.
+
+        Args:
+          rows: sequences in the step.
+        """
+        length, drafter = self.length, self.drafter
+        if self.guide is not None or drafter is None or not drafter.active(length):
+            return 0
+        return min(drafter.count(length, rows), self.limit - length - 1)
+
     @property
     def ready(self) -> bool:
         """Whether a waiting sequence can start."""
