@@ -158,6 +158,8 @@ class Doctor:
 class _Engine:
     dtype: Dtype | None = None
     """Of weights and activations; what suits the device by default."""
+    mesh: str | None = None
+    """Devices to split the model over, such as tensor=2; one by default."""
     max_sequences: int | None = None
     """Answers on their way at once; 8 on a CPU, 256 elsewhere by default."""
     max_batch_tokens: int | None = None

@@ -8,7 +8,7 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jaxllm.cli.options import Bench, Serve
 from jaxllm.core.config import require
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from jaxllm.model import Model
     from jaxllm.serve.config import EngineConfig
 
-__all__ = ["bounds_of", "draft_of", "name_of", "prefix_ids", "run"]
+__all__ = ["bounds_of", "draft_of", "mesh_of", "name_of", "prefix_ids", "run"]
 
 
 def _keys(options: Serve) -> tuple[str, ...]:
@@ -58,6 +58,13 @@ def bounds_of(options: Serve | Bench) -> EngineConfig:
     )
 
 
+def mesh_of(options: Serve | Bench) -> Any:
+    """The mesh that a command line gives, or None."""
+    from jaxllm.core.mesh import make_mesh, parse_mesh
+
+    return None if options.mesh is None else make_mesh(parse_mesh(options.mesh))
+
+
 def draft_of(options: Serve | Bench, model: Model, source: str) -> Model | None:
     """The draft model that a command line gives; the source itself is loaded once."""
     from jaxllm.model import load
@@ -65,7 +72,8 @@ def draft_of(options: Serve | Bench, model: Model, source: str) -> Model | None:
     if options.draft is None:
         require(options.draft_format is None, "--draft-format: give --draft too")
         return None
-    draft = model if options.draft == source else load(options.draft, dtype=options.dtype)
+    how: dict[str, Any] = {"dtype": options.dtype, "mesh": mesh_of(options)}
+    draft = model if options.draft == source else load(options.draft, **how)
     return draft if options.draft_format is None else draft.quantize(options.draft_format)
 
 
@@ -98,7 +106,7 @@ def run(options: Serve) -> int:
     from jaxllm.serve.http.app import App
     from jaxllm.serve.http.server import Server
 
-    model = load(options.source, dtype=options.dtype)
+    model = load(options.source, dtype=options.dtype, mesh=mesh_of(options))
     bounds = bounds_of(options)
     draft = draft_of(options, model, options.source)
     with contextlib.ExitStack() as stack:

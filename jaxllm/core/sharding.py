@@ -144,7 +144,7 @@ def island(function: Callable[..., Any], args: Any, axes: Any, *, out: Any, rule
       function: of arrays (or trees of them) that needs no other device's part.
       args: its arguments.
       axes: logical axes of every array of `args`: the same trees with tuples of names.
-      out: (shape, axes) of the one array that comes out.
+      out: (shape, axes) of the one array that comes out, or a list of them for a tuple.
       rules: logical axis -> mesh axes.
     """
     import jax
@@ -154,14 +154,18 @@ def island(function: Callable[..., Any], args: Any, axes: Any, *, out: Any, rule
         return function(*args)
     sizes = dict(mesh.shape)
     lie = lambda x, names: partition_spec(names, rules, sizes, x.shape)  # noqa: E731
-    shape, names = out
+    ends = [partition_spec(names, rules, sizes, s) for s, names in _many(out)]
     split = jax.shard_map(
         function,
         in_specs=jax.tree.map(lie, args, axes),
-        out_specs=partition_spec(names, rules, sizes, shape),
+        out_specs=tuple(ends) if isinstance(out, list) else ends[0],
         check_vma=False,  # a kernel does not say over which axes its results vary
     )
     return split(*args)
+
+
+def _many(out: Any) -> list[Any]:
+    return out if isinstance(out, list) else [out]
 
 
 def shards(axis: str, rules: Rules) -> int:

@@ -22,7 +22,7 @@ from jaxllm.spec.model import ModelSpec
 from jaxllm.spec.ops import Attention
 from jaxllm.state.paged import attentions, groups, page_bytes
 
-__all__ = ["EngineConfig", "check_draft", "lay_out", "table"]
+__all__ = ["EngineConfig", "check_draft", "check_mesh", "lay_out", "table"]
 
 RECURRENT_CHUNK = 64
 """Tokens of one sequence in a step where recurrences follow it one by one."""
@@ -135,6 +135,29 @@ def _reads_whole_tables(setup: Setup, page_size: int) -> bool:
     )
 
 
+def check_mesh(spec: ModelSpec, mesh: Any) -> None:
+    """Refuse a mesh over which an engine cannot split a model.
+
+    Raises:
+      UnsupportedError: other axes than `tensor`, or heads of keys that it does not divide.
+    """
+    sizes = {} if mesh is None else {name: n for name, n in mesh.shape.items() if n > 1}
+    tensor = sizes.pop("tensor", 1)
+    if sizes:
+        raise UnsupportedError(
+            f"an engine is split over the axis tensor alone, found {', '.join(sizes)}; take a mesh "
+            f"such as tensor={max(tensor, *sizes.values())}, and other engines for more devices"
+        )
+    heads = [op.kv_heads for op in spec.ops if isinstance(op, Attention)]
+    if any(count % tensor for count in heads):
+        fits = [n for n in range(1, max(heads) + 1) if all(count % n == 0 for count in heads)]
+        near = min(fits, key=lambda n: (abs(n - tensor), n))
+        raise UnsupportedError(
+            f"mesh tensor={tensor}: the model has {', '.join(map(str, sorted(set(heads))))} heads "
+            f"of keys, which do not divide by it; the nearest that works is tensor={near}"
+        )
+
+
 def check_draft(spec: ModelSpec, draft: ModelSpec, config: EngineConfig) -> None:
     """Refuse a draft model that cannot guess for another; `config` is filled.
 
@@ -221,7 +244,7 @@ def lay_out(
         for one in [setup] if draft is None else [setup, draft]:
             dtype = dtype_of(one.policy.compute_dtype)
             for group, count in page_bytes(one.spec, page_size=size, dtype=dtype).items():
-                bytes_of[group] += count
+                bytes_of[group] += count // _parts(one)
         largest_ones = [*[s for s in sizes if s.every][-1:], largest]
         steps = [programs.step(setup, small, shape, draft) for shape in largest_ones]
         budget = _budget(steps, store)
@@ -236,6 +259,12 @@ def lay_out(
             f"needs {least[short[0]]}; lower context or raise cache_tokens"
         )
     return Memory(page_size=size, pages=pages, windows=windows, slots=sequences)
+
+
+def _parts(setup: Setup) -> int:
+    """In how many parts devices hold a page; vectors of latent attention are whole on each."""
+    latent = any(isinstance(op, LatentAttention) for op in setup.spec.ops)
+    return 1 if setup.mesh is None or latent else setup.mesh.shape["tensor"]
 
 
 def _round(count: int) -> int:

@@ -24,7 +24,14 @@ from jaxllm.core.qarray import num_bytes
 from jaxllm.errors import CapacityError, ShapeError, UnsupportedError
 from jaxllm.infer.generate import Generator
 from jaxllm.infer.programs import check_decodes
-from jaxllm.serve.config import EngineConfig, check_draft, lay_out, recurrent, table
+from jaxllm.serve.config import (
+    EngineConfig,
+    check_draft,
+    check_mesh,
+    lay_out,
+    recurrent,
+    table,
+)
 from jaxllm.serve.grammar import Grammars
 from jaxllm.serve.ngram import Drafter
 from jaxllm.serve.pace import Pace
@@ -68,14 +75,16 @@ class Engine:
         bits; its keys and values lie in the same pages.
 
     Raises:
-      UnsupportedError: an encoder, a mesh, a mask that pages cannot serve, or a draft model that
-        does not go with the model; CapacityError: there is no memory for the cache.
+      UnsupportedError: an encoder, a mesh that does not divide the heads of keys, a mask that pages
+        cannot serve, or a draft model that does not go with the model; CapacityError: there is no
+        memory for the cache.
     """
 
     def __init__(
         self, model: Served, config: EngineConfig | None = None, *, draft: Served | None = None
     ):
         check_decodes(model.spec)
+        check_mesh(model.spec, model.generator.setup.mesh)
         counter.start()
         given = config or EngineConfig()
         self.model = model
@@ -84,6 +93,9 @@ class Engine:
         other = None
         if draft is not None:
             check_draft(model.spec, draft.spec, self.config)
+            check_mesh(draft.spec, draft.generator.setup.mesh)
+            if draft.generator.setup.mesh != model.generator.setup.mesh:
+                raise UnsupportedError("the model and its draft model lie on different meshes")
             other = draft.generator.setup, draft.generator.params
             if given.draft_cost is None:
                 self._draft_share = num_bytes(other[1]) / num_bytes(model.generator.params)

@@ -302,6 +302,7 @@ def abstract_state(setup: Setup, memory: Memory, draft: Setup | None) -> tuple[A
             page_size=memory.page_size,
             dtype=dtype_of(setup.policy.compute_dtype),
             segments=setup.segments,
+            array=setup.array,
         )
 
     state = one(setup), None if draft is None else one(draft)
@@ -322,9 +323,16 @@ def step(setup: Setup, memory: Memory, shape: Shape, draft: Setup | None = None)
 
         return serve_step((setup, draft), memory, shape)
 
+    whole = lambda shape, dtype: setup.array(shape, dtype, (None,) * len(shape))  # noqa: E731
     options = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype),
-        empty_options(memory.slots, setup.spec.vocab),
+        lambda x: whole(x.shape, x.dtype), empty_options(memory.slots, setup.spec.vocab)
+    )
+    held, top = abstract_state(setup, memory, draft), (shape.places, TOP)
+    drawn = Drawn(
+        setup.ints(shape.places),
+        whole(top[:1], np.float32),
+        whole(top, np.int32),
+        whole(top, np.float32),
     )
     size = sum(math.prod(part) for part in shape.parts(memory).values())
     depends = {
@@ -338,24 +346,26 @@ def step(setup: Setup, memory: Memory, shape: Shape, draft: Setup | None = None)
         build,
         (
             (setup.params, None if draft is None else draft.params),
-            *abstract_state(setup, memory, draft),
+            *held,
             options,
             setup.ints(size),
             setup.ints(shape.places, words(setup.spec.vocab)),
         ),
         depends=depends,
         donate=(1, 2),
+        out=(*held, drawn),
     )
 
 
 def zeros(setup: Setup, memory: Memory, draft: Setup | None = None) -> Program:
     """An empty state and carry, made on the device: () -> (state, carry)."""
 
+    held = abstract_state(setup, memory, draft)
+
     def build() -> Any:
-        shapes_ = abstract_state(setup, memory, draft)
-        return lambda: jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), shapes_)
+        return lambda: jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), held)
 
     depends = {"pages": sorted(memory.pages.items()), "slots": memory.slots}
     depends |= {"page_size": memory.page_size}
     depends |= {"draft": None if draft is None else draft.depends()}
-    return setup.program("serve-empty", build, (), depends=depends)
+    return setup.program("serve-empty", build, (), depends=depends, out=held)

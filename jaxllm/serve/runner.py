@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxllm.aot.program import Executable
 from jaxllm.aot.store import Store
-from jaxllm.errors import CapacityError, UnsupportedError
+from jaxllm.errors import CapacityError
 from jaxllm.infer.programs import Setup
 from jaxllm.infer.sampling import Sampling
 from jaxllm.serve import programs
@@ -28,7 +28,7 @@ __all__ = ["Runner", "places_of"]
 
 
 class Runner:
-    """One model on one device, and every program that can be asked of it.
+    """One model on one device or a mesh, and every program that can be asked of it.
 
     Args:
       setup: what the programs share.
@@ -49,8 +49,9 @@ class Runner:
         store: Store | None,
         draft: tuple[Setup, Any] | None = None,
     ):
+        self._place = None
         if setup.mesh is not None:
-            raise UnsupportedError("serving runs on one device: load the model without a mesh")
+            self._place = jax.sharding.NamedSharding(setup.mesh, jax.sharding.PartitionSpec())
         self.setup, self.memory = setup, memory
         self._draft, others = draft or (None, None)
         self.params = (params, others)
@@ -60,7 +61,7 @@ class Runner:
         self._programs = self._load(store)
         self.state, self.carry = programs.zeros(setup, memory, self._draft).load(store)()
         self._options = programs.empty_options(memory.slots, setup.spec.vocab)
-        self._on_device = jax.device_put(_copy(self._options))
+        self._on_device = self._put(_copy(self._options))
         self._stale = False
         self._words = words(setup.spec.vocab)
         self._contexts = sorted({shape.context for shape in self._shapes})
@@ -71,7 +72,7 @@ class Runner:
             for shape, parts in self._parts.items()
         }
         self._no_masks = {
-            places: jax.device_put(np.zeros((places, self._words), np.int32))
+            places: self._put(np.zeros((places, self._words), np.int32))
             for places in {shape.places for shape in self._shapes}
         }
         self._greedy = np.ones((memory.slots,), np.bool_)  # slots whose options ask for nothing
@@ -163,14 +164,18 @@ class Runner:
         """Start a step; what it draws are device arrays that need not be there yet."""
         shape = self.shape_of(turns)
         if self._stale:
-            self._on_device = jax.device_put(_copy(self._options))
+            self._on_device = self._put(_copy(self._options))
             self._stale = False
-        packed = jax.device_put(self._pack(turns, shape))
+        packed = self._put(self._pack(turns, shape))
         run = self._programs[shape]
         self.state, self.carry, drawn = run(
             self.params, self.state, self.carry, self._on_device, packed, self._masks(turns, shape)
         )
         return drawn
+
+    def _put(self, tree: Any) -> Any:
+        """Host arrays on every device."""
+        return jax.device_put(tree, self._place)
 
     def _masks(self, turns: Sequence[Turn], shape: Shape) -> jax.Array:
         """Bits of the tokens that each place may draw; what lies on the device if all may be."""
@@ -179,7 +184,7 @@ class Runner:
             return self._no_masks[shape.places]
         masks = np.zeros((shape.places, self._words), np.int32)
         fill(masks, guides)
-        return jax.device_put(masks)
+        return self._put(masks)
 
     def _pack(self, turns: Sequence[Turn], shape: Shape) -> np.ndarray:
         """The step's integers."""
