@@ -162,6 +162,14 @@ def model_flops(spec: Any, rows: int, length: int) -> float:
 
 def measure(shape: str, changes: dict[str, Any]) -> dict[str, Any]:
     """Time the steps of one case in this process."""
+    options = changes.pop("options", None)
+    return time_steps(run_config(shape, changes), options)[0]
+
+
+def time_steps(
+    config: Any, options: Any = None, *, count: int = STEPS, rounds: int = ROUNDS
+) -> tuple[dict[str, Any], Any]:
+    """Times of a run's training step in this process, and a function that takes more steps."""
     import jax
     import numpy as np
 
@@ -170,8 +178,6 @@ def measure(shape: str, changes: dict[str, Any]) -> dict[str, Any]:
     from jaxllm.data.batch import Batch
     from jaxllm.train.programs import plan_programs
 
-    options = changes.pop("options", None)
-    config = run_config(shape, changes)
     rows, length = config.batch, config.length
     mesh = make_mesh(parse_mesh(config.mesh)) if config.mesh else None
     planned, store, start = plan_programs(config, mesh), Store.default(), time.perf_counter()
@@ -189,18 +195,23 @@ def measure(shape: str, changes: dict[str, Any]) -> dict[str, Any]:
     batches = [
         jax.device_put(Batch(i[:, :-1].copy(), i[:, 1:].copy(), weights), where) for i in ids
     ]
-    losses, times = [], []
-    for _ in range(ROUNDS + 1):
-        start = time.perf_counter()
-        for index in range(STEPS):
+
+    def steps(count: int) -> float:
+        nonlocal state
+        for index in range(count):
             state, metrics = step(state, batches[index % 2])
-        losses.append(float(metrics.loss))
-        times.append(1e3 * (time.perf_counter() - start) / STEPS)
+        return float(metrics.loss)
+
+    losses, times = [], []
+    for _ in range(rounds + 1):
+        start = time.perf_counter()
+        losses.append(steps(count))
+        times.append(1e3 * (time.perf_counter() - start) / count)
     ms = statistics.median(times[1:])
     flops = model_flops(config.spec, rows, length)
     devices = 1 if mesh is None else mesh.size
     stats = jax.devices()[0].memory_stats() or {}
-    return {
+    line = {
         "ms": round(ms, 2),
         "spread_ms": [round(min(times[1:]), 2), round(max(times[1:]), 2)],
         "tokens_per_s": round(rows * length / ms * 1e3),
@@ -214,15 +225,20 @@ def measure(shape: str, changes: dict[str, Any]) -> dict[str, Any]:
         "loss_after_first_and_last_round": [round(losses[0], 4), round(losses[-1], 4)],
         "device": jax.devices()[0].device_kind,
     }
+    return line, steps
 
 
-def run_python(arguments: list[str], cache: str, timeout_s: float) -> dict[str, Any]:
-    """The JSON that a fresh process prints last."""
-    environment = os.environ | {
-        "JAXLLM_CACHE": cache,
-        "PYTHONPATH": str(Path(__file__).parents[1]),
-        "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95",
-    }
+def run_python(arguments: list[str], cache: str, timeout_s: float, **more: str) -> dict[str, Any]:
+    """The JSON that a fresh process prints last; `more` is added to its environment."""
+    environment = (
+        os.environ
+        | more
+        | {
+            "JAXLLM_CACHE": cache,
+            "PYTHONPATH": str(Path(__file__).parents[1]),
+            "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95",
+        }
+    )
     try:
         done = subprocess.run(
             [sys.executable, *arguments],

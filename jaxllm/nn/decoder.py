@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxllm.core.config import require
 from jaxllm.core.policy import Policy
-from jaxllm.core.sharding import constrain
+from jaxllm.core.sharding import constrain, mesh_axes, with_axes
 from jaxllm.errors import ShapeError, UnsupportedError
 from jaxllm.nn.aux import Aux
 from jaxllm.nn.block import Norm, dropout
@@ -54,17 +54,29 @@ def _end(spec: ModelSpec, params: Any, group: str, name: str) -> Any:
     return checked(params.get(group, {}).get(name), shape, f"{group}.{name}")
 
 
+def _rows(
+    table: Any, ids: Int[AnyArray, "B T"], policy: Policy, adapter_ids: Slot | None = None
+) -> Float[Array, "B T D"]:
+    """Rows of a table by ids, where the table's width is split too.
+
+    Its devices then each take their part of the rows of all of them and exchange parts. Left to
+    itself XLA gathers the table, and its gradient is as large.
+    """
+    split = mesh_axes(policy.rules, "width")
+    others = tuple(axis for axis in mesh_axes(policy.rules, "batch") if axis not in split)
+    apart = with_axes(policy.rules, batch=others)
+    ids = constrain(ids, ("batch", "length"), apart)
+    x = linear.take(table, ids, dtype=policy.compute_dtype, adapter_ids=adapter_ids)
+    x = constrain(x, ("batch", "length", "width"), apart)
+    return constrain(x, ("batch", "length", None), policy.rules)
+
+
 def embed(
     spec: ModelSpec, params: Any, inputs: Inputs, step: Step, policy: Policy
 ) -> Float[Array, "B T D"]:
     """Hidden states before the first layer."""
-    x = linear.take(
-        _end(spec, params, "embed", "table"),
-        inputs.ids,
-        dtype=policy.compute_dtype,
-        adapter_ids=step.adapter_ids,
-    )
-    x = constrain(x, ("batch", "length", None), policy.rules)
+    table = _end(spec, params, "embed", "table")
+    x = _rows(table, inputs.ids, policy, step.adapter_ids)
     if spec.embedding.scale != 1.0:
         x = x * jnp.asarray(spec.embedding.scale, x.dtype)
     if inputs.embeds is not None:
@@ -76,8 +88,8 @@ def embed(
         places = step.positions + spec.embedding.position_offset
         places = jnp.clip(places, 0, spec.embedding.positions - 1)
         table = _end(spec, params, "embed", "positions")
-        x = x + linear.take(table, places, dtype=policy.compute_dtype)
-    x = _add_types(spec, params, inputs, x)
+        x = x + _rows(table, places, policy)
+    x = _add_types(spec, params, inputs, x, policy)
     if spec.embedding.norm is not None:
         norm = Norm(spec.embedding.norm, policy)
         x = jnp.asarray(norm.apply({"params": params.get("embed_norm", {})}, x))
@@ -87,7 +99,7 @@ def embed(
 
 
 def _add_types(
-    spec: ModelSpec, params: Any, inputs: Inputs, x: Float[Array, "B T D"]
+    spec: ModelSpec, params: Any, inputs: Inputs, x: Float[Array, "B T D"], policy: Policy
 ) -> Float[Array, "B T D"]:
     """x with the rows of the tokens' types added."""
     if spec.embedding.types is None:
@@ -96,7 +108,7 @@ def _add_types(
         return x
     table = _end(spec, params, "embed", "types")
     types = jnp.zeros(x.shape[:2], jnp.int32) if inputs.types is None else inputs.types
-    return x + linear.take(table, types, dtype=x.dtype)
+    return x + _rows(table, types, policy)
 
 
 def decode(

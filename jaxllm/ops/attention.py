@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float
 from jaxllm.core.config import nearest
 from jaxllm.core.logging import note_once
 from jaxllm.errors import ConfigError, ShapeError, UnsupportedError
+from jaxllm.ops import stand_in
 from jaxllm.ops.flash import Form, flash, form, obstacle
 from jaxllm.ops.mask import Visibility, visible
 from jaxllm.spec.mask import Full
@@ -250,7 +251,7 @@ def attention(
     if q.shape[2] % k.shape[2] or k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0]:
         raise ShapeError(f"attention: q {q.shape}, k {k.shape} and v {v.shape} do not fit")
     call = Call(
-        platform=target(),
+        platform=stand_in.described() or target(),
         dtype=str(q.dtype),
         head_dim=q.shape[-1],
         value_dim=v.shape[-1],
@@ -262,4 +263,6 @@ def attention(
     choice = choose(implementation, call)
     if implementation == "auto":
         note_once(f"attention: {choice.name} ({choice.why})")
+    if stand_in.described() and choice.name != "reference":
+        return stand_in.attention(q, k, v)
     return IMPLEMENTATIONS[choice.name](q, k, v, see, scores=scores)

@@ -17,6 +17,7 @@ from typing import Any
 from jaxllm.core import runtime
 from jaxllm.core.config import nearest, require
 from jaxllm.errors import CapacityError, ConfigError, UnsupportedError
+from jaxllm.ops.stand_in import standing_in
 from jaxllm.train.devices import Limits, limits, peak_flops
 from jaxllm.train.memory import memory_limit
 from pallas_kernels.target import targeting
@@ -82,8 +83,12 @@ class Place:
 
     @contextlib.contextmanager
     def traced(self) -> Iterator[None]:
-        """Traces what stands inside for the platform that is compiled for."""
-        with targeting("tpu" if self.platform == "tpu" else self.devices[0].platform):
+        """Traces what stands inside for the platform that is compiled for.
+
+        Of a GPU that is not here, its attention kernels are described.
+        """
+        kernels = standing_in(self.platform) if self.estimated else contextlib.nullcontext()
+        with kernels, targeting("tpu" if self.platform == "tpu" else self.devices[0].platform):
             yield
 
 

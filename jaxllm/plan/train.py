@@ -165,9 +165,9 @@ def general_notes(place: Place, *programs: ProgramPlan) -> list[str]:
     notes = []
     if place.estimated:
         notes.append(
-            f"memory is estimated: {place.kind} is not here, and a CPU program without its "
-            "kernels, which holds attention scores, stands in; how much memory traffic the GPU's "
-            "own program would have is not known"
+            f"memory is estimated: {place.kind} is not here, and a CPU program stands in, whose "
+            "attention only takes and gives what a kernel does; XLA fuses otherwise there, and how "
+            "much memory traffic the GPU's own program would have is not known"
         )
     for program in programs:
         counts = program.counts

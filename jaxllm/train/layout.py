@@ -12,7 +12,7 @@ from jaxllm.core.sharding import ROWS, Row, Rules, constrain, with_axes
 from jaxllm.nn import api
 from jaxllm.spec.model import ModelSpec
 
-__all__ = ["gather_ends", "lay_gradients", "lay_out", "make_row"]
+__all__ = ["lay_gradients", "lay_out", "make_row", "whole_head"]
 
 
 def make_row(name: str, *, sequence_parallel: bool) -> Row:
@@ -23,14 +23,19 @@ def make_row(name: str, *, sequence_parallel: bool) -> Row:
     return dataclasses.replace(row, params=with_axes(row.params, sequence="tensor"))
 
 
-def gather_ends(spec: ModelSpec, params: Any, policy: Policy) -> Any:
-    """The parameters, embedding and head gathered over width: once a step for all tokens.
+def whole_head(spec: ModelSpec, params: Any, policy: Policy) -> Any:
+    """What the loss reads, in the compute dtype and gathered over width: once, not once a chunk.
 
-    With a table of split width, XLA sends every device's tokens to every device ("involuntary
-    full rematerialization"), and in the loss it would gather the head once a chunk.
+    Its gradients lie as the policy says from where they are made, so that sums over devices become
+    reduce-scatters.
     """
-    whole = lay_out(spec, params, with_axes(policy.rules, width=None))
-    return params | {name: whole[name] for name in ("embed", "head", "head_norm") if name in params}
+    groups = ("head", "head_norm", *(("embed",) if spec.head.tied else ()))
+    rules = policy.gradient_rules or policy.rules
+    whole = jax.custom_vjp(lambda tree: lay_out(spec, tree, with_axes(policy.rules, width=None)))
+    whole.defvjp(lambda tree: (whole(tree), None), lambda _, grads: (lay_out(spec, grads, rules),))
+    narrow = jax.tree.map(lambda x: x.astype(policy.compute_dtype), params)
+    made = whole(narrow)
+    return {name: made[name] for name in groups if name in params}
 
 
 def lay_out(spec: ModelSpec, tree: Any, rules: Rules) -> Any:

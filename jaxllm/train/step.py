@@ -22,7 +22,7 @@ from jaxllm.spec.model import ModelSpec
 from jaxllm.state.step import training_step
 from jaxllm.train.config import LossScale, SpikeRule
 from jaxllm.train.experts import move_biases, router_metrics
-from jaxllm.train.layout import gather_ends, lay_gradients
+from jaxllm.train.layout import lay_gradients, whole_head
 from jaxllm.train.optimizer import map_moments
 from jaxllm.train.spike import judge, no_spikes
 from jaxllm.typing import Slot
@@ -160,11 +160,8 @@ def batch_loss(
     step = training_step(
         *batch.tokens.shape, segment_ids=batch.segment_ids, positions=batch.positions, key=key
     )
-    params = gather_ends(spec, params, policy)
     hidden, _, aux = api.apply(spec, params, batch.tokens, step, policy=policy)
-    groups = ("head", "head_norm", *(("embed",) if spec.head.tied else ()))
-    head = {name: params[name] for name in groups if name in params}
-    head = jax.tree.map(lambda x: x.astype(policy.compute_dtype), head)  # once, not once a chunk
+    head = whole_head(spec, params, policy)
 
     def unembed(head: Any, rows: Any) -> Any:
         return api.unembed(spec, head, rows, policy=policy)

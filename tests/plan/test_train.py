@@ -1,5 +1,6 @@
 """A planned step is the step that the trainer runs: memory, bytes of parameters, FLOPs."""
 
+import dataclasses
 import functools
 import json
 
@@ -11,6 +12,7 @@ from jaxllm.errors import ConfigError
 from jaxllm.plan.place import find_place
 from jaxllm.plan.train import nearest_mesh, plan_training, settle
 from jaxllm.spec.cost import flops, num_params
+from jaxllm.spec.ops import Attention
 from jaxllm.train.programs import plan_programs
 from tests.train.runs import config_of
 
@@ -122,6 +124,18 @@ def test_a_gpu_that_is_not_here_is_estimated():
     )
     assert program.time.memory_s is None  # a CPU program's traffic says nothing of a GPU's
     assert "estimated" in found.notes[-1]
+
+
+def test_attention_of_a_gpu_that_is_not_here_keeps_no_scores():
+    spec = dataclasses.replace(config_of().spec, context=256)
+    heads = next(op.heads for op in spec.ops if isinstance(op, Attention))
+    scores = 4 * 8 * heads * 256 * 256  # rows, heads, queries, keys: float32, of one layer
+    long = {"spec": spec, "length": 256, "dtype": "bfloat16"}
+    described = plan("h100:1", "", **long).programs[0]
+    written = plan("h100:1", "", attention="reference", **long).programs[0]
+    assert written.memory.temporaries - described.memory.temporaries > scores
+    assert not any(t.shape[-2:] == (256, 256) for t in described.counts.largest)
+    assert described.needed_flops == written.needed_flops
 
 
 def test_json_round_trip(sharded):
