@@ -124,7 +124,8 @@ def test_layers_alike_are_traced_once():
         table = model_table(spec, segments)
         weights = map_leaves(lambda _, d: jax.ShapeDtypeStruct(d.shape, np.float32), table)
         state = paged_state(spec, pages, 2, page_size=4, dtype=np.float32, segments=segments)
-        flat, ids = Flat(*np.ones((3, 2), np.int32), 1), np.zeros((1, 2), np.int32)
+        one, ids = np.ones(2, np.int32), np.zeros((1, 2), np.int32)
+        flat = Flat(one, one, one, 1)
         where = {"all": PageTable(np.zeros((2, 3), np.int32), np.zeros(2, np.int32))}
 
         def run(weights, state):
