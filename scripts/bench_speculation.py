@@ -1,6 +1,9 @@
-"""Speculation by prompt lookup on and off in turn: one answer at a time, copying and free text.
+"""Speculation on and off in turn: one answer at a time, copying and free text.
 
     scripts/bench_speculation.py smollm2-135m-instruct --draft-tokens 7
+    scripts/bench_speculation.py MODEL --draft MODEL --draft-format int4
+
+By prompt lookup, or by a draft model.
 
 Answers must be equal. One JSON line a pair: seconds by the wall and of CPU, steps, drafts.
 """
@@ -8,6 +11,7 @@ Answers must be equal. One JSON line a pair: seconds by the wall and of CPU, ste
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import time
@@ -47,16 +51,21 @@ def main() -> None:
     parser.add_argument("--draft-tokens", type=int, default=7)
     parser.add_argument("--max-tokens", type=int, default=96)
     parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--sequences", type=int, default=8)
+    parser.add_argument("--draft")
+    parser.add_argument("--draft-format")
     given = parser.parse_args()
     model = jaxllm.load(given.source)
     assert model.tokenizer is not None
     prompts = {name: tuple(model.prompt_ids(text)) for name, text in CHATS.items()}
     prompts["repeat"] = tuple(model.tokenizer.encode(TEXT * 3))
-    bounds = EngineConfig(context=1024, cache_tokens=8192, max_sequences=8)
-    drafting = EngineConfig(
-        context=1024, cache_tokens=8192, max_sequences=8, draft_tokens=given.draft_tokens
-    )
-    with Engine(model, bounds) as plain, Engine(model, drafting) as ahead:
+    bounds = EngineConfig(context=1024, cache_tokens=8192, max_sequences=given.sequences)
+    drafting = dataclasses.replace(bounds, draft_tokens=given.draft_tokens)
+    draft = None
+    if given.draft is not None:
+        draft = model if given.draft == given.source else jaxllm.load(given.draft)
+        draft = draft.quantize(given.draft_format) if given.draft_format else draft
+    with Engine(model, bounds) as plain, Engine(model, drafting, draft=draft) as ahead:
         for name, ids in prompts.items():
             for number in range(1 + given.pairs):
                 off, on = (measured(engine, ids, given.max_tokens) for engine in (plain, ahead))

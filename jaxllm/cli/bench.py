@@ -11,7 +11,7 @@ import sys
 from typing import Any
 
 from jaxllm.cli.options import Bench
-from jaxllm.cli.serve import bounds_of
+from jaxllm.cli.serve import bounds_of, draft_of, mesh_of
 from jaxllm.core.config import require
 from jaxllm.core.logging import show_notes
 
@@ -60,7 +60,9 @@ def _in_process(options: Bench) -> Any:
     from jaxllm.serve.bench.load import EngineTarget
     from jaxllm.serve.engine import Engine
 
-    with Engine(load(options.target, dtype=options.dtype), bounds_of(options)) as engine:
+    model = load(options.target, dtype=options.dtype, mesh=mesh_of(options))
+    draft = draft_of(options, model, options.target)
+    with Engine(model, bounds_of(options), draft=draft) as engine:
         target = EngineTarget(engine, temperature=options.temperature)
         found = asyncio.run(_measure(target, options))
         about = {

@@ -160,6 +160,8 @@ class Doctor:
 class _Engine:
     dtype: Dtype | None = None
     """Of weights and activations; what suits the device by default."""
+    mesh: str | None = None
+    """Devices to split the model over, such as tensor=2; one by default."""
     max_sequences: int | None = None
     """Answers on their way at once; 8 on a CPU, 256 elsewhere by default."""
     max_batch_tokens: int | None = None
@@ -170,10 +172,17 @@ class _Engine:
     """Most tokens of prompt and answer; the model's own (on a CPU at most 8192) by default."""
     cache_tokens: int | None = None
     """Tokens that the page cache holds; by the memory there is by default."""
+    decode_steps: int | None = None
+    """Steps that the device takes by itself where all answers are greedy; 1 on a CPU, else 4."""
     no_prefix_cache: bool = False
     """Prompts do not look for pages that earlier ones left."""
     draft_tokens: int = 0
-    """Tokens of an answer guessed ahead by what followed the same words before; 0 guesses none."""
+    """Tokens of an answer guessed ahead by what followed the same words before, or by --draft (3 by
+    default); 0 guesses none."""
+    draft: str | None = None
+    """A source whose model guesses tokens ahead: a smaller one of the same vocabulary."""
+    draft_format: Literal["int8", "int4", "nf4", "fp4", "mxfp4", "fp8"] | None = None
+    """Few bits for the draft model: the source itself can so be its own draft."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

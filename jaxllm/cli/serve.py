@@ -8,9 +8,10 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jaxllm.cli.options import Bench, Listen, Serve
+from jaxllm.core.config import require
 from jaxllm.core.logging import show_notes
 from jaxllm.errors import ConfigError
 from jaxllm.text.chat import check_messages
@@ -21,7 +22,16 @@ if TYPE_CHECKING:
     from jaxllm.serve.http.app import App
     from jaxllm.serve.http.config import ServerConfig
 
-__all__ = ["bounds_of", "listen", "listens", "name_of", "prefix_ids", "run"]
+__all__ = [
+    "bounds_of",
+    "draft_of",
+    "listen",
+    "listens",
+    "mesh_of",
+    "name_of",
+    "prefix_ids",
+    "run",
+]
 
 
 def _keys(options: Listen) -> tuple[str, ...]:
@@ -55,7 +65,27 @@ def bounds_of(options: Serve | Bench) -> EngineConfig:
         cache_tokens=options.cache_tokens,
         prefix_cache=not options.no_prefix_cache,
         draft_tokens=options.draft_tokens,
+        decode_steps=options.decode_steps,
     )
+
+
+def mesh_of(options: Serve | Bench) -> Any:
+    """The mesh that a command line gives, or None."""
+    from jaxllm.core.mesh import make_mesh, parse_mesh
+
+    return None if options.mesh is None else make_mesh(parse_mesh(options.mesh))
+
+
+def draft_of(options: Serve | Bench, model: Model, source: str) -> Model | None:
+    """The draft model that a command line gives; the source itself is loaded once."""
+    from jaxllm.model import load
+
+    if options.draft is None:
+        require(options.draft_format is None, "--draft-format: give --draft too")
+        return None
+    how: dict[str, Any] = {"dtype": options.dtype, "mesh": mesh_of(options)}
+    draft = model if options.draft == source else load(options.draft, **how)
+    return draft if options.draft_format is None else draft.quantize(options.draft_format)
 
 
 def prefix_ids(path: Path, model: Model) -> list[int]:
@@ -120,10 +150,13 @@ def run(options: Serve) -> int:
     from jaxllm.serve.engine import Engine
     from jaxllm.serve.http.app import App
 
-    model = load(options.source, dtype=options.dtype)
+    model = load(options.source, dtype=options.dtype, mesh=mesh_of(options))
     bounds = bounds_of(options)
+    draft = draft_of(options, model, options.source)
     with contextlib.ExitStack() as stack:
-        engine = stack.enter_context(Engine(model, bounds)) if model.spec.decodes else None
+        engine = None
+        if model.spec.decodes:
+            engine = stack.enter_context(Engine(model, bounds, draft=draft))
         embedder = None
         if engine is None or model.spec.head.pooling is not None:
             embedder = stack.enter_context(Embedder(model, max_tokens=options.context or 512))

@@ -144,7 +144,7 @@ def island(function: Callable[..., Any], args: Any, axes: Any, *, out: Any, rule
       function: of arrays (or trees of them) that needs no other device's part.
       args: its arguments.
       axes: logical axes of every array of `args`: the same trees with tuples of names.
-      out: (shape, axes) of the one array that comes out, or a list of them for several.
+      out: (shape, axes) of the one array that comes out, or a list of them for a tuple.
       rules: logical axis -> mesh axes.
     """
     import jax

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -115,25 +116,49 @@ class Stack(nn.Module):
             unit = body(self.spec, self.policy, segment, name=segment.key)
             x, (held, found) = unit(x, (repeats, held), (carry.step, carry.embedded))
             new_state[segment.key] = held
-            self._collect(segment, found, aux)
+            _collect(self.policy, segment, found, aux)
         carry = dataclasses.replace(carry, hidden=x, aux=aux)
         return carry, None if state is None else new_state
 
-    def _collect(self, segment: Segment, found: dict[str, Aux], aux: Aux) -> None:
-        """Give what layers left their names; a scan brought that of all repeats."""
-        for place in range(segment.unit):
-            left = found[str(place)]
-            for name, loss in left.losses.items():
-                aux.losses[name] = aux.losses.get(name, jnp.float32(0)) + jnp.sum(loss)
-            for repeat in range(segment.repeats):
-                layer = segment.start + repeat * segment.unit + place
-                own = lambda value, i=repeat: value[i] if segment.stacked else value  # noqa: E731
-                wanted = _local_taps(self.policy, layer)
-                for local, value in left.taps.items():
-                    if local in wanted:
-                        aux.taps[_global_name(local, layer)] = own(value)
-                for local, value in left.stats.items():
-                    aux.stats[f"layers.{layer}.{local}"] = own(value)
+
+def _collect(policy: Policy, segment: Segment, found: dict[str, Aux], aux: Aux) -> None:
+    """Give what layers left their names; a scan brought that of all repeats."""
+    for place in range(segment.unit):
+        left = found[str(place)]
+        for name, loss in left.losses.items():
+            aux.losses[name] = aux.losses.get(name, jnp.float32(0)) + jnp.sum(loss)
+        for repeat in range(segment.repeats):
+            layer = segment.start + repeat * segment.unit + place
+            own = lambda value, i=repeat: value[i] if segment.stacked else value  # noqa: E731
+            wanted = _local_taps(policy, layer)
+            for local, value in left.taps.items():
+                if local in wanted:
+                    aux.taps[_global_name(local, layer)] = own(value)
+            for local, value in left.stats.items():
+                aux.stats[f"layers.{layer}.{local}"] = own(value)
+
+
+def _alike(
+    spec: ModelSpec, policy: Policy, variables: Any, carry: Carry, state: Any
+) -> tuple[Carry, Any]:
+    """Unrolled layers of a flat step: each kind of block is traced and lowered once.
+
+    An engine has dozens of programs: Python's part of each follows the kinds of blocks so, not the
+    number of layers. XLA puts the calls back in line.
+    """
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def one(block: Any, own: Any, x: Any, given: Any, held: Any) -> Any:
+        return Block(block, policy, frozenset()).apply(own, x, given, held, None)
+
+    x, aux, new_state = carry.hidden, _copy(carry.aux), {}
+    for segment in sorted(Segment.parse(key) for key in state):
+        own = {kind: tree.get(segment.key, {}).get("0", {}) for kind, tree in variables.items()}
+        given, held = (carry.step, carry.embedded), state[segment.key]
+        x, (held, left) = one(spec.block(segment.start), own, x, given, held)
+        new_state[segment.key] = held
+        _collect(policy, segment, {"0": left}, aux)
+    return dataclasses.replace(carry, hidden=x, aux=aux), new_state
 
 
 def _nest(segment: Segment, tree: Any) -> Any:
@@ -238,6 +263,9 @@ def run(
     params = {s.key: _nest(s, layers[s.key]) for s in found}
     stack = Stack(spec, policy, found)
     variables = {"params": params, "shared": _shared(spec, found, carry.shared or {})}
+    step, single = carry.step, not any(s.stacked or s.unit > 1 for s in found)
+    if single and state is not None and step.flat is not None and not policy.taps:
+        return _alike(spec, policy, variables, carry, state)
     carry, new_state = stack.apply(variables, carry, state)
     if new_state is not None:
         new_state = {

@@ -9,19 +9,20 @@ from typing import Any
 
 import jax
 
+from jaxllm.aot.program import Program
 from jaxllm.core.config import require
 from jaxllm.core.precision import dtype_of
 from jaxllm.errors import CapacityError, UnsupportedError
 from jaxllm.infer.programs import Setup
 from jaxllm.ops.paged import obstacle
 from jaxllm.serve import programs
-from jaxllm.serve.programs import Memory, Shape, shapes, verifying
+from jaxllm.serve.programs import Memory, Shape, guessing, shapes, verifying
 from jaxllm.spec.latent import LatentAttention
 from jaxllm.spec.model import ModelSpec
 from jaxllm.spec.ops import Attention
 from jaxllm.state.paged import attentions, groups, page_bytes
 
-__all__ = ["EngineConfig", "lay_out", "table"]
+__all__ = ["EngineConfig", "check_draft", "check_mesh", "lay_out", "table"]
 
 RECURRENT_CHUNK = 64
 """Tokens of one sequence in a step where recurrences follow it one by one."""
@@ -40,8 +41,12 @@ class EngineConfig:
       cache_tokens: that all pages together hold.
       prefix_cache: whether prompts find pages that earlier ones left.
       ahead: steps dispatched before the last one's tokens are read.
-      draft_tokens: most that are drafted of a sequence in a step, by prompt lookup; 0 for none.
-      draft_cost: of one more token in a step, as a share of a step of one; by the device.
+      decode_steps: that the device takes by itself where all sequences decode without options;
+        their tokens come so many at a time. 1 on a CPU, 4 elsewhere by default.
+      draft_tokens: most that are drafted of a sequence in a step, by prompt lookup or by a draft
+        model; 0 for none, where there is a draft model for 3.
+      draft_cost: of one more token in a step, as a share of a step of one; by the device and the
+        draft model's size.
       max_queue: requests that wait.
       max_queued_tokens: of their prompts.
     """
@@ -54,6 +59,7 @@ class EngineConfig:
     cache_tokens: int | None = None
     prefix_cache: bool = True
     ahead: int = 1
+    decode_steps: int | None = None
     draft_tokens: int = 0
     draft_cost: float | None = None
     max_queue: int = 1024
@@ -66,13 +72,20 @@ class EngineConfig:
             least = 0 if field.name in free else 1
             require(value is None or value >= least, f"{field.name} is at least {least}")
         require(self.draft_tokens <= 31, "draft_tokens is at most 31")
+        require((self.decode_steps or 1) <= 16, "decode_steps is at most 16")
 
-    def filled(self, spec: ModelSpec) -> EngineConfig:
+    def filled(self, spec: ModelSpec, *, drafts: bool = False) -> EngineConfig:
         """The same with every choice but the cache's size made for this device.
+
+        Args:
+          spec: of the model.
+          drafts: whether there is a draft model.
 
         Raises:
           UnsupportedError: drafts for a model that cannot take tokens back.
         """
+        if drafts and not self.draft_tokens:
+            return dataclasses.replace(self, draft_tokens=3).filled(spec, drafts=True)
         if self.draft_tokens and recurrent(spec):
             raise UnsupportedError(
                 "draft_tokens: this model has layers whose state holds all tokens in one (state "
@@ -90,6 +103,7 @@ class EngineConfig:
             context=context,
             page_size=self.page_size or (16 if on_cpu else 64),
             draft_cost=self.draft_cost or (0.2 if on_cpu else 0.02),
+            decode_steps=self.decode_steps or (1 if on_cpu else 4),
         )
 
     @property
@@ -121,29 +135,77 @@ def _reads_whole_tables(setup: Setup, page_size: int) -> bool:
     )
 
 
-def table(setup: Setup, config: EngineConfig) -> tuple[Shape, ...]:
+def check_mesh(spec: ModelSpec, mesh: Any) -> None:
+    """Refuse a mesh over which an engine cannot split a model.
+
+    Raises:
+      UnsupportedError: other axes than `tensor`, or heads of keys that it does not divide.
+    """
+    sizes = {} if mesh is None else {name: n for name, n in mesh.shape.items() if n > 1}
+    tensor = sizes.pop("tensor", 1)
+    if sizes:
+        raise UnsupportedError(
+            f"an engine is split over the axis tensor alone, found {', '.join(sizes)}; take a mesh "
+            f"such as tensor={max(tensor, *sizes.values())}, and other engines for more devices"
+        )
+    heads = [op.kv_heads for op in spec.ops if isinstance(op, Attention)]
+    if any(count % tensor for count in heads):
+        fits = [n for n in range(1, max(heads) + 1) if all(count % n == 0 for count in heads)]
+        near = min(fits, key=lambda n: (abs(n - tensor), n))
+        raise UnsupportedError(
+            f"mesh tensor={tensor}: the model has {', '.join(map(str, sorted(set(heads))))} heads "
+            f"of keys, which do not divide by it; the nearest that works is tensor={near}"
+        )
+
+
+def check_draft(spec: ModelSpec, draft: ModelSpec, config: EngineConfig) -> None:
+    """Refuse a draft model that cannot guess for another; `config` is filled.
+
+    Raises:
+      UnsupportedError: why.
+    """
+    context = config.context or 1
+    if draft.vocab != spec.vocab:
+        raise UnsupportedError(
+            f"the draft model has {draft.vocab} tokens, the model {spec.vocab}: a draft must have "
+            "the same vocabulary; take a smaller model of the same family, or the model in 4 bits"
+        )
+    if recurrent(draft):
+        raise UnsupportedError(
+            "the draft model has layers whose state holds all tokens in one (state space, "
+            "convolution, linear attention): a guess that was wrong cannot be taken back"
+        )
+    if draft.context < context:
+        raise UnsupportedError(
+            f"the draft model's context is {draft.context} tokens, the engine's {context}; serve "
+            f"with context {draft.context}"
+        )
+
+
+def table(setup: Setup, config: EngineConfig, draft: Setup | None = None) -> tuple[Shape, ...]:
     """The programs of a filled config."""
-    spec = setup.spec
+    spec, on_cpu = setup.spec, jax.default_backend() == "cpu"
     tokens, context = config.max_batch_tokens or 1, config.context or 1
     contexts = {context}
-    if _reads_whole_tables(setup, config.page_size or 1):
+    setups = [setup] if draft is None else [setup, draft]
+    if any(_reads_whole_tables(one, config.page_size or 1) for one in setups):
         contexts |= {512 * 4**i for i in range(8) if 512 * 4**i < context}
     verified: tuple[Shape, ...] = ()
     if config.draft_tokens:
         for most in sorted(contexts):
-            verified += verifying(
+            verified += (verifying if draft is None else guessing)(
                 tokens=config.verified_tokens,
                 sequences=config.max_sequences or 1,
                 drafts=config.draft_tokens,
                 context=most,
-                greedy=jax.default_backend() != "cpu",
+                greedy=not on_cpu,
             )
     sizes = verified + shapes(
         tokens=tokens,
         sequences=config.max_sequences or 1,
         longest=min(tokens, RECURRENT_CHUNK) if recurrent(spec) else tokens,
         contexts=tuple(sorted(contexts)),
-        greedy=jax.default_backend() != "cpu",
+        greedy=0 if on_cpu and config.decode_steps == 1 else config.decode_steps or 1,
     )
     return _with_mixed(sizes, config.mixed_tokens)
 
@@ -165,15 +227,24 @@ def _with_mixed(sizes: tuple[Shape, ...], tokens: int | None) -> tuple[Shape, ..
     return (*dict.fromkeys(made), *sizes)
 
 
-def lay_out(setup: Setup, config: EngineConfig, sizes: Sequence[Shape], store: Any) -> Memory:
+def lay_out(
+    setup: Setup,
+    config: EngineConfig,
+    sizes: Sequence[Shape],
+    store: Any,
+    draft: Setup | None = None,
+) -> Memory:
     """Pages of every group: as many as there is memory for, or as `cache_tokens` says.
+
+    A page of a group has a place in the pool of each of its layers, those of a draft model too.
 
     Raises:
       UnsupportedError: a mask that pages cannot serve; CapacityError: there is no room for a single
         sequence.
     """
-    spec, size, largest = setup.spec, config.page_size or 1, sizes[-1]
-    windows = groups(spec)
+    size, largest = config.page_size or 1, sizes[-1]
+    spec = setup.spec
+    windows = groups(spec) | ({} if draft is None else groups(draft.spec))
     sequences, context = config.max_sequences or 1, config.context or 1
     small = Memory(
         page_size=size, pages=dict.fromkeys(windows, 1), windows=windows, slots=sequences
@@ -187,8 +258,14 @@ def lay_out(setup: Setup, config: EngineConfig, sizes: Sequence[Shape], store: A
         wanted = config.cache_tokens or min(2 * sequences * context, 1 << 21)
         pages["all"] = -(-wanted // size)
     if config.cache_tokens is None and windows:
-        bytes_of = page_bytes(spec, page_size=size, dtype=dtype_of(setup.policy.compute_dtype))
-        budget = _budget(setup, small, [*[s for s in sizes if s.every][-1:], largest], store)
+        bytes_of = dict.fromkeys(windows, 0)
+        for one in [setup] if draft is None else [setup, draft]:
+            dtype = dtype_of(one.policy.compute_dtype)
+            for group, count in page_bytes(one.spec, page_size=size, dtype=dtype).items():
+                bytes_of[group] += count // _parts(one)
+        largest_ones = [*[s for s in sizes if s.every][-1:], largest]
+        steps = [programs.step(setup, small, shape, draft) for shape in largest_ones]
+        budget = _budget(steps, store)
         total = sum(bytes_of[group] * count for group, count in pages.items())
         share = min(1.0, budget / total)
         pages = {group: _round(int(count * share)) for group, count in pages.items()}
@@ -202,17 +279,23 @@ def lay_out(setup: Setup, config: EngineConfig, sizes: Sequence[Shape], store: A
     return Memory(page_size=size, pages=pages, windows=windows, slots=sequences)
 
 
+def _parts(setup: Setup) -> int:
+    """In how many parts devices hold a page; vectors of latent attention are whole on each."""
+    latent = any(isinstance(op, LatentAttention) for op in setup.spec.ops)
+    return 1 if setup.mesh is None or latent else setup.mesh.shape["tensor"]
+
+
 def _round(count: int) -> int:
     """Down to three leading bits: a little more or less free memory asks for the same programs."""
     drop = max(0, count.bit_length() - 3)
     return max(1, count >> drop << drop)
 
 
-def _budget(setup: Setup, small: Memory, largest: Sequence[Shape], store: Any) -> int:
+def _budget(largest: Sequence[Program], store: Any) -> int:
     """Bytes for pages: what the largest programs and the parameters leave."""
     if jax.default_backend() == "cpu":
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 8
     stats = jax.devices()[0].memory_stats() or {}
     free = stats.get("bytes_limit", 1 << 33) - stats.get("bytes_in_use", 0)
-    reports = [programs.step(setup, small, shape).load(store).report for shape in largest]
+    reports = [program.load(store).report for program in largest]
     return int(0.92 * free) - max(r.temporary_bytes + r.output_bytes for r in reports)

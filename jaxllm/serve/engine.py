@@ -20,15 +20,26 @@ import numpy as np
 
 from jaxllm.aot import counter
 from jaxllm.core.logging import log
+from jaxllm.core.qarray import num_bytes
 from jaxllm.errors import CapacityError, UnsupportedError
 from jaxllm.infer.generate import Generator
 from jaxllm.infer.programs import check_decodes
-from jaxllm.serve.config import EngineConfig, lay_out, recurrent, table
+from jaxllm.serve.config import (
+    EngineConfig,
+    check_draft,
+    check_mesh,
+    lay_out,
+    recurrent,
+    table,
+)
 from jaxllm.serve.grammar import Grammars
 from jaxllm.serve.ngram import Drafter
+from jaxllm.serve.pace import Pace
 from jaxllm.serve.pages import Pages
-from jaxllm.serve.request import Choice, Gone, Logprob, Request, Stream, check_prompt, check_room
-from jaxllm.serve.runner import Runner, places_of
+from jaxllm.serve.programs import Drawn
+from jaxllm.serve.request import Choice, Gone, Request, Stream, check_prompt, check_room
+from jaxllm.serve.results import hand_out
+from jaxllm.serve.runner import Runner
 from jaxllm.serve.scheduler import Limits, Scheduler, Turn
 from jaxllm.serve.sequence import Sequence
 from jaxllm.serve.stats import Stats
@@ -60,20 +71,41 @@ class Engine:
     Args:
       model: a loaded model.
       config: bounds; what suits the device by default.
+      draft: a smaller model of the same vocabulary that guesses tokens ahead, or the same in fewer
+        bits; its keys and values lie in the same pages.
 
     Raises:
-      UnsupportedError: an encoder, a mesh, or a mask that pages cannot serve; CapacityError: there
-        is no memory for the cache.
+      UnsupportedError: an encoder, a mesh that does not divide the heads of keys, a mask that pages
+        cannot serve, or a draft model that does not go with the model; CapacityError: there is no
+        memory for the cache.
     """
 
-    def __init__(self, model: Served, config: EngineConfig | None = None):
+    def __init__(
+        self, model: Served, config: EngineConfig | None = None, *, draft: Served | None = None
+    ):
         check_decodes(model.spec)
+        check_mesh(model.spec, model.generator.setup.mesh)
         counter.start()
-        self.model, self.config = model, (config or EngineConfig()).filled(model.spec)
+        given = config or EngineConfig()
+        self.model = model
+        self.config = given.filled(model.spec, drafts=draft is not None)
+        self._draft_share = 0.0
+        other = None
+        if draft is not None:
+            check_draft(model.spec, draft.spec, self.config)
+            check_mesh(draft.spec, draft.generator.setup.mesh)
+            if draft.generator.setup.mesh != model.generator.setup.mesh:
+                raise UnsupportedError("the model and its draft model lie on different meshes")
+            other = draft.generator.setup, draft.generator.params
+            if given.draft_cost is None:
+                self._draft_share = num_bytes(other[1]) / num_bytes(model.generator.params)
         generator, store = model.generator, model.generator.store
-        sizes = table(generator.setup, self.config)
-        memory = lay_out(generator.setup, self.config, sizes, store)
-        self.runner = Runner(generator.setup, generator.params, memory, sizes, store=store)
+        setups = generator.setup, None if other is None else other[0]
+        sizes = table(setups[0], self.config, setups[1])
+        memory = lay_out(setups[0], self.config, sizes, store, setups[1])
+        self.runner = Runner(
+            generator.setup, generator.params, memory, sizes, store=store, draft=other
+        )
         limits = Limits(
             tokens=self.config.max_batch_tokens or 1,
             sequences=memory.slots,
@@ -81,14 +113,17 @@ class Engine:
             page_size=memory.page_size,
             prefix_cache=self.config.prefix_cache and not recurrent(model.spec),
             mixed=self.config.mixed_tokens or 0,
-            drafts=self.config.draft_tokens,
+            drafts=0 if other else self.config.draft_tokens,
+            guesses=tuple(sorted({shape.drafts for shape in sizes} - {0})),
             verified=self.config.verified_tokens,
+            steps=max(shape.steps for shape in sizes),
         )
         pages = {group: Pages(count) for group, count in memory.pages.items()}
         self.scheduler = Scheduler(limits, pages, memory.windows)
         self._grammars = Grammars(model.tokenizer, model.spec.vocab, model.eos_ids)
         self.error: str | None = None
         self._stats = Stats(total_pages=sum(memory.pages.values()))
+        self.host_times: collections.deque[float] = collections.deque(maxlen=4096)
         self._lock = threading.Condition()
         self._new: list[Sequence] = []
         self._dropped: list[Draft] = []
@@ -220,12 +255,15 @@ class Engine:
                     owner=Draft(stream, index, answer, ends),
                     guide=guide.copy() if guide is not None else None,
                     drafter=self._drafter(),
+                    plain=request.plain and not self.config.draft_tokens,
                 )
             )
         return out
 
-    def _drafter(self) -> Drafter | None:
+    def _drafter(self) -> Pace | None:
         most, cost = self.config.draft_tokens, self.config.draft_cost or 0.0
+        if self.scheduler.limits.guesses:
+            return Pace(most, cost, self._draft_share)
         return Drafter(most, cost) if most else None
 
     def _check_open(self, tokens: int) -> None:
@@ -266,16 +304,19 @@ class Engine:
         while self._take_in(idle=not pending):
             while pending and self.scheduler.held_up:
                 self._read(*pending.popleft())
-            start = time.perf_counter()
+            start, before = time.perf_counter(), self._stats.host_seconds
             turns = self.scheduler.plan()
             if turns:
                 self._set_options(turns)
                 pending.append((turns, self.runner.dispatch(turns)))
-                self._stats.steps += 1
+                self._stats.steps += turns[0].steps
                 self._stats.fed_tokens += sum(turn.count for turn in turns)
             self._stats.host_seconds += time.perf_counter() - start
             if pending and (not turns or len(pending) > self.config.ahead):
                 self._read(*pending.popleft())
+            if turns:
+                took = self._stats.host_seconds - before
+                self.host_times.append(took / turns[0].steps)
 
     def _take_in(self, *, idle: bool) -> bool:
         """Requests and cancellations that came; waits for some when there is nothing to do."""
@@ -323,57 +364,15 @@ class Engine:
                     logprobs=request.logprobs is not None,
                 )
 
-    def _read(self, turns: list[Turn], drawn: Any) -> None:
+    def _read(self, turns: list[Turn], drawn: Drawn) -> None:
         """Wait for a step's tokens and hand them out."""
         tokens = np.asarray(drawn.tokens).tolist()
         start = time.perf_counter()
-        asked = any(t.draws and t.sequence.owner.stream.request.logprobs is not None for t in turns)
-        scores = _host(drawn) if asked else None
-        ended = []
-        for turn, place in zip(turns, places_of(turns), strict=True):
-            sequence, draft = turn.sequence, turn.sequence.owner
-            new = self.scheduler.drawn(turn, tokens[place : place + 1 + len(turn.drafts)])
-            if not new:
-                continue
-            new, finish = self._until_end(sequence, new)
-            self._stats.drawn_tokens += len(new)
-            if sequence.guide is not None and sequence.guide.error is not None:
-                self._writer.fail(draft, sequence.guide.error, refused=True)
-                finish = "abort"
-            else:
-                logprobs = _logprobs(draft.stream.request, new, scores, place)
-                self._writer.tokens(draft, new, logprobs, finish)
-            if finish is not None:
-                self.scheduler.finish(sequence)
-                ended.append(draft)
+        news, ended, count = hand_out(turns, drawn, tokens, self.scheduler)
+        self._writer.write(news)
+        self._stats.drawn_tokens += count
         if ended:
             with self._lock:
                 for draft in ended:
                     self._live.pop(draft, None)
         self._stats.host_seconds += time.perf_counter() - start
-
-    def _until_end(self, sequence: Sequence, new: list[int]) -> tuple[list[int], str | None]:
-        """New tokens up to one that ends the answer, and why it ends, if it does."""
-        for count, token in enumerate(new, 1):
-            if token in sequence.owner.ends:
-                return new[:count], "stop"
-            if sequence.guide is not None:
-                sequence.guide.take(token)
-                if sequence.guide.finished:
-                    return new[:count], "stop"
-        return new, "length" if len(sequence.tokens) >= sequence.limit else None
-
-
-def _host(drawn: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    return np.asarray(drawn.logprobs), np.asarray(drawn.top_ids), np.asarray(drawn.top_logprobs)
-
-
-def _logprobs(request: Request, tokens: list[int], scores: Any, place: int) -> list[Logprob]:
-    """What a request wants to know of its new tokens, the first of which was drawn at a place."""
-    if request.logprobs is None or scores is None:
-        return []
-    (own, ids, logs), count, out = scores, request.logprobs, []
-    for i, token in enumerate(tokens, place):
-        pairs = zip(ids[i, :count].tolist(), logs[i, :count].tolist(), strict=True)
-        out.append(Logprob(token, float(own[i]), tuple(pairs)))
-    return out

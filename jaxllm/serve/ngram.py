@@ -11,16 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from jaxllm.serve.pace import Pace
+
 __all__ = ["Drafter", "agreed"]
 
 SIZES = (4, 3, 2)
 """Tokens that must have come before, the most telling first."""
 MOST_TOKENS = 1 << 14
 """Of a prompt that are looked at, its last ones."""
-KEEP = 0.8
-"""Of the estimate of acceptance, at each step."""
-HOPE = 0.7
-"""The estimate before anything is known."""
 
 
 def agreed(drafts: Sequence[int], drawn: Sequence[int]) -> list[int]:
@@ -36,29 +34,13 @@ def agreed(drafts: Sequence[int], drawn: Sequence[int]) -> list[int]:
     return list(drawn[: count + 1])
 
 
-def _gain(rate: float, count: int, cost: float) -> float:
-    """Tokens a unit of time with so many drafts, of which each is right at this rate."""
-    expected = sum(rate**i for i in range(count + 1))
-    return expected / (1 + cost * count)
-
-
-class Drafter:
-    """Drafts for one sequence; how many goes by how they fared and what they cost.
-
-    Args:
-      most: tokens of a draft.
-      cost: of one more token in a step, as a share of a step of one.
-    """
+class Drafter(Pace):
+    """Drafts for one sequence; see `Pace`."""
 
     def __init__(self, most: int, cost: float):
-        self._most, self._cost = most, cost
-        self._rate, self._pause, self._resume = HOPE, 1, 0
+        super().__init__(most, cost)
         self._places: list[dict[tuple[int, ...], int]] = [{} for _ in SIZES]
         self._read = -1
-
-    def active(self, length: int) -> bool:
-        """Whether it wants to see a sequence of so many tokens."""
-        return length >= self._resume
 
     def propose(self, tokens: Sequence[int], most: int, rows: int = 1) -> list[int]:
         """A draft of what follows, perhaps none.
@@ -66,37 +48,20 @@ class Drafter:
         Args:
           tokens: of the sequence.
           most: of the draft.
-          rows: sequences in the step: the more there are, the less a step is free.
+          rows: sequences in the step.
         """
-        cost = self._cost * rows / (1 + self._cost * (rows - 1))
-        counts = [n for n in (1, 3, 7, 15, 31) if n < self._most] + [self._most]
-        best = max(counts, key=lambda n: _gain(self._rate, n, cost))
-        if _gain(self._rate, best, cost) <= 1:
-            # Not worth it; try again later, a little, and later still if that fails too.
-            self._rest(len(tokens), 64)
-            self._rate = max(self._rate, min(1.0, 1.2 * cost))
+        best = self.count(len(tokens), rows)
+        if not best:
             return []
         found = self._after(tokens)
         if found is None:
-            self._rest(len(tokens), 16)
+            self.rest(len(tokens), 16)
             return []
         whole = list(tokens[found:])
         count = min(best, most)
         while 0 < len(whole) < count:  # what repeats itself goes on repeating
             whole += whole[: count - len(whole)]
         return whole[:count]
-
-    def learn(self, drafted: int, accepted: int) -> None:
-        """How a draft fared."""
-        tried = accepted + (accepted < drafted)
-        share = accepted / tried
-        self._rate = KEEP * self._rate + (1 - KEEP) * share
-        if accepted:
-            self._pause = 1
-
-    def _rest(self, length: int, most: int) -> None:
-        self._resume = length + self._pause
-        self._pause = min(2 * self._pause, most)
 
     def _after(self, tokens: Sequence[int]) -> int | None:
         """Where what came after the last tokens begins; the latest such place."""

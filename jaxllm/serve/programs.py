@@ -20,6 +20,7 @@ from jaxllm.infer.programs import Setup
 from jaxllm.infer.sampling import Sampling
 from jaxllm.ops.sampling import History
 from jaxllm.serve.grammar import words
+from jaxllm.serve.pace import sizes
 from jaxllm.state.paged import paged_state
 from jaxllm.typing import Slot
 
@@ -31,6 +32,7 @@ __all__ = [
     "Memory",
     "Options",
     "Shape",
+    "guessing",
     "shapes",
     "step",
     "unpack",
@@ -72,6 +74,10 @@ class Shape:
       every: whether a token is drawn after every token, not only after a row's last: for drafts.
       greedy: every row takes its most likely token and wants no more. A GPU stops at each choice
         that a program makes, so that steps without options have programs without choices.
+      steps: of decoding that the program takes by itself; a row takes part in its first `counts`.
+        Above 1 only where all is greedy. Rows that take part in more of them come first.
+      drafts: tokens of each row that the draft model guesses first, `counts` - 1 of a row's own;
+        rows come as with steps. 0 where drafts come from the host or there are none.
     """
 
     tokens: int
@@ -80,16 +86,19 @@ class Shape:
     context: int
     every: bool = False
     greedy: bool = False
+    steps: int = 1
+    drafts: int = 0
 
     @property
     def places(self) -> int:
-        """P: tokens that are drawn."""
-        return self.tokens if self.every else self.rows
+        """P: tokens that are drawn; of several steps all of a row's, then the next row's."""
+        return self.tokens if self.every else self.rows * self.steps
 
     @property
     def name(self) -> str:
         """For the program's name."""
         how = "-every" * self.every + "-greedy" * self.greedy
+        how += f"-n{self.steps}" * (self.steps > 1) + f"-d{self.drafts}" * (self.drafts > 0)
         return f"t{self.tokens}-r{self.rows}-l{self.longest}-s{self.context}{how}"
 
     def widths(self, memory: Memory) -> dict[str, int]:
@@ -97,7 +106,8 @@ class Shape:
         size, out = memory.page_size, {}
         whole = -(-self.context // size)
         for group, left in memory.windows.items():
-            out[group] = whole if left is None else min(whole, (left + self.longest) // size + 2)
+            span = max(self.longest, self.steps)
+            out[group] = whole if left is None else min(whole, (left + span) // size + 2)
         return out
 
     def parts(self, memory: Memory) -> dict[str, tuple[int, ...]]:
@@ -126,7 +136,7 @@ def unpack(packed: Any, parts: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
 
 
 def shapes(
-    *, tokens: int, sequences: int, longest: int, contexts: tuple[int, ...], greedy: bool = False
+    *, tokens: int, sequences: int, longest: int, contexts: tuple[int, ...], greedy: int = 0
 ) -> tuple[Shape, ...]:
     """The table: decoding of 1, 2, 4, … sequences; mixed steps of 16, 64, … tokens for 1 or more.
 
@@ -135,19 +145,24 @@ def shapes(
       sequences: most of a step.
       longest: most tokens of one sequence in a step.
       contexts: lengths of sequences to have programs of their own for, rising.
-      greedy: whether decoding without options has programs of its own.
+      greedy: steps of the programs for decoding without options, 0 for none. They are for
+        accelerators, where a few rows cost what one does: others are for 4, 16, … or 8, 64, … rows.
     """
     require(tokens >= sequences, f"{tokens} tokens of a step hold no {sequences} sequences")
     powers = [1 << i for i in range((sequences - 1).bit_length() + 1)]
     decode = sorted({min(n, sequences) for n in powers})
     mixed_tokens = sorted({min(16 * 4**i, tokens) for i in range(12)})
-    mixed_rows = sorted({1, *(min(8**i, sequences) for i in range(1, 5))})
+    mixed_rows = sorted({min(8**i, sequences) for i in range(1 if greedy else 0, 5)})
+    choosing = sorted({min(4**i, sequences) for i in range(len(decode))}) if greedy else decode
     out = []
     for context in contexts:
+        kinds = [(choosing, False, 1)]
+        kinds += [(choosing if greedy > 1 else decode, True, 1)] if greedy else []
+        kinds += [(decode, True, greedy)] if greedy > 1 else []
         out += [
-            Shape(tokens=n, rows=n, longest=1, context=context, greedy=plain)
-            for n in decode
-            for plain in ([True, False] if greedy else [False])
+            Shape(tokens=n, rows=n, longest=1, context=context, greedy=plain, steps=steps)
+            for rows, plain, steps in kinds
+            for n in rows
         ]
         out += [
             Shape(tokens=t, rows=r, longest=min(longest, t), context=context)
@@ -170,7 +185,7 @@ def verifying(
       context: see `Shape`.
       greedy: whether steps without options have programs of their own.
     """
-    sizes = sorted({min(2 << i, tokens) for i in range((tokens - 1).bit_length())})
+    lengths = sorted({min(2 << i, tokens) for i in range((tokens - 1).bit_length())})
     return tuple(
         Shape(
             tokens=n,
@@ -180,7 +195,35 @@ def verifying(
             every=True,
             greedy=plain,
         )
-        for n in sizes
+        for n in lengths
+        for plain in ([True, False] if greedy else [False])
+    )
+
+
+def guessing(
+    *, tokens: int, sequences: int, drafts: int, context: int, greedy: bool = False
+) -> tuple[Shape, ...]:
+    """Steps of 1, 4, 16, … rows in which a draft model guesses 1, 3, 7, … tokens of each.
+
+    Args:
+      tokens: most of a step.
+      sequences: most of a step.
+      drafts: most of one sequence.
+      context: see `Shape`.
+      greedy: whether steps without options have programs of their own.
+    """
+    return tuple(
+        Shape(
+            tokens=rows * (1 + count),
+            rows=rows,
+            longest=1 + count,
+            context=context,
+            every=True,
+            greedy=plain,
+            drafts=count,
+        )
+        for count in sizes(drafts)
+        for rows in sorted({min(4**i, sequences, max(1, tokens // (1 + count))) for i in range(6)})
         for plain in ([True, False] if greedy else [False])
     )
 
@@ -225,7 +268,7 @@ class Drawn:
     """What a step drew.
 
     Attributes:
-      tokens: [P] int32.
+      tokens: [P] int32; -1 after a guess of the draft model that was wrong.
       logprobs: [P] float32 of the tokens, by the model's own distribution; 0 if nobody wants any.
       top_ids: [P, TOP] int32, the most likely tokens.
       top_logprobs: [P, TOP] float32.
@@ -248,64 +291,81 @@ def empty_options(slots: int, vocab: int) -> Options:
     )
 
 
-def abstract_state(setup: Setup, memory: Memory) -> tuple[Any, Carry]:
-    """Shapes of (state, carry)."""
-    state = paged_state(
-        setup.spec,
-        memory.pages,
-        memory.slots,
-        page_size=memory.page_size,
-        dtype=dtype_of(setup.policy.compute_dtype),
-        segments=setup.segments,
-    )
+def abstract_state(setup: Setup, memory: Memory, draft: Setup | None) -> tuple[Any, Carry]:
+    """Shapes of ((state, state of the draft model or None), carry)."""
+
+    def one(setup: Setup) -> Any:
+        return paged_state(
+            setup.spec,
+            memory.pages,
+            memory.slots,
+            page_size=memory.page_size,
+            dtype=dtype_of(setup.policy.compute_dtype),
+            segments=setup.segments,
+            array=setup.array,
+        )
+
+    state = one(setup), None if draft is None else one(draft)
     seen = (memory.slots, setup.spec.vocab)
     history = History(setup.array(seen, np.bool_, (None, None)), setup.ints(*seen))
     return state, Carry(setup.ints(memory.slots), history)
 
 
-def step(setup: Setup, memory: Memory, shape: Shape) -> Program:
+def step(setup: Setup, memory: Memory, shape: Shape, draft: Setup | None = None) -> Program:
     """One step: (params, state, carry, options, integers, masks) -> (state, carry, `Drawn`).
 
-    Masks are [P, words] int32, a bit a token, those that may be drawn.
+    Params and state are pairs, of the model and of the draft model or None. Masks are [P, words]
+    int32, a bit a token, those that may be drawn.
     """
 
     def build() -> Any:
         from jaxllm.serve.steps import serve_step
 
-        return serve_step(setup, memory, shape)
+        return serve_step((setup, draft), memory, shape)
 
+    whole = lambda shape, dtype: setup.array(shape, dtype, (None,) * len(shape))  # noqa: E731
     options = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype),
-        empty_options(memory.slots, setup.spec.vocab),
+        lambda x: whole(x.shape, x.dtype), empty_options(memory.slots, setup.spec.vocab)
+    )
+    held, top = abstract_state(setup, memory, draft), (shape.places, TOP)
+    drawn = Drawn(
+        setup.ints(shape.places),
+        whole(top[:1], np.float32),
+        whole(top, np.int32),
+        whole(top, np.float32),
     )
     size = sum(math.prod(part) for part in shape.parts(memory).values())
     depends = {
         "page_size": memory.page_size,
         "windows": sorted((g, w or -1) for g, w in memory.windows.items()),
         "shape": dataclasses.asdict(shape),
+        "draft": None if draft is None else draft.depends(),
     }
     return setup.program(
         f"serve-{shape.name}",
         build,
         (
-            setup.params,
-            *abstract_state(setup, memory),
+            (setup.params, None if draft is None else draft.params),
+            *held,
             options,
             setup.ints(size),
             setup.ints(shape.places, words(setup.spec.vocab)),
         ),
         depends=depends,
         donate=(1, 2),
+        out=(*held, drawn),
     )
 
 
-def zeros(setup: Setup, memory: Memory) -> Program:
+def zeros(setup: Setup, memory: Memory, draft: Setup | None = None) -> Program:
     """An empty state and carry, made on the device: () -> (state, carry)."""
 
+    held = abstract_state(setup, memory, draft)
+
     def build() -> Any:
-        shapes_ = abstract_state(setup, memory)
-        return lambda: jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), shapes_)
+        return lambda: jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), held)
 
     depends = {"pages": sorted(memory.pages.items()), "slots": memory.slots}
     depends |= {"page_size": memory.page_size}
-    return setup.program("serve-empty", build, (), depends=depends)
+    depends |= {"draft": None if draft is None else draft.depends()}
+    return setup.program("serve-empty", build, (), depends=depends, out=held)

@@ -83,6 +83,12 @@ class Request:
         wanted = self.logprobs
         require(wanted is None or 0 <= wanted <= TOP, f"logprobs is in 0..{TOP}, found {wanted}")
 
+    @property
+    def plain(self) -> bool:
+        """Whether the most likely tokens are wanted and nothing else."""
+        asks = self.logit_bias or self.logprobs is not None or self.grammar is not None
+        return self.sampling.mode == "greedy" and not asks
+
 
 def check_prompt(request: Request, vocab: int, context: int) -> None:
     """Refuse what a model cannot be given.
@@ -127,7 +133,7 @@ class Logprob:
     top: tuple[tuple[int, float], ...]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(kw_only=True, slots=True)
 class Piece:
     """Something new of one answer.
 

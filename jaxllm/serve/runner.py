@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import concurrent.futures
 import dataclasses
 import itertools
@@ -15,7 +16,7 @@ import numpy as np
 
 from jaxllm.aot.program import Executable
 from jaxllm.aot.store import Store
-from jaxllm.errors import CapacityError, UnsupportedError
+from jaxllm.errors import CapacityError
 from jaxllm.infer.programs import Setup
 from jaxllm.infer.sampling import Sampling
 from jaxllm.serve import programs
@@ -27,7 +28,7 @@ __all__ = ["Runner", "places_of"]
 
 
 class Runner:
-    """One model on one device, and every program that can be asked of it.
+    """One model on one device or a mesh, and every program that can be asked of it.
 
     Args:
       setup: what the programs share.
@@ -35,6 +36,7 @@ class Runner:
       memory: pages and slots.
       shapes: the table.
       store: where programs are kept, or None.
+      draft: a draft model's (setup, params), or None.
     """
 
     def __init__(
@@ -45,21 +47,32 @@ class Runner:
         shapes: Sequence[Shape],
         *,
         store: Store | None,
+        draft: tuple[Setup, Any] | None = None,
     ):
+        self._place = None
         if setup.mesh is not None:
-            raise UnsupportedError("serving runs on one device: load the model without a mesh")
-        self.setup, self.params, self.memory = setup, params, memory
+            self._place = jax.sharding.NamedSharding(setup.mesh, jax.sharding.PartitionSpec())
+        self.setup, self.memory = setup, memory
+        self._draft, others = draft or (None, None)
+        self.params = (params, others)
         # Greedy ones first: the first that serves is taken.
         order = lambda s: (s.context, s.tokens, s.rows, not s.greedy)  # noqa: E731
         self._shapes = tuple(sorted(shapes, key=order))
         self._programs = self._load(store)
-        self.state, self.carry = programs.zeros(setup, memory).load(store)()
+        self.state, self.carry = programs.zeros(setup, memory, self._draft).load(store)()
         self._options = programs.empty_options(memory.slots, setup.spec.vocab)
-        self._on_device = jax.device_put(_copy(self._options))
+        self._on_device = self._put(_copy(self._options))
         self._stale = False
         self._words = words(setup.spec.vocab)
+        self._contexts = sorted({shape.context for shape in self._shapes})
+        self._found: dict[Any, Shape] = {}
+        self._parts = {shape: shape.parts(memory) for shape in self._shapes}
+        self._sizes = {
+            shape: sum(math.prod(part) for part in parts.values())
+            for shape, parts in self._parts.items()
+        }
         self._no_masks = {
-            places: jax.device_put(np.zeros((places, self._words), np.int32))
+            places: self._put(np.zeros((places, self._words), np.int32))
             for places in {shape.places for shape in self._shapes}
         }
         self._greedy = np.ones((memory.slots,), np.bool_)  # slots whose options ask for nothing
@@ -81,7 +94,9 @@ class Runner:
         Python."""
         with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 2)) as pool:
             made = {
-                shape: pool.submit(programs.step(self.setup, self.memory, shape).load, store)
+                shape: pool.submit(
+                    programs.step(self.setup, self.memory, shape, self._draft).load, store
+                )
                 for shape in self._shapes
             }
             return {shape: future.result() for shape, future in made.items()}
@@ -115,15 +130,21 @@ class Runner:
         Raises:
           CapacityError: there is none: the scheduler's limits are not those of the table.
         """
-        tokens = sum(turn.count for turn in turns)
-        longest = max(turn.count for turn in turns)
+        steps, guesses = turns[0].steps, turns[0].guesses
+        tokens = sum(turn.count for turn in turns) if steps == 1 else len(turns)
+        longest = max(turn.count for turn in turns) if steps == 1 else 1
         context = max(turn.start + turn.count for turn in turns)
-        every = any(turn.drafts for turn in turns)
+        every = guesses > 0 or any(turn.drafts for turn in turns)
         greedy = all(self._greedy[t.sequence.slot] and t.sequence.guide is None for t in turns)
+        reach = bisect.bisect_left(self._contexts, context)
+        key = (tokens, len(turns), longest, reach, every, greedy, steps, guesses)
+        if (known := self._found.get(key)) is not None:
+            return known
         fits = (
             shape
             for shape in self._shapes
             if shape.every == every
+            and (shape.steps, shape.drafts) == (steps, guesses)
             and shape.tokens >= tokens
             and shape.rows >= len(turns)
             and shape.longest >= longest
@@ -136,36 +157,39 @@ class Runner:
                 f"no program holds {tokens} tokens of {len(turns)} sequences, {longest} of one, "
                 f"up to {context}"
             )
+        self._found[key] = found
         return found
 
     def dispatch(self, turns: Sequence[Turn]) -> Drawn:
         """Start a step; what it draws are device arrays that need not be there yet."""
         shape = self.shape_of(turns)
         if self._stale:
-            self._on_device = jax.device_put(_copy(self._options))
+            self._on_device = self._put(_copy(self._options))
             self._stale = False
-        packed = jax.device_put(self._pack(turns, shape))
+        packed = self._put(self._pack(turns, shape))
         run = self._programs[shape]
         self.state, self.carry, drawn = run(
             self.params, self.state, self.carry, self._on_device, packed, self._masks(turns, shape)
         )
         return drawn
 
+    def _put(self, tree: Any) -> Any:
+        """Host arrays on every device."""
+        return jax.device_put(tree, self._place)
+
     def _masks(self, turns: Sequence[Turn], shape: Shape) -> jax.Array:
         """Bits of the tokens that each place may draw; what lies on the device if all may be."""
-        pairs = zip(turns, places_of(turns), strict=True)
-        guides = [(t.sequence.guide, place, t.drafts) for t, place in pairs if t.masked]
+        guides = [(t.sequence.guide, place, t.drafts) for t, place in guided(turns)]
         if not guides:
             return self._no_masks[shape.places]
         masks = np.zeros((shape.places, self._words), np.int32)
         fill(masks, guides)
-        return jax.device_put(masks)
+        return self._put(masks)
 
     def _pack(self, turns: Sequence[Turn], shape: Shape) -> np.ndarray:
         """The step's integers."""
-        parts = shape.parts(self.memory)
-        packed = np.zeros((sum(math.prod(part) for part in parts.values()),), np.int32)
-        views = programs.unpack(packed, parts)
+        packed = np.zeros((self._sizes[shape],), np.int32)
+        views = programs.unpack(packed, self._parts[shape])
         used = len(turns)
         sequences = [turn.sequence for turn in turns]
         views["slots"][used:] = self.memory.slots
@@ -175,10 +199,9 @@ class Runner:
         views["prompts"][:used] = [s.prompt_length for s in sequences]
         views["unread"][:used] = [turn.unread for turn in turns]
         views["begins"][:used] = [turn.begins for turn in turns]
-        for turn, place in zip(turns, places_of(turns), strict=True):
-            if turn.masked:
-                views["masked"][place : place + 1 + len(turn.drafts)] = 1
-        if shape.longest == 1:
+        for turn, place in guided(turns):
+            views["masked"][place : place + 1 + len(turn.drafts)] = 1
+        if shape.longest == 1 or shape.drafts:
             known = [i for i, turn in enumerate(turns) if not turn.unread]
             views["ids"][known] = [turns[i].sequence.tokens[turns[i].start] for i in known]
         else:
@@ -197,10 +220,18 @@ class Runner:
         return packed
 
 
+def guided(turns: Sequence[Turn]) -> list[tuple[Turn, int]]:
+    """Turns whose tokens a grammar limits, and where in what a step draws each begins."""
+    if all(turn.sequence.guide is None for turn in turns):
+        return []
+    return [(t, place) for t, place in zip(turns, places_of(turns), strict=True) if t.masked]
+
+
 def places_of(turns: Sequence[Turn]) -> list[int]:
     """Where in what a step draws each turn's tokens begin."""
-    if not any(turn.drafts for turn in turns):
-        return list(range(len(turns)))
+    if all(not turn.drafts and not turn.guesses for turn in turns):
+        steps = turns[0].steps if turns else 1
+        return list(range(0, steps * len(turns), steps))
     return list(itertools.accumulate((turn.count for turn in turns[:-1]), initial=0))
 
 

@@ -10,88 +10,18 @@ pages run out, the least urgent sequence gives up its own and computes them agai
 from __future__ import annotations
 
 import bisect
-import dataclasses
 import itertools
 from collections.abc import Mapping
 from collections.abc import Sequence as Sequence_
 
-from jaxllm.core.config import require
 from jaxllm.errors import CapacityError
 from jaxllm.serve.ngram import agreed
 from jaxllm.serve.pages import Pages
 from jaxllm.serve.prefixes import Prefixes
 from jaxllm.serve.sequence import Holding, Sequence
+from jaxllm.serve.turn import Limits, Turn
 
 __all__ = ["Limits", "Scheduler", "Turn"]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Limits:
-    """Bounds of one step.
-
-    Attributes:
-      tokens: of all sequences together.
-      sequences: that run at once.
-      longest: tokens of one sequence.
-      page_size: Z.
-      prefix_cache: whether pages are found again by what they hold.
-      mixed: tokens of a step in which prompts are computed while others decode; 0 for no bound.
-      drafts: tokens that one sequence may guess in a step; 0 for none.
-      verified: tokens of a step with drafts.
-    """
-
-    tokens: int
-    sequences: int
-    longest: int
-    page_size: int
-    prefix_cache: bool = True
-    mixed: int = 0
-    drafts: int = 0
-    verified: int = 0
-
-    def __post_init__(self) -> None:
-        require(
-            min(self.tokens, self.sequences, self.longest, self.page_size) >= 1,
-            f"limits are positive, found {self}",
-        )
-        require(
-            self.tokens >= self.sequences,
-            f"a step of {self.tokens} tokens must hold one of each of {self.sequences} sequences",
-        )
-
-
-@dataclasses.dataclass(slots=True)
-class Turn:
-    """What one sequence does in a step.
-
-    Attributes:
-      sequence: whose turn it is.
-      start: tokens computed before.
-      count: tokens it feeds.
-      draws: whether the step draws its next token.
-      begins: whether it is the first chunk since it got its slot.
-      unread: whether its one token is on the device only.
-      drafts: the last ones of those that it feeds, that are guesses.
-    """
-
-    sequence: Sequence
-    start: int
-    count: int
-    draws: bool
-    begins: bool
-    unread: bool
-    drafts: Sequence_[int] = ()
-
-    @property
-    def fed(self) -> list[int]:
-        """The tokens that it feeds, of those that the host knows."""
-        end = self.start + self.count - len(self.drafts)
-        return [*self.sequence.tokens[self.start : end], *self.drafts]
-
-    @property
-    def masked(self) -> bool:
-        """Whether a grammar limits what it draws."""
-        return self.draws and self.sequence.guide is not None
 
 
 class Scheduler:
@@ -118,6 +48,7 @@ class Scheduler:
         self._slots = list(range(limits.sequences - 1, -1, -1))
         self._served: dict[str, int] = {}
         self._arrivals = itertools.count()
+        self._stuck = False  # whether the next that waits had no room, and nothing changed since
 
     def check_fits(self, tokens: int) -> None:
         """Refuse a sequence that could not run even alone.
@@ -149,6 +80,7 @@ class Scheduler:
             self._served = {t: self._served.get(t, 0) for t in others}
             self._served[sequence.tenant] = least
         self.waiting.append(sequence)
+        self._stuck = False
 
     def finish(self, sequence: Sequence) -> None:
         """Give back all that a sequence holds; nothing more is done for it."""
@@ -174,6 +106,10 @@ class Scheduler:
         order = [x for x in running if x[1] == 1]
         order += [x for x in running if x[1] > 1]
         longest = self.limits.longest
+        if self.limits.steps > 1 and order and self._alone(order):
+            return self._several(order)
+        if self.limits.guesses and order and (turns := self._guessed(order)):
+            return turns
         spare, room = self._spare(order), self._prompt_room(order)
         for sequence, wanted in order:
             if wanted > 1:
@@ -190,7 +126,10 @@ class Scheduler:
         left = min(left, room)
         while left > 0 and self._slots and not any(turn.drafts for turn in turns):
             sequence = self._next_waiting()
-            if sequence is None or not self._admit(sequence, left):
+            if sequence is None:
+                break
+            self._stuck = not self._admit(sequence, left)
+            if self._stuck:
                 break
             wanted = min(sequence.wanted, self.limits.longest, left)
             turns.append(self._turn(sequence, wanted))
@@ -198,22 +137,73 @@ class Scheduler:
         return turns
 
     def drawn(self, turn: Turn, tokens: Sequence_[int]) -> list[int]:
-        """Take what a turn drew, a token for each of its drafts and one more; those that are new
-        and still wanted."""
+        """Take the tokens that a turn drew, as many as its places; those that are new and still
+        wanted."""
         sequence = turn.sequence
         if not turn.draws or sequence.done:
             return []
-        new = agreed(turn.drafts, tokens)
+        new = agreed(turn.drafts, tokens) if turn.drafts else [t for t in tokens if t >= 0]
         sequence.tokens += new
-        if turn.drafts:
+        guesses = len(turn.drafts) or (turn.count - 1 if turn.guesses else 0)
+        if guesses:
             sequence.length, sequence.guessed = len(sequence.tokens), 0
             sequence.computed = turn.start + len(new)
-            sequence.drafter.learn(len(turn.drafts), len(new) - 1)
-            self.drafted_tokens += len(turn.drafts)
+            sequence.drafter.learn(guesses, len(new) - 1)
+            self.drafted_tokens += guesses
             self.accepted_tokens += len(new) - 1
         if len(sequence.tokens) // self.limits.page_size > sequence.named:
             self.prefixes.name(sequence)
         return new
+
+    def _alone(self, order: list[tuple[Sequence, int]]) -> bool:
+        """Whether the device can take several steps."""
+        plain = all(sequence.plain for sequence, _ in order)
+        return plain and self._settled(order, self.limits.steps)
+
+    def _settled(self, order: list[tuple[Sequence, int]], count: int) -> bool:
+        """Whether all want one token, there are pages for `count` of each, and nobody who waits
+        could start."""
+        new = -(-count // self.limits.page_size)
+        return (
+            all(wanted == 1 for _, wanted in order)
+            and all(pages.available >= new * len(order) for pages in self.pages.values())
+            and (self._stuck or not self._slots or self._next_waiting() is None)
+        )
+
+    def _several(self, order: list[tuple[Sequence, int]]) -> list[Turn]:
+        """Turns of several steps of decoding."""
+        steps = self.limits.steps
+        counts = [min(steps, sequence.limit - sequence.length) for sequence, _ in order]
+        return self._together(order, counts, steps=steps)
+
+    def _guessed(self, order: list[tuple[Sequence, int]]) -> list[Turn]:
+        """Turns in which a draft model guesses; none where it should not, or cannot now."""
+        rows, room = len(order), self.limits.verified
+        fits = [n for n in self.limits.guesses if rows * (1 + n) <= room]
+        if not fits or not self._settled(order, 1 + fits[-1]):
+            return []
+        wanted = [sequence.guesses(rows) for sequence, _ in order]
+        most = next((n for n in fits if n >= max(wanted)), fits[-1])
+        if not max(wanted):
+            return []
+        return self._together(order, [1 + min(n, most) for n in wanted], guesses=most)
+
+    def _together(
+        self,
+        order: list[tuple[Sequence, int]],
+        counts: list[int],
+        *,
+        steps: int = 1,
+        guesses: int = 0,
+    ) -> list[Turn]:
+        """Turns of so many tokens, for which there are pages; the longest come first."""
+        turns: list[Turn] = []
+        for (sequence, _), count in zip(order, counts, strict=True):
+            if sequence.computed + count > sequence.room:
+                self._hold(sequence, count, turns)
+            turns.append(self._turn(sequence, count, steps=steps, guesses=guesses))
+        turns.sort(key=lambda turn: -turn.count)
+        return turns
 
     def _spare(self, order: list[tuple[Sequence, int]]) -> int:
         """Tokens that the step has for drafts: none where a prompt is on its way or may start."""
@@ -239,16 +229,24 @@ class Scheduler:
         )
         return drafts if fits else []
 
-    def _turn(self, sequence: Sequence, count: int, drafts: Sequence_[int] = ()) -> Turn:
+    def _turn(
+        self,
+        sequence: Sequence,
+        count: int,
+        drafts: Sequence_[int] = (),
+        *,
+        steps: int = 1,
+        guesses: int = 0,
+    ) -> Turn:
         start, begins = sequence.computed, sequence.begins
         end = sequence.computed = start + count
-        known = end - len(drafts)
-        draws = known == sequence.length
-        turn = Turn(sequence, start, count, draws, begins, known > len(sequence.tokens), drafts)
+        known = start + 1 if steps > 1 or guesses else end - len(drafts)
+        draws, unread = known == sequence.length, known > len(sequence.tokens)
+        turn = Turn(sequence, start, count, draws, begins, unread, drafts, steps, guesses)
         sequence.begins = False
         if draws:
-            sequence.length += 1 + len(drafts)
-            sequence.guessed = len(drafts)
+            sequence.length += turn.places
+            sequence.guessed = count - 1 if guesses else len(drafts)
         self._served[sequence.tenant] += count
         if end // self.limits.page_size > sequence.named:
             self.prefixes.name(sequence)
@@ -342,7 +340,7 @@ class Scheduler:
         for group, holding in sequence.holdings.items():
             for page in holding.pages:
                 self.pages[group].release(page)
-        sequence.holdings, sequence.room = {}, 0
+        sequence.holdings, sequence.room, self._stuck = {}, 0, False
         if sequence.slot is not None:
             self._slots.append(sequence.slot)
             sequence.slot = None

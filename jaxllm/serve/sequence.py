@@ -52,6 +52,8 @@ class Sequence:
       guide: its way through a grammar, or None; the next token is drawn when the last is known.
       drafter: guesses what comes next, or None; likewise, while it is active.
       guessed: tokens fed that were guesses and are not known to be right yet.
+      plain: whether it takes the most likely tokens and wants no more, so that the device can go on
+        by itself.
     """
 
     tokens: list[int]
@@ -76,6 +78,7 @@ class Sequence:
     guide: Any = None
     drafter: Any = None
     guessed: int = 0
+    plain: bool = False
 
     def __post_init__(self) -> None:
         self.length = len(self.tokens)
@@ -89,8 +92,10 @@ class Sequence:
     def wanted(self) -> int:
         """Tokens to compute before the next is drawn; 0 when the answer is as long as allowed, or
         while it is held up."""
-        ended = self.done or self.length >= self.limit
-        return 0 if ended or self.held_up else self.length - self.computed
+        length = self.length
+        if self.done or length >= self.limit or (length != len(self.tokens) and self.held_up):
+            return 0
+        return length - self.computed
 
     @property
     def held_up(self) -> bool:
@@ -112,6 +117,17 @@ class Sequence:
             return []
         found = self.drafter.propose(self.tokens, most, rows)
         return found if self.guide is None else found[: self.guide.kept(found)]
+
+    def guesses(self, rows: int) -> int:
+        """Tokens that a draft model should guess of it; none where a grammar would have to follow.
+
+        Args:
+          rows: sequences in the step.
+        """
+        length, drafter = self.length, self.drafter
+        if self.guide is not None or drafter is None or not drafter.active(length):
+            return 0
+        return min(drafter.count(length, rows), self.limit - length - 1)
 
     @property
     def ready(self) -> bool:

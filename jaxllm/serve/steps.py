@@ -20,6 +20,8 @@ from jaxllm.state.step import flat_step
 
 __all__ = ["serve_step"]
 
+Setups = tuple[Setup, Setup | None]
+
 
 @dataclasses.dataclass(frozen=True)
 class _Places:
@@ -135,12 +137,7 @@ def _draw(
     changed = jax.lax.cond(
         jnp.any(masked), lambda x: _allowed(x, bits, masked), lambda x: x, changed
     )
-    tokens = jax.lax.cond(
-        jnp.any((rows.temperature > 0) & used),
-        lambda x: sample(x, rows, places.positions),
-        lambda x: jnp.argmax(x, axis=-1).astype(jnp.int32),
-        changed,
-    )
+    tokens = _chosen(changed, rows, places.positions, False, used)
 
     def scored(x: Array) -> Drawn:
         logs = jax.nn.log_softmax(x, axis=-1)
@@ -158,34 +155,127 @@ def _unscored(tokens: Array) -> Drawn:
     return Drawn(tokens, none[:, 0], jnp.zeros(none.shape, jnp.int32), none)
 
 
-def serve_step(setup: Setup, memory: Memory, shape: Shape) -> Callable[..., Any]:
-    """See `programs.step`."""
+def _tables(memory: Memory, new: dict[str, Array]) -> dict[str, PageTable]:
+    return {
+        group: PageTable(new[f"pages:{group}"], new[f"firsts:{group}"]) for group in memory.windows
+    }
+
+
+def _logits(setups: Setups, shape: Shape, params: Any, state: Any, batch: Any) -> tuple[Array, Any]:
+    """(float32 logits of what is drawn, state) of a batch: (ids, flat, table).
+
+    A draft model takes in the same tokens, so that its pages hold what the model's do.
+    """
+    (setup, draft), (params, others), (state, other) = setups, params, state
+    ids, flat, table = batch
+    step = flat_step(flat, shape.tokens, table)
+    if draft is not None and not shape.drafts:
+        _, other, _ = api.apply(draft.spec, others, ids[None], step, other, policy=draft.policy)
+    hidden, state, _ = api.apply(setup.spec, params, ids[None], step, state, policy=setup.policy)
+    if shape.longest > 1 and not shape.every:
+        ends = jnp.clip(flat.firsts + flat.counts - 1, 0, shape.tokens - 1)
+        hidden = hidden[:, ends]
+    logits = api.unembed(setup.spec, params, hidden, policy=setup.policy)[0]
+    return logits.astype(jnp.float32), (state, other)
+
+
+def serve_step(setups: Setups, memory: Memory, shape: Shape) -> Callable[..., Any]:
+    """See `programs.step`; setups are those of the model and of the draft model or None."""
     parts = shape.parts(memory)
+    make = _several if shape.steps > 1 else _guessed if shape.drafts else _once
+    body = make(setups, memory, shape)
 
-    def logits_of(params: Any, state: Any, ids: Array, flat: Flat, table: Any) -> Any:
-        step = flat_step(flat, shape.tokens, table)
-        hidden, state, _ = api.apply(
-            setup.spec, params, ids[None], step, state, policy=setup.policy
-        )
-        if shape.longest > 1 and not shape.every:
-            ends = jnp.clip(flat.firsts + flat.counts - 1, 0, shape.tokens - 1)
-            hidden = hidden[:, ends]
-        logits = api.unembed(setup.spec, params, hidden, policy=setup.policy)[0]
-        return logits.astype(jnp.float32), state
+    def run(params: Any, state: Any, carry: Carry, options: Any, packed: Any, masks: Any) -> Any:
+        return body((params, state, carry), options, unpack(packed, parts), masks)
 
-    def run(
-        params: Any, state: Any, carry: Carry, options: Options, packed: Array, masks: Array
-    ) -> Any:
-        new = unpack(packed, parts)
+    return run
+
+
+def _several(setups: Setups, memory: Memory, shape: Shape) -> Callable[..., Any]:
+    """Steps of greedy decoding, each row in as many as its count."""
+
+    def run(held: Any, options: Options, new: dict[str, Array], masks: Array) -> Any:
+        del options, masks
+        params, state, carry = held
+        counts, starts, slots = new["counts"], new["starts"], new["slots"]
+        table = _tables(memory, new)
+        last = jnp.take(carry.last, slots, mode="clip")
+        last = jnp.where(new["unread"] > 0, last, new["ids"])
+
+        def one(held: Any, i: Array) -> Any:
+            state, last = held
+            going = i < counts
+            flat = Flat(going.astype(jnp.int32), starts + i, slots, 1)
+            logits, state = _logits(setups, shape, params, state, (last, flat, table))
+            last = jnp.where(going, jnp.argmax(logits, axis=-1).astype(jnp.int32), last)
+            return (state, last), last
+
+        count = jnp.arange(shape.steps, dtype=jnp.int32)
+        (state, last), tokens = jax.lax.scan(one, (state, last), count)
+        after = carry.last.at[slots].set(last, mode="drop")
+        return state, Carry(after, carry.history), _unscored(tokens.T.reshape(-1))
+
+    return run
+
+
+def _guessed(setups: Setups, memory: Memory, shape: Shape) -> Callable[..., Any]:
+    """The draft model guesses what follows each row's token, by the same noise, and the model
+    verifies; the last guess is fed as well, so that the pages of both hold the same tokens."""
+    draft, verify = setups[1], _once(setups, memory, shape)
+    assert draft is not None
+
+    def run(held: Any, options: Options, new: dict[str, Array], masks: Array) -> Any:
+        params, (state, other), carry = held
+        counts, starts, slots = new["counts"], new["starts"], new["slots"]
+        table, rows = _tables(memory, new), options.rows
+        rows = jax.tree.map(lambda x: jnp.take(x, slots, axis=0, mode="clip"), rows)
+        last = jnp.take(carry.last, slots, mode="clip")
+        last = jnp.where(new["unread"] > 0, last, new["ids"][: shape.rows])
+        once = dataclasses.replace(shape, tokens=shape.rows, longest=1, every=False)
+
+        def one(held: Any, i: Array) -> Any:
+            other, last = held
+            going = i < counts
+            flat = Flat(going.astype(jnp.int32), starts + i, slots, 1)
+            batch = (last, flat, table)
+            logits, (other, _) = _logits(
+                (draft, None), once, (params[1], None), (other, None), batch
+            )
+            guess = _chosen(logits, rows, starts + i + 1, shape.greedy, going)
+            return (other, jnp.where(going, guess, last)), last
+
+        places = jnp.arange(1 + shape.drafts, dtype=jnp.int32)
+        (other, _), fed = jax.lax.scan(one, (other, last), places)
+        flat = Flat(counts, starts, slots, shape.longest)
+        row = jnp.minimum(flat.owners(shape.tokens), shape.rows - 1)
+        offsets = jnp.arange(shape.tokens, dtype=jnp.int32) - jnp.take(flat.firsts, row)
+        ids = fed[jnp.clip(offsets, 0, shape.drafts), row]
+        new = new | {"ids": ids, "unread": jnp.zeros_like(counts)}
+        return verify((params, (state, other), carry), options, new, masks)
+
+    return run
+
+
+def _chosen(logits: Array, rows: Any, positions: Array, greedy: bool, used: Array) -> Array:
+    """A token of each row of logits [R, V], by temperature and what cuts the tail off."""
+    best = lambda x: jnp.argmax(x, axis=-1).astype(jnp.int32)  # noqa: E731
+    if greedy:
+        return best(logits)
+    drawn = jnp.any((rows.temperature > 0) & used)
+    return jax.lax.cond(drawn, lambda x: sample(x, rows, positions), best, logits)
+
+
+def _once(setups: Setups, memory: Memory, shape: Shape) -> Callable[..., Any]:
+    """One step of anything."""
+
+    def run(held: Any, options: Options, new: dict[str, Array], masks: Array) -> Any:
+        params, state, carry = held
         flat = Flat(new["counts"], new["starts"], new["slots"], shape.longest)
-        table = {
-            group: PageTable(new[f"pages:{group}"], new[f"firsts:{group}"])
-            for group in memory.windows
-        }
+        table = _tables(memory, new)
         row = jnp.minimum(flat.owners(shape.tokens), shape.rows - 1)
         last = jnp.take(carry.last, flat.slots, mode="clip")
         new["ids"] = jnp.where(new["unread"][row] > 0, last[row], new["ids"])
-        logits, state = logits_of(params, state, new["ids"], flat, table)
+        logits, state = _logits(setups, shape, params, state, (new["ids"], flat, table))
         places, limits = _places(flat, shape), (masks, new["masked"] > 0)
         penalized = jnp.take(options.penalized, places.slots, mode="clip") & places.used
         take = lambda x: jnp.take(x, places.slots, axis=0, mode="clip")  # noqa: E731
@@ -224,6 +314,8 @@ def serve_step(setup: Setup, memory: Memory, shape: Shape) -> Callable[..., Any]
                 history.answer,
             )
             history = History(history.prompt, answer)
+        if shape.drafts:
+            drawn = dataclasses.replace(drawn, tokens=jnp.where(stays, drawn.tokens, -1))
         return state, Carry(tokens, history), drawn
 
     return run

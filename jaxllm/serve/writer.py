@@ -14,7 +14,7 @@ from jaxllm.core.logging import log
 from jaxllm.serve.request import Logprob, Piece, Stream
 from jaxllm.text.answer import Answer
 
-__all__ = ["Draft", "Writer"]
+__all__ = ["Draft", "News", "Writer"]
 
 
 class Draft:
@@ -29,8 +29,14 @@ class Draft:
 
     def __init__(self, stream: Stream, index: int, answer: Answer, ends: frozenset[int]):
         self.stream, self.index, self.answer, self.ends = stream, index, answer, ends
+        self.wants_logprobs = stream.request.logprobs is not None
         self.closed = False
         self.cached_tokens = 0
+
+
+News = tuple[Draft, Sequence[int] | str, Sequence[Logprob] | bool, str | None]
+"""(answer, new tokens, their log probabilities, why it finishes), or (answer, error, refused, None)
+where there is an error."""
 
 
 class Writer:
@@ -46,15 +52,14 @@ class Writer:
         self._thread = threading.Thread(target=self._run, name="jaxllm-writer", daemon=True)
         self._thread.start()
 
-    def tokens(
-        self, draft: Draft, tokens: Sequence[int], logprobs: Sequence[Logprob], finish: str | None
-    ) -> None:
-        """New tokens of an answer, the last ones if there is a reason to finish."""
-        self._queue.put((draft, tuple(tokens), tuple(logprobs), finish))
+    def write(self, news: Sequence[News]) -> None:
+        """What a step brought: new tokens of answers, the last ones where there is a finish."""
+        if news:
+            self._queue.put(news)
 
     def fail(self, draft: Draft, error: str, *, refused: bool = False) -> None:
         """End an answer with an error, of the engine's or of the request's own."""
-        self._queue.put((draft, error, refused))
+        self._queue.put([(draft, error, refused, None)])
 
     def close(self) -> None:
         """Write what is there and end."""
@@ -62,21 +67,23 @@ class Writer:
         self._thread.join(timeout=10)
 
     def _run(self) -> None:
-        while (item := self._queue.get()) is not None:
-            draft = item[0]
-            if draft.closed:
-                continue
-            try:
-                if len(item) == 3:
-                    draft.closed = True
-                    draft.stream.push(Piece(index=draft.index, error=item[1], refused=item[2]))
-                else:
-                    self._write(*item)
-            except Exception as error:  # one answer's trouble is not the others'
-                log.exception("an answer cannot be written")
+        while (news := self._queue.get()) is not None:
+            for item in news:
+                if not item[0].closed:
+                    self._one(*item)
+
+    def _one(self, draft: Draft, new: Any, more: Any, finish: str | None) -> None:
+        try:
+            if isinstance(new, str):
                 draft.closed = True
-                draft.stream.push(Piece(index=draft.index, error=f"internal error: {error}"))
-                self._stopped(draft)
+                draft.stream.push(Piece(index=draft.index, error=new, refused=more))
+            else:
+                self._write(draft, tuple(new), tuple(more), finish)
+        except Exception as error:  # one answer's trouble is not the others'
+            log.exception("an answer cannot be written")
+            draft.closed = True
+            draft.stream.push(Piece(index=draft.index, error=f"internal error: {error}"))
+            self._stopped(draft)
 
     def _write(
         self,

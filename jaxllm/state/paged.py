@@ -8,18 +8,21 @@ can be given to somebody else. What a recurrence remembers is one slot a sequenc
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
 from jaxllm.core.config import require
+from jaxllm.core.sharding import Rules, island
 from jaxllm.core.tree import Segment
 from jaxllm.errors import UnsupportedError
 from jaxllm.ops.attention import Scores
-from jaxllm.ops.paged import paged_attention, write_pages
+from jaxllm.ops.flat import Flat
+from jaxllm.ops.paged import PageTable, paged_attention, write_pages
 from jaxllm.spec.mask import Global, Mask, draws, parts, reach
 from jaxllm.spec.model import ModelSpec
 from jaxllm.spec.ops import Attention, InfiniAttention, LatentAttention
@@ -115,6 +118,7 @@ def paged_state(
     page_size: int,
     dtype: Any,
     segments: tuple[Segment, ...] | None = None,
+    array: Callable[[tuple[int, ...], Any, Any], Any] | None = None,
 ) -> Any:
     """The shapes of an empty state.
 
@@ -125,6 +129,7 @@ def paged_state(
       page_size: Z, tokens a page.
       dtype: of keys and values.
       segments: as the parameters are stacked; canonical by default.
+      array: (shape, dtype, names of the dims) -> an abstract array, where there is a mesh.
 
     Returns:
       A tree of `ShapeDtypeStruct`s shaped by the layers.
@@ -146,8 +151,9 @@ def paged_state(
         held = Held((*lead, op.kv_heads, op.head_dim), names)
         return PagedKV(held, held)
 
+    plain = lambda shape, dtype, axes: jax.ShapeDtypeStruct(shape, dtype)  # noqa: E731
     return jax.tree.map(
-        lambda held: jax.ShapeDtypeStruct(held.shape, held.dtype or dtype),
+        lambda held: (array or plain)(held.shape, held.dtype or dtype, held.axes),
         layout(spec, segments or spec.segments, make),
         is_leaf=is_held,
     )
@@ -167,13 +173,32 @@ def attend_pages(
     step: Step,
     mask: Mask,
     scores: Scores,
+    rules: Rules,
 ) -> tuple[Float[Array, "B T N H"], PagedKV]:
-    """Put new keys and values into their pages, and attend over those of each token's sequence."""
+    """Put new keys and values into their pages, and attend over those of each token's sequence.
+
+    On a mesh each device has the pages of its own heads.
+    """
     table, flat = _table(step, mask)
-    q, k, v = qkv
-    state = PagedKV(write_pages(state.k, k, table, flat), write_pages(state.v, v, table, flat))
-    found = paged_attention(q, (state.k, state.v), table, flat, mask=mask, scores=scores)
-    return found, state
+
+    def one(qkv: Any, pools: Any, table: PageTable, flat: Flat, scores: Scores) -> Any:
+        q, k, v = qkv
+        pools = write_pages(pools[0], k, table, flat), write_pages(pools[1], v, table, flat)
+        return paged_attention(q, pools, table, flat, mask=mask, scores=scores), *pools
+
+    queries, keys = (None, None, "heads", None), (None, None, "kv_heads", None)
+    whole = lambda x: (None,) * x.ndim  # noqa: E731
+    axes = (
+        (queries, keys, keys),
+        (keys, keys),
+        jax.tree.map(whole, table),
+        jax.tree.map(whole, flat),
+        jax.tree.map(lambda _: ("heads",), scores),
+    )
+    q, pools = qkv[0], (jnp.asarray(state.k), jnp.asarray(state.v))
+    out = [((*q.shape[:3], pools[1].shape[-1]), queries), *((p.shape, keys) for p in pools)]
+    found, k, v = island(one, (qkv, pools, table, flat, scores), axes, out=out, rules=rules)
+    return found, PagedKV(k, v)
 
 
 def attend_latent_pages(

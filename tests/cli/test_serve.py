@@ -11,7 +11,7 @@ import openai
 import pytest
 
 from jaxllm.cli.main import main, parse
-from jaxllm.cli.serve import prefix_ids
+from jaxllm.cli.serve import draft_of, prefix_ids
 from jaxllm.errors import ConfigError
 from jaxllm.model import load
 from tests.cli.toy import write_toy
@@ -58,6 +58,18 @@ def test_a_prefix_is_text_or_messages(tmp_path: Path) -> None:
             prefix_ids(messages, model)
     with pytest.raises(ConfigError, match="cannot be read"):
         prefix_ids(tmp_path / "none", model)
+
+
+def test_a_draft_is_the_source_itself_or_another(tmp_path: Path) -> None:
+    source = str(write_toy(tmp_path / "toy"))
+    model = load(source)
+    own = parse(["serve", source, "--draft", source, "--draft-format", "int8"])
+    draft = draft_of(own, model, source)
+    assert draft is not None and draft.nbytes < model.nbytes
+    assert draft_of(parse(["serve", source, "--draft", source]), model, source) is model
+    assert draft_of(parse(["serve", source]), model, source) is None
+    with pytest.raises(ConfigError, match="give --draft too"):
+        draft_of(parse(["serve", source, "--draft-format", "int4"]), model, source)
 
 
 def test_options() -> None:

@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 
 from jaxllm.core.policy import Policy
+from jaxllm.core.tree import map_leaves, single_segments
 from jaxllm.errors import UnsupportedError
 from jaxllm.nn import api
 from jaxllm.ops import paged
 from jaxllm.ops.flat import Flat
 from jaxllm.ops.paged import PageTable
 from jaxllm.spec.mask import And, Causal, Full, Window
+from jaxllm.spec.table import model_table
 from jaxllm.state.paged import groups, page_bytes, paged_state
 from jaxllm.state.step import dense_step, flat_step
 from tests.contracts.specs import (
@@ -25,6 +27,7 @@ from tests.contracts.specs import (
     params,
     pre,
     quick,
+    single,
     tokens,
 )
 from tests.contracts.specs import MLP48 as MLP
@@ -36,10 +39,11 @@ ORDER = [2, 0, 3, 1]  # rows are not in the order of slots
 SLOT = [4, 0, 5, 2]
 
 
-def poisoned(name: str):
+def poisoned(name: str, *, apart: bool = False):
     """A state in which every page and slot holds NaN."""
-    number = dict.fromkeys(groups(SPECS[name]), 4 * WIDTH)
-    shapes = paged_state(SPECS[name], number, SLOTS, page_size=SIZE, dtype=np.float32)
+    number, spec = dict.fromkeys(groups(SPECS[name]), 4 * WIDTH), SPECS[name]
+    segments = single_segments(spec.num_layers) if apart else None
+    shapes = paged_state(spec, number, SLOTS, page_size=SIZE, dtype=np.float32, segments=segments)
     return jax.tree.map(lambda x: np.full(x.shape, np.nan, x.dtype), shapes)
 
 
@@ -72,19 +76,25 @@ def program(name: str, length: int, longest: int, implementation: str):
 
 
 CASES = [(name, "loop") for name in DECODERS] + [("gqa", "gather"), ("latent", "gather")]
+APART = [("gqa", "apart")]
+APART += [pytest.param(n, "apart", marks=pytest.mark.slow) for n in DECODERS if n != "gqa"]
 
 
-@pytest.mark.parametrize(("name", "implementation"), CASES)
+@pytest.mark.parametrize(("name", "implementation"), [*CASES, *APART])
 def test_mixed_batches_are_the_full_forward(name, implementation, monkeypatch):
+    """Layers stacked as the spec says, or `apart`: one by one, traced once for all alike."""
+    apart = implementation == "apart"
+    implementation = "loop" if apart else implementation
+    weights = single(params(name), SPECS[name].num_layers) if apart else params(name)
     monkeypatch.setattr(paged, "STRIDE", 4)
     monkeypatch.setattr(paged, "_choose", lambda *_: implementation)
     monkeypatch.setattr("jaxllm.ops.flat.BLOCK", 3)
-    ids, wanted, state = tokens(name), full(name), poisoned(name)
+    ids, wanted, state = tokens(name), full(name), poisoned(name, apart=apart)
     starts = np.zeros(4, np.int32)
     for plan in PLAN:
         rows = [row for row in ORDER if plan[row]]
-        single = max(plan) == 1
-        length = ROWS if single else 14
+        alone = max(plan) == 1
+        length = ROWS if alone else 14
         fed, counts = np.full((1, length), 63, np.int32), np.zeros(ROWS, np.int32)
         slots, begun = np.full(ROWS, SLOTS, np.int32), np.zeros(ROWS, np.int32)
         place = 0
@@ -93,9 +103,9 @@ def test_mixed_batches_are_the_full_forward(name, implementation, monkeypatch):
             fed[0, place : place + len(new)] = new
             counts[i], slots[i], begun[i] = plan[row], SLOT[row], starts[row]
             place += len(new)
-        run = program(name, length, 1 if single else 7, implementation)
+        run = program(name, length, 1 if alone else 7, implementation)
         table = tables(name, starts, rows)
-        logits, state = run(params(name), state, fed, counts, begun, slots, table)
+        logits, state = run(weights, state, fed, counts, begun, slots, table)
         place = 0
         for row in rows:
             found = np.asarray(logits)[0, place : place + plan[row]]
@@ -103,6 +113,28 @@ def test_mixed_batches_are_the_full_forward(name, implementation, monkeypatch):
             place += plan[row]
             starts[row] += plan[row]
     assert starts.tolist() == [12, 8, 11, 5]
+
+
+def test_layers_alike_are_traced_once():
+    """Twelve layers of a block lower to no more products than three do."""
+
+    def products(layers: int) -> int:
+        spec = model(pre("G", heads(4, 2), MLP), layers=f"G*{layers}")
+        segments, pages = single_segments(layers), {"all": 4}
+        table = model_table(spec, segments)
+        weights = map_leaves(lambda _, d: jax.ShapeDtypeStruct(d.shape, np.float32), table)
+        state = paged_state(spec, pages, 2, page_size=4, dtype=np.float32, segments=segments)
+        one, ids = np.ones(2, np.int32), np.zeros((1, 2), np.int32)
+        flat = Flat(one, one, one, 1)
+        where = {"all": PageTable(np.zeros((2, 3), np.int32), np.zeros(2, np.int32))}
+
+        def run(weights, state):
+            step = flat_step(flat, 2, where)
+            return api.apply(spec, weights, ids, step, state, policy=Policy())[:2]
+
+        return jax.jit(run).lower(weights, state).as_text().count("dot_general")
+
+    assert products(3) == products(12) > 6
 
 
 def test_groups_are_what_masks_reach():

@@ -62,7 +62,7 @@ def test_steps_without_options_have_programs_of_their_own(toy, monkeypatch):
     """As on a GPU; other steps, and those before and after, take the others."""
     monkeypatch.setattr(
         "jaxllm.serve.engine.table",
-        lambda *_: shapes(tokens=16, sequences=2, longest=16, contexts=(CONTEXT,), greedy=True),
+        lambda *_: shapes(tokens=16, sequences=2, longest=16, contexts=(CONTEXT,), greedy=1),
     )
     config = dataclasses.replace(CONFIG, max_sequences=2, max_batch_tokens=16)
     plain, other = ask(prompt(5), 20), ask(prompt(9, seed=1), 6, **SAMPLED)
@@ -79,6 +79,31 @@ def test_steps_without_options_have_programs_of_their_own(toy, monkeypatch):
     assert found == [alone(toy, plain), alone(toy, other)]
     assert kinds == {(False, False), (False, True), (True, True)}
     assert scored.token_ids == found[0] and len(scored.logprobs) == len(found[0])
+
+
+def test_the_device_takes_several_steps_by_itself(toy, monkeypatch):
+    """Answers of lengths that are no multiple, one with an end, one with options for a while, pages
+    that run out; others come while it is at it."""
+    config = dataclasses.replace(CONFIG, decode_steps=3, cache_tokens=CONTEXT + 24)
+    requests = [ask(prompt(9, seed=i), 11 + 2 * i) for i in range(5)]
+    requests += [ask(prompt(20, seed=9), 60), ask(prompt(7), 9, **SAMPLED)]
+    end = alone(toy, requests[4])[7]
+    requests[4] = dataclasses.replace(requests[4], stop_ids=(end,))
+    with Engine(toy, config) as engine:
+        used, dispatch = [], engine.runner.shape_of
+        monkeypatch.setattr(
+            engine.runner, "shape_of", lambda turns: used.append(dispatch(turns)) or used[-1]
+        )
+        streams = [engine.submit(request) for request in requests]
+        found = [stream.result()[0].token_ids for stream in streams]
+        assert engine.stats().compilations == 0
+        settled(engine)
+    wanted = [alone(toy, request) for request in requests]
+    wanted[4] = wanted[4][: wanted[4].index(end) + 1]
+    assert found == wanted
+    assert {shape.steps for shape in used} == {1, 3}
+    with pytest.raises(ConfigError, match="decode_steps is at most 16"):
+        dataclasses.replace(CONFIG, decode_steps=17)
 
 
 @pytest.mark.parametrize("ahead", [pytest.param(0, marks=pytest.mark.slow), 2])

@@ -185,10 +185,12 @@ def test_what_can_never_run_is_refused():
 
 @pytest.mark.parametrize("seed", range(8))
 def test_any_mix_ends_and_gives_everything_back(seed):
-    """Random lengths, tenants, cancellations, few pages, answers read late; guesses in half."""
+    """Random lengths, tenants, cancellations, few pages, answers read late; guesses in half, and
+    in a quarter steps that the device takes by itself."""
     dice = random.Random(seed)
     windows = {"all": None, "window5": 5} if seed % 2 else {"all": None}
-    drafts = {"drafts": 3, "verified": 9} if seed > 3 else {}
+    drafts = {"drafts": 3, "verified": 9} if seed > 3 else {"steps": 1 + 2 * (seed // 2)}
+    several = 0
     sched = scheduler(pages=14, windows=windows, sequences=3, prefix_cache=seed % 3 > 0, **drafts)
     everyone, waiting = [], []
     for turn_number in range(600):
@@ -199,7 +201,8 @@ def test_any_mix_ends_and_gives_everything_back(seed):
                 first=100 * dice.randint(0, 2),
                 tenant=dice.choice("ab"),
                 priority=dice.randint(0, 1),
-                drafter=Guesses(dice) if dice.random() < 0.7 else None,
+                drafter=Guesses(dice) if seed > 3 and dice.random() < 0.7 else None,
+                plain=seed <= 3 and dice.random() < 0.8,
             )
             everyone.append(one)
             sched.add(one)
@@ -211,10 +214,14 @@ def test_any_mix_ends_and_gives_everything_back(seed):
         if waiting and any(turn.drafts for turn in waiting[-1]):
             assert sum(turn.count for turn in waiting[-1]) <= 9
             assert max(turn.count for turn in waiting[-1]) <= 4
+        if waiting and waiting[-1] and waiting[-1][0].steps > 1:
+            several += 1
+            counts = [turn.count for turn in waiting[-1]]
+            assert counts == sorted(counts, reverse=True) and 1 <= counts[-1] <= counts[0] <= 3
         while len(waiting) > dice.randint(0, most):
             for turn in waiting.pop(0):
                 one = turn.sequence
-                drawn = [dice.randint(0, 2) for _ in range(1 + len(turn.drafts))]
+                drawn = [dice.randint(0, 2) for _ in range(turn.places)]
                 fresh = sched.drawn(turn, drawn)
                 assert one.computed <= len(one.tokens) + one.unread <= one.limit or not fresh
                 if fresh and (len(one.tokens) >= one.limit or dice.random() < 0.02):
@@ -225,6 +232,7 @@ def test_any_mix_ends_and_gives_everything_back(seed):
             pages.check()
     assert everyone
     assert (sched.accepted_tokens > 0) == (seed > 3)
+    assert (several > 0) == (seed in (2, 3))
     assert sched.accepted_tokens <= sched.drafted_tokens
     assert all(one.done for one in everyone)
     assert [pages.held for pages in sched.pages.values()] == [0] * len(windows)
