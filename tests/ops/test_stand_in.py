@@ -42,7 +42,7 @@ def test_no_scores_are_kept():
 
 
 def test_a_mask_that_no_kernel_takes_stays_plain(monkeypatch):
-    monkeypatch.setattr(module, "form", lambda see, length: "dense")
+    monkeypatch.setattr(module, "form", lambda *_: "dense")
     monkeypatch.setattr(module, "_cudnn_obstacle", lambda call: "not here")
     plain = compiled().memory_analysis().temp_size_in_bytes
     with standing_in("gpu"):
