@@ -143,7 +143,7 @@ def commit() -> str:
 
 def main() -> None:
     """Measure all in turns and print medians and ratios."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--peer-python", required=True)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path)

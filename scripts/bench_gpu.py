@@ -183,7 +183,7 @@ def run_python(code: str) -> dict[str, Any]:
 
 def main() -> None:
     """Measure what was asked for."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     for flag in ("--peer", "--ablate", "--cold"):
         parser.add_argument(flag, action="store_true")

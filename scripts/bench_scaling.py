@@ -206,7 +206,7 @@ def table(lines: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     """Measure what was asked for."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--devices", nargs="*", type=int, help="how many GPUs; all that are there")
     parser.add_argument("--only", nargs="*", help="names of cases, in this order")

@@ -318,7 +318,7 @@ def run_python(arguments: list[str], cache: str, timeout_s: float, **more: str) 
 
 def main() -> None:
     """Measure what was asked for."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--ablate", action="store_true")
     parser.add_argument("--only", nargs="*", help="cases to measure")

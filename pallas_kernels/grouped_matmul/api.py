@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.core
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels.choice import Choice, choose
 from pallas_kernels.errors import ShapeError
@@ -71,9 +72,10 @@ def _check(lhs, rhs, sizes, transpose: bool) -> None:
 
 def _check_sizes(sizes, rows: int) -> None:
     """Of sizes that can be seen; those that are data on the device are taken as they are."""
-    if sizes.size and int(jnp.min(sizes)) < 0:
+    seen = np.asarray(sizes)  # jnp would trace where what stands around is traced
+    if seen.size and seen.min() < 0:
         raise ShapeError(f"grouped_matmul: group_sizes must be from 0 on, not {sizes}")
-    if int(jnp.sum(sizes)) > rows:
+    if seen.sum() > rows:
         raise ShapeError(f"grouped_matmul: group_sizes {sizes} are more than the {rows} rows")
 
 

@@ -219,6 +219,16 @@ def test_an_export_for_cuda_holds_the_kernel() -> None:
     assert "mosaic_gpu_v2" in made.mlir_module()
 
 
+def test_sizes_that_can_be_seen_are_checked_inside_of_jit() -> None:
+    lhs, rhs, sizes, _ = arguments(case(64, 10, 20), jnp.bfloat16)
+    plain = grouped_matmul(lhs, rhs, sizes)
+    within = jax.jit(lambda lhs, rhs: grouped_matmul(lhs, rhs, sizes))(lhs, rhs)
+    assert jnp.array_equal(within, plain)
+    wrong = jnp.asarray([60, 5])
+    with pytest.raises(ShapeError, match="more than the 64 rows"):
+        jax.jit(lambda lhs, rhs: grouped_matmul(lhs, rhs, wrong))(lhs, rhs)
+
+
 def test_wrong_arguments_are_named() -> None:
     lhs, rhs, sizes, _ = arguments(case(64, 10, 20), jnp.bfloat16)
     with pytest.raises(ShapeError, match="do not fit"):
