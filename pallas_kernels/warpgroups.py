@@ -27,6 +27,7 @@ __all__ = [
     "iota",
     "multiply",
     "roles",
+    "run_kernel",
     "swizzled",
 ]
 
@@ -134,11 +135,7 @@ class Spare:
             plgpu.wgmma(acc, left, right)
             return
 
-        def run(fresh):
-            plgpu.wgmma(fresh, left, right)
-            return fresh[...]
-
-        acc[...] = acc[...] + pl.run_scoped(run, plgpu.ACC(acc.shape, jnp.float32))
+        self._added(acc, lambda fresh: plgpu.wgmma(fresh, left, right))
 
     def add(self, acc, left: jax.Array, right) -> None:
         """acc += left @ right, begun and not waited for; `left` is in registers, `right` a ref."""
@@ -146,8 +143,13 @@ class Spare:
             multiply(acc, left, right)
             return
 
+        stage = self.stage.at[pl.ds(0, left.shape[0])]
+        self._added(acc, lambda fresh: multiply(fresh, left, right, stage))
+
+    @staticmethod
+    def _added(acc, product) -> None:
         def run(fresh):
-            multiply(fresh, left, right, self.stage.at[pl.ds(0, left.shape[0])])
+            product(fresh)
             return fresh[...]
 
         acc[...] = acc[...] + pl.run_scoped(run, plgpu.ACC(acc.shape, jnp.float32))
@@ -180,3 +182,31 @@ def roles(kernel, refs, smem, full, free):
             kernel.load(refs, smem, full, free)
 
     pl.run_scoped(scoped, smem, full, free, collective_axes="wg")
+
+
+def run_kernel(kernel, inputs, outputs, *, name: str, grid: dict[str, int], interpret: bool):
+    """Runs a kernel whose warpgroups have `roles`: its outputs, in order.
+
+    Args:
+      kernel: its `body` takes all refs by name.
+      inputs: arrays by name.
+      outputs: `jax.ShapeDtypeStruct`s by name.
+      name: in profiles.
+      grid: programs along each axis, by the axis' name.
+      interpret: on a CPU.
+    """
+
+    def run(*refs):
+        kernel.body(dict(zip((*inputs, *outputs), refs, strict=True)))
+
+    return plgpu.kernel(
+        run,
+        out_type=tuple(outputs.values()),
+        grid=tuple(grid.values()),
+        grid_names=tuple(grid),
+        num_threads=CONSUMERS + 1,
+        thread_name="wg",
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
+        kernel_name=name,
+        interpret=plgpu.InterpretGPUParams() if interpret else False,
+    )(*inputs.values())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from jaxllm.cli.options import Quantize
-from jaxllm.core.config import require
+from jaxllm.core.config import check_new
 from jaxllm.core.logging import show_notes
 
 __all__ = ["run"]
@@ -12,8 +12,7 @@ __all__ = ["run"]
 def run(options: Quantize) -> int:
     """Run the subcommand; prints what was written and how large it is."""
     show_notes()
-    empty = not options.dest.exists() or (options.dest.is_dir() and not any(options.dest.iterdir()))
-    require(empty, f"{options.dest} exists; give a new directory")
+    check_new(options.dest, "a new directory")
     from jaxllm.model import load
     from jaxllm.quant.apply import INCLUDE
 

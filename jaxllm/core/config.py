@@ -8,17 +8,28 @@ import functools
 import types
 import typing
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 from jaxllm.errors import ConfigError
 
-__all__ = ["from_dict", "nearest", "require", "to_dict"]
+__all__ = ["check_new", "from_dict", "nearest", "require", "to_dict"]
 
 
 def require(condition: bool, message: str) -> None:
     """Raise `ConfigError(message)` unless `condition` holds."""
     if not condition:
         raise ConfigError(message)
+
+
+def check_new(dest: Path, wanted: str) -> None:
+    """Refuse a place where something is already.
+
+    Raises:
+      ConfigError: it is there and no empty directory.
+    """
+    empty = not dest.exists() or (dest.is_dir() and not any(dest.iterdir()))
+    require(empty, f"{dest} exists; give {wanted}")
 
 
 def nearest(word: str, allowed: Iterable[str]) -> str:

@@ -22,7 +22,7 @@ from jaxlib import version as jaxlib
 from jaxllm.aot.fingerprint import package_hash
 from jaxllm.aot.program import Program
 from jaxllm.aot.store import Store, atomic_write
-from jaxllm.core.config import require, to_dict
+from jaxllm.core.config import check_new, to_dict
 from jaxllm.core.logging import log
 from jaxllm.core.mesh import AXES
 from jaxllm.errors import CapacityError, ConfigError
@@ -57,8 +57,7 @@ def export_bundle(source: str, dest: str | Path, options: Options | None = None)
       CapacityError: no space.
     """
     dest = Path(dest)
-    empty = not dest.exists() or (dest.is_dir() and not any(dest.iterdir()))
-    require(empty, f"{dest} exists; give a new directory or a new .tar file")
+    check_new(dest, "a new directory or a new .tar file")
     with folder_beside(dest) as folder:
         _write(folder, source, options or Options())
         if dest.suffix == ".tar":

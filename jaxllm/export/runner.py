@@ -15,7 +15,7 @@ import numpy as np
 from jaxlib import xla_client
 
 from jaxllm.aot.program import Program
-from jaxllm.core.config import require
+from jaxllm.core.config import check_new, require
 from jaxllm.core.logging import log
 from jaxllm.errors import UnsupportedError
 from jaxllm.export.bundle import folder_beside
@@ -58,8 +58,7 @@ def export_runner(source: str, dest: str | Path, options: Options) -> Path:
     """
     dest = Path(dest)
     require(dest.suffix != ".tar", f"{dest}: the runner reads a directory, not a .tar")
-    empty = not dest.exists() or (dest.is_dir() and not any(dest.iterdir()))
-    require(empty, f"{dest} exists; give a new directory")
+    check_new(dest, "a new directory")
     require(
         len(options.platforms) == 1 and not options.meshes,
         "--runner writes programs for one device: give --platform cpu or --platform cuda, and no "

@@ -37,7 +37,7 @@ from pallas_kernels.flash_attention.pieces import (
 from pallas_kernels.flash_attention.problem import Extras, Spec
 from pallas_kernels.flash_attention.ranges import BOTH, HIGH, Walk
 from pallas_kernels.once import lowered_once
-from pallas_kernels.warpgroups import roles
+from pallas_kernels.warpgroups import roles, run_kernel
 
 __all__ = ["Tiles", "forward", "launch"]
 
@@ -350,20 +350,8 @@ def launch(
         "lse": jax.ShapeDtypeStruct((batch, heads, walk.tiles * walk.tile), jnp.float32),
     }
 
-    def run(*refs):
-        kernel.body(dict(zip((*inputs, *outputs), refs, strict=True)))
-
-    out, lse = plgpu.kernel(
-        run,
-        out_type=tuple(outputs.values()),
-        grid=(ctas,),
-        grid_names=("cta",),
-        num_threads=CONSUMERS + 1,
-        thread_name="wg",
-        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
-        kernel_name="flash_attention",
-        interpret=plgpu.InterpretGPUParams() if interpret else False,
-    )(*inputs.values())
+    how = {"name": "flash_attention", "grid": {"cta": ctas}, "interpret": interpret}
+    out, lse = run_kernel(kernel, inputs, outputs, **how)
     return out[:, :queries], lse[:, :, :queries]
 
 

@@ -38,7 +38,7 @@ from pallas_kernels.flash_attention.pieces import (
 from pallas_kernels.flash_attention.problem import Extras, Spec
 from pallas_kernels.flash_attention.ranges import Walk
 from pallas_kernels.once import lowered_once
-from pallas_kernels.warpgroups import roles
+from pallas_kernels.warpgroups import roles, run_kernel
 
 __all__ = ["BackwardTiles", "Walks", "backward", "launch"]
 
@@ -476,23 +476,6 @@ class SplitKeyValueGradients(KeyValueGradients):
         return smem, full, free
 
 
-def _call(kernel, inputs, outputs, *, name: str, grid: dict[str, int], interpret: bool):
-    def run(*refs):
-        kernel.body(dict(zip((*inputs, *outputs), refs, strict=True)))
-
-    return plgpu.kernel(
-        run,
-        out_type=tuple(outputs.values()),
-        grid=tuple(grid.values()),
-        grid_names=tuple(grid),
-        num_threads=CONSUMERS + 1,
-        thread_name="wg",
-        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
-        kernel_name=name,
-        interpret=plgpu.InterpretGPUParams() if interpret else False,
-    )(*inputs.values())
-
-
 @dataclasses.dataclass(frozen=True)
 class Walks:
     """The walk of the kernel for dq and of that for dk and dv."""
@@ -533,7 +516,7 @@ def launch(
     inputs["stats"] = stats
     like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)  # noqa: E731
     by_queries, by_keys = walks.by_queries, walks.by_keys
-    dk, dv = _call(
+    dk, dv = run_kernel(
         (SplitKeyValueGradients if tiles.split else KeyValueGradients)(shape, by_keys, tiles),
         inputs | data[1],
         {"dk": like(inputs["k"]), "dv": like(inputs["v"])},
@@ -543,7 +526,7 @@ def launch(
     )
     count = shape.batch * by_queries.tiles * shape.heads
     ctas = min(processors, count) if tiles.persistent else count
-    (dq,) = _call(
+    (dq,) = run_kernel(
         QueryGradients(shape, by_queries, tiles, ctas),
         inputs | data[0],
         {"dq": like(inputs["q"])},

@@ -29,6 +29,7 @@ from pallas_kernels.warpgroups import (
     drain,
     iota,
     roles,
+    run_kernel,
     swizzled,
 )
 
@@ -52,6 +53,22 @@ class Sizes:
     stages: int
     interpret: bool
 
+    @classmethod
+    def of(cls, x: jax.Array, b: jax.Array, *, stages: int, interpret: bool) -> Sizes:
+        """Of x [B, T, N, H] and b [B, T, K, M]."""
+        batch, length, heads, width = x.shape
+        return cls(
+            batch=batch,
+            length=length,
+            heads=heads,
+            groups=b.shape[2],
+            width=width,
+            state=b.shape[3],
+            dtype=jnp.dtype(x.dtype),
+            stages=stages,
+            interpret=interpret,
+        )
+
     @property
     def chunks(self) -> int:
         return pl.cdiv(self.length, SIZE)
@@ -64,6 +81,11 @@ class Sizes:
     def group(self, pair):
         """Which b and c a program's heads read."""
         return lax.div(pair, self.pairs // self.groups)
+
+
+def present(arrays: dict) -> dict[str, jax.Array]:
+    """Those that are there."""
+    return {name: x for name, x in arrays.items() if x is not None}
 
 
 def decays(memory, down: int = 0, *, scaled: bool = True):
@@ -286,7 +308,7 @@ def forward(
       initial: float32 [B, N, M, H], or None for zeros.
     """
     batch, length, heads, width = x.shape
-    groups, state = b.shape[2:]
+    state = b.shape[3]
     inputs = {
         "x": padded(x, 1, 8),
         "b": padded(b, 1, 8),
@@ -296,41 +318,13 @@ def forward(
         "number": about.number,
         "initial": initial,
     }
-    inputs = {name: value for name, value in inputs.items() if value is not None}
-    sizes = Sizes(
-        batch=batch,
-        length=length,
-        heads=heads,
-        groups=groups,
-        width=width,
-        state=state,
-        dtype=jnp.dtype(x.dtype),
-        stages=stages,
-        interpret=interpret,
-    )
+    inputs = present(inputs)
+    sizes = Sizes.of(x, b, stages=stages, interpret=interpret)
     kernel = Forward(sizes, frozenset(inputs))
     outputs = {
         "y": jax.ShapeDtypeStruct(inputs["x"].shape, x.dtype),
         "final": jax.ShapeDtypeStruct((batch, heads, state, width), jnp.float32),
     }
-    y, final = call(kernel, inputs, outputs, "ssd", {"batch": batch, "pair": sizes.pairs})
+    grid = {"batch": batch, "pair": sizes.pairs}
+    y, final = run_kernel(kernel, inputs, outputs, name="ssd", grid=grid, interpret=interpret)
     return y[:, :length], final
-
-
-def call(kernel, inputs, outputs, name: str, grid: dict[str, int]):
-    """Runs a kernel: its outputs, in order."""
-
-    def run(*refs):
-        kernel.body(dict(zip((*inputs, *outputs), refs, strict=True)))
-
-    return plgpu.kernel(
-        run,
-        out_type=tuple(outputs.values()),
-        grid=tuple(grid.values()),
-        grid_names=tuple(grid),
-        num_threads=CONSUMERS + 1,
-        thread_name="wg",
-        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
-        kernel_name=name,
-        interpret=plgpu.InterpretGPUParams() if kernel.sizes.interpret else False,
-    )(*inputs.values())

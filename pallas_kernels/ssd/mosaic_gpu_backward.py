@@ -25,10 +25,10 @@ from pallas_kernels.ssd.mosaic_gpu import (
     SIZE,
     STEPS,
     Sizes,
-    call,
     decays,
     forgotten,
     given,
+    present,
     reach,
     scaled,
 )
@@ -40,6 +40,7 @@ from pallas_kernels.warpgroups import (
     along,
     drain,
     roles,
+    run_kernel,
     swizzled,
 )
 
@@ -360,10 +361,6 @@ class Gradients:
         roles(self, refs, smem, full, free)
 
 
-def _present(arrays: dict) -> dict[str, jax.Array]:
-    return {name: x for name, x in arrays.items() if x is not None}
-
-
 @lowered_once("heads", "stages", "interpret")
 def backward(
     x: jax.Array,
@@ -393,17 +390,7 @@ def backward(
     batch, length, count, width = x.shape
     groups, state = b.shape[2:]
     dy, dfinal = gradients
-    sizes = Sizes(
-        batch=batch,
-        length=length,
-        heads=count,
-        groups=groups,
-        width=width,
-        state=state,
-        dtype=jnp.dtype(x.dtype),
-        stages=stages,
-        interpret=interpret,
-    )
+    sizes = Sizes.of(x, b, stages=stages, interpret=interpret)
     x, b, c, dy = (padded(z, 1, 8) for z in (x, b, c, dy))
     states = jax.ShapeDtypeStruct((batch, count, sizes.chunks, state, width), x.dtype)
     last = jax.ShapeDtypeStruct((batch, count, state, width), jnp.float32)
@@ -417,11 +404,12 @@ def backward(
             "number": about.number,
             "start": start,
         }
-        inputs = _present(inputs)
+        inputs = present(inputs)
         kernel = Walk(sizes, frozenset(inputs), reverse)
         grid = {"batch": batch, "pair": sizes.pairs}
         name = "ssd_states_back" if reverse else "ssd_states"
-        return call(kernel, inputs, {"states": states, "final": last}, name, grid)
+        how = {"name": name, "grid": grid, "interpret": interpret}
+        return run_kernel(kernel, inputs, {"states": states, "final": last}, **how)
 
     before, _ = walk(b, x, initial, reverse=False)
     after, dinitial = walk(c, dy, dfinal, reverse=True)
@@ -435,7 +423,7 @@ def backward(
         "stats": about.stats,
         "number": about.number,
     }
-    inputs = _present(inputs)
+    inputs = present(inputs)
     parts = count // heads
     shared = jax.ShapeDtypeStruct((batch, parts, x.shape[1], state), jnp.float32)
     facts = (batch, count, 2, 2, sizes.chunks * SIZE)
@@ -447,7 +435,8 @@ def backward(
     }
     kernel = Gradients(sizes, frozenset(inputs), heads)
     grid = {"batch": batch, "chunk": sizes.chunks, "part": parts}
-    dx, db, dc, facts = call(kernel, inputs, outputs, "ssd_gradients", grid)
+    how = {"name": "ssd_gradients", "grid": grid, "interpret": interpret}
+    dx, db, dc, facts = run_kernel(kernel, inputs, outputs, **how)
 
     def summed(parts_of, dtype):
         split = parts_of.reshape(batch, groups, -1, *parts_of.shape[2:])
