@@ -139,7 +139,8 @@ class Quantize:
     asymmetric: bool = False
     """Spread each group's range over all codes, with an offset (int8, int4)."""
     activations: bool = False
-    """Round what is multiplied too, each token by a scale of its own (int8, fp8)."""
+    """Round what is multiplied too, each token by a scale of its own (int8, fp8), or each of its
+    128 inputs (fp8 with --rows 128 --group 128)."""
     include: Many = ()
     """Glob over unstacked paths (layers.*.mlp.down); all matrices of the layers by default."""
     exclude: Many = ()
