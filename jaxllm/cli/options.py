@@ -176,6 +176,8 @@ class _Engine:
     """Steps that the device takes by itself where all answers are greedy; 1 on a CPU, else 4."""
     no_prefix_cache: bool = False
     """Prompts do not look for pages that earlier ones left."""
+    spill_gib: float = 0.0
+    """GiB of host memory for pages that this cache gives up on the device, to come back from."""
     draft_tokens: int = 0
     """Tokens of an answer guessed ahead by what followed the same words before, or by --draft (3 by
     default); 0 guesses none."""

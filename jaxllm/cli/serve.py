@@ -64,6 +64,7 @@ def bounds_of(options: Serve | Bench) -> EngineConfig:
         context=options.context,
         cache_tokens=options.cache_tokens,
         prefix_cache=not options.no_prefix_cache,
+        spill_gib=options.spill_gib,
         draft_tokens=options.draft_tokens,
         decode_steps=options.decode_steps,
     )

@@ -35,13 +35,13 @@ from jaxllm.serve.config import (
 from jaxllm.serve.grammar import Grammars
 from jaxllm.serve.ngram import Drafter
 from jaxllm.serve.pace import Pace
-from jaxllm.serve.pages import Pages
 from jaxllm.serve.programs import Drawn
 from jaxllm.serve.request import Choice, Gone, Request, Stream, check_prompt, check_room
 from jaxllm.serve.results import hand_out
 from jaxllm.serve.runner import Runner
 from jaxllm.serve.scheduler import Limits, Scheduler, Turn
 from jaxllm.serve.sequence import Sequence
+from jaxllm.serve.spill import HostPages, accounts
 from jaxllm.serve.stats import Stats
 from jaxllm.serve.writer import Draft, Writer
 from jaxllm.spec.model import ModelSpec
@@ -104,8 +104,18 @@ class Engine:
         sizes = table(setups[0], self.config, setups[1])
         memory = lay_out(setups[0], self.config, sizes, store, setups[1])
         self.runner = Runner(
-            generator.setup, generator.params, memory, sizes, store=store, draft=other
+            generator.setup,
+            generator.params,
+            memory,
+            sizes,
+            store=store,
+            draft=other,
+            spills=self.config.spill_gib > 0,
         )
+        self.host = None
+        if self.runner.transfer is not None:
+            limit = int(self.config.spill_gib * 2**30)
+            self.host = HostPages(limit, self.runner.transfer.page_bytes)
         limits = Limits(
             tokens=self.config.max_batch_tokens or 1,
             sequences=memory.slots,
@@ -118,8 +128,8 @@ class Engine:
             verified=self.config.verified_tokens,
             steps=max(shape.steps for shape in sizes),
         )
-        pages = {group: Pages(count) for group, count in memory.pages.items()}
-        self.scheduler = Scheduler(limits, pages, memory.windows)
+        pages = accounts(memory.pages, self.host)
+        self.scheduler = Scheduler(limits, pages, memory.windows, self.host)
         self._grammars = Grammars(model.tokenizer, model.spec.vocab, model.eos_ids)
         self.error: str | None = None
         self._stats = Stats(total_pages=sum(memory.pages.values()))
@@ -191,7 +201,7 @@ class Engine:
 
     def stats(self) -> Stats:
         """How the engine is doing."""
-        scheduler = self.scheduler
+        scheduler, host = self.scheduler, self.host
         return dataclasses.replace(
             self._stats,
             waiting=len(scheduler.waiting) + len(self._new),
@@ -202,6 +212,9 @@ class Engine:
             drafted_tokens=scheduler.drafted_tokens,
             accepted_tokens=scheduler.accepted_tokens,
             prompt_tokens=scheduler.prompt_tokens,
+            spilled_pages=0 if host is None else host.spilled,
+            restored_pages=0 if host is None else host.restored,
+            host_page_bytes=0 if host is None else host.bytes,
             compilations=counter.compilations() - self._at_ready,
         )
 
@@ -306,6 +319,8 @@ class Engine:
                 self._read(*pending.popleft())
             start, before = time.perf_counter(), self._stats.host_seconds
             turns = self.scheduler.plan()
+            if self.host is not None:
+                self.runner.move(self.host)
             if turns:
                 self._set_options(turns)
                 pending.append((turns, self.runner.dispatch(turns)))
