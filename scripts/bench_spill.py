@@ -2,8 +2,8 @@
 
     scripts/bench_spill.py smollm2-135m-instruct --prompts 6 --length 768
 
-Prompts of random tokens in turn, more than the cache holds, with `spill_gib` and without; answers must
-be equal. One JSON line a round: seconds by the wall and of CPU.
+Prompts of random tokens in turn, more than the cache holds, with `spill_gib` and without; answers
+must be equal. One JSON line a round: seconds by the wall and of CPU.
 """
 
 from __future__ import annotations
