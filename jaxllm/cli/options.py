@@ -14,6 +14,7 @@ __all__ = [
     "Bench",
     "Chat",
     "Doctor",
+    "Draft",
     "Export",
     "Generate",
     "Perplexity",
@@ -59,7 +60,20 @@ class _Sampling:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Generate(_Sampling):
+class Draft:
+    """What guesses tokens ahead."""
+
+    draft_tokens: int = 0
+    """Tokens of an answer guessed ahead by what followed the same words before, or by --draft (3 by
+    default); 0 guesses none."""
+    draft: str | None = None
+    """A source whose model guesses tokens ahead: a smaller one of the same vocabulary."""
+    draft_format: Literal["int8", "int4", "nf4", "fp4", "mxfp4", "fp8"] | None = None
+    """Few bits for the draft model: the source itself can so be its own draft."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Generate(_Sampling, Draft):
     """Answer one prompt."""
 
     source: Source
@@ -157,7 +171,7 @@ class Doctor:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Engine:
+class _Engine(Draft):
     dtype: Dtype | None = None
     """Of weights and activations; what suits the device by default."""
     mesh: str | None = None
@@ -178,13 +192,6 @@ class _Engine:
     """Prompts do not look for pages that earlier ones left."""
     spill_gib: float = 0.0
     """GiB of host memory for pages that this cache gives up on the device, to come back from."""
-    draft_tokens: int = 0
-    """Tokens of an answer guessed ahead by what followed the same words before, or by --draft (3 by
-    default); 0 guesses none."""
-    draft: str | None = None
-    """A source whose model guesses tokens ahead: a smaller one of the same vocabulary."""
-    draft_format: Literal["int8", "int4", "nf4", "fp4", "mxfp4", "fp8"] | None = None
-    """Few bits for the draft model: the source itself can so be its own draft."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

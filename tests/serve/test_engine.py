@@ -61,7 +61,7 @@ def test_requests_among_others_are_as_if_alone(toy, engine):
 def test_steps_without_options_have_programs_of_their_own(toy, monkeypatch):
     """As on a GPU; other steps, and those before and after, take the others."""
     monkeypatch.setattr(
-        "jaxllm.serve.engine.table",
+        "jaxllm.serve.parts.table",
         lambda *_: shapes(tokens=16, sequences=2, longest=16, contexts=(CONTEXT,), greedy=1),
     )
     config = dataclasses.replace(CONFIG, max_sequences=2, max_batch_tokens=16)
