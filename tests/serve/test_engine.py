@@ -73,11 +73,12 @@ def test_steps_without_options_have_programs_of_their_own(toy, monkeypatch):
         )
         streams = [engine.submit(plain), engine.submit(other)]
         found = [stream.result()[0].token_ids for stream in streams]
+        (again,) = engine.generate(dataclasses.replace(plain, tenant="another"))
         kinds = {(shape.greedy, shape.longest == 1) for shape in used}
         (scored,) = engine.generate(dataclasses.replace(plain, logprobs=2))
         assert engine.stats().compilations == 0
-    assert found == [alone(toy, plain), alone(toy, other)]
-    assert kinds == {(False, False), (False, True), (True, True)}
+    assert [*found, again.token_ids] == [alone(toy, one) for one in (plain, other, plain)]
+    assert kinds == {(False, False), (False, True), (True, False), (True, True)}
     assert scored.token_ids == found[0] and len(scored.logprobs) == len(found[0])
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from jaxllm.serve.config import table
 from jaxllm.serve.engine import Engine
+from jaxllm.serve.programs import shapes
 from tests.serve.conftest import CONFIG, ask, prompt
 from tests.serve.test_engine import alone, settled
 
@@ -39,3 +40,14 @@ def test_the_table_with_a_bound_on_mixed_steps(toy, mixed, tokens):
     assert {s.tokens for s in sizes if s.tokens >= 4} == tokens
     assert sizes[-1].tokens == 16  # the largest comes last
     assert len(set(sizes)) == len(sizes)
+
+
+def test_mixed_steps_without_options_on_an_accelerator():
+    """One program more for each number of tokens, with the most rows; the table stays closed."""
+    table = shapes(tokens=2048, sequences=256, longest=2048, contexts=(8192,), greedy=4)
+    mixed = [(s.tokens, s.rows) for s in table if s.greedy and s.longest > 1]
+    assert mixed == [(16, 8), (64, 64), (256, 256), (1024, 256), (2048, 256)]
+    assert len(set(table)) == len(table) == 35
+    assert (table[-1].tokens, table[-1].greedy) == (2048, False)
+    alone = shapes(tokens=256, sequences=1, longest=256, contexts=(8192,), greedy=1)
+    assert not any(s.greedy and s.longest > 1 for s in alone)
