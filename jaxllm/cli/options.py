@@ -180,8 +180,9 @@ class _Engine(Draft):
     """Answers on their way at once; 8 on a CPU, 256 elsewhere by default."""
     max_batch_tokens: int | None = None
     """Tokens of one step; 256 on a CPU, 2048 elsewhere by default."""
-    mixed_tokens: int | None = None
-    """Tokens of a step that computes prompts while others decode: fewer keep their tokens even."""
+    mixed_tokens: int | Literal["auto"] | None = None
+    """Tokens of a step that computes prompts while others decode: fewer keep their tokens even;
+    auto measures how many keep it within twice a step without prompts."""
     context: int | None = None
     """Most tokens of prompt and answer; the model's own (on a CPU at most 8192) by default."""
     cache_tokens: int | None = None

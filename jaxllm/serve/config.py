@@ -36,7 +36,8 @@ class EngineConfig:
     Attributes:
       max_sequences: that run at once.
       max_batch_tokens: of one step.
-      mixed_tokens: of a step that computes prompts while others decode; None is max_batch_tokens.
+      mixed_tokens: of a step that computes prompts while others decode; None is max_batch_tokens,
+        `auto` what keeps such a step within twice one that decodes alone, as measured.
       context: most tokens of a sequence; the model's own by default, but at most 8192 on a CPU.
       page_size: tokens a page.
       cache_tokens: that all pages together hold.
@@ -55,7 +56,7 @@ class EngineConfig:
 
     max_sequences: int | None = None
     max_batch_tokens: int | None = None
-    mixed_tokens: int | None = None
+    mixed_tokens: int | str | None = None
     context: int | None = None
     page_size: int | None = None
     cache_tokens: int | None = None
@@ -69,8 +70,14 @@ class EngineConfig:
     max_queued_tokens: int = 1 << 20
 
     def __post_init__(self) -> None:
+        require(
+            not isinstance(self.mixed_tokens, str) or self.mixed_tokens == "auto",
+            f"mixed_tokens is a number or auto, found {self.mixed_tokens!r}",
+        )
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
+            if field.name == "mixed_tokens" and value == "auto":
+                continue
             free = ("prefix_cache", "spill_gib", "ahead", "draft_tokens", "draft_cost")
             least = 0 if field.name in free else 1
             require(value is None or value >= least, f"{field.name} is at least {least}")
@@ -225,9 +232,17 @@ def table(setup: Setup, config: EngineConfig, draft: Setup | None = None) -> tup
     return _with_mixed(sizes, config.mixed_tokens)
 
 
-def _with_mixed(sizes: tuple[Shape, ...], tokens: int | None) -> tuple[Shape, ...]:
+AUTO = (8, 32, 128, 512)
+"""Tokens of more mixed steps, between those that there are, to choose from by time."""
+
+
+def _with_mixed(sizes: tuple[Shape, ...], tokens: int | str | None) -> tuple[Shape, ...]:
     """The table with programs for exactly `mixed_tokens`: a step would else cost what the next
     larger one does, and fewer tokens would make nothing more even."""
+    if isinstance(tokens, str):
+        for more in AUTO:
+            sizes = _with_mixed(sizes, more) if more < sizes[-1].tokens else sizes
+        return sizes
     if tokens is None or any(s.tokens == tokens and s.longest > 1 for s in sizes):
         return sizes
     larger = [s for s in sizes if s.tokens > tokens and s.longest > 1 and not s.every]

@@ -24,7 +24,7 @@ from jaxllm.errors import CapacityError, UnsupportedError
 from jaxllm.serve.config import EngineConfig
 from jaxllm.serve.grammar import Grammars
 from jaxllm.serve.parts import Served, make_parts
-from jaxllm.serve.programs import Drawn
+from jaxllm.serve.programs import Drawn, Shape
 from jaxllm.serve.request import Choice, Gone, Request, Stream, check_prompt, check_room
 from jaxllm.serve.results import hand_out
 from jaxllm.serve.scheduler import Turn
@@ -70,6 +70,7 @@ class Engine:
         self._pins: list[tuple[list[int], concurrent.futures.Future[int]]] = []
         self._closing = False
         self._writer = Writer(self._drop)
+        self._read_at = 0.0  # when the last step's tokens were there
         self._at_ready = counter.compilations()
         self._thread = threading.Thread(target=self._run, name="jaxllm-engine", daemon=True)
         self._thread.start()
@@ -236,7 +237,7 @@ class Engine:
             self._writer.fail(draft, self.error or "the engine stopped")
 
     def _loop(self) -> None:
-        pending: collections.deque[tuple[list[Turn], Any]] = collections.deque()
+        pending: collections.deque[tuple[list[Turn], Any, Any]] = collections.deque()
         while self._take_in(idle=not pending):
             while pending and self.scheduler.held_up:
                 self._read(*pending.popleft())
@@ -246,7 +247,8 @@ class Engine:
                 self.runner.move(self.host)
             if turns:
                 self._set_options(turns)
-                pending.append((turns, self.runner.dispatch(turns)))
+                begun = self._begun(turns)
+                pending.append((turns, self.runner.dispatch(turns), begun))
                 self._stats.steps += turns[0].steps
                 self._stats.fed_tokens += sum(turn.count for turn in turns)
             self._stats.host_seconds += time.perf_counter() - start
@@ -302,10 +304,21 @@ class Engine:
                     logprobs=request.logprobs is not None,
                 )
 
-    def _read(self, turns: list[Turn], drawn: Drawn) -> None:
+    def _begun(self, turns: list[Turn]) -> tuple[Shape, float] | None:
+        """The program of a step and when it was dispatched, where somebody learns from its time."""
+        if self.scheduler.cadence is None:
+            return None
+        return self.runner.shape_of(turns), time.perf_counter()
+
+    def _read(self, turns: list[Turn], drawn: Drawn, begun: tuple[Shape, float] | None) -> None:
         """Wait for a step's tokens and hand them out."""
         tokens = np.asarray(drawn.tokens).tolist()
         start = time.perf_counter()
+        if begun is not None and self.scheduler.cadence is not None and not begun[0].every:
+            shape, dispatched = begun
+            took = (start - max(dispatched, self._read_at)) / shape.steps
+            self.scheduler.cadence.learn(shape.tokens, took, decode=shape.longest == 1)
+        self._read_at = start
         news, ended, count = hand_out(turns, drawn, tokens, self.scheduler)
         self._writer.write(news)
         self._stats.drawn_tokens += count

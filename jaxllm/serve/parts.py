@@ -11,7 +11,7 @@ from jaxllm.infer.generate import Generator
 from jaxllm.infer.programs import check_decodes
 from jaxllm.serve.config import EngineConfig, check_draft, check_mesh, lay_out, recurrent, table
 from jaxllm.serve.ngram import Drafter
-from jaxllm.serve.pace import Pace
+from jaxllm.serve.pace import Cadence, Pace
 from jaxllm.serve.runner import Runner
 from jaxllm.serve.scheduler import Scheduler
 from jaxllm.serve.spill import HostPages, accounts
@@ -102,11 +102,15 @@ def make_parts(model: Served, given: EngineConfig, draft: Served | None = None) 
         longest=max(shape.longest for shape in sizes),
         page_size=memory.page_size,
         prefix_cache=config.prefix_cache and not recurrent(model.spec),
-        mixed=config.mixed_tokens or 0,
+        mixed=config.mixed_tokens if isinstance(config.mixed_tokens, int) else 0,
         drafts=0 if other else config.draft_tokens,
         guesses=tuple(sorted({shape.drafts for shape in sizes} - {0})),
         verified=config.verified_tokens,
         steps=max(shape.steps for shape in sizes),
     )
-    scheduler = Scheduler(limits, accounts(memory.pages, host), memory.windows, host)
+    cadence = None
+    if config.mixed_tokens == "auto":
+        cadence = Cadence([s.tokens for s in sizes if s.longest > 1 and not s.every])
+    pages = accounts(memory.pages, host)
+    scheduler = Scheduler(limits, pages, memory.windows, host, cadence)
     return Parts(config=config, runner=runner, scheduler=scheduler, host=host, draft_share=share)

@@ -16,6 +16,7 @@ from collections.abc import Sequence as Sequence_
 
 from jaxllm.errors import CapacityError
 from jaxllm.serve.ngram import agreed
+from jaxllm.serve.pace import Cadence
 from jaxllm.serve.pages import Pages
 from jaxllm.serve.prefixes import Prefixes
 from jaxllm.serve.sequence import Sequence
@@ -33,6 +34,7 @@ class Scheduler:
       pages: of every group of layers.
       windows: how many tokens before a query each group sees, None for all.
       host: pages that were given up on the device, or None.
+      cadence: bounds steps that compute prompts while others decode, or None.
     """
 
     def __init__(
@@ -41,8 +43,10 @@ class Scheduler:
         pages: Mapping[str, Pages],
         windows: Mapping[str, int | None],
         host: HostPages | None = None,
+        cadence: Cadence | None = None,
     ):
         self.limits, self.pages, self.windows = limits, dict(pages), dict(windows)
+        self.cadence = cadence
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.preemptions = 0
@@ -223,9 +227,10 @@ class Scheduler:
     def _prompt_room(self, order: list[tuple[Sequence, int]]) -> int:
         """Tokens of prompts in the step: few while others decode, who wait for them."""
         decoding = sum(wanted == 1 for _, wanted in order)
-        if not self.limits.mixed or not decoding:
-            return self.limits.tokens
-        return max(1, self.limits.mixed - decoding)
+        mixed = self.limits.mixed
+        if decoding and self.cadence is not None:
+            mixed = self.cadence.tokens(decoding)
+        return max(1, mixed - decoding) if mixed and decoding else self.limits.tokens
 
     def _drafts(self, sequence: Sequence, most: int, rows: int) -> list[int]:
         """A sequence's drafts; nobody is preempted for them."""
