@@ -77,6 +77,9 @@ def run(options: Any) -> int:
         f"--dtype {options.dtype}: a bundle's dtype is fixed; export it with another --dtype",
     )
 
+    drafts = isinstance(options, _Generate) and (options.draft or options.draft_tokens)
+    require(not drafts, "--draft, --draft-tokens: a bundle has no programs that verify drafts")
+
     def load() -> Any:
         from jaxllm.export.model import load_bundle
 

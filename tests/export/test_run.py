@@ -111,6 +111,9 @@ def test_bad_commands(
     ask = ["--prompt", "hi"]
     assert "allowed: chat, generate" in refused(capsys, "run", bundle, "train")
     assert "allowed: chat, generate" in refused(capsys, "run", bundle)
+    assert "a bundle has no programs that verify drafts" in refused(
+        capsys, "run", bundle, "generate", *ask, "--draft-tokens", "3"
+    )
     assert "dtype is fixed" in refused(
         capsys, "run", bundle, "generate", *ask, "--dtype", "float32"
     )
