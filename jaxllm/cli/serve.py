@@ -63,6 +63,7 @@ def bounds_of(options: Serve | Bench) -> EngineConfig:
         mixed_tokens=options.mixed_tokens,
         context=options.context,
         cache_tokens=options.cache_tokens,
+        kv_dtype=options.kv_dtype,
         prefix_cache=not options.no_prefix_cache,
         draft_tokens=options.draft_tokens,
         decode_steps=options.decode_steps,

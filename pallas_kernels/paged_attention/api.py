@@ -73,11 +73,14 @@ def unfit(
     return not_hopper(platform)
 
 
-def explain(q, k, v, implementation: str = "auto") -> Choice:
-    """Which implementation serves a call, and why; arrays may be abstract.
+def explain(q, k, v, *, implementation: str = "auto") -> Choice:
+    """Which implementation `paged_attention` takes for a call, and why.
+
+    Args:
+      q, k, v: arrays or `jax.ShapeDtypeStruct`; v may be a number.
 
     Raises:
-      UnsupportedError: the named one cannot.
+      UnsupportedError: the named one cannot serve it.
     """
 
     def obstacle(name: str) -> str | None:
@@ -195,7 +198,7 @@ def paged_attention(
     problem = Problem(
         scale=q.shape[-1] ** -0.5 if scale is None else scale, window=window, softcap=softcap
     )
-    if explain(q, k, v, implementation).name == "reference":
+    if explain(q, k, v, implementation=implementation).name == "reference":
         v = k[..., :v] if isinstance(v, int) else v
         if scales is not None:
             k, v = widened(k, scales[:, :, 0]), widened(v, scales[:, :, 1])
