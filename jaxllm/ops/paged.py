@@ -1,9 +1,9 @@
 """Attention over keys and values in pages.
 
-Queries stand in blocks of one sequence each. `mosaic_gpu` is our kernel: it reads what each
-sequence holds. In plain jnp, `loop` walks over as many pages as the longest sequence has and keeps
-running softmax statistics, so its work follows what is remembered; `gather` reads the whole width
-of the table at once, without a loop that the host must follow.
+Queries stand in blocks of one sequence each. `mosaic_gpu` and `mosaic_tpu` are our kernels: they
+read what each sequence holds. In plain jnp, `loop` walks over as many pages as the longest sequence
+has and keeps running softmax statistics, so its work follows what is remembered; `gather` reads the
+whole width of the table at once, without a loop that the host must follow.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from pallas_kernels.target import target
 
 __all__ = [
     "IMPLEMENTATIONS",
-    "KERNEL",
+    "KERNELS",
     "obstacle",
     "paged_attention",
 ]
 
-KERNEL = "mosaic_gpu"
+KERNELS = ("mosaic_gpu", "mosaic_tpu")
 
 STRIDE = 128
 """Keys that a turn of the loop reads."""
@@ -137,8 +137,9 @@ def obstacle(
     mask: Mask,
     latent: bool = False,
     codes: bool = False,
+    kernel: str = KERNELS[0],
 ) -> str | None:
-    """Why the kernel cannot serve a kind of call, or None.
+    """Why a kernel cannot serve a kind of call, or None.
 
     Args:
       dtype: of queries, and of pages that are not of 8 bits.
@@ -147,9 +148,10 @@ def obstacle(
       mask: who sees whom.
       latent: whether values are the first dims of one shared head of keys.
       codes: whether pages are of 8 bits.
+      kernel: its name.
     """
     platform = target()
-    if platform not in ("gpu", "interpreter"):
+    if kernel == KERNELS[0] and platform not in ("gpu", "interpreter"):
         return f"it needs a CUDA device, this is {platform}"
     sides = band(mask)
     if sides is None or sides[1] != 0:
@@ -157,28 +159,32 @@ def obstacle(
     from pallas_kernels.paged_attention import unfit  # Pallas takes a third of a second to import
 
     facts = {"page_size": page_size, "platform": platform, "latent": latent, "codes": codes}
-    return unfit(dtype=dtype, widths=widths, **facts)
+    return unfit(dtype=dtype, widths=widths, implementation=kernel, **facts)
 
 
-def _obstacle(q: Array, pool: Pool, mask: Mask) -> str | None:
+def _obstacle(q: Array, pool: Pool, mask: Mask, kernel: str) -> str | None:
     codes = pool.scales is not None
     if not codes and pool.k.dtype != q.dtype:
         return f"it takes pages of the queries' dtype, not {pool.k.dtype} and {q.dtype}"
-    facts = {"page_size": pool.k.shape[1], "mask": mask, "codes": codes}
+    facts = {"page_size": pool.k.shape[1], "mask": mask, "codes": codes, "kernel": kernel}
     facts |= {"latent": pool.v is None, "widths": (q.shape[-1], pool.value_width)}
     return obstacle(dtype=str(q.dtype), **facts)
 
 
-def _choose(name: str, unfit: Callable[[], str | None]) -> str:
-    """An implementation's name; `unfit` says why the kernel cannot serve the call, or None."""
-    reason = unfit() if name in ("auto", KERNEL) else None
-    if name == KERNEL and reason is not None:
-        raise UnsupportedError(f"paged attention {KERNEL!r}: {reason}; use 'auto'")
+def _choose(name: str, unfit: Callable[[str], str | None]) -> str:
+    """An implementation's name; `unfit` says why a kernel cannot serve the call, or None."""
+    if name in KERNELS:
+        reason = unfit(name)
+        if reason is not None:
+            raise UnsupportedError(f"paged attention {name!r}: {reason}; use 'auto'")
     if name == "auto":
+        reason = unfit(KERNELS[0])
+        if target() == "tpu":
+            reason = "mosaic_tpu has never run on a TPU: it is there by name"
         plain = "loop" if jax.default_backend() == "cpu" else "gather"
-        name = KERNEL if reason is None else plain
+        name = KERNELS[0] if reason is None else plain
         note_once(f"paged attention: {name}" + (f" (no kernel: {reason})" if reason else ""))
-    names = ("auto", KERNEL, *IMPLEMENTATIONS)
+    names = ("auto", *KERNELS, *IMPLEMENTATIONS)
     if name not in names:
         raise ConfigError(f"paged attention {name!r} is unknown; {nearest(name, names)}")
     return name
@@ -191,6 +197,8 @@ def _by_kernel(
     blocks: QueryBlocks,
     mask: Mask,
     scores: Scores,
+    *,
+    implementation: str,
 ) -> Array:
     """[M, Q, N, V] of blocks of queries."""
     from pallas_kernels.paged_attention import paged_attention as kernel
@@ -209,7 +217,7 @@ def _by_kernel(
         scale=scores.scale,
         window=sides[0],
         softcap=scores.softcap,
-        implementation=KERNEL,
+        implementation=implementation,
     )
     if scores.sinks is None:
         return out
@@ -236,26 +244,27 @@ def paged_attention(
       flat: whose the tokens are.
       mask: who sees whom, by positions; no query sees ahead.
       scores: scale, soft-cap and sinks.
-      implementation: `auto`, `mosaic_gpu`, or a name in `IMPLEMENTATIONS`.
+      implementation: `auto`, a name of `KERNELS` or of `IMPLEMENTATIONS`.
 
     Returns:
       In q's dtype; padding holds anything finite.
 
     Raises:
-      ConfigError: no such implementation. UnsupportedError: the kernel, named, cannot serve.
+      ConfigError: no such implementation. UnsupportedError: a kernel, named, cannot serve.
     """
     length, heads, width = q.shape[1:]
     blocks = query_blocks(flat, length)
 
-    def unfit() -> str | None:
+    def unfit(kernel: str) -> str | None:
         if implementation == "auto" and pool.v is None:
             return "its form for latent attention has not run on a device yet: it is there by name"
-        return _obstacle(q, pool, mask)
+        return _obstacle(q, pool, mask, kernel)
 
     pool = jax.tree.map(jnp.asarray, pool)
     chosen = _choose(implementation, unfit)
-    if chosen == KERNEL:
-        return _by_kernel(q, pool, table, blocks, mask, scores)[blocks.block, blocks.place][None]
+    if chosen in KERNELS:
+        out = _by_kernel(q, pool, table, blocks, mask, scores, implementation=chosen)
+        return out[blocks.block, blocks.place][None]
     kv_heads = pool.k.shape[2]
     num_blocks, size = blocks.token.shape
     by_block = q[0][blocks.token].reshape(num_blocks, size, kv_heads, -1, width)

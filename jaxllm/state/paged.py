@@ -17,7 +17,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxllm.core.config import nearest, require
-from jaxllm.core.sharding import Rules, island
+from jaxllm.core.policy import Policy
+from jaxllm.core.sharding import island
 from jaxllm.core.tree import Segment
 from jaxllm.errors import UnsupportedError
 from jaxllm.ops.attention import Scores
@@ -228,13 +229,15 @@ def attend_pages(
     step: Step,
     mask: Mask,
     scores: Scores,
-    rules: Rules,
+    policy: Policy,
 ) -> tuple[Float[Array, "B T N H"], PagedKV]:
     """Put new keys and values into their pages, and attend over those of each token's sequence.
 
-    On a mesh each device has the pages of its own heads.
+    On a mesh each device has the pages of its own heads. The kernel for TPUs is taken where the
+    policy names it, else what `paged_attention` chooses.
     """
     table, flat = _table(step, mask)
+    named = policy.attention if policy.attention == "mosaic_tpu" else "auto"
 
     def one(qkv: Any, pool: Pool, table: PageTable, flat: Flat, scores: Scores) -> Any:
         q, k, v = qkv
@@ -243,9 +246,8 @@ def attend_pages(
             pool = Pool(write_pages(pool.k, k, table, flat), write_pages(pool.v, v, table, flat))
         else:
             pool = write_coded(pool, (k, v), table, flat)
-        return paged_attention(q, pool, table, flat, mask=mask, scores=scores), *jax.tree.leaves(
-            pool
-        )
+        how: dict[str, Any] = {"mask": mask, "scores": scores, "implementation": named}
+        return paged_attention(q, pool, table, flat, **how), *jax.tree.leaves(pool)
 
     queries, keys = (None, None, "heads", None), (None, None, "kv_heads", None)
     whole = lambda x: (None,) * x.ndim  # noqa: E731
@@ -259,7 +261,7 @@ def attend_pages(
     q, pool = qkv[0], jax.tree.map(jnp.asarray, Pool(state.k, state.v, state.scales))
     held = zip(jax.tree.leaves(pool), (keys, keys, _SCALES), strict=False)
     out = [((*q.shape[:3], pool.value_width), queries), *((x.shape, names) for x, names in held)]
-    found, *pools = island(one, (qkv, pool, table, flat, scores), axes, out=out, rules=rules)
+    found, *pools = island(one, (qkv, pool, table, flat, scores), axes, out=out, rules=policy.rules)
     return found, PagedKV(*pools)
 
 

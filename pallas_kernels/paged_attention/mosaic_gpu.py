@@ -25,6 +25,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.once import lowered_once
 from pallas_kernels.paged_attention.problem import Problem
+from pallas_kernels.paged_attention.rows import rows_of
 from pallas_kernels.warpgroups import (
     COLUMN,
     LOG2E,
@@ -36,7 +37,7 @@ from pallas_kernels.warpgroups import (
     swizzled,
 )
 
-__all__ = ["ROWS", "Kernel", "Tiles", "attend", "folded", "rows_of"]
+__all__ = ["ROWS", "UNIT", "Kernel", "Tiles", "attend", "folded"]
 
 ROWS = 64  # of a program: what a warpgroup's instruction has
 COLUMNS = 64  # keys of a step at least
@@ -330,17 +331,6 @@ def folded(kernel: Kernel, q, k, places, begin, statistics, scales=None):
     return weights, decay, higher, total
 
 
-def rows_of(q: jax.Array, heads: int) -> jax.Array:
-    """[M, Q, N, H] -> [M, K, R, H]: queries by heads of a key head, R as `attend` says."""
-    count, queries, num_heads, width = q.shape
-    short = -(queries * num_heads // heads) % UNIT
-    if queries * num_heads // heads + short > ROWS:
-        short = -(queries * num_heads // heads) % ROWS
-    q = q.reshape(count, queries, heads, -1, width).transpose(0, 2, 1, 3, 4)
-    q = q.reshape(count, heads, -1, width)
-    return jnp.pad(q, ((0, 0), (0, 0), (0, short), (0, 0)))
-
-
 @lowered_once("problem", "tiles", "interpret")
 def attend(
     q: jax.Array,
@@ -364,7 +354,7 @@ def attend(
       q, k, v, table, firsts, blocks, scales: of `paged_attention`.
     """
     heads, group = k.shape[2], q.shape[2] // k.shape[2]
-    q = rows_of(q, heads)
+    q = rows_of(q, heads, unit=UNIT, most=ROWS)
     kernel = Kernel(
         problem=problem,
         rows=q.shape[2],
