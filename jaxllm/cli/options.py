@@ -188,6 +188,8 @@ class _Engine(Draft):
     """Most tokens of prompt and answer; the model's own (on a CPU at most 8192) by default."""
     cache_tokens: int | None = None
     """Tokens that the page cache holds; by the memory there is by default."""
+    kv_dtype: Literal["auto", "int8", "fp8"] = "auto"
+    """Of keys and values in pages: 8 bits hold nearly twice the tokens of 16 and are less exact."""
     decode_steps: int | None = None
     """Steps that the device takes by itself where all answers are greedy; 1 on a CPU, else 4."""
     no_prefix_cache: bool = False
@@ -302,6 +304,8 @@ class Plan:
     """Of activations (and of served weights); what suits the device by default."""
     quantize: Literal["int8", "int4", "nf4", "fp4", "mxfp4", "fp8"] | None = None
     """Serve with the layers' matrices in this format."""
+    kv_dtype: Literal["auto", "int8", "fp8"] | None = None
+    """Keys and values in pages of 8 bits, as of `jaxllm serve`: says how many tokens fit."""
     remat: Literal["none", "save_dots", "save_attention", "full", "auto"] | None = None
     """What the backward pass computes again; `auto` takes the first policy that fits."""
     attention: Literal["auto", "reference", "cudnn", "mosaic_gpu", "mosaic_tpu"] | None = None

@@ -62,6 +62,7 @@ def bounds_of(options: Serve | Bench) -> EngineConfig:
         mixed_tokens=options.mixed_tokens,
         context=options.context,
         cache_tokens=options.cache_tokens,
+        kv_dtype=options.kv_dtype,
         prefix_cache=not options.no_prefix_cache,
         spill_gib=options.spill_gib,
         draft_tokens=options.draft_tokens,

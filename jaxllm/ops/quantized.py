@@ -14,7 +14,7 @@ from jaxllm.core.qarray import CODES, QArray, dequantize_rows, half_rows, halves
 from jaxllm.core.qrows import row_blocks
 from pallas_kernels.target import target
 
-__all__ = ["kernel_obstacle", "quantized_product", "unfit"]
+__all__ = ["kernel_obstacle", "quantized_product", "rounded", "unfit"]
 
 _TILE = 2**19
 """Values that a CPU unpacks at a time: what its second cache level holds in float32."""
@@ -156,15 +156,25 @@ def _by_kernel(x: Array, leaf: QArray, out_dtype: Any) -> Array:
     return y.reshape(*x.shape[:-1], -1)
 
 
-def _both_rounded(x: Array, leaf: QArray, out_dtype: Any) -> Array:
-    """x rounded as the values are, with a scale a token: XLA has cuBLASLt multiply eight bits."""
+def rounded(x: Float[Array, "... H"], dtype: Any) -> tuple[Array, Float[Array, "... 1"]]:
+    """(codes of x in int8 or float8_e4m3fn, their float32 scales): a scale for each last dim.
+
+    codes * scale is x within scale / 2 (int8: 1/254 of the largest number), or within 1/16 of each
+    number and 1/458752 of the largest (fp8).
+    """
     wide = x.astype(jnp.float32)
-    whole = leaf.format == "int8"
+    whole = jnp.issubdtype(dtype, jnp.integer)
     top = 127.0 if whole else 448.0
     peak = jnp.max(jnp.abs(wide), axis=-1, keepdims=True)
     scale = jnp.where(peak == 0, 1.0, peak / top)
     scaled = wide / scale
-    codes = (jnp.round(scaled) if whole else scaled).astype(leaf.values.dtype)
+    return (jnp.round(scaled) if whole else scaled).astype(dtype), scale
+
+
+def _both_rounded(x: Array, leaf: QArray, out_dtype: Any) -> Array:
+    """x rounded as the values are, with a scale a token: XLA has cuBLASLt multiply eight bits."""
+    whole = leaf.format == "int8"
+    codes, scale = rounded(x, leaf.values.dtype)
     sums = jax.lax.dot_general(
         codes,
         jnp.asarray(leaf.values),

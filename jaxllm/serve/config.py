@@ -21,7 +21,7 @@ from jaxllm.serve.transfer import IN_FLIGHT_PAGES
 from jaxllm.spec.latent import LatentAttention
 from jaxllm.spec.model import ModelSpec
 from jaxllm.spec.ops import Attention
-from jaxllm.state.paged import attentions, groups, page_bytes
+from jaxllm.state.paged import attentions, check_kv_dtype, groups, page_bytes
 
 __all__ = ["EngineConfig", "check_draft", "check_mesh", "lay_out", "table"]
 
@@ -40,6 +40,8 @@ class EngineConfig:
         `auto` what keeps such a step within twice one that decodes alone, as measured.
       context: most tokens of a sequence; the model's own by default, but at most 8192 on a CPU.
       page_size: tokens a page.
+      kv_dtype: of keys and values in pages: `int8` or `fp8` with a scale a token and head, or
+        `auto` for the compute dtype.
       cache_tokens: that all pages together hold.
       prefix_cache: whether prompts find pages that earlier ones left.
       spill_gib: memory of the host for pages that the prefix cache gives up; 0 for none.
@@ -59,6 +61,7 @@ class EngineConfig:
     mixed_tokens: int | str | None = None
     context: int | None = None
     page_size: int | None = None
+    kv_dtype: str = "auto"
     cache_tokens: int | None = None
     prefix_cache: bool = True
     spill_gib: float = 0.0
@@ -74,9 +77,10 @@ class EngineConfig:
             not isinstance(self.mixed_tokens, str) or self.mixed_tokens == "auto",
             f"mixed_tokens is a number or auto, found {self.mixed_tokens!r}",
         )
+        check_kv_dtype(self.kv_dtype)
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.name == "mixed_tokens" and value == "auto":
+            if field.name == "kv_dtype" or value == "auto":
                 continue
             free = ("prefix_cache", "spill_gib", "ahead", "draft_tokens", "draft_cost")
             least = 0 if field.name in free else 1
@@ -142,17 +146,15 @@ def recurrent(spec: ModelSpec) -> bool:
     return bool({type(op) for op in spec.ops} & (set(KINDS) - {Attention, LatentAttention}))
 
 
-def _reads_whole_tables(setup: Setup, page_size: int) -> bool:
+def _reads_whole_tables(setup: Setup, config: EngineConfig) -> bool:
     """Whether some layer's work follows the width of the page table, not what is remembered."""
     if jax.default_backend() == "cpu":
         return False
-    dtype = str(dtype_of(setup.policy.compute_dtype))
+    facts: dict[str, Any] = {"dtype": str(dtype_of(setup.policy.compute_dtype))}
+    facts |= {"page_size": config.page_size or 1, "codes": config.kv_dtype != "auto"}
     return any(
         isinstance(op, LatentAttention)
-        or obstacle(
-            dtype=dtype, widths=(op.head_dim, op.head_dim), page_size=page_size, mask=op.mask
-        )
-        is not None
+        or obstacle(widths=(op.head_dim, op.head_dim), mask=op.mask, **facts) is not None
         for op in attentions(setup.spec)
     )
 
@@ -210,7 +212,7 @@ def table(setup: Setup, config: EngineConfig, draft: Setup | None = None) -> tup
     tokens, context = config.max_batch_tokens or 1, config.context or 1
     contexts = {context}
     setups = [setup] if draft is None else [setup, draft]
-    if any(_reads_whole_tables(one, config.page_size or 1) for one in setups):
+    if any(_reads_whole_tables(one, config) for one in setups):
         contexts |= {512 * 4**i for i in range(8) if 512 * 4**i < context}
     verified: tuple[Shape, ...] = ()
     if config.draft_tokens:
@@ -276,9 +278,9 @@ def lay_out(
     spec = setup.spec
     windows = groups(spec) | ({} if draft is None else groups(draft.spec))
     sequences, context = config.max_sequences or 1, config.context or 1
-    small = Memory(
-        page_size=size, pages=dict.fromkeys(windows, 1), windows=windows, slots=sequences
-    )
+    facts: dict[str, Any] = {"page_size": size, "windows": windows, "slots": sequences}
+    facts["kv_dtype"] = config.kv_dtype
+    small = Memory(pages=dict.fromkeys(windows, 1), **facts)
     pages = {
         group: 2 * sequences * width
         for group, width in largest.widths(small).items()
@@ -291,7 +293,8 @@ def lay_out(
         bytes_of = dict.fromkeys(windows, 0)
         for one in [setup] if draft is None else [setup, draft]:
             dtype = dtype_of(one.policy.compute_dtype)
-            for group, count in page_bytes(one.spec, page_size=size, dtype=dtype).items():
+            held = page_bytes(one.spec, page_size=size, dtype=dtype, kv_dtype=config.kv_dtype)
+            for group, count in held.items():
                 bytes_of[group] += count // _parts(one)
         largest_ones = [*[s for s in sizes if s.every][-1:], largest]
         steps = [programs.step(setup, small, shape, draft) for shape in largest_ones]
@@ -308,7 +311,7 @@ def lay_out(
             f"the cache has {pages[short[0]]} pages of {size} tokens, one sequence of {context} "
             f"needs {least[short[0]]}; lower context or raise cache_tokens"
         )
-    return Memory(page_size=size, pages=pages, windows=windows, slots=sequences)
+    return Memory(pages=pages, **facts)
 
 
 def _parts(setup: Setup) -> int:

@@ -54,12 +54,14 @@ class Memory:
       pages: of each group of layers.
       windows: tokens before a query that each group sees, None for all.
       slots: sequences at once.
+      kv_dtype: of keys and values; see `paged_state`.
     """
 
     page_size: int
     pages: Mapping[str, int]
     windows: Mapping[str, int | None]
     slots: int
+    kv_dtype: str = "auto"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -305,6 +307,7 @@ def abstract_state(setup: Setup, memory: Memory, draft: Setup | None) -> tuple[A
             memory.slots,
             page_size=memory.page_size,
             dtype=dtype_of(setup.policy.compute_dtype),
+            kv_dtype=memory.kv_dtype,
             segments=setup.segments,
             array=setup.array,
         )
@@ -370,6 +373,6 @@ def zeros(setup: Setup, memory: Memory, draft: Setup | None = None) -> Program:
         return lambda: jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), held)
 
     depends = {"pages": sorted(memory.pages.items()), "slots": memory.slots}
-    depends |= {"page_size": memory.page_size}
+    depends |= {"page_size": memory.page_size, "kv_dtype": memory.kv_dtype}
     depends |= {"draft": None if draft is None else draft.depends()}
     return setup.program("serve-empty", build, (), depends=depends, out=held)
