@@ -11,8 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.linear_attention import mosaic_gpu, mosaic_tpu
+from pallas_kernels.linear_attention import mosaic_gpu, mosaic_gpu_inverse, mosaic_tpu
 from pallas_kernels.linear_attention.walk import Plan, run
+from pallas_kernels.linear_attention.within import plain_inverse
 from pallas_kernels.ssd import hopper, tpu
 from pallas_kernels.ssd.chunks import padded
 from pallas_kernels.target import interpreting, not_hopper, target
@@ -22,6 +23,7 @@ __all__ = ["KERNELS", "kernel", "obstacle", "plan", "unfit", "walk"]
 _UNIT, _STATE = 64, 128  # channels of keys: a multiple, and at most
 _SCANS: dict[str, Any] = {"mosaic_gpu": hopper, "mosaic_tpu": tpu}
 _WALKS: dict[str, Any] = {"mosaic_gpu": mosaic_gpu, "mosaic_tpu": mosaic_tpu}
+_INVERSES: dict[str, Any] = {"mosaic_gpu": mosaic_gpu_inverse.inverse, "mosaic_tpu": plain_inverse}
 _DTYPES = {"mosaic_gpu": ("bfloat16", "float16"), "mosaic_tpu": ("bfloat16",)}
 KERNELS = tuple(_WALKS)
 
@@ -82,14 +84,21 @@ def kernel(implementation: str, q, k, v, log_decay, beta, initial, number):
         if log_decay is None:
             log_decay = jnp.zeros(v.shape[:3], jnp.float32)
         return _SCANS[implementation].walk(v, None, log_decay, k, q, initial, number)
-    how = plan(_WALKS[implementation], interpret=interpreting())
+    how = plan(implementation, interpret=interpreting())
     return walk(q, k, v, log_decay, beta, initial, number, how)
 
 
-def plan(walks: Any, *, interpret: bool) -> Plan:
-    """That of a module of kernels."""
-    kernels = walks.forward, walks.states, walks.backward
-    return Plan(*kernels, columns=walks.COLUMNS, interpret=interpret)
+def plan(implementation: str, *, interpret: bool) -> Plan:
+    """That of the kernels of an implementation."""
+    walks = _WALKS[implementation]
+    return Plan(
+        walks.forward,
+        walks.states,
+        walks.backward,
+        _INVERSES[implementation],
+        columns=walks.COLUMNS,
+        interpret=interpret,
+    )
 
 
 def walk(q, k, v, log_decay, beta, initial, number, how: Plan) -> tuple[jax.Array, jax.Array]:

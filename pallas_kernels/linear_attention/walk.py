@@ -8,8 +8,9 @@ Backward, with dS the gradient by the matrix after the chunk and do that by o:
 
     du = P^T do + W dS    dS <- h dS + R^T do + E^T du
 
-The kernels are the two loops. The backward pass runs the first again for S and u of every chunk;
-all gradients by what the loops read are products over all chunks at once.
+The kernels are the two loops, and on a GPU the inverse within chunks. The backward pass runs the
+first loop again for S and u of every chunk; all gradients by what the loops read are products over
+all chunks at once.
 """
 
 from __future__ import annotations
@@ -37,14 +38,24 @@ class Plan:
       forward: (inside, reach, initial, interpret=) -> (o [B, N, C Q, H], the last S).
       states: the same -> (every S [B, N, C, M, H], every u [B, N, C Q, H]), narrow.
       backward: (inside, do, dS, interpret=) -> (every du, every dS narrow, the dS before all).
+      inverse: (below [..., Q, Q], dtype, interpret) -> (I + below)^-1, differentiable.
       columns: H has to be a multiple of it.
     """
 
     forward: Callable[..., Any]
     states: Callable[..., Any]
     backward: Callable[..., Any]
+    inverse: Callable[..., Any]
     columns: int
     interpret: bool = False
+
+    def within(self, q, k, v, log_decay, beta, number) -> Inside:
+        """`within` with this inverse."""
+
+        def solve(below, dtype):
+            return self.inverse(below, jnp.dtype(dtype), self.interpret)
+
+        return within(q, k, v, log_decay, beta, number, solve=solve)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
@@ -62,7 +73,7 @@ def run(q, k, v, log_decay, beta, initial, number, plan: Plan) -> Any:
 def _forward(q, k, v, log_decay, beta, initial, number, plan: Plan):
     @sequential_vmap
     def call(q, k, v, log_decay, beta, initial, number):
-        inside = within(q, k, v, log_decay, beta, number)
+        inside = plan.within(q, k, v, log_decay, beta, number)
         o, final = plan.forward(inside, reached(number), initial, interpret=plan.interpret)
         return jnp.moveaxis(o, 1, 2)[:, : v.shape[1]], final
 
@@ -74,7 +85,7 @@ def _backward(plan: Plan, residuals, gradients):
     @sequential_vmap
     def call(q, k, v, log_decay, beta, initial, number, do, dfinal):
         def prepared(q, k, v, log_decay, beta):
-            return within(q, k, v, log_decay, beta, number)
+            return plan.within(q, k, v, log_decay, beta, number)
 
         inside, pull = jax.vjp(prepared, q, k, v, log_decay, beta)
         reach = reached(number)

@@ -23,7 +23,7 @@ from jax import lax
 from pallas_kernels.ssd.chunks import padded
 from pallas_kernels.triangular import inverse
 
-__all__ = ["SIZE", "Inside", "reached", "within"]
+__all__ = ["SIZE", "Inside", "plain_inverse", "reached", "within"]
 
 SIZE = 64
 """Tokens of a chunk."""
@@ -96,7 +96,13 @@ def reached(number: jax.Array | None) -> jax.Array | None:
     return _since_begin(number).reshape(number.shape[0], -1)
 
 
-def within(q, k, v, log_decay, beta, number) -> Inside:
+def plain_inverse(below: jax.Array, dtype: jnp.dtype, interpret: bool = False) -> jax.Array:
+    """(I + below)^-1 in plain jnp, rounded to a dtype."""
+    del interpret
+    return inverse(below).astype(dtype)
+
+
+def within(q, k, v, log_decay, beta, number, *, solve=plain_inverse) -> Inside:
     """Differentiable by all but `number`.
 
     Args:
@@ -104,6 +110,7 @@ def within(q, k, v, log_decay, beta, number) -> Inside:
       log_decay: [B, T, N] or [B, T, N, M], or None for no decay.
       beta: [B, T, N], or None without the delta rule.
       number: int32 [B, T], sequences that began up to a token, or None.
+      solve: (below [..., Q, Q], dtype) -> (I + below)^-1.
     """
     dtype, repeats = v.dtype, v.shape[2] // k.shape[2]
     q, k, v = (_cut(x) for x in (q, k, v))
@@ -133,7 +140,7 @@ def within(q, k, v, log_decay, beta, number) -> Inside:
         held = jnp.where(start[..., -1, :], held, jnp.zeros_like(held))
     given, erased = v, None
     if above is not None:
-        given, erased = _delta(above, _cut(beta), v, scaled(k, sums, start))
+        given, erased = _delta(above, _cut(beta), (v, scaled(k, sums, start)), solve)
         erased = _joined(erased)
     return Inside(
         reads=_joined(scaled(q, sums, start)),
@@ -145,11 +152,11 @@ def within(q, k, v, log_decay, beta, number) -> Inside:
     )
 
 
-def _delta(pairs, beta, v, keys) -> tuple[jax.Array, jax.Array]:
-    """T v and -T keys, of (k . k) below its diagonal."""
-    beta = beta.astype(jnp.float32)
-    solved = inverse(beta[..., None] * pairs) * beta[..., None, :]
-    solved = solved.astype(v.dtype)
+def _delta(pairs, beta, values, solve) -> tuple[jax.Array, jax.Array]:
+    """T v and -T keys, of (k . k) below its diagonal and (v, keys)."""
+    (v, keys), beta = values, beta.astype(jnp.float32)
+    solved = solve(beta[..., None] * pairs, v.dtype).astype(jnp.float32)
+    solved = (solved * beta[..., None, :]).astype(v.dtype)
     return _product(solved, v).astype(v.dtype), -_product(solved, keys).astype(v.dtype)
 
 

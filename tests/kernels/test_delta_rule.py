@@ -15,8 +15,9 @@ import pytest
 from jaxllm.ops.linear_attention import Gates
 from jaxllm.ops.linear_attention import linear_attention as op
 from pallas_kernels.errors import ShapeError, UnsupportedError
-from pallas_kernels.linear_attention import explain, linear_attention, mosaic_tpu, unfit
+from pallas_kernels.linear_attention import explain, linear_attention, unfit
 from pallas_kernels.linear_attention.kernels import plan, walk
+from pallas_kernels.linear_attention.mosaic_gpu_inverse import inverse
 from pallas_kernels.linear_attention.shapes import CASES as TIMED
 from pallas_kernels.ssd.chunks import numbers
 from pallas_kernels.target import targeting
@@ -40,7 +41,7 @@ def on_gpu(*arrays, ids):
 
 def on_tpu(*arrays, ids):
     number = None if ids is None else numbers(ids)
-    return walk(*arrays, number, plan(mosaic_tpu, interpret=True))
+    return walk(*arrays, number, plan("mosaic_tpu", interpret=True))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -109,7 +110,21 @@ def test_forward_and_gradient_lower_for_cuda(name: str) -> None:
         return results(call, case, z, jnp.bfloat16)
 
     text = jax.jit(run).trace(*arguments(case)).lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("mosaic_gpu_v2") == 3  # the walk; again for states; backward
+    # The inverse and the walk; both again, the walk for states; the walk back.
+    assert text.count("mosaic_gpu_v2") == 5
+
+
+@pytest.mark.usefixtures("_loose")
+def test_inverse_in_the_interpreter_is_right_to_a_rounding() -> None:
+    random = np.random.default_rng(0)
+    k = random.standard_normal((2, 64, 64))
+    k[1] = k[1, :1] + 0.3 * k[1]  # keys much alike
+    k /= np.linalg.norm(k, axis=-1, keepdims=True)
+    below = np.tril(random.uniform(0, 2, (2, 64, 1)) * (k @ k.swapaxes(1, 2)), -1)
+    want = np.linalg.inv(np.eye(64) + below)
+    found = inverse(jnp.asarray(below, jnp.float32), jnp.dtype(jnp.bfloat16), True)
+    miss = np.asarray(found, np.float64) - want
+    assert np.sqrt(np.mean(miss**2)) < 2.0**-9 * np.sqrt(np.mean(want**2))
 
 
 @pytest.mark.slow
