@@ -104,10 +104,6 @@ def linear_attention(
 def _unfit(name: str, qkv: tuple[Array, Array, Array], gates: Gates) -> str | None:
     """Why a kernel cannot serve a call, or None."""
     q, k, v = qkv
-    if gates.beta is not None:
-        return "it has no delta rule"
-    if gates.log_decay is not None and gates.log_decay.ndim > 3:
-        return "it takes a decay a head, not one a channel"
     if not q.dtype == k.dtype == v.dtype:
         return f"it takes q, k and v of one dtype, not {q.dtype}, {k.dtype} and {v.dtype}"
     mesh = jax.sharding.get_abstract_mesh()
@@ -116,7 +112,11 @@ def _unfit(name: str, qkv: tuple[Array, Array, Array], gates: Gates) -> str | No
     from pallas_kernels.linear_attention import unfit  # Pallas takes a third of a second to import
 
     heads, widths = (v.shape[2], k.shape[2]), (v.shape[3], k.shape[3])
-    return unfit(name, dtype=str(v.dtype), heads=heads, widths=widths)
+    kind = {
+        "delta": gates.beta is not None,
+        "channels": gates.log_decay is not None and gates.log_decay.ndim > 3,
+    }
+    return unfit(name, dtype=str(v.dtype), heads=heads, widths=widths, **kind)
 
 
 def choose(implementation: str, qkv: tuple[Array, Array, Array], gates: Gates) -> Choice:
@@ -148,16 +148,19 @@ def _kernel(
     from pallas_kernels.linear_attention import linear_attention as kernel
 
     q, k, v = qkv
-    decay, ids = gates.log_decay, None
+    decay, beta, ids = gates.log_decay, gates.beta, None
     if gates.real is not None:
-        k, v = (jnp.where(gates.real[..., None, None], x, jnp.zeros_like(x)) for x in (k, v))
+        real = gates.real[..., None]
+        k, v = (jnp.where(real[..., None], x, jnp.zeros_like(x)) for x in (k, v))
+        beta = None if beta is None else jnp.where(real, beta, jnp.zeros_like(beta))
         if decay is not None:
-            decay = jnp.where(gates.real[..., None], decay, jnp.zeros_like(decay))
+            decay = jnp.where(_expand(real, decay), decay, jnp.zeros_like(decay))
     if gates.starts is not None:
         ids = jnp.cumsum(gates.starts, axis=1, dtype=jnp.int32)
-    decay = None if decay is None else decay.astype(jnp.float32)
-    before = None if state is None else jnp.asarray(state).astype(jnp.float32)
-    how = {"log_decay": decay, "initial": before, "segment_ids": ids}
+    decay, beta, before = (
+        None if x is None else jnp.asarray(x).astype(jnp.float32) for x in (decay, beta, state)
+    )
+    how = {"log_decay": decay, "beta": beta, "initial": before, "segment_ids": ids}
     return kernel(q, k, v, **how, implementation=name)
 
 

@@ -70,7 +70,7 @@ def _dual_kernel(
 SELECTIVE: dict[str, Callable[..., Any]] = {
     "reference": selective_loop,
     "chunked": selective_chunked,
-    "mosaic_gpu": selective_kernel,
+    **{name: functools.partial(selective_kernel, name) for name in _KERNELS},
 }
 DUAL: dict[str, Callable[..., Any]] = {
     "reference": dual_loop,
@@ -87,14 +87,13 @@ def _known(table: dict[str, Callable[..., Any]], name: str) -> None:
 
 
 def choose_selective(
-    implementation: str, *, tokens: int, starts: bool, dtype: str, shape: tuple[int, int]
+    implementation: str, *, tokens: int, dtype: str, shape: tuple[int, int]
 ) -> Choice:
     """The implementation of `selective_scan` for a kind of call, and why.
 
     Args:
       implementation: `auto` or a name in `SELECTIVE`.
       tokens: T.
-      starts: whether sequences may begin within a row.
       dtype: name of x's dtype.
       shape: I and M.
 
@@ -105,15 +104,13 @@ def choose_selective(
     if implementation == "auto" and tokens == 1:
         return Choice("reference", "one token needs no chunks")
     if implementation == "auto":
-        return Choice("chunked", "plain jnp; our kernel has not been timed")
-    if implementation == "mosaic_gpu":
+        return Choice("chunked", "plain jnp; our kernels have not been timed")
+    if implementation in _KERNELS:
         from pallas_kernels.selective_scan import unfit  # a third of a second to import
 
         mesh = jax.sharding.get_abstract_mesh()
-        obstacle = unfit(dtype=dtype, channels=shape[0], state=shape[1])
-        if starts:
-            obstacle = "it knows no sequences that begin within a row"
-        elif not (mesh.empty or mesh.size == 1):
+        obstacle = unfit(implementation, dtype=dtype, channels=shape[0], state=shape[1])
+        if not (mesh.empty or mesh.size == 1):
             obstacle = "it runs on one device"
         if obstacle is not None:
             raise UnsupportedError(f"scan {implementation!r}: {obstacle}; use 'chunked' or 'auto'")
@@ -197,8 +194,8 @@ def selective_scan(
     x, shape = inputs.x, inputs.a.shape
     if initial is None:
         initial = jnp.zeros((x.shape[0], *shape), jnp.float32)
-    kind = {"tokens": x.shape[1], "starts": starts is not None, "dtype": str(x.dtype)}
-    choice = choose_selective(implementation, **kind, shape=shape)
+    kind = {"tokens": x.shape[1], "dtype": str(x.dtype), "shape": shape}
+    choice = choose_selective(implementation, **kind)
     if implementation == "auto" and x.shape[1] > 1:
         note_once(f"selective scan: {choice.name} ({choice.why})")
     return _run(SELECTIVE[choice.name], inputs, initial, starts, inputs.d)
