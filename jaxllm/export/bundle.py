@@ -26,13 +26,14 @@ from jaxllm.core.config import check_new, to_dict
 from jaxllm.core.logging import log
 from jaxllm.core.mesh import AXES
 from jaxllm.errors import CapacityError, ConfigError
+from jaxllm.export.adapters import read_apart, write_adapters
 from jaxllm.export.portable import KERNEL_CALLS, PLATFORMS, portable
 from jaxllm.export.runtime import FORMAT, BundleError
 from jaxllm.export.stored import StoredBundle
 from jaxllm.export.table import Row, table
 from jaxllm.export.ways import Options, Way, check_kernels, ways
 from jaxllm.export.weights import Placed, abstract, parameters, placed, write_weights
-from jaxllm.infer.open import Opened, open_source, run_segments
+from jaxllm.infer.open import Opened, open_merged, run_segments
 from jaxllm.infer.programs import Setup, check_decodes
 from jaxllm.infer.ready import COMPILER_OPTIONS, tokens_per_call
 from jaxllm.infer.sampling import Sampling
@@ -105,17 +106,21 @@ def _pack(folder: Path, file: Path) -> None:
 def _write(folder: Path, source: str, options: Options) -> None:
     variants, layouts = [], {}
     head: Opened | None = None
+    apart = read_apart(source, options.apart)
     for way in ways(options):
-        opened = open_source(source, policy=way.policy, mesh=way.mesh, put=Placed)
+        opened = open_merged(source, options.adapter, policy=way.policy, mesh=way.mesh, put=Placed)
         check_decodes(opened.spec)
         params = placed(opened.params)
         head = opened = dataclasses.replace(opened, params=None)
         if way.layout not in layouts:
             layouts[way.layout] = write_weights(folder / "weights" / way.layout, params)
+        adapters, files = write_adapters(folder, way, opened.spec, apart)
         variants.append(
             _parameters(folder, params, layouts[way.layout])
             | _variant(folder, opened, way, params, options)
+            | {"adapters": adapters}
         )
+        variants[-1]["weights"] |= {f.relative_to(folder).as_posix(): _sha256(f) for f in files}
         del params  # or two models would be in memory at once
     assert head is not None
     context, _, _ = options.sizes.fit(head.spec)
@@ -123,6 +128,7 @@ def _write(folder: Path, source: str, options: Options) -> None:
     manifest = {
         "format": FORMAT,
         "source": Path(source).name,
+        "merged": None if options.adapter is None else options.adapter.name,
         "jaxllm": package_hash()[:16],
         "jax": jax.__version__,
         "jaxlib": jaxlib.__version__,

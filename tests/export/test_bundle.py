@@ -86,7 +86,7 @@ def test_four_bit_arrays_come_back(kind: str, tmp_path: Path) -> None:
     bundle.path, bundle.files = tmp_path, files_of(tmp_path)
     for name, wanted in (("a", array), ("b", np.arange(3, dtype=np.float32))):
         file, offset = where[name]
-        found = bundle._array([name, file.name, offset, wanted.dtype.name, list(wanted.shape)])
+        found = bundle.array([name, file.name, offset, wanted.dtype.name, list(wanted.shape)])
         np.testing.assert_array_equal(found, wanted)
 
 
