@@ -51,11 +51,13 @@ def parse_run(bundle: str, arguments: list[str]) -> Any:
     """Options of `jaxllm run BUNDLE COMMAND ...`.
 
     Raises:
-      ConfigError: no such command.
+      ConfigError: no such command. SystemExit: 0 after --help.
     """
     import tyro
 
     name = arguments[0] if arguments else ""
+    if name in ("-h", "--help"):
+        tyro.extras.subcommand_cli_from_dict(_COMMANDS, prog=f"jaxllm run {bundle}", args=[name])
     require(name in _COMMANDS, f"run {bundle} {name or '...'}: {nearest(name, _COMMANDS)}")
     return tyro.cli(
         _COMMANDS[name],
