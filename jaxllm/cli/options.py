@@ -266,6 +266,10 @@ class Export:
     """A kernel, on the platform that has it; by default what runs on every device."""
     native: bool = False
     """Also compile for this very machine and put the executables into the bundle."""
+    adapter: Path | None = None
+    """Folder of a LoRA adapter as PEFT saves it, merged into the weights."""
+    adapter_apart: Many = ()
+    """NAME=FOLDER of one that is kept beside them, for jaxllm run --adapter NAME; several times."""
     runner: bool = False
     """Write a folder for scripts/pjrt_runner instead, which needs no Python: one --platform."""
     onnx: bool = False
@@ -274,7 +278,7 @@ class Export:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-    """Run a bundle: jaxllm run BUNDLE generate|chat, with the options of generate and chat."""
+    """Run a bundle: jaxllm run BUNDLE generate|chat|serve, with the options of these commands."""
 
     bundle: Source
     """What jaxllm export wrote: a directory or a .tar."""

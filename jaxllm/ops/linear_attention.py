@@ -19,8 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from jaxllm.core.choices import took
 from jaxllm.core.config import nearest
-from jaxllm.core.logging import note_once
 from jaxllm.core.precision import at_least_float32
 from jaxllm.errors import ConfigError, ShapeError, UnsupportedError
 from jaxllm.ops.chunks import over_tokens
@@ -83,8 +83,8 @@ def linear_attention(
             f"linear attention: {heads} heads are no multiple of {key_heads} key heads"
         )
     choice = choose(implementation, qkv, gates)
-    if implementation == "auto" and v.shape[1] > 1:
-        note_once(f"linear attention: {choice.name} ({choice.why})")
+    free = implementation == "auto" and v.shape[1] > 1
+    took("linear attention", choice.name, choice.why if free else None)
     if choice.name in _KERNELS:
         return _kernel(choice.name, qkv, gates, state)
     dtype, wide = v.dtype, at_least_float32(v.dtype)

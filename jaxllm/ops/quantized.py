@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxllm.core.choices import took
 from jaxllm.core.qarray import CODES, QArray, dequantize_rows, half_rows, halves, scales
 from jaxllm.core.qrows import row_blocks
 from pallas_kernels.target import target
@@ -231,9 +232,12 @@ def quantized_product(
     x, leaf = jax.lax.optimization_barrier((x, leaf))
     if leaf.activations:
         grouped = leaf.scale.shape[-1] > 1
+        took("packed product", "blocks_rounded" if grouped else "both_rounded")
         return (_blocks_rounded if grouped else _both_rounded)(x, leaf, out_dtype)
     if kernel_obstacle(x, leaf) is None:
+        took("packed product", _kernel(leaf.version))
         return _by_kernel(x, leaf, out_dtype)
+    took("packed product", "tiled" if _on_cpu() else "whole")
     if not _on_cpu():
         return _whole(x, leaf, out_dtype)
     if leaf.order is not None:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jaxllm.core.logging import note_once
+from jaxllm.core.choices import took
 from jaxllm.core.sharding import DEFAULT_RULES, Rules, island, shards
 from jaxllm.errors import UnsupportedError
 from jaxllm.ops.linear import align
@@ -196,8 +196,8 @@ def selective_scan(
         initial = jnp.zeros((x.shape[0], *shape), jnp.float32)
     kind = {"tokens": x.shape[1], "dtype": str(x.dtype), "shape": shape}
     choice = choose_selective(implementation, **kind)
-    if implementation == "auto" and x.shape[1] > 1:
-        note_once(f"selective scan: {choice.name} ({choice.why})")
+    free = implementation == "auto" and x.shape[1] > 1
+    took("selective scan", choice.name, choice.why if free else None)
     return _run(SELECTIVE[choice.name], inputs, initial, starts, inputs.d)
 
 
@@ -237,8 +237,8 @@ def dual_scan(
         widths=(x.shape[3], inputs.b.shape[3]),
         platform=target(),
     )
-    if implementation == "auto" and x.shape[1] > 1:
-        note_once(f"state space scan: {choice.name} ({choice.why})")
+    free = implementation == "auto" and x.shape[1] > 1
+    took("state space scan", choice.name, choice.why if free else None)
     run = DUAL[choice.name]
     if choice.name in _KERNELS:
         run = functools.partial(_on_each_device, run, rules=rules)
