@@ -118,6 +118,7 @@ def _policy(options: Options, platform: str, mesh: Any) -> Policy:
         options.dtype,
         mesh=mesh,
         platform=PLATFORMS[platform],
+        scan="chunked",
         attention=choice(options.attention, "reference"),
         experts=choice(options.experts, "auto" if platform == "cpu" else "ragged_dot"),
     )

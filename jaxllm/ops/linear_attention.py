@@ -134,10 +134,10 @@ def choose(implementation: str, qkv: tuple[Array, Array, Array], gates: Gates) -
         raise UnsupportedError(
             f"linear attention {implementation!r}: {obstacle}; use 'chunked' or 'auto'"
         )
+    if implementation in ("auto", "chunked") and qkv[2].shape[1] == 1:
+        return Choice("reference", "one token needs no chunks")
     if implementation != "auto":
         return Choice(implementation, "named")
-    if qkv[2].shape[1] == 1:
-        return Choice("reference", "one token needs no chunks")
     return Choice("chunked", "plain jnp; our kernels have not been timed")
 
 
