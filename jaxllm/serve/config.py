@@ -73,18 +73,17 @@ class EngineConfig:
     max_queued_tokens: int = 1 << 20
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            free = ("prefix_cache", "ahead", "draft_tokens", "draft_cost")
+            least = 0 if field.name in (*free, "spill_gib") else 1
+            number = not isinstance(value, (str, type(None)))
+            require(not number or value >= least, f"{field.name} is at least {least}")
         require(
             not isinstance(self.mixed_tokens, str) or self.mixed_tokens == "auto",
             f"mixed_tokens is a number or auto, found {self.mixed_tokens!r}",
         )
         check_kv_dtype(self.kv_dtype)
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.name == "kv_dtype" or value == "auto":
-                continue
-            free = ("prefix_cache", "spill_gib", "ahead", "draft_tokens", "draft_cost")
-            least = 0 if field.name in free else 1
-            require(value is None or value >= least, f"{field.name} is at least {least}")
         require(self.draft_tokens <= 31, "draft_tokens is at most 31")
         require(self.prefix_cache or not self.spill_gib, "spill_gib needs the prefix cache")
         require(

@@ -95,6 +95,27 @@ def attentions(spec: ModelSpec) -> list[Attention | LatentAttention]:
     return [op for op in ops if isinstance(op, (Attention, LatentAttention))]
 
 
+def page_axes(spec: ModelSpec, segments: tuple[Segment, ...] | None = None) -> Any:
+    """For the pages of every layer, their group and the dim that counts pages: a tree of (name,
+    dim) with one pair in the place of each layer's pages in `paged_state`.
+
+    Args:
+      spec: a model that remembers nothing but pages.
+      segments: as the parameters are stacked; canonical by default.
+    """
+
+    def make(op: Any) -> Any:
+        if not isinstance(op, (Attention, LatentAttention)):
+            raise UnsupportedError(f"{type(op).__name__} remembers something else than pages")
+        return Held((1,), (_group(op.mask),))
+
+    return jax.tree.map(
+        lambda held: (held.axes[-1], len(held.shape) - 1),
+        layout(spec, segments or spec.segments, make),
+        is_leaf=is_held,
+    )
+
+
 def groups(spec: ModelSpec) -> dict[str, int | None]:
     """Groups of layers by name: how many tokens before a query they see, None for all.
 
@@ -208,27 +229,6 @@ def paged_state(
     plain = lambda shape, dtype, axes: jax.ShapeDtypeStruct(shape, dtype)  # noqa: E731
     return jax.tree.map(
         lambda held: (array or plain)(held.shape, held.dtype or dtype, held.axes),
-        layout(spec, segments or spec.segments, make),
-        is_leaf=is_held,
-    )
-
-
-def page_axes(spec: ModelSpec, segments: tuple[Segment, ...] | None = None) -> Any:
-    """For the pages of every layer, their group and the dim that counts pages: a tree of (name,
-    dim) with one pair in the place of each layer's pages in `paged_state`.
-
-    Args:
-      spec: a model that remembers nothing but pages.
-      segments: as the parameters are stacked; canonical by default.
-    """
-
-    def make(op: Any) -> Any:
-        if not isinstance(op, (Attention, LatentAttention)):
-            raise UnsupportedError(f"{type(op).__name__} remembers something else than pages")
-        return Held((1,), (_group(op.mask),))
-
-    return jax.tree.map(
-        lambda held: (held.axes[-1], len(held.shape) - 1),
         layout(spec, segments or spec.segments, make),
         is_leaf=is_held,
     )
