@@ -95,7 +95,7 @@ def choose_selective(
       implementation: `auto` or a name in `SELECTIVE`.
       tokens: T.
       dtype: name of x's dtype.
-      shape: I and M.
+      shape: I on one device and M.
 
     Raises:
       UnsupportedError: no such implementation, or a kernel that cannot serve the call.
@@ -108,10 +108,7 @@ def choose_selective(
     if implementation in _KERNELS:
         from pallas_kernels.selective_scan import unfit  # a third of a second to import
 
-        mesh = jax.sharding.get_abstract_mesh()
         obstacle = unfit(implementation, dtype=dtype, channels=shape[0], state=shape[1])
-        if not (mesh.empty or mesh.size == 1):
-            obstacle = "it runs on one device"
         if obstacle is not None:
             raise UnsupportedError(f"scan {implementation!r}: {obstacle}; use 'chunked' or 'auto'")
     return Choice(implementation, "named")
@@ -180,6 +177,7 @@ def selective_scan(
     *,
     starts: Bool[AnyArray, "B T"] | None = None,
     implementation: str = "auto",
+    rules: Rules = DEFAULT_RULES,
 ) -> tuple[Float[Array, "B T I"], Float[Array, "B I M"]]:
     """h <- exp(dt a) h + dt b x; y = c . h + d x, token by token. Source: arXiv 2312.00752.
 
@@ -188,6 +186,7 @@ def selective_scan(
       initial: the state before; zeros by default.
       starts: tokens before which nothing is remembered; None for none.
       implementation: `auto`, or a name in `SELECTIVE`.
+      rules: logical axis -> mesh axes, for kernels, which run on each device's own part.
 
     Returns:
       (y in x's dtype, the state after the last token in float32).
@@ -198,11 +197,17 @@ def selective_scan(
     x, shape = inputs.x, inputs.a.shape
     if initial is None:
         initial = jnp.zeros((x.shape[0], *shape), jnp.float32)
-    kind = {"tokens": x.shape[1], "dtype": str(x.dtype), "shape": shape}
+    local = shape[0] // shards("ffn", rules), shape[1]
+    kind = {"tokens": x.shape[1], "dtype": str(x.dtype), "shape": local}
     choice = choose_selective(implementation, **kind)
     free = implementation == "auto" and x.shape[1] > 1
     took("selective scan", choice.name, choice.why if free else None)
-    return _run(SELECTIVE[choice.name], inputs, initial, starts, inputs.d)
+    run = SELECTIVE[choice.name]
+    if choice.name in _KERNELS:
+        tokens, by_state = ("batch", "length", "ffn"), ("batch", "length", None)
+        axes = Selective(tokens, tokens, by_state, by_state, ("ffn", None), ("ffn",))
+        run = functools.partial(_in_parts, run, axes, (tokens, ("batch", "ffn", None)), rules=rules)
+    return _run(run, inputs, initial, starts, inputs.d)
 
 
 def dual_scan(
@@ -262,14 +267,28 @@ def _on_each_device(
     tokens, by_head = ("batch", "length", "heads", "head_dim"), ("batch", "heads", None, None)
     shared = ("batch", "length", "kv_heads", None)
     axes = Dual(tokens, tokens[:3], shared, shared, ("heads",), ("heads",))
-    arguments, names = (inputs, initial), (axes, by_head)
-    if starts is not None:
-        arguments, names = (*arguments, starts), (*names, tokens[:2])
+    return _in_parts(run, axes, (tokens, by_head), inputs, initial, starts, rules=rules)
 
-    def one(inputs: Dual, initial: Array, starts: Any = None) -> tuple[Array, Array]:
+
+def _in_parts(
+    run: Callable[..., Any],
+    axes: Any,
+    results: tuple[tuple[str | None, ...], tuple[str | None, ...]],
+    inputs: Any,
+    initial: Array,
+    starts: Any,
+    *,
+    rules: Rules,
+) -> tuple[Array, Array]:
+    """A kernel on each device's part: of inputs and of the results by logical axes."""
+    arguments, names = (inputs, initial), (axes, results[1])
+    if starts is not None:
+        arguments, names = (*arguments, starts), (*names, ("batch", "length"))
+
+    def one(inputs: Any, initial: Array, starts: Any = None) -> tuple[Array, Array]:
         return run(inputs, initial, starts)
 
-    out = [(inputs.x.shape, tokens), (initial.shape, by_head)]
+    out = [(inputs.x.shape, results[0]), (initial.shape, results[1])]
     return island(one, arguments, names, out=out, rules=rules)
 
 

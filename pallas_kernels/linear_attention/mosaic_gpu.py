@@ -208,8 +208,9 @@ class Forward(_Walk):
                 out[...] = self.reaching(memory, plgpu.wgmma_accumulator_load(read, wait_n=1))
             spare.add_shared(out, memory["seen"], memory["given"])
             new = spare.read(state, 1).astype(sizes.dtype)
-            memory["state"][...] = new  # read by no product any more: the first one is done
+            # No warp's first product reads the state any more: this waits for all of them.
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            memory["state"][...] = new
             memory["out"][...] = spare.read(out, 0).astype(sizes.dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(memory["out"], refs["o"].at[batch, head, tokens, own])

@@ -73,6 +73,7 @@ class Inverse:
             step = self.product(found, (smem["high"], smem["low"]), smem)
             step = self.product(step, (smem["found"], smem["rest"]), smem)
             found = found - jnp.where(joined(level), step, 0.0)
+            plgpu.commit_smem()  # waits for all warps: what products read is written next
         return found
 
     def split(self, x):

@@ -109,11 +109,9 @@ def _gradients(inside: Inside, reach, found, pulls) -> Inside:
     def cut(x):
         return x.reshape(*x.shape[:2], -1, SIZE, x.shape[-1])
 
-    def joined(x):
-        return x.reshape(*x.shape[:2], -1, x.shape[-1]).astype(dtype)
-
     def product(a, b):
-        return joined(jnp.matmul(cut(a), b.mT, preferred_element_type=jnp.float32))
+        found = jnp.matmul(cut(a), b.mT, preferred_element_type=dtype)
+        return found.reshape(*found.shape[:2], -1, found.shape[-1])
 
     def by_state(gradient):
         found = product(gradient, states)

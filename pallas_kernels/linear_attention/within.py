@@ -157,7 +157,7 @@ def _delta(pairs, beta, values, solve) -> tuple[jax.Array, jax.Array]:
     (v, keys), beta = values, beta.astype(jnp.float32)
     solved = solve(beta[..., None] * pairs, v.dtype).astype(jnp.float32)
     solved = (solved * beta[..., None, :]).astype(v.dtype)
-    return _product(solved, v).astype(v.dtype), -_product(solved, keys).astype(v.dtype)
+    return _product(solved, v, v.dtype), -_product(solved, keys, v.dtype)
 
 
 def _sums(log_decay: jax.Array | None, shape: tuple[int, ...]) -> jax.Array:
@@ -172,9 +172,9 @@ def _sums(log_decay: jax.Array | None, shape: tuple[int, ...]) -> jax.Array:
     return jnp.cumsum(jnp.maximum(decay * _LOG2E, _FLOOR), axis=3)
 
 
-def _product(a: jax.Array, b: jax.Array) -> jax.Array:
-    """a @ b of the last two dims, in float32."""
-    return jnp.matmul(a, b, preferred_element_type=jnp.float32)
+def _product(a: jax.Array, b: jax.Array, dtype=jnp.float32) -> jax.Array:
+    """a @ b of the last two dims, summed in float32 and rounded to a dtype at once."""
+    return jnp.matmul(a, b, preferred_element_type=dtype)
 
 
 def _below(weights: jax.Array) -> jax.Array:

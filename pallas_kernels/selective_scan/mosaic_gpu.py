@@ -162,8 +162,8 @@ class Forward(_Scan):
                 return h
 
             h = lax.fori_loop(0, tiles.tokens // tiles.unroll, some, h)
+            plgpu.commit_smem()  # waits for all warps, too: the next piece is loaded over this one
             if "y" in smem:
-                plgpu.commit_smem()
                 target = refs["y"].at[batch, pl.ds(i * tiles.tokens, tiles.tokens), own]
                 plgpu.copy_smem_to_gmem(smem["y"], target)
             return h
