@@ -14,6 +14,7 @@ from jaxllm.serve.engine import Engine
 from jaxllm.state.paged import page_bytes
 from tests.contracts.specs import SPECS
 from tests.serve.conftest import CONFIG, SPEC, ask, made, prompt
+from tests.serve.test_mesh import on
 
 LENGTHS = [1, 5, 17, 40]
 
@@ -49,6 +50,27 @@ def test_replies_are_close_and_nothing_compiles(toy, engine, kv_dtype):
         errors += [found[token] - wanted[token] for token in wanted.keys() & found.keys()]
     assert len(errors) >= 4 * len(LENGTHS)
     assert 1e-6 < np.abs(errors).max() < {"int8": 0.05, "fp8": 0.3}[kv_dtype]
+
+
+@pytest.mark.slow
+def test_two_devices_and_drafts_answer_as_one_device_without(toy):
+    config = dataclasses.replace(CONFIG, kv_dtype="int8", max_sequences=2)
+    requests = [ask(prompt(n), 20) for n in LENGTHS] + [ask(prompt(7) * 3, 24)]
+
+    def answers(model, config):
+        with Engine(model, config) as engine:
+            streams = [engine.submit(request) for request in requests]
+            found = [stream.result()[0].token_ids for stream in streams]
+            assert engine.stats().compilations == 0
+            return found, engine.runner.state
+
+    wanted, _ = answers(toy, config)
+    found, state = answers(on(tensor=2), config)
+    assert found == wanted
+    pools = jax.tree.leaves(state)
+    assert all(2 * x.addressable_shards[0].data.size == x.size for x in pools)
+    drafted, _ = answers(toy, dataclasses.replace(config, draft_tokens=3, draft_cost=0.01))
+    assert drafted == wanted
 
 
 def test_more_tokens_fit(toy):
