@@ -237,11 +237,11 @@ def _on_hopper(q, pools, pages, problem: Problem) -> tuple[jax.Array, jax.Array]
     heads = k.shape[2]
     group = num_heads // heads
     programs = count * heads * -(-queries * group // ROWS)
-    tiles = Tiles(
-        stages=4 if width * k.shape[1] <= 128 * 64 else 2,
-        splits=splits_for(programs, table.shape[1] * k.shape[1]),
-        leaving=128 if scales is None else 64,  # so that two programs share a processor
-    )
+    splits = splits_for(programs, table.shape[1] * k.shape[1])
+    if scales is None:
+        tiles = Tiles(stages=4 if width * k.shape[1] <= 128 * 64 else 2, splits=splits)
+    else:  # what widens must run beside what waits: two programs share a processor, or more
+        tiles = Tiles(stages=2, splits=splits, leaving=64)
     options = {"problem": problem, "tiles": tiles, "interpret": interpreting()}
     if isinstance(v, int):
         options["tiles"] = dataclasses.replace(tiles, stages=2 if width > 384 else 3)
