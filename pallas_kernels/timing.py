@@ -1,4 +1,5 @@
-"""Times of a function on the device: many calls in one program, each on inputs of its own."""
+"""Times of a function on the device: many calls in one program, each on inputs of its own; what
+benchmarks share."""
 
 from __future__ import annotations
 
@@ -6,8 +7,30 @@ import statistics
 import time
 
 import jax
+import jax.numpy as jnp
 
-__all__ = ["seconds"]
+__all__ = ["relative_errors", "seconds", "with_gradients"]
+
+
+def with_gradients(function):
+    """(*inputs, gradient of the result) -> (result, *gradients of the inputs)."""
+
+    def run(*arguments):
+        *inputs, pull = arguments
+        y, back = jax.vjp(function, *inputs)
+        return y, *back(pull)
+
+    return run
+
+
+def relative_errors(found: tuple, want: tuple) -> list[float]:
+    """Root mean square errors of each array, as part of the true values'."""
+
+    def ratio(got, true):
+        miss = jnp.mean(jnp.square(got.astype(jnp.float32) - true))
+        return float(jnp.sqrt(miss / jnp.mean(jnp.square(true))))
+
+    return [round(ratio(*pair), 5) for pair in zip(found, want, strict=True)]
 
 
 def seconds(

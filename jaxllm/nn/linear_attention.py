@@ -89,9 +89,8 @@ class LinearAttention(nn.Module):
             q = q * op.query_scale
         gates = Gates(log_decay, beta, resets(step), real_tokens(step))
         before = initial(held.get("matrix"), step)
-        out, matrix = linear_attention(
-            (q, k, v), gates=gates, state=before, implementation=self.policy.scan
-        )
+        how = {"implementation": self.policy.scan, "rules": self.policy.rules}
+        out, matrix = linear_attention((q, k, v), gates=gates, state=before, **how)
         return out, new | {"matrix": carry(held.get("matrix"), matrix)}
 
     def _projected(self, name: str, x: Array, leaves: Leaves, outputs: str) -> Array:

@@ -70,7 +70,8 @@ class SelectiveScan(nn.Module):
         def run(tokens: Any, initial: Any, starts: Any) -> Any:
             x, dt, b, c = tokens
             inputs = Selective(x, dt, b, c, a, leaves["d"])
-            return selective_scan(inputs, initial, starts=starts, implementation=self.policy.scan)
+            how = {"implementation": self.policy.scan, "rules": rules}
+            return selective_scan(inputs, initial, starts=starts, **how)
 
         y, scan = recur.recurrence(held.get("scan"), (x, dt, b, c), run, step=step)
         y = constrain(y * jax.nn.silu(z), names, rules)

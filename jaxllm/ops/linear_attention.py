@@ -12,6 +12,7 @@ DeltaNet), 2510.26692 (KDA).
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -19,9 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from jaxllm.core.choices import took
 from jaxllm.core.config import nearest
-from jaxllm.core.logging import note_once
 from jaxllm.core.precision import at_least_float32
+from jaxllm.core.sharding import DEFAULT_RULES, Rules, island, shards
 from jaxllm.errors import ConfigError, ShapeError, UnsupportedError
 from jaxllm.ops.chunks import over_tokens
 from jaxllm.ops.linear_chunks import chunked
@@ -58,6 +60,7 @@ def linear_attention(
     gates: Gates = Gates(),
     state: Float[AnyArray, "B N M H"] | None = None,
     implementation: str = "auto",
+    rules: Rules = DEFAULT_RULES,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N M H"]]:
     """The recurrence above, in float32 at least.
 
@@ -68,6 +71,7 @@ def linear_attention(
       state: the matrices before; zeros by default.
       implementation: `auto` goes token by token for one token, else chunk by chunk; kernels go
         by name.
+      rules: logical axis -> mesh axes, for kernels, which run on each device's own part.
 
     Returns:
       (what each query reads, in the dtype of the values; the matrices after).
@@ -82,11 +86,11 @@ def linear_attention(
         raise ShapeError(
             f"linear attention: {heads} heads are no multiple of {key_heads} key heads"
         )
-    choice = choose(implementation, qkv, gates)
-    if implementation == "auto" and v.shape[1] > 1:
-        note_once(f"linear attention: {choice.name} ({choice.why})")
+    choice = choose(implementation, qkv, gates, rules)
+    free = implementation == "auto" and v.shape[1] > 1
+    took("linear attention", choice.name, choice.why if free else None)
     if choice.name in _KERNELS:
-        return _kernel(choice.name, qkv, gates, state)
+        return _kernel(choice.name, qkv, gates, state, rules)
     dtype, wide = v.dtype, at_least_float32(v.dtype)
     q, k, v, log_decay, beta = _prepare((q, k, v), gates, heads // key_heads, wide)
     if state is None:
@@ -101,26 +105,30 @@ def linear_attention(
     return out.astype(dtype), state
 
 
-def _unfit(name: str, qkv: tuple[Array, Array, Array], gates: Gates) -> str | None:
+def _unfit(name: str, qkv: tuple[Array, Array, Array], gates: Gates, rules: Rules) -> str | None:
     """Why a kernel cannot serve a call, or None."""
     q, k, v = qkv
-    if gates.beta is not None:
-        return "it has no delta rule"
-    if gates.log_decay is not None and gates.log_decay.ndim > 3:
-        return "it takes a decay a head, not one a channel"
     if not q.dtype == k.dtype == v.dtype:
         return f"it takes q, k and v of one dtype, not {q.dtype}, {k.dtype} and {v.dtype}"
-    mesh = jax.sharding.get_abstract_mesh()
-    if not (mesh.empty or mesh.size == 1):
-        return "it runs on one device"
     from pallas_kernels.linear_attention import unfit  # Pallas takes a third of a second to import
 
-    heads, widths = (v.shape[2], k.shape[2]), (v.shape[3], k.shape[3])
-    return unfit(name, dtype=str(v.dtype), heads=heads, widths=widths)
+    split = shards("heads", rules), shards("kv_heads", rules)
+    heads = v.shape[2] // split[0], -(-k.shape[2] // split[1])
+    widths = v.shape[3], k.shape[3]
+    kind = {
+        "delta": gates.beta is not None,
+        "channels": gates.log_decay is not None and gates.log_decay.ndim > 3,
+    }
+    return unfit(name, dtype=str(v.dtype), heads=heads, widths=widths, **kind)
 
 
-def choose(implementation: str, qkv: tuple[Array, Array, Array], gates: Gates) -> Choice:
-    """The implementation for a call, and why.
+def choose(
+    implementation: str,
+    qkv: tuple[Array, Array, Array],
+    gates: Gates,
+    rules: Rules = DEFAULT_RULES,
+) -> Choice:
+    """The implementation for a call, and why; see `linear_attention`.
 
     Raises:
       ConfigError: unknown name; UnsupportedError: a kernel that cannot serve the call.
@@ -130,35 +138,62 @@ def choose(implementation: str, qkv: tuple[Array, Array, Array], gates: Gates) -
             f"linear attention {implementation!r} is unknown; "
             f"{nearest(implementation, IMPLEMENTATIONS)}"
         )
-    if implementation in _KERNELS and (obstacle := _unfit(implementation, qkv, gates)):
+    if implementation in _KERNELS and (obstacle := _unfit(implementation, qkv, gates, rules)):
         raise UnsupportedError(
             f"linear attention {implementation!r}: {obstacle}; use 'chunked' or 'auto'"
         )
+    if implementation in ("auto", "chunked") and qkv[2].shape[1] == 1:
+        return Choice("reference", "one token needs no chunks")
     if implementation != "auto":
         return Choice(implementation, "named")
-    if qkv[2].shape[1] == 1:
-        return Choice("reference", "one token needs no chunks")
     return Choice("chunked", "plain jnp; our kernels have not been timed")
 
 
 def _kernel(
-    name: str, qkv: tuple[Array, Array, Array], gates: Gates, state: AnyArray | None
+    name: str,
+    qkv: tuple[Array, Array, Array],
+    gates: Gates,
+    state: AnyArray | None,
+    rules: Rules,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N M H"]]:
-    """By a kernel of `pallas_kernels.linear_attention`."""
+    """By a kernel of `pallas_kernels.linear_attention`, on the rows and heads of each device."""
     from pallas_kernels.linear_attention import linear_attention as kernel
 
     q, k, v = qkv
-    decay, ids = gates.log_decay, None
+    decay, beta, ids = gates.log_decay, gates.beta, None
     if gates.real is not None:
-        k, v = (jnp.where(gates.real[..., None, None], x, jnp.zeros_like(x)) for x in (k, v))
+        real = gates.real[..., None]
+        k, v = (jnp.where(real[..., None], x, jnp.zeros_like(x)) for x in (k, v))
+        beta = None if beta is None else jnp.where(real, beta, jnp.zeros_like(beta))
         if decay is not None:
-            decay = jnp.where(gates.real[..., None], decay, jnp.zeros_like(decay))
+            decay = jnp.where(_expand(real, decay), decay, jnp.zeros_like(decay))
     if gates.starts is not None:
         ids = jnp.cumsum(gates.starts, axis=1, dtype=jnp.int32)
-    decay = None if decay is None else decay.astype(jnp.float32)
-    before = None if state is None else jnp.asarray(state).astype(jnp.float32)
-    how = {"log_decay": decay, "initial": before, "segment_ids": ids}
-    return kernel(q, k, v, **how, implementation=name)
+    decay, beta, before = (
+        None if x is None else jnp.asarray(x).astype(jnp.float32) for x in (decay, beta, state)
+    )
+    groups, split = k.shape[2], shards("kv_heads", rules)
+    if groups > 1 and groups % split:  # devices with parts of a group each have it for themselves
+        q, k = (jnp.repeat(x, split // math.gcd(groups, split), axis=2) for x in (q, k))
+    tokens, shared = ("batch", "length", "heads", None), ("batch", "length", "kv_heads", None)
+    given = {
+        "q": (q, shared),
+        "k": (k, shared),
+        "v": (v, tokens),
+        "log_decay": (decay, tokens if decay is not None and decay.ndim == 4 else tokens[:3]),
+        "beta": (beta, tokens[:3]),
+        "initial": (before, ("batch", "heads", None, None)),
+        "segment_ids": (ids, tokens[:2]),
+    }
+    given = {key: pair for key, pair in given.items() if pair[0] is not None}
+    arrays, axes = ({key: pair[i] for key, pair in given.items()} for i in (0, 1))
+
+    def one(arrays: dict[str, Array]) -> tuple[Array, Array]:
+        return kernel(**arrays, implementation=name)
+
+    final = (v.shape[0], v.shape[2], k.shape[3], v.shape[3])
+    out = [(v.shape, tokens), (final, ("batch", "heads", None, None))]
+    return island(one, (arrays,), (axes,), out=out, rules=rules)
 
 
 def _prepare(

@@ -23,6 +23,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxllm.ops.chunks import over_chunks
+from pallas_kernels.triangular import inverse
 
 __all__ = ["CHUNK", "chunked"]
 
@@ -67,7 +68,7 @@ def chunked(
         if beta is not None:
             beta = beta[..., None]
             v = beta * (v - product("BNCM,BNMH->BNCH", keys_in, state))
-            v = product("BNCc,BNcH->BNCH", _inverse(beta * pairs(k, k, False)), v)
+            v = product("BNCc,BNcH->BNCH", inverse(beta * pairs(k, k, False)), v)
         out = product("BNCM,BNMH->BNCH", reads, state)
         out = out + product("BNCc,BNcH->BNCH", pairs(q, k, True), v)
         if kept is not None:
@@ -76,38 +77,6 @@ def chunked(
         return state, jnp.moveaxis(out, 1, 2)
 
     return over_chunks(one, state, (*qkv, log_decay, beta), size)
-
-
-@jax.custom_jvp
-def _inverse(below: Float[Array, "*dims C C"]) -> Float[Array, "*dims C C"]:
-    """(I + below)^-1 of matrices with zeros on and above the diagonal, in matrix products alone.
-
-    Blocks on the diagonal double until they are the whole: the inverse of [[A, 0], [B, D]] has
-    -D^-1 B A^-1 below. A triangular solve is a call of LAPACK a matrix on a CPU, whose threads
-    fight over the cores.
-    """
-    size = below.shape[-1]
-    place = np.arange(size)
-    inverse = jnp.broadcast_to(jnp.eye(size, dtype=below.dtype), below.shape)
-    width = 1
-    while width < size:
-        block = place // width
-        joined = (block[:, None] % 2 == 1) & (block[:, None] == block[None] + 1)
-        joined = jax.lax.expand_dims(joined, range(below.ndim - 2))
-        part = jnp.where(joined, below, np.zeros((), below.dtype))
-        inverse = inverse - _exact(_exact(inverse, part), inverse)
-        width *= 2
-    return inverse
-
-
-@_inverse.defjvp
-def _inverse_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    inverse = _inverse(*primals)
-    return inverse, -_exact(_exact(inverse, tangents[0]), inverse)
-
-
-def _exact(a: Array, b: Array) -> Array:
-    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
 
 
 def _chunk_size(length: int) -> int:

@@ -97,32 +97,23 @@ def selective_chunked(
 
 
 def selective_kernel(
-    inputs: Selective, initial: Float[Array, "B I M"], starts: Bool[Array, "B T"] | None
+    name: str,
+    inputs: Selective,
+    initial: Float[Array, "B I M"],
+    starts: Bool[Array, "B T"] | None,
 ) -> Result:
-    """The forward pass by the kernel of `pallas_kernels.selective_scan`, the backward pass by
-    chunks, which compute what they need again. It knows no starts."""
-    assert starts is None
-    x, dt, a, b, c = (inputs.x, inputs.dt, inputs.a, inputs.b, inputs.c)
-    return _by_kernel(x, dt, a, b, c, initial)
-
-
-@jax.custom_vjp
-def _by_kernel(x: Array, dt: Array, a: Array, b: Array, c: Array, initial: Array) -> Any:
+    """By a kernel of `pallas_kernels.selective_scan`, which gives y in x's dtype."""
     from pallas_kernels.selective_scan import selective_scan
 
-    y, final = selective_scan(x, dt, a, b, c, initial=initial, implementation="mosaic_gpu")
+    ids = None if starts is None else jnp.cumsum(starts, axis=1, dtype=jnp.int32)
+    y, final = selective_scan(
+        inputs.x,
+        inputs.dt,
+        inputs.a,
+        inputs.b,
+        inputs.c,
+        initial=initial,
+        segment_ids=ids,
+        implementation=name,
+    )
     return y.astype(jnp.float32), final
-
-
-def _by_kernel_forward(*arrays: Array) -> Any:
-    return _by_kernel(*arrays), arrays
-
-
-def _by_kernel_backward(arrays: Any, gradients: Any) -> Any:
-    def again(x: Array, dt: Array, a: Array, b: Array, c: Array, initial: Array) -> Any:
-        return selective_chunked(Selective(x, dt, b, c, a, None), initial, None)
-
-    return jax.vjp(again, *arrays)[1](gradients)
-
-
-_by_kernel.defvjp(_by_kernel_forward, _by_kernel_backward)

@@ -41,6 +41,7 @@ __all__ = [
     "attentions",
     "check_kv_dtype",
     "groups",
+    "page_axes",
     "page_bytes",
     "paged_state",
 ]
@@ -92,6 +93,27 @@ def attentions(spec: ModelSpec) -> list[Attention | LatentAttention]:
     ops = [named.op for block in blocks for sub in block.subs for named in sub.ops]
     ops = [op.local if isinstance(op, InfiniAttention) else op for op in ops]
     return [op for op in ops if isinstance(op, (Attention, LatentAttention))]
+
+
+def page_axes(spec: ModelSpec, segments: tuple[Segment, ...] | None = None) -> Any:
+    """For the pages of every layer, their group and the dim that counts pages: a tree of (name,
+    dim) with one pair in the place of each layer's pages in `paged_state`.
+
+    Args:
+      spec: a model that remembers nothing but pages.
+      segments: as the parameters are stacked; canonical by default.
+    """
+
+    def make(op: Any) -> Any:
+        if not isinstance(op, (Attention, LatentAttention)):
+            raise UnsupportedError(f"{type(op).__name__} remembers something else than pages")
+        return Held((1,), (_group(op.mask),))
+
+    return jax.tree.map(
+        lambda held: (held.axes[-1], len(held.shape) - 1),
+        layout(spec, segments or spec.segments, make),
+        is_leaf=is_held,
+    )
 
 
 def groups(spec: ModelSpec) -> dict[str, int | None]:

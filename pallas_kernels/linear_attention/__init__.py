@@ -1,4 +1,4 @@
-"""Linear attention with a decay a head: one signature, several implementations."""
+"""Linear attention, with decays and the delta rule: one signature, several implementations."""
 
 from pallas_kernels.linear_attention.api import (
     IMPLEMENTATIONS,

@@ -1,4 +1,4 @@
-"""The selective scan (Mamba-1), forward: one signature, several implementations."""
+"""The selective scan (Mamba-1): one signature, several implementations."""
 
 from pallas_kernels.selective_scan.api import (
     IMPLEMENTATIONS,

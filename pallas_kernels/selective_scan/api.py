@@ -1,65 +1,30 @@
-"""`selective_scan`: checks, the choice of an implementation. The kernel has no gradient."""
+"""`selective_scan`: checks, the choice of an implementation."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.custom_batching import sequential_vmap
 
 from pallas_kernels.choice import Choice, choose
 from pallas_kernels.errors import ShapeError
-from pallas_kernels.selective_scan.mosaic_gpu import Tiles, forward
+from pallas_kernels.selective_scan.kernels import KERNELS, kernel, obstacle, unfit
 from pallas_kernels.selective_scan.reference import reference
-from pallas_kernels.target import interpreting, not_hopper, target
+from pallas_kernels.ssd.chunks import numbers
+from pallas_kernels.ssd.segments import check_segments
 
 __all__ = ["IMPLEMENTATIONS", "Choice", "explain", "selective_scan", "unfit"]
 
-_STATES = (8, 16, 32)
 
-
-def unfit(*, dtype: str, channels: int, state: int, platform: str | None = None) -> str | None:
-    """Why the kernel cannot serve a kind of call, or None: what can be said without its arrays.
-
-    Args:
-      dtype: name of x's dtype.
-      channels: I.
-      state: M.
-      platform: see `pallas_kernels.target`; by default what is traced for.
-    """
-    platform = platform or target()
-    if platform not in ("gpu", "interpreter"):
-        return f"it needs a CUDA device, this is {platform}"
-    if dtype not in ("bfloat16", "float16"):
-        return f"it takes bfloat16 and float16, not {dtype}"
-    if channels % Tiles().channels:
-        return f"it takes a multiple of {Tiles().channels} channels, not {channels}"
-    if state not in _STATES:
-        return f"it takes {', '.join(map(str, _STATES))} states a channel, not {state}"
-    return not_hopper(platform)
-
-
-def _obstacle(x, a) -> str | None:
-    if 0 in x.shape:
-        return "it takes no empty arrays"
-    return unfit(dtype=str(x.dtype), channels=x.shape[2], state=a.shape[1])
-
-
-def _kernel(x, dt, a, b, c, initial) -> tuple[jax.Array, jax.Array]:
-    length, tiles = x.shape[1], Tiles()
-    short = -length % tiles.tokens
-    wide = (z.astype(jnp.float32) for z in (dt, b, c))
-    # A step of 0 leaves the state as it is.
-    x, dt, b, c = (jnp.pad(z, ((0, 0), (0, short), (0, 0))) for z in (x, *wide))
-    run = sequential_vmap(functools.partial(forward, tiles=tiles, interpret=interpreting()))
-    y, final = run(x, dt, a.astype(jnp.float32), b, c, initial.astype(jnp.float32))
-    return y[:, :length], final
-
-
-# name -> (run(x, dt, a, b, c, initial) -> (y, final state), obstacle(x, a))
-IMPLEMENTATIONS = {
-    "mosaic_gpu": (_kernel, _obstacle),
+# name -> (run(x, dt, a, b, c, initial, number) -> (y, final state), obstacle(x, a))
+IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., str | None]]] = {
+    **{
+        name: (functools.partial(kernel, name), functools.partial(obstacle, name))
+        for name in KERNELS
+    },
     "reference": (reference, lambda *_: None),
 }
 
@@ -90,9 +55,10 @@ def selective_scan(
     c: jax.Array,
     *,
     initial: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
     implementation: str = "auto",
 ) -> tuple[jax.Array, jax.Array]:
-    """h <- exp(dt a) h + dt x b; y = h . c, channel by channel, token by token.
+    """h <- exp(dt a) h + dt x b; y = h . c, channel by channel, token by token, with its gradient.
 
     The states are kept in float32. Source: arXiv 2312.00752 (Mamba).
 
@@ -102,7 +68,8 @@ def selective_scan(
       a: [I, M], negative.
       b, c: [B, T, M], into and out of the states.
       initial: [B, I, M], the states before; zeros by default.
-      implementation: `auto`, or a name of `IMPLEMENTATIONS`. The kernel cannot be differentiated.
+      segment_ids: as of `pallas_kernels.ssd.ssd`.
+      implementation: `auto`, or a name of `IMPLEMENTATIONS`.
 
     Returns:
       (y [B, T, I] in x's dtype, the last states [B, I, M] in float32).
@@ -126,5 +93,8 @@ def selective_scan(
         initial = jnp.zeros(state, jnp.float32)
     if initial.shape != state:
         raise ShapeError(f"selective_scan: initial must be {state}, not {initial.shape}")
+    if segment_ids is not None:
+        check_segments("selective_scan", segment_ids, (x.shape[0], x.shape[1]))
     choice = explain(x, a, implementation=implementation)
-    return IMPLEMENTATIONS[choice.name][0](x, dt, a, b, c, initial)
+    number = None if segment_ids is None else numbers(segment_ids)
+    return IMPLEMENTATIONS[choice.name][0](x, dt, a, b, c, initial, number)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.ssd import ssd
 from pallas_kernels.ssd.shapes import CASES, Shaped
-from pallas_kernels.timing import seconds
+from pallas_kernels.timing import relative_errors, seconds, with_gradients
 
 __all__ = ["main"]
 
@@ -65,26 +65,12 @@ def _exact(x, dt, a, b, c):
 FORMS = {"mosaic_gpu": kernel, "chunked, jnp": plain}
 
 
-def _both(function):
-    def run(*arguments):
-        *inputs, dy = arguments
-        y, back = jax.vjp(function, *inputs)
-        return y, *back(dy)
-
-    return run
-
-
 def _error(function, arguments: tuple) -> list[float]:
-    """Root mean square errors, as part of the true values': of y and of each gradient."""
+    """Relative errors of y and of each gradient, on a short sequence."""
     short = [z[:1, :512] if z.ndim > 1 else z for z in arguments]
     wide = [z.astype(jnp.float32) for z in short]
-    found, want = jax.jit(_both(function))(*short), jax.jit(_both(_exact))(*wide)
-
-    def ratio(got, true):
-        miss = jnp.mean(jnp.square(got.astype(jnp.float32) - true))
-        return float(jnp.sqrt(miss / jnp.mean(jnp.square(true))))
-
-    return [round(ratio(*pair), 5) for pair in zip(found, want, strict=True)]
+    found = jax.jit(with_gradients(function))(*short)
+    return relative_errors(found, jax.jit(with_gradients(_exact))(*wide))
 
 
 def main(words: list[str]) -> None:
@@ -101,7 +87,11 @@ def main(words: list[str]) -> None:
             try:
                 line["errors"] = _error(function, drawn[0])
                 for way in ("forward", "forward and backward"):
-                    call = _both(function) if way != "forward" else lambda *z, f=function: f(*z[:5])
+                    call = (
+                        with_gradients(function)
+                        if way != "forward"
+                        else lambda *z, f=function: f(*z[:5])
+                    )
                     time, spread = seconds(call, drawn, rounds=8)
                     line |= {"pass": way, "us": round(1e6 * time, 1)}
                     line |= {"spread_us": round(1e6 * spread, 1)}
