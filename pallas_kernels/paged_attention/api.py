@@ -96,10 +96,11 @@ def explain(q, k, v, *, implementation: str = "auto") -> Choice:
         latent, codes = isinstance(v, int), str(k.dtype) in CODES
         if not codes and k.dtype != q.dtype:
             return f"it takes pages in the dtype of the queries, not {k.dtype} and {q.dtype}"
-        if name == "mosaic_tpu" and k.shape[2] % 8 and k.shape[2] not in (1, 2, 4):
+        few = (1, 4) if codes else (1, 2, 4)
+        if name == "mosaic_tpu" and k.shape[2] % 8 and k.shape[2] not in few:
             return (
-                "it takes 1, 2, 4 or a multiple of 8 heads of keys (XLA lays others out so that "
-                f"all pages would be copied first), not {k.shape[2]}"
+                f"it takes {', '.join(map(str, few))} or a multiple of 8 heads of keys (XLA lays "
+                f"others out so that all pages would be copied first), not {k.shape[2]}"
             )
         if latent and k.shape[2] != 1:
             return f"it takes one head of keys that hold the values, not {k.shape[2]}"
@@ -220,7 +221,8 @@ def paged_attention(
     pages = (table.astype(jnp.int32), firsts.astype(jnp.int32))
     pages = (*pages, tuple(x.astype(jnp.int32) for x in blocks))
     if choice == "mosaic_tpu":
-        out, lse = attend_tpu(q, k, v, *pages, problem=problem, interpret=interpreting())
+        how = {"scales": scales, "problem": problem, "interpret": interpreting()}
+        out, lse = attend_tpu(q, k, v, *pages, **how)
     else:
         out, lse = _on_hopper(q, (k, v, scales), pages, problem)
     rows = q.shape[1] * q.shape[2] // k.shape[2]
@@ -235,11 +237,11 @@ def _on_hopper(q, pools, pages, problem: Problem) -> tuple[jax.Array, jax.Array]
     heads = k.shape[2]
     group = num_heads // heads
     programs = count * heads * -(-queries * group // ROWS)
-    tiles = Tiles(
-        stages=4 if width * k.shape[1] <= 128 * 64 else 2,
-        splits=splits_for(programs, table.shape[1] * k.shape[1]),
-        leaving=128 if scales is None else 64,  # so that two programs share a processor
-    )
+    splits = splits_for(programs, table.shape[1] * k.shape[1])
+    if scales is None:
+        tiles = Tiles(stages=4 if width * k.shape[1] <= 128 * 64 else 2, splits=splits)
+    else:  # what widens must run beside what waits: two programs share a processor, or more
+        tiles = Tiles(stages=2, splits=splits, leaving=64)
     options = {"problem": problem, "tiles": tiles, "interpret": interpreting()}
     if isinstance(v, int):
         options["tiles"] = dataclasses.replace(tiles, stages=2 if width > 384 else 3)

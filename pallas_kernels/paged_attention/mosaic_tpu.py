@@ -4,6 +4,9 @@ Pages stay in the large memory; a program copies those of its sequence, all head
 into two places in turn, so that a step's copies run while the last one's keys are multiplied. How
 many steps there are is what the sequence holds, not the table's width. Heads of keys are taken one
 after the other, each with the rows of all its queries. Statistics are float32.
+
+Pages of 8 bits are widened as a head is taken; scales of keys go into the scores, those of values
+into the weights.
 """
 
 from __future__ import annotations
@@ -41,8 +44,8 @@ def unfit_tpu(
         return f"it takes bfloat16 and float32, not {dtype}"
     if latent:
         return "it has no form for latent keys"
-    if codes:
-        return "it takes pages in the dtype of the queries, not in 8 bits"
+    if codes and page_size % LANES:
+        return f"it takes pages of 8 bits of a multiple of 128 tokens, not {page_size}"
     if any(width % LANES or width > 512 for width in widths):
         return (
             "it takes heads of a multiple of 128 up to 512 (XLA lays others out so that all pages "
@@ -63,12 +66,14 @@ class Kernel:
     value_width: int
     table_width: int
     dtype: jnp.dtype
+    coded: bool
 
     @property
     def pages(self) -> int:
         """Of a step."""
         size, heads, width = self.pool[1:]
-        held = size * max(heads, 8) * (width + self.value_width) * self.dtype.itemsize * SLOTS
+        held = size * max(heads, 8) * (width + self.value_width) * SLOTS
+        held *= 1 if self.coded else self.dtype.itemsize
         return max(1, min(KEYS // size, ROOM // held))
 
     @property
@@ -95,10 +100,20 @@ class Kernel:
                 held = refs[f"{name}_held"].at[slot, pl.ds(i * size, size)]
                 arrived = refs["arrived"].at[slot, number]
                 yield pltpu.make_async_copy(refs[name].at[page], held, arrived)
+            if self.coded:
+                held, arrived = refs["scales_held"].at[slot, i], refs["arrived"].at[slot, 2]
+                yield pltpu.make_async_copy(refs["scales"].at[page], held, arrived)
 
     def head(self, held, slot, head):
         """A step's keys or values [keys, width] of one head."""
-        return held[slot] if self.pool[2] == 1 else held[slot, :, head, :]
+        found = held[slot] if self.pool[2] == 1 else held[slot, :, head, :]
+        return found.astype(jnp.float32).astype(self.dtype) if self.coded else found
+
+    def scales(self, refs, slot, head, side):
+        """Of a step's keys or values: [1, keys]."""
+        held = refs["scales_held"]
+        rows = [held[slot, i, head, side : side + 1] for i in range(self.pages)]
+        return rows[0] if len(rows) == 1 else jnp.concatenate(rows, axis=1)
 
     def body(self, refs):
         block = pl.program_id(0)
@@ -125,7 +140,8 @@ class Kernel:
             for copy in self.copies(refs, owner, begins, slot):
                 copy.wait()
             begin = (first + begins) * self.pool[1]
-            self.clear(refs["v_held"], slot, end - begin)
+            if jnp.issubdtype(refs["v_held"].dtype, jnp.floating):
+                self.clear(refs["v_held"], slot, end - begin)
             shape = (refs["q"].shape[2], self.keys)
             query = lax.div(lax.broadcasted_iota(jnp.int32, shape, 0), jnp.int32(self.group))
             place = jnp.where(query < count, query + start, -1)
@@ -134,7 +150,7 @@ class Kernel:
             if self.problem.window is not None:
                 seen = seen & (key >= place - self.problem.window)
             for head in range(self.pool[2]):
-                self.fold(refs, slot, head, seen)
+                self.fold(refs, slot, head, (seen, key < end))
             return 0
 
         lax.fori_loop(0, steps, step, 0)
@@ -153,17 +169,25 @@ class Kernel:
         def _():
             values = held[slot]
             there = lax.broadcasted_iota(jnp.int32, values.shape, 0) < left
-            held[slot] = jnp.where(there, values, jnp.zeros_like(values))
+            if self.coded:  # selected as they are widened
+                values = values.astype(jnp.float32)
+            held[slot] = jnp.where(there, values, jnp.zeros_like(values)).astype(held.dtype)
 
     def product(self, a, b, dims):
         exact = lax.Precision.HIGHEST if self.dtype == jnp.float32 else None
         return lax.dot_general(a, b, dims, precision=exact, preferred_element_type=jnp.float32)
 
-    def fold(self, refs, slot, head, seen):
-        """One head's statistics and sums with one more step's keys."""
-        problem = self.problem
+    def fold(self, refs, slot, head, pairs):
+        """One head's statistics and sums with one more step's keys.
+
+        Args:
+          pairs: which keys a row sees, and which there are.
+        """
+        problem, (seen, there) = self.problem, pairs
         k, v = (self.head(refs[f"{name}_held"], slot, head) for name in ("k", "v"))
         scores = self.product(refs["q"][0, head], k, _NT) * problem.scale
+        if self.coded:
+            scores = scores * self.scales(refs, slot, head, 0)
         if problem.softcap is not None:
             scores = problem.softcap * jnp.tanh(scores * (1.0 / problem.softcap))
         scores = jnp.where(seen, scores, -jnp.inf)
@@ -173,6 +197,8 @@ class Kernel:
         weights, decay = jnp.exp(scores - level[:, :1]), jnp.exp(before - level)
         sums = jnp.sum(weights, axis=1, keepdims=True)
         refs["total"][head] = refs["total"][head] * decay + sums
+        if self.coded:
+            weights = weights * jnp.where(there, self.scales(refs, slot, head, 1), 0.0)
         found = self.product(weights.astype(v.dtype), v, _NN)
         refs["acc"][head] = refs["acc"][head] * decay[:, :1] + found
         refs["peak"][head] = now
@@ -187,6 +213,7 @@ def attend_tpu(
     firsts: jax.Array,
     blocks: tuple[jax.Array, jax.Array, jax.Array],
     *,
+    scales: jax.Array | None = None,
     problem: Problem,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
@@ -195,7 +222,7 @@ def attend_tpu(
     R is queries by heads of a key head, query by query, rounded up to a multiple of 16.
 
     Args:
-      q, k, v, table, firsts, blocks: of `paged_attention`.
+      q, k, v, table, firsts, blocks, scales: of `paged_attention`.
     """
     group, heads = q.shape[2] // k.shape[2], k.shape[2]
     kernel = Kernel(
@@ -205,6 +232,7 @@ def attend_tpu(
         value_width=v.shape[3],
         table_width=table.shape[1],
         dtype=jnp.dtype(q.dtype),
+        coded=scales is not None,
     )
     q = rows_of(q, heads, unit=ROWS)
     if heads == 1:  # what XLA makes of a dim of one would be laid out anew
@@ -212,16 +240,21 @@ def attend_tpu(
     count, rows = q.shape[0], q.shape[2]
     each = lambda *shape: pl.BlockSpec((1, *shape), lambda m, *_: (m, *[0] * len(shape)))  # noqa: E731
     whole: Any = pl.BlockSpec(memory_space=pl.ANY)
-    names = ("table", "firsts", "rows", "starts", "counts", "q", "k", "v", "out", "lse")
+    pools = {"k": k, "v": v} | ({} if scales is None else {"scales": scales})
+    names = ("table", "firsts", "rows", "starts", "counts", "q", *pools, "out", "lse")
     statistic = pltpu.VMEM((heads, rows, LANES), jnp.float32)
     scratch = {
         "k_held": pltpu.VMEM((SLOTS, kernel.keys, *k.shape[2:]), k.dtype),
         "v_held": pltpu.VMEM((SLOTS, kernel.keys, *v.shape[2:]), v.dtype),
-        "arrived": pltpu.SemaphoreType.DMA((SLOTS, 2)),
+        "arrived": pltpu.SemaphoreType.DMA((SLOTS, 3)),
         "peak": statistic,
         "total": statistic,
         "acc": pltpu.VMEM((heads, rows, v.shape[-1]), jnp.float32),
     }
+
+    if scales is not None:
+        held = (SLOTS, kernel.pages, *scales.shape[1:])
+        scratch["scales_held"] = pltpu.VMEM(held, jnp.float32)
 
     def run(*refs):
         kernel.body(dict(zip((*names, *scratch), refs, strict=True)))
@@ -235,12 +268,12 @@ def attend_tpu(
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=5,
             grid=(count,),
-            in_specs=[each(heads, rows, q.shape[3]), whole, whole],
+            in_specs=[each(heads, rows, q.shape[3]), *[whole] * len(pools)],
             out_specs=[each(heads, rows, v.shape[-1]), each(heads, 1, rows)],
             scratch_shapes=list(scratch.values()),
         ),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
         name="paged_attention",
         interpret=interpret,
-    )(table, firsts, *blocks, q, k, v)
+    )(table, firsts, *blocks, q, *pools.values())
     return out, lse[:, :, 0]

@@ -11,7 +11,7 @@ from jax.sharding import SingleDeviceSharding
 from pallas_kernels.errors import UnsupportedError
 from pallas_kernels.paged_attention import explain, paged_attention
 from pallas_kernels.target import targeting
-from tests.kernels.paged import CASES, Case, arguments, by_hand, check, coded, options
+from tests.kernels.paged import CASES, CODED, Case, arguments, by_hand, check, coded, options
 from tests.kernels.tpus import TPUS, described
 
 
@@ -46,12 +46,37 @@ def test_interpreted(name, dtype):
     check(case, found, by_hand(case, *given), jnp.dtype(dtype))
 
 
+EIGHT = {
+    name: dataclasses.replace(WIDE[name], size=128, table_width=3, firsts=(), heads=heads)
+    for name, heads in zip(CODED, [(4, 1), (8, 4), (8, 8), (4, 4), (4, 1), (8, 4)], strict=True)
+}
+"""Cases whose pages of 8 bits the kernel takes."""
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("name", EIGHT)
+def test_pages_of_8_bits(name, dtype):
+    case = EIGHT[name]
+    given, scales, meant = coded(arguments(case, jnp.float32), dtype)
+    given = (given[0].astype(jnp.bfloat16), *given[1:])
+    with targeting("interpreter"):
+        found = paged_attention(*given, **options(case), scales=scales, implementation="mosaic_tpu")
+    check(case, found, by_hand(case, given[0], *meant[1:]), jnp.bfloat16)
+
+
 def lower(case: Case, dtype, sharding=None):
-    """A case, lowered for a TPU."""
+    """A case, lowered for a TPU; in 8 bits its queries are bfloat16."""
+    narrow = dtype in ("int8", "float8_e4m3fn")
+    given, scales = arguments(case, jnp.bfloat16 if narrow else jnp.dtype(dtype)), None
+    if narrow:
+        given, scales, _ = coded(given, dtype)
+
+    def call(scales, *given):
+        return paged_attention(*given, **options(case), scales=scales, implementation="auto")
+
     like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)  # noqa: E731
-    call = jax.jit(lambda *a: paged_attention(*a, **options(case), implementation="auto"))
     with targeting("tpu"):
-        traced = call.trace(*jax.tree.map(like, arguments(case, jnp.dtype(dtype))))
+        traced = jax.jit(call).trace(*jax.tree.map(like, (scales, *given)))
         return traced.lower(lowering_platforms=("tpu",))
 
 
@@ -59,6 +84,12 @@ def lower(case: Case, dtype, sharding=None):
 @pytest.mark.parametrize("name", [*WIDE, *LARGE])
 def test_lowering(name, dtype):
     assert lower((WIDE | LARGE)[name], dtype).as_text().count("tpu_custom_call") == 1
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("name", EIGHT)
+def test_lowering_of_8_bits(name, dtype):
+    assert lower(EIGHT[name], dtype).as_text().count("tpu_custom_call") == 1
 
 
 @pytest.mark.slow
@@ -74,6 +105,19 @@ def test_they_compile_for_every_tpu_and_copy_no_pool(tpu, name, monkeypatch):
         assert compiled.temp_size_in_bytes < 0.1 * compiled.argument_size_in_bytes
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("tpu", TPUS)
+def test_8_bits_compile_for_every_tpu_and_copy_no_pool(tpu, dtype, monkeypatch):
+    device = SingleDeviceSharding(described(tpu, monkeypatch))
+    for name in ("pages of 32", "coded, window", "coded, parts of a prompt"):
+        case = dataclasses.replace(EIGHT[name], table_width=64)
+        compiled = lower(case, dtype, device).compile().memory_analysis()
+        assert compiled is not None
+        assert compiled.temp_size_in_bytes < 0.1 * compiled.argument_size_in_bytes
+
+
 def test_refusals():
     q, k, v, *_ = given = arguments(WIDE["single queries"], jnp.bfloat16)
     with pytest.raises(UnsupportedError, match="needs a TPU, this is cpu"):
@@ -83,7 +127,11 @@ def test_refusals():
         assert "float32, not float16" in explain(*(x.astype("float16") for x in (q, k, v))).why
         assert "multiple of 128" in explain(q[..., :64], k[..., :64], v[..., :64]).why
         assert "no form for latent keys" in explain(q, k[:, :, :1], 64).why
-        assert "not in 8 bits" in explain(*coded(given, "int8")[0][:3]).why
+        small = coded(given, "int8")[0]
+        small = (small[0], *(x[:, :, :1] for x in small[1:3]))
+        assert "8 bits of a multiple of 128" in explain(*small).why
         odd = jnp.concatenate([k, k[:, :, :1]], axis=2)
-        assert "heads of keys" in explain(q[:, :, :3], odd, odd).why
+        assert "1, 2, 4 or a multiple of 8 heads" in explain(q[:, :, :3], odd, odd).why
+        codes = coded(arguments(EIGHT["pages of 64"], jnp.bfloat16), "int8")[0]
+        assert "1, 4 or a multiple" in explain(codes[0], *(x[:, :, :2] for x in codes[1:3])).why
         assert "multiple of 8 tokens" in explain(q, k[:, :4], v[:, :4]).why

@@ -73,20 +73,23 @@ def test_two_devices_and_drafts_answer_as_one_device_without(toy):
     assert drafted == wanted
 
 
-def test_more_tokens_fit(toy):
+def test_more_tokens_fit(toy, monkeypatch):
     """A byte a number and eight for both scales of a head, where float32 takes four a number."""
-    setup = toy.generator.setup
-    counts = {}
-    for kv_dtype in ("auto", "int8"):
-        config = EngineConfig(
-            max_sequences=4, max_batch_tokens=16, page_size=4, kv_dtype=kv_dtype
-        ).filled(SPEC)
-        sizes = table(setup, config)
-        memory = lay_out(setup, config, sizes, None)
+    monkeypatch.setattr("jaxllm.serve.config._budget", lambda *_: 40_000)
+    setup, tokens, size = toy.generator.setup, {}, {}
+    for kv_dtype in ("auto", "int8", "fp8"):
+        bounds = {"max_sequences": 4, "max_batch_tokens": 16, "page_size": 4, "context": 96}
+        config = EngineConfig(**bounds, kv_dtype=kv_dtype).filled(SPEC)
+        memory = lay_out(setup, config, table(setup, config), None)
         assert memory.kv_dtype == kv_dtype
-        held = page_bytes(SPEC, page_size=4, dtype=dtype_of("float32"), kv_dtype=kv_dtype)
-        counts[kv_dtype] = held["all"]
-    assert counts["auto"] / counts["int8"] == 4 * 8 / (8 + 4)
+        how = {"page_size": 4, "dtype": dtype_of("float32"), "kv_dtype": kv_dtype}
+        size[kv_dtype] = page_bytes(SPEC, **how)
+        held = sum(size[kv_dtype][group] * count for group, count in memory.pages.items())
+        assert 20_000 < held <= 40_000
+        tokens[kv_dtype] = memory.pages["all"]
+    ratio = size["auto"]["all"] / size["int8"]["all"]
+    assert ratio == 4 * 8 / (8 + 4)
+    assert tokens["int8"] == tokens["fp8"] > 2 * tokens["auto"]
 
 
 def test_bad_names_and_models_that_cannot(capsys):
