@@ -182,6 +182,7 @@ class Model:
         max_tokens: int = 256,
         stop: str | Sequence[str] = (),
         raw: bool = False,
+        draft: Model | int | tuple[Model, int] | None = None,
         **sampling: Any,
     ) -> Pieces[str, None, Generation]:
         """Yield the answer's text as it comes; the generator's return value is the `Generation`.
@@ -191,20 +192,29 @@ class Model:
           max_tokens: at most this many new tokens.
           stop: strings that end the answer and are not part of it.
           raw: a string prompt without the chat template.
+          draft: guesses tokens ahead, which changes how fast they come, not which: a model of the
+            same vocabulary (smaller, or this one in few bits), or (model, tokens a step), 3 by
+            default; or a number of tokens, looked up where the last ones came before.
           **sampling: `temperature`, `top_k`, `top_p`, `min_p`, `typical_p`,
             `repetition_penalty`, `presence_penalty`, `frequency_penalty`, `seed`; see `Sampling`.
 
         Raises:
-          UnsupportedError: the model is an encoder; ConfigError: an option out of its range;
-            CapacityError: the prompt exceeds the context.
+          UnsupportedError: the model is an encoder, or cannot take a guess back, or the draft does
+            not go with it; ConfigError: an option out of its range; CapacityError: the prompt
+            exceeds the context.
         """
         programs.check_decodes(self.spec)
-        options = sampling_of(sampling, "max_tokens", "stop", "raw")
+        options = sampling_of(sampling, "max_tokens", "stop", "raw", "draft")
         answer = Answer(
             self.tokenizer, self.eos_ids, [stop] if isinstance(stop, str) else list(stop)
         )
         ids = self.prompt_ids(prompt, raw=raw)
         timings = Timings()
+        if draft is not None:
+            from jaxllm.serve.single import drafted, drafting_of
+
+            new = drafted(self, drafting_of(draft), ids, options, max_tokens, timings)
+            return reply(ids, new, answer, timings)
         chunks = self.generator.stream([ids], options, max_tokens, timings)
         return reply(ids, (chunk[0].tolist() for chunk in chunks), answer, timings)
 

@@ -41,7 +41,7 @@ _WIDTH = 64  # columns that are cleared at a time
 
 def swizzled(shape: tuple[int, ...], dtype) -> object:
     """Shared memory in the widest layout that TMA and WGMMA agree on."""
-    bits = jnp.finfo(dtype).bits
+    bits = 8 * jnp.dtype(dtype).itemsize
     swizzle = plgpu.find_swizzle(shape[-1] * bits)
     transforms = (
         plgpu.TilingTransform((8, 8 * swizzle // bits)),

@@ -5,7 +5,8 @@
         --plugin PATH/jax_plugins/xla_cuda13/xla_cuda_plugin.so
 
 Draws Llama 3.2 1B's shape (2.5 GB; `--toy` shrinks it), exports a bundle with executables of two
-programs, starts `jaxllm run` in fresh processes (seconds to the first token), and compares its ids
+programs, answers from it in fresh processes (seconds since each began, and which step had been
+reached by then; `tokens_per_s` holds the loading of the decoding program), and compares the ids
 with those of `Model.generate` under the same policy; then the same for the runner. One JSON line a
 result. What is there in FOLDER from an earlier call is used again.
 """
@@ -101,16 +102,27 @@ def export(source: Path, bundle: Path, platform: str, dtype: str) -> None:
 
 def first(bundle: str, count: int) -> None:
     """In a fresh process: the ids of a bundle, and when the first of them came."""
+    passed = {"python": since_start()}
+    import jax
+
+    passed["jax"] = since_start()
     from jaxllm.aot import counter
     from jaxllm.export.model import load_bundle
 
+    passed["imports"] = since_start()
+    jax.devices()
+    passed["devices"] = since_start()
     model = load_bundle(bundle)
+    passed["loaded"] = since_start()
     stream = model.bundle.stream(PROMPT, count)
     found = list(next(stream))
-    at = since_start()
+    passed["first_token"] = since_start()
+    start, known = time.perf_counter(), len(found)
     found += [i for ids in stream for i in ids]
+    rate = (len(found) - known) / (time.perf_counter() - start)
     stored = [program.stored for program in model.bundle.ready.values()]
-    say(ids=found, first_token_s=at, compiled=counter.compilations(), stored=stored)
+    compiled = counter.compilations()
+    say(ids=found, passed=passed, compiled=compiled, stored=stored, tokens_per_s=round(rate, 1))
 
 
 def since_start() -> float:
@@ -132,7 +144,7 @@ def starts(bundle: Path, ids: list[int], runs: int) -> None:
         fresh(sys.executable, str(HERE / "bench_bundle.py"), str(bundle), "--first", str(NEW))
         for _ in range(runs + 1)
     ]
-    times = [row["first_token_s"] for row in rows]
+    times = [row["passed"]["first_token"] for row in rows]
     say(
         what="bundle",
         equals_the_model=all(row["ids"] == ids for row in rows),
@@ -141,6 +153,8 @@ def starts(bundle: Path, ids: list[int], runs: int) -> None:
         compiled=[row["compiled"] for row in rows],
         stored=all(all(row["stored"]) for row in rows),
         first_token_s={"hashed": times[0], "median": statistics.median(times[1:]), "all": times},
+        passed_s=[row["passed"] for row in rows],
+        tokens_per_s=[row["tokens_per_s"] for row in rows],
     )
 
 

@@ -23,7 +23,7 @@ import numpy as np
 from jaxllm.infer.open import run_policy, run_segments
 from jaxllm.infer.programs import Setup
 from jaxllm.serve import engine as engines
-from jaxllm.serve import programs, runner
+from jaxllm.serve import parts, programs, runner
 from jaxllm.serve.config import EngineConfig
 from jaxllm.serve.programs import Drawn, Shape
 from jaxllm.serve.request import Request
@@ -60,14 +60,15 @@ def engine_of(steps: int, seconds: float) -> Any:
     empty: Any = types.SimpleNamespace(load=lambda _: lambda: (None, None))
     other: Any = programs
     other.zeros = lambda *_: empty
-    table: Any = engines
+    table: Any = parts
     table.table = lambda *_: programs.shapes(
         tokens=2048, sequences=256, longest=2048, contexts=(2048,), greedy=steps
     )
     clock = types.SimpleNamespace(
         perf_counter=time.thread_time, monotonic=time.monotonic, sleep=time.sleep
     )
-    table.time = clock
+    timed: Any = engines
+    timed.time = clock
     generator = types.SimpleNamespace(setup=setup, params={}, store=None)
     model: Any = types.SimpleNamespace(spec=spec, tokenizer=None, eos_ids=(), generator=generator)
     config = EngineConfig(

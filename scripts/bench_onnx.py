@@ -1,9 +1,13 @@
 """Tokens a second of an exported ONNX graph in onnxruntime beside our own programs, on this CPU.
 
-    python scripts/bench_onnx.py smollm2-135m-instruct [--tokens 64] [--rounds 3]
+    python scripts/bench_onnx.py smollm2-135m-instruct [--tokens 64] [--rounds 3] [--genai FOLDER]
 
-Both decode greedily from one prompt, in turns, float32, with as many threads as there are cores;
-their tokens have to be equal. `cpu_s` is processor time a token: other work on the machine counts
+With --genai also the graph that onnxruntime's own tool makes of the same model, in its own loop:
+`python -m onnxruntime_genai.models.builder -i MODEL -o FOLDER -p fp32 -e cpu` wrote the folder from
+what `jaxllm.load(source).save(MODEL)` saved; the package onnxruntime-genai has to be there.
+
+All decode greedily from one prompt, in turns, float32, with as many threads as there are cores;
+all tokens have to be equal. `cpu_s` is processor time a token: other work on the machine counts
 less in it than in wall-clock time.
 """
 
@@ -45,12 +49,33 @@ def graph(folder: Path) -> Any:
     return greedy
 
 
+def genai(folder: Path) -> Any:
+    """A function (ids, count) -> new ids, by onnxruntime-genai."""
+    import onnxruntime_genai as og
+
+    model = og.Model(str(folder))
+
+    def greedy(ids: list[int], count: int) -> list[int]:
+        options = og.GeneratorParams(model)
+        options.set_search_options(
+            max_length=len(ids) + count, min_length=len(ids) + count, do_sample=False
+        )
+        run = og.Generator(model, options)
+        run.append_tokens(np.array(ids, np.int32))
+        while not run.is_done():
+            run.generate_next_token()
+        return [int(i) for i in run.get_sequence(0)[len(ids) :]]
+
+    return greedy
+
+
 def main() -> None:
     """Print a line a round, then the medians."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("source")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--genai", type=Path)
     given = parser.parse_args()
     import jaxllm
     from jaxllm.export.onnx_graph import export_onnx
@@ -66,8 +91,9 @@ def main() -> None:
             return [int(i) for chunk in chunks for i in chunk[0]]
 
         sides = {"onnxruntime": theirs, "jaxllm": ours}
+        sides |= {"genai": genai(given.genai)} if given.genai else {}
         found = {name: run(ids, given.tokens) for name, run in sides.items()}
-        assert found["onnxruntime"] == found["jaxllm"], found
+        assert all(tokens == found["jaxllm"] for tokens in found.values()), found
         for _ in range(given.rounds):
             row = {}
             for name, run in sides.items():

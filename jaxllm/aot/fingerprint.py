@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,18 +42,22 @@ def _cpu_features() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), "")
 
 
-def environment(device: Any) -> dict[str, Any]:
-    """What of the machine and the software a compiled program depends on."""
+def environment(devices: Sequence[Any]) -> dict[str, Any]:
+    """What of the machine and the software a program for these devices depends on.
+
+    A program for one device runs on a host of any number of them.
+    """
     import jax
     from jaxlib import version as jaxlib
 
+    device = devices[0]
     return {
         "jax": jax.__version__,
         "jaxlib": jaxlib.__version__,
         "platform": device.platform,
         "platform_version": device.client.platform_version,
         "device_kind": device.device_kind,
-        "num_devices": device.client.device_count(),
+        "num_devices": 1 if len(devices) == 1 else device.client.device_count(),
         "cpu_features": _cpu_features() if device.platform == "cpu" else "",
         "xla_flags": runtime.xla_flags(),
         "sources": package_hash(),

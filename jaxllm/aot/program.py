@@ -115,7 +115,7 @@ class Program:
                 "mesh": str(self.mesh),
                 "devices": [device.id for device in self.devices()],
                 "options": self.options,
-                "environment": fingerprint.environment(self.devices()[0]),
+                "environment": fingerprint.environment(self.devices()),
             }
         )
 

@@ -10,8 +10,9 @@ import os
 import sys
 from typing import Any
 
+from jaxllm.cli.draft import draft_of
 from jaxllm.cli.options import Bench
-from jaxllm.cli.serve import bounds_of, draft_of, mesh_of
+from jaxllm.cli.serve import bounds_of, mesh_of
 from jaxllm.core.config import require
 from jaxllm.core.logging import show_notes
 
@@ -60,8 +61,9 @@ def _in_process(options: Bench) -> Any:
     from jaxllm.serve.bench.load import EngineTarget
     from jaxllm.serve.engine import Engine
 
-    model = load(options.target, dtype=options.dtype, mesh=mesh_of(options))
-    draft = draft_of(options, model, options.target)
+    how = {"dtype": options.dtype, "mesh": mesh_of(options)}
+    model = load(options.target, **how)
+    draft = draft_of(options, model, options.target, **how)
     with Engine(model, bounds_of(options), draft=draft) as engine:
         target = EngineTarget(engine, temperature=options.temperature)
         found = asyncio.run(_measure(target, options))

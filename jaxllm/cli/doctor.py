@@ -109,6 +109,7 @@ def _choices() -> dict[str, str]:
             out[name] = f"{choice.name} ({choice.why})"
         sizes = {"dtype": dtype, "widths": (64, 64), "page_size": 64, "mask": Causal()}
         out["attention over pages"] = _ours(paged.obstacle(**sizes))
+        out["attention over pages of 8 bits"] = _ours(paged.obstacle(**sizes, codes=True))
         experts = grouped.choose("auto", platform=platform, dtype=dtype, sides=(2048, 1024))
         out["experts"] = f"{experts.name} ({experts.why})"
         out["packed weights, decoding"] = _ours(quantized.unfit(dtype, "int4", (4096, 4096, 64)))

@@ -28,6 +28,8 @@ def run(options: Export) -> int:
         attention=options.attention,
         experts=options.experts,
         native=options.native,
+        adapter=options.adapter,
+        apart=tuple(map(_named, options.adapter_apart)),
         **_given("platforms", options.platform),
     )
     if options.runner:
@@ -45,16 +47,25 @@ def run(options: Export) -> int:
 
 
 def _onnx(options: Export) -> int:
-    default = {"source": options.source, "bundle": options.bundle, "onnx": True}
+    default = {"source": options.source, "bundle": options.bundle, "adapter": options.adapter}
     require(
-        options == Export(**default, dtype=options.dtype) and options.dtype in (None, "float32"),
+        options == Export(**default, onnx=True, dtype=options.dtype)
+        and options.dtype in (None, "float32"),
         "--onnx writes one graph in float32 for all lengths: leave the other options out",
     )
     from jaxllm.export.onnx_graph import export_onnx
 
-    size = sum(p.stat().st_size for p in export_onnx(options.source, options.bundle).iterdir())
+    made = export_onnx(options.source, options.bundle, adapter=options.adapter)
+    size = sum(p.stat().st_size for p in made.iterdir())
     print(f"{options.bundle}/model.onnx: {size / 1e6:.1f} MB with its weights")
     return 0
+
+
+def _named(text: str) -> tuple[str, Path]:
+    """(name, folder) of an adapter that is kept apart."""
+    name, equals, folder = text.partition("=")
+    require(bool(name and equals and folder), f"--adapter-apart {text}: write NAME=FOLDER")
+    return name, Path(folder)
 
 
 def _given(name: str, values: tuple) -> dict[str, tuple]:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from jaxllm.cli.draft import check_draft_options, draft_of
 from jaxllm.cli.options import Generate
 from jaxllm.core.config import require
 from jaxllm.core.logging import show_notes
@@ -49,6 +50,7 @@ def prompt_of(options: Generate) -> tuple[Any, bool]:
 def run(options: Generate) -> int:
     """Run the subcommand."""
     show_notes()
+    check_draft_options(options)
 
     def load() -> Any:
         from jaxllm.model import load
@@ -65,7 +67,7 @@ def answer(options: Generate, load: Callable[[], Any]) -> int:
     model = load()
     if not raw and isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
-    pieces = model.stream(prompt, raw=raw, **sampling)
+    pieces = model.stream(prompt, raw=raw, **sampling, **_guesses(options, model))
     while True:
         try:
             piece = next(pieces)
@@ -81,6 +83,14 @@ def answer(options: Generate, load: Callable[[], Any]) -> int:
     if options.report:
         print(report(model, result))
     return 0
+
+
+def _guesses(options: Generate, model: Any) -> dict[str, Any]:
+    """`draft` of `Model.stream`, where the command line asks for one."""
+    draft = draft_of(options, model, options.source, dtype=options.dtype)
+    if draft is None:
+        return {"draft": options.draft_tokens} if options.draft_tokens else {}
+    return {"draft": (draft, options.draft_tokens or 3)}
 
 
 def as_json(result: Any) -> dict[str, Any]:
@@ -101,11 +111,15 @@ def report(model: Any, result: Any) -> str:
     from jaxllm.aot import counter
 
     bundle = getattr(model, "bundle", None)
-    loaded = (model.generator.loaded if bundle is None else bundle.ready).values()
+    loaded = list((model.generator.loaded if bundle is None else bundle.ready).values())
+    if bundle is None and (single := model.generator.kept.get("single")) is not None:
+        loaded += single.parts.runner.executables.values()
     stored = [p for p in loaded if p.stored]
     timings = result.timings
     mapped = bundle is not None or model.weights_stored
     weights = "stored in run layout, memory-mapped" if mapped else "imported"
+    drafted, kept = timings.drafted_tokens, timings.accepted_tokens
+    guessed = [f"drafted tokens: {drafted}, of which {kept} were right"] if drafted else []
     return "\n".join(
         [
             "",
@@ -114,6 +128,7 @@ def report(model: Any, result: Any) -> str:
                 f"(programs {timings.build_ms:.0f} ms)"
             ),
             f"tokens per second: {timings.tokens_per_second:.1f}",
+            *guessed,
             f"compile seconds: {counter.compile_seconds():.1f}",
             f"programs from the store: {len(stored)} of {len(loaded)}",
             f"weights: {weights}",

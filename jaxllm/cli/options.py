@@ -14,6 +14,7 @@ __all__ = [
     "Bench",
     "Chat",
     "Doctor",
+    "Draft",
     "Export",
     "Generate",
     "Perplexity",
@@ -59,7 +60,20 @@ class _Sampling:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Generate(_Sampling):
+class Draft:
+    """What guesses tokens ahead."""
+
+    draft_tokens: int = 0
+    """Tokens of an answer guessed ahead by what followed the same words before, or by --draft (3 by
+    default); 0 guesses none."""
+    draft: str | None = None
+    """A source whose model guesses tokens ahead: a smaller one of the same vocabulary."""
+    draft_format: Literal["int8", "int4", "nf4", "fp4", "mxfp4", "fp8"] | None = None
+    """Few bits for the draft model: the source itself can so be its own draft."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Generate(_Sampling, Draft):
     """Answer one prompt."""
 
     source: Source
@@ -139,7 +153,8 @@ class Quantize:
     asymmetric: bool = False
     """Spread each group's range over all codes, with an offset (int8, int4)."""
     activations: bool = False
-    """Round what is multiplied too, each token by a scale of its own (int8, fp8)."""
+    """Round what is multiplied too, each token by a scale of its own (int8, fp8), or each of its
+    128 inputs (fp8 with --rows 128 --group 128)."""
     include: Many = ()
     """Glob over unstacked paths (layers.*.mlp.down); all matrices of the layers by default."""
     exclude: Many = ()
@@ -157,7 +172,7 @@ class Doctor:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Engine:
+class _Engine(Draft):
     dtype: Dtype | None = None
     """Of weights and activations; what suits the device by default."""
     mesh: str | None = None
@@ -166,23 +181,21 @@ class _Engine:
     """Answers on their way at once; 8 on a CPU, 256 elsewhere by default."""
     max_batch_tokens: int | None = None
     """Tokens of one step; 256 on a CPU, 2048 elsewhere by default."""
-    mixed_tokens: int | None = None
-    """Tokens of a step that computes prompts while others decode: fewer keep their tokens even."""
+    mixed_tokens: int | Literal["auto"] | None = None
+    """Tokens of a step that computes prompts while others decode: fewer keep their tokens even;
+    auto measures how many keep it within twice a step without prompts."""
     context: int | None = None
     """Most tokens of prompt and answer; the model's own (on a CPU at most 8192) by default."""
     cache_tokens: int | None = None
     """Tokens that the page cache holds; by the memory there is by default."""
+    kv_dtype: Literal["auto", "int8", "fp8"] = "auto"
+    """Of keys and values in pages: 8 bits hold nearly twice the tokens of 16 and are less exact."""
     decode_steps: int | None = None
     """Steps that the device takes by itself where all answers are greedy; 1 on a CPU, else 4."""
     no_prefix_cache: bool = False
     """Prompts do not look for pages that earlier ones left."""
-    draft_tokens: int = 0
-    """Tokens of an answer guessed ahead by what followed the same words before, or by --draft (3 by
-    default); 0 guesses none."""
-    draft: str | None = None
-    """A source whose model guesses tokens ahead: a smaller one of the same vocabulary."""
-    draft_format: Literal["int8", "int4", "nf4", "fp4", "mxfp4", "fp8"] | None = None
-    """Few bits for the draft model: the source itself can so be its own draft."""
+    spill_gib: float = 0.0
+    """GiB of host memory for pages that this cache gives up on the device, to come back from."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -253,6 +266,10 @@ class Export:
     """A kernel, on the platform that has it; by default what runs on every device."""
     native: bool = False
     """Also compile for this very machine and put the executables into the bundle."""
+    adapter: Path | None = None
+    """Folder of a LoRA adapter as PEFT saves it, merged into the weights."""
+    adapter_apart: Many = ()
+    """NAME=FOLDER of one that is kept beside them, for jaxllm run --adapter NAME; several times."""
     runner: bool = False
     """Write a folder for scripts/pjrt_runner instead, which needs no Python: one --platform."""
     onnx: bool = False
@@ -261,7 +278,7 @@ class Export:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-    """Run a bundle: jaxllm run BUNDLE generate|chat, with the options of generate and chat."""
+    """Run a bundle: jaxllm run BUNDLE generate|chat|serve, with the options of these commands."""
 
     bundle: Source
     """What jaxllm export wrote: a directory or a .tar."""
@@ -291,6 +308,8 @@ class Plan:
     """Of activations (and of served weights); what suits the device by default."""
     quantize: Literal["int8", "int4", "nf4", "fp4", "mxfp4", "fp8"] | None = None
     """Serve with the layers' matrices in this format."""
+    kv_dtype: Literal["auto", "int8", "fp8"] | None = None
+    """Keys and values in pages of 8 bits, as of `jaxllm serve`: says how many tokens fit."""
     remat: Literal["none", "save_dots", "save_attention", "full", "auto"] | None = None
     """What the backward pass computes again; `auto` takes the first policy that fits."""
     attention: Literal["auto", "reference", "cudnn", "mosaic_gpu", "mosaic_tpu"] | None = None

@@ -58,6 +58,7 @@ def _plan(options: Options, place: Any) -> tuple[Any, Any]:
     require(purpose == "train" or not options.search, "--search varies training runs: --for train")
     if purpose == "train":
         require(options.quantize is None, "--quantize is for serving: --for serve")
+        require(options.kv_dtype is None, "--kv-dtype is for serving: --for serve")
         return _train_plan(options, place)
     from jaxllm.plan.serve import ServeOptions, plan_serving
     from jaxllm.plan.source import spec_of
@@ -65,7 +66,16 @@ def _plan(options: Options, place: Any) -> tuple[Any, Any]:
     spec = load_config(Path(options.source)).spec if is_config else spec_of(options.source)
     given = {
         name: getattr(options, name)
-        for name in ("batch", "context", "prompt", "dtype", "mesh", "attention", "quantize")
+        for name in (
+            "batch",
+            "context",
+            "prompt",
+            "dtype",
+            "mesh",
+            "attention",
+            "quantize",
+            "kv_dtype",
+        )
         if getattr(options, name) is not None
     }
     context = min(given.get("context", ServeOptions.context), spec.context)

@@ -18,23 +18,25 @@ __all__ = ["parse_run", "run"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Trust:
+class _Bundled:
     trust: bool = False
     """Load executables that came with the bundle; they are code of whoever made it."""
+    adapter: str | None = None
+    """One of the adapters that the bundle keeps apart, added to its weights."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Generate(_Trust, Generate):
+class _Generate(_Bundled, Generate):
     """Answer one prompt; `source` is the bundle."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Chat(_Trust, Chat):
+class _Chat(_Bundled, Chat):
     """Talk with the model over several turns; `source` is the bundle."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Serve(_Trust, Listen):
+class _Serve(_Bundled, Listen):
     """Answer over HTTP, one answer at a time; `source` is the bundle."""
 
     source: Source
@@ -49,11 +51,13 @@ def parse_run(bundle: str, arguments: list[str]) -> Any:
     """Options of `jaxllm run BUNDLE COMMAND ...`.
 
     Raises:
-      ConfigError: no such command.
+      ConfigError: no such command. SystemExit: 0 after --help.
     """
     import tyro
 
     name = arguments[0] if arguments else ""
+    if name in ("-h", "--help"):
+        tyro.extras.subcommand_cli_from_dict(_COMMANDS, prog=f"jaxllm run {bundle}", args=[name])
     require(name in _COMMANDS, f"run {bundle} {name or '...'}: {nearest(name, _COMMANDS)}")
     return tyro.cli(
         _COMMANDS[name],
@@ -67,7 +71,7 @@ def run(options: Any) -> int:
     """Run the subcommand."""
     show_notes()
     require(
-        isinstance(options, _Trust),
+        isinstance(options, _Bundled),
         "name a bundle and then what to do: jaxllm run BUNDLE generate --prompt ...",
     )
     if isinstance(options, _Serve):
@@ -77,10 +81,13 @@ def run(options: Any) -> int:
         f"--dtype {options.dtype}: a bundle's dtype is fixed; export it with another --dtype",
     )
 
+    drafts = isinstance(options, _Generate) and (options.draft or options.draft_tokens)
+    require(not drafts, "--draft, --draft-tokens: a bundle has no programs that verify drafts")
+
     def load() -> Any:
         from jaxllm.export.model import load_bundle
 
-        return load_bundle(options.source, trust=options.trust)
+        return load_bundle(options.source, trust=options.trust, adapter=options.adapter)
 
     if isinstance(options, Chat):
         return chat.talk(options, load)
@@ -96,7 +103,7 @@ def _serve(options: _Serve) -> int:
     from jaxllm.serve.config import EngineConfig
     from jaxllm.serve.http.app import App
 
-    model = load_bundle(options.source, trust=options.trust)
+    model = load_bundle(options.source, trust=options.trust, adapter=options.adapter)
     name = options.name or str(model.bundle.manifest["source"])
     with BundleEngine(model, EngineConfig(max_queue=options.max_queue)) as engine:
         return serve.listen(App(name, model, engine, config), begun)

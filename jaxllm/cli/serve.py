@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jaxllm.cli.draft import draft_of
 from jaxllm.cli.options import Bench, Listen, Serve
-from jaxllm.core.config import require
 from jaxllm.core.logging import show_notes
 from jaxllm.errors import ConfigError
 from jaxllm.text.chat import check_messages
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "bounds_of",
-    "draft_of",
     "listen",
     "listens",
     "mesh_of",
@@ -63,7 +62,9 @@ def bounds_of(options: Serve | Bench) -> EngineConfig:
         mixed_tokens=options.mixed_tokens,
         context=options.context,
         cache_tokens=options.cache_tokens,
+        kv_dtype=options.kv_dtype,
         prefix_cache=not options.no_prefix_cache,
+        spill_gib=options.spill_gib,
         draft_tokens=options.draft_tokens,
         decode_steps=options.decode_steps,
     )
@@ -74,18 +75,6 @@ def mesh_of(options: Serve | Bench) -> Any:
     from jaxllm.core.mesh import make_mesh, parse_mesh
 
     return None if options.mesh is None else make_mesh(parse_mesh(options.mesh))
-
-
-def draft_of(options: Serve | Bench, model: Model, source: str) -> Model | None:
-    """The draft model that a command line gives; the source itself is loaded once."""
-    from jaxllm.model import load
-
-    if options.draft is None:
-        require(options.draft_format is None, "--draft-format: give --draft too")
-        return None
-    how: dict[str, Any] = {"dtype": options.dtype, "mesh": mesh_of(options)}
-    draft = model if options.draft == source else load(options.draft, **how)
-    return draft if options.draft_format is None else draft.quantize(options.draft_format)
 
 
 def prefix_ids(path: Path, model: Model) -> list[int]:
@@ -150,9 +139,10 @@ def run(options: Serve) -> int:
     from jaxllm.serve.engine import Engine
     from jaxllm.serve.http.app import App
 
-    model = load(options.source, dtype=options.dtype, mesh=mesh_of(options))
+    how: dict[str, Any] = {"dtype": options.dtype, "mesh": mesh_of(options)}
+    model = load(options.source, **how)
     bounds = bounds_of(options)
-    draft = draft_of(options, model, options.source)
+    draft = draft_of(options, model, options.source, **how)
     with contextlib.ExitStack() as stack:
         engine = None
         if model.spec.decodes:

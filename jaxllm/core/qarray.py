@@ -100,8 +100,8 @@ class QArray:
       inputs: number of leading dims of `shape` that are contracted; 0 for a table [rows, width].
       group: inputs of one scale.
       rows: outputs of one scale.
-      activations: x is rounded as well, with a scale a token, and multiplied in the values' own
-        dtype (int8, fp8).
+      activations: x is rounded as well, with a scale a token (a token and group, where the values
+        are in groups), and multiplied in the values' own dtype (int8, fp8).
       version: layout of `values`. 1: as above. 2: two nibbles a byte, uint8 [*lead, O, I / 2],
         byte j holds code j below and code j + I / 2 above (codes count from 0: int4 plus 8). A CPU
         unpacks it five times faster than jax's int4. 3: as 1, but inputs change places in blocks

@@ -62,6 +62,13 @@ def _same_kind(leaves: list[QArray]) -> bool:
     return len(statics) == 1 and len(dtypes) == 1
 
 
+def _in_blocks(leaves: list[QArray]) -> bool:
+    """Whether blocks of rows stay whole when the leaves are put one after the other."""
+    rows = leaves[0].rows
+    plain = all(leaf.rows == rows and not isinstance(leaf.scale, QArray) for leaf in leaves)
+    return rows > 1 and plain and all(leaf.num_outputs % rows == 0 for leaf in leaves)
+
+
 def join_rows(leaves: list[QArray], shape: tuple[int, ...], inputs: int) -> QArray:
     """Several leaves of one input as one, one after the other; `shape` is the logical shape.
 
@@ -75,7 +82,8 @@ def join_rows(leaves: list[QArray], shape: tuple[int, ...], inputs: int) -> QArr
             "projections that are quantized in different ways cannot be held as one matrix; "
             "load with a policy of fused=False"
         )
-    parts = [_per_row(dataclasses.replace(leaf, order=None)) for leaf in leaves]
+    parts = [dataclasses.replace(leaf, order=None) for leaf in leaves]
+    parts = parts if _in_blocks(parts) else [_per_row(part) for part in parts]
     module = np if isinstance(parts[0].values, np.ndarray) else jnp
     joined = jax.tree.map(
         lambda *arrays: module.concatenate(arrays, axis=-2),

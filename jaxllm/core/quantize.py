@@ -38,7 +38,8 @@ class Scheme:
       rows: outputs of one scale; 0 is all of them.
       symmetric: no offset; without it the range of each group is spread over all codes.
       activations: what is multiplied by the matrix is rounded too, each token by a scale of its own
-        (int8 and fp8 with one scale a row or matrix).
+        (int8 and fp8 with one scale a row or matrix), or by one for each 128 inputs (fp8 with
+        rows=128 and group=128).
       double: scales are quantized too, 256 of them under one scale (nf4 and fp4 by default).
     """
 
@@ -72,9 +73,11 @@ class Scheme:
         )
         require(
             not self.activations
-            or (self.format in ("int8", "fp8") and self.size == 0 and self.symmetric),
+            or (self.format in ("int8", "fp8") and self.size == 0 and self.symmetric)
+            or (self.format, self.rows, self.size) == ("fp8", 128, 128),
             "activations are rounded for int8 and fp8 with one scale a row or matrix and no "
-            f"offset, found {self.format}, group={self.group}, symmetric={self.symmetric}",
+            "offset, and for fp8 in blocks of 128 x 128; found "
+            f"{self.format}, rows={self.rows}, group={self.group}, symmetric={self.symmetric}",
         )
         require(
             self.format != "mxfp4" or (self.size == 32 and self.rows == 1),

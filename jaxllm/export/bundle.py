@@ -19,20 +19,22 @@ from typing import Any
 import jax
 from jaxlib import version as jaxlib
 
-from jaxllm.aot.fingerprint import package_hash
+from jaxllm.aot.fingerprint import environment, package_hash
 from jaxllm.aot.program import Program
 from jaxllm.aot.store import Store, atomic_write
+from jaxllm.core.choices import taken
 from jaxllm.core.config import check_new, to_dict
 from jaxllm.core.logging import log
 from jaxllm.core.mesh import AXES
 from jaxllm.errors import CapacityError, ConfigError
+from jaxllm.export.adapters import read_apart, write_adapters
 from jaxllm.export.portable import KERNEL_CALLS, PLATFORMS, portable
 from jaxllm.export.runtime import FORMAT, BundleError
 from jaxllm.export.stored import StoredBundle
 from jaxllm.export.table import Row, table
 from jaxllm.export.ways import Options, Way, check_kernels, ways
 from jaxllm.export.weights import Placed, abstract, parameters, placed, write_weights
-from jaxllm.infer.open import Opened, open_source, run_segments
+from jaxllm.infer.open import Opened, open_merged, run_segments
 from jaxllm.infer.programs import Setup, check_decodes
 from jaxllm.infer.ready import COMPILER_OPTIONS, tokens_per_call
 from jaxllm.infer.sampling import Sampling
@@ -105,17 +107,21 @@ def _pack(folder: Path, file: Path) -> None:
 def _write(folder: Path, source: str, options: Options) -> None:
     variants, layouts = [], {}
     head: Opened | None = None
+    apart = read_apart(source, options.apart)
     for way in ways(options):
-        opened = open_source(source, policy=way.policy, mesh=way.mesh, put=Placed)
+        opened = open_merged(source, options.adapter, policy=way.policy, mesh=way.mesh, put=Placed)
         check_decodes(opened.spec)
         params = placed(opened.params)
         head = opened = dataclasses.replace(opened, params=None)
         if way.layout not in layouts:
             layouts[way.layout] = write_weights(folder / "weights" / way.layout, params)
+        adapters, files = write_adapters(folder, way, opened.spec, apart)
         variants.append(
             _parameters(folder, params, layouts[way.layout])
             | _variant(folder, opened, way, params, options)
+            | {"adapters": adapters}
         )
+        variants[-1]["weights"] |= {f.relative_to(folder).as_posix(): _sha256(f) for f in files}
         del params  # or two models would be in memory at once
     assert head is not None
     context, _, _ = options.sizes.fit(head.spec)
@@ -123,6 +129,7 @@ def _write(folder: Path, source: str, options: Options) -> None:
     manifest = {
         "format": FORMAT,
         "source": Path(source).name,
+        "merged": None if options.adapter is None else options.adapter.name,
         "jaxllm": package_hash()[:16],
         "jax": jax.__version__,
         "jaxlib": jaxlib.__version__,
@@ -133,15 +140,20 @@ def _write(folder: Path, source: str, options: Options) -> None:
         "sampling": _sampling(),
         "tokenizer": _tokenizer(folder, head),
         "variants": variants,
+        "native": None,
     }
     _seal(folder, manifest)
     if options.native:
-        _compile_here(folder)
+        manifest["native"] = _compile_here(folder)
         _seal(folder, manifest)
 
 
-def _compile_here(folder: Path) -> None:
-    """Add this machine's executables to a bundle, and to the user's own store."""
+def _compile_here(folder: Path) -> dict[str, Any]:
+    """Add this machine's executables to a bundle, and to the user's own store.
+
+    Returns:
+      the stack that they are for.
+    """
     (folder / "native").mkdir()
     try:
         StoredBundle(folder, Store(folder / "native")).compile_all()
@@ -150,6 +162,7 @@ def _compile_here(folder: Path) -> None:
     own = Store.default().folder
     for file in (folder / "native").iterdir():
         atomic_write(own / file.name, [file.read_bytes()])
+    return {name: value for name, value in environment(jax.devices()).items() if value}
 
 
 def _seal(folder: Path, manifest: dict[str, Any]) -> None:
@@ -238,18 +251,22 @@ def _variant(
     place.mkdir(parents=True)
     for row in table(setup, options.sizes, tokens_per_call=tokens_per_call(device)):
         log.info("export: program %s for %s", row.name, way.name)
-        made = portable(row.program, way.platform)
+        with taken() as took:
+            made = portable(row.program, way.platform)
         (place / f"{row.name}.jaxexport").write_bytes(made.data)
         calls_of[row.name], convention = made.custom_calls, made.convention
         file = f"programs/{way.name}/{row.name}.jaxexport"
-        programs[row.name] = _entry(row, file, made.custom_calls)
+        programs[row.name] = _entry(row, file, made.custom_calls, took)
     takes_prompt = {n: c for n, c in calls_of.items() if n.startswith(("prefill", "extend"))}
     check_kernels(way.policy, way.platform, takes_prompt)
     _, _, capacities = options.sizes.fit(opened.spec)
     hopper = any(KERNEL_CALLS["mosaic_gpu"] in calls for calls in calls_of.values())
     policy = way.policy
     fresh = {(r["tokens"], r["capacity"]) for r in programs.values() if r["kind"] == "prefill"}
-    chosen = {op: getattr(policy, op) for op in ("attention", "experts", "scan", "latent")}
+    chosen: dict[str, set[str]] = {}
+    for entry in programs.values():
+        for op, names in entry["implementations"].items():
+            chosen.setdefault(op, set()).update(names)
     return {
         "folder": way.name,
         "name": way.said + (", compute capability 9.0" if hopper else ""),
@@ -261,7 +278,7 @@ def _variant(
         "convention": convention,
         "param_dtype": policy.param_dtype,
         "compute_dtype": policy.compute_dtype,
-        "implementations": chosen,
+        "implementations": {op: sorted(names) for op, names in sorted(chosen.items())},
         "policy": to_dict(dataclasses.replace(policy, taps=frozenset())),
         "prefill": sorted(fresh),
         "capacities": list(capacities),
@@ -271,7 +288,9 @@ def _variant(
     }
 
 
-def _entry(row: Row, file: str, calls: tuple[str, ...]) -> dict[str, Any]:
+def _entry(
+    row: Row, file: str, calls: tuple[str, ...], took: dict[str, set[str]]
+) -> dict[str, Any]:
     program: Program = row.program
     return {
         "name": row.name,
@@ -283,4 +302,5 @@ def _entry(row: Row, file: str, calls: tuple[str, ...]) -> dict[str, Any]:
         "file": file,
         "donate": list(program.donate),
         "custom_calls": list(calls),
+        "implementations": {op: sorted(names) for op, names in sorted(took.items())},
     }

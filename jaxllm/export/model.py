@@ -12,8 +12,9 @@ from typing import Any
 
 from jaxllm.aot import counter
 from jaxllm.aot.store import Store
-from jaxllm.core.config import require
+from jaxllm.core.config import nearest, require
 from jaxllm.errors import CapacityError, WeightsError
+from jaxllm.export.adapt import adapt
 from jaxllm.export.runtime import BundleError
 from jaxllm.export.stored import StoredBundle
 from jaxllm.infer.reply import Generation, Prompt, prompt_ids, reply, sampling_of, whole
@@ -25,20 +26,29 @@ from jaxllm.text.tokenizer import Tokenizer
 __all__ = ["BundleModel", "load_bundle"]
 
 
-def load_bundle(path: str | Path, *, store: bool = True, trust: bool = False) -> BundleModel:
+def load_bundle(
+    path: str | Path, *, store: bool = True, trust: bool = False, adapter: str | None = None
+) -> BundleModel:
     """Load a bundle of `jaxllm export`.
 
     Args:
       path: a directory or a .tar.
       store: keep compiled programs in the user's cache.
       trust: load executables that came with the bundle. They are code: only from those you trust.
+      adapter: one that the bundle keeps apart, to be added to the weights.
 
     Raises:
       WeightsError: damaged, of another format, or for other devices; nothing of it has run.
+      ConfigError: the bundle has no such adapter.
     """
     counter.start()
     try:
         bundle = StoredBundle(path, Store.default() if store else None, trust=trust)
+        if adapter is not None:
+            known: dict[str, Any] = bundle.way.get("adapters", {})
+            said = nearest(adapter, known) if known else "it keeps none apart"
+            require(adapter in known, f"{path}: adapter {adapter!r} is unknown; {said}")
+            adapt(bundle, adapter)
         return BundleModel(bundle=bundle, tokenizer=_tokenizer(bundle))
     except BundleError as error:
         raise WeightsError(str(error)) from None

@@ -15,7 +15,7 @@ import numpy as np
 from jaxllm.core.config import require
 from jaxllm.errors import UnsupportedError
 from jaxllm.infer.leaves import host_leaf, plain_leaf
-from jaxllm.infer.open import open_source, run_policy
+from jaxllm.infer.open import open_merged, run_policy
 from jaxllm.ops.rope import frequencies
 from jaxllm.spec.model import Block, Embedding, Head, ModelSpec, NamedOp, Sub
 from jaxllm.spec.ops import MLP, Attention, Norm
@@ -26,12 +26,13 @@ __all__ = ["check_spec", "export_onnx"]
 _OPSET = 18
 
 
-def export_onnx(source: str, dest: str | Path) -> Path:
+def export_onnx(source: str, dest: str | Path, *, adapter: Path | None = None) -> Path:
     """Write `model.onnx`, its weights beside it, and tokenizer and chat template.
 
     Args:
       source: what `jaxllm.load` takes.
       dest: a new directory.
+      adapter: folder of a LoRA adapter that is merged into the weights.
 
     Raises:
       ConfigError: `dest` exists; UnsupportedError: onnx is not installed, or the model has what the
@@ -44,7 +45,7 @@ def export_onnx(source: str, dest: str | Path) -> Path:
     dest = Path(dest)
     require(not dest.exists(), f"{dest} exists; give a new directory")
     policy = run_policy("float32", fused=False, matrices="canonical", codes="values")
-    opened = open_source(source, policy=policy, put=lambda array, _: np.asarray(array))
+    opened = open_merged(source, adapter, policy=policy, put=lambda array, _: np.asarray(array))
     check_spec(opened.spec)
 
     def read(path: str) -> np.ndarray:

@@ -23,7 +23,7 @@ from jaxllm.export.portable import KERNEL_CALLS, PLATFORMS, portable
 from jaxllm.export.table import Row, table
 from jaxllm.export.ways import Options, Way, check_kernels, ways
 from jaxllm.export.weights import Placed, abstract, parameters, placed, write_weights
-from jaxllm.infer.open import open_source, run_segments
+from jaxllm.infer.open import open_merged, run_segments
 from jaxllm.infer.programs import Setup, check_decodes
 from jaxllm.infer.ready import COMPILER_OPTIONS, tokens_per_call
 from jaxllm.infer.sampling import Sampling
@@ -74,6 +74,7 @@ def export_runner(source: str, dest: str | Path, options: Options) -> Path:
             f"--{op} {name}: handlers of Mosaic's kernels come from Python, and the runner has "
             "none; allowed: cudnn, reference",
         )
+    require(not options.apart, "the runner adds no adapters: merge one by --adapter instead")
     (way,) = ways(options)
     with folder_beside(dest) as folder:
         _write(folder, source, way, options)
@@ -84,7 +85,7 @@ def export_runner(source: str, dest: str | Path, options: Options) -> Path:
 
 
 def _write(folder: Path, source: str, way: Way, options: Options) -> None:
-    opened = open_source(source, policy=way.policy, put=Placed)
+    opened = open_merged(source, options.adapter, policy=way.policy, put=Placed)
     check_decodes(opened.spec)
     params = placed(opened.params)
     context, _, _ = options.sizes.fit(opened.spec)

@@ -62,7 +62,7 @@ class Bundle:
             list(pool.map(self._check, hashes.keys(), hashes.values()))
         self.mesh = jax.sharding.Mesh(np.resize(devices, way["sizes"]), way["axes"])
         places = self.exported(next(iter(way["programs"].values()))).in_shardings_jax(self.mesh)
-        self.weights = [*map(jax.device_put, map(self._array, way["parameters"]), places)]
+        self.weights = [*map(jax.device_put, map(self.array, way["parameters"]), places)]
 
     def read(self, name):
         """The bytes of a file, mapped into memory."""
@@ -74,7 +74,8 @@ class Bundle:
         same = hashlib.sha256(self.read(name)).hexdigest() == wanted
         need(same, f"{self.path}: {name} was changed after the export: nothing of it was run")
 
-    def _array(self, parameter):
+    def array(self, parameter):
+        """One of the manifest's arrays, on the host."""
         _, file, offset, kind, shape = parameter
         data, dtype, count = self.read(file)[offset:], jax.numpy.dtype(kind), int(np.prod(shape))
         if kind in ("int4", "uint4"):

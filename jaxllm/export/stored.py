@@ -19,7 +19,7 @@ import jax
 
 from jaxllm.aot.program import Executable, Program
 from jaxllm.aot.store import Store, atomic_write, load_bytes
-from jaxllm.core.logging import log
+from jaxllm.core.logging import log, note_once
 from jaxllm.errors import CapacityError, WeightsError
 from jaxllm.export.runtime import Bundle, BundleError
 
@@ -101,7 +101,14 @@ class StoredBundle(Bundle):
         program = self.program(entry)
         key = program.fingerprint()
         name = f"native/{Store(Path()).path(program.name, key).name}"
-        if self.trust and name in self.manifest["files"]:
+        if self.trust and name not in self.manifest["files"]:
+            made = self.manifest.get("native") or {}
+            stack = ", ".join(f"{n} {made[n]}" for n in ("device_kind", "jax") if n in made)
+            note_once(
+                f"{self.path}: brings no executable of {program.name} for this stack"
+                + (f" (they are for {stack})" if stack else "")
+            )
+        elif self.trust:
             content = bytes(self.read(name))
             found = load_bytes(content, key, program.devices(), where=f"{self.path}: {name}")
             if found is not None:

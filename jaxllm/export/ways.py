@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -34,6 +35,8 @@ class Options:
       attention: `reference`, which runs everywhere, or a kernel, on the platform that has it.
       experts: `ragged_dot`, which runs everywhere, or a kernel, in the same way.
       native: compile for this machine too, and put the executables beside the programs.
+      adapter: folder of a LoRA adapter that is merged into the weights.
+      apart: (name, folder) of adapters that are kept beside them, to be added when it is run.
     """
 
     platforms: tuple[str, ...] = tuple(PLATFORMS)
@@ -43,6 +46,8 @@ class Options:
     attention: str | None = None
     experts: str | None = None
     native: bool = False
+    adapter: Path | None = None
+    apart: tuple[tuple[str, Path], ...] = ()
 
     def __post_init__(self) -> None:
         require(bool(self.platforms), "platforms: name at least one")
@@ -113,6 +118,7 @@ def _policy(options: Options, platform: str, mesh: Any) -> Policy:
         options.dtype,
         mesh=mesh,
         platform=PLATFORMS[platform],
+        scan="chunked",
         attention=choice(options.attention, "reference"),
         experts=choice(options.experts, "auto" if platform == "cpu" else "ragged_dot"),
     )

@@ -38,6 +38,8 @@ class Generator:
       store: where programs are kept, or None.
       tokens_per_call: decode steps of one program call.
       ahead: calls dispatched before the last one is read.
+      loaded: programs by name.
+      kept: what else is built of this model and goes with it, by who built it.
     """
 
     setup: Setup
@@ -46,6 +48,7 @@ class Generator:
     tokens_per_call: int = 8
     ahead: int = 1
     loaded: dict[str, Executable] = dataclasses.field(default_factory=dict)
+    kept: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def executable(self, program: Program, timings: Timings | None = None) -> Executable:
         """The executable of a program, loaded or compiled at its first use."""
@@ -81,11 +84,16 @@ class Generator:
         programs.check_decodes(self.setup.spec)
         timings = timings or Timings()
         lengths = [len(p) for p in prompts]
-        self._check(lengths, max_tokens)
+        self.check(lengths, max_tokens)
         limit = min(max_tokens, self.setup.spec.context - min(lengths))
         return _Run(self, prompts, lengths, sampling, limit, timings).stream()
 
-    def _check(self, lengths: list[int], max_tokens: int) -> None:
+    def check(self, lengths: Sequence[int], max_tokens: int) -> None:
+        """Refuse prompts of these lengths, or a number of tokens, that cannot be served.
+
+        Raises:
+          ConfigError: no tokens; CapacityError: see `stream`.
+        """
         context = self.setup.spec.context
         whole = isinstance(max_tokens, (int, np.integer)) and not isinstance(max_tokens, bool)
         require(

@@ -37,10 +37,11 @@ from jaxllm.spec.param import ParamDef
 from jaxllm.spec.table import model_table
 from jaxllm.text.tokenizer import Tokenizer
 from jaxllm.zoo import load as zoo
+from jaxllm.zoo.adapter import with_adapter
 from jaxllm.zoo.families import PRESETS
 from jaxllm.zoo.pull import resolve
 
-__all__ = ["Opened", "open_source", "run_policy", "run_segments"]
+__all__ = ["Opened", "checkpoint_of", "open_merged", "open_source", "run_policy", "run_segments"]
 
 Put = Callable[[Any, Any], Any]
 """(array on the host, sharding or None) -> what stands for it in the parameters."""
@@ -118,7 +119,7 @@ def open_source(
     """
     if source.startswith("random:"):
         return _random(source.removeprefix("random:"), policy, mesh, store)
-    checkpoint = zoo.open_checkpoint(_model_path(resolve(source)))
+    checkpoint = checkpoint_of(source)
     packed = checkpoint.path.is_dir() if packed is None else packed
     layout = _layout(policy, run_segments(checkpoint.spec, policy), packed)
     stored, known = False, None
@@ -127,6 +128,38 @@ def open_source(
     else:
         arrays, known, stored = _kept_arrays(checkpoint, policy, layout)
     params = _place(checkpoint.spec, arrays, policy, mesh, put)
+    return _opened(checkpoint, params, known, stored)
+
+
+def open_merged(
+    source: str, adapter: Path | None, *, policy: Policy, mesh: Any = None, put: Put
+) -> Opened:
+    """Open a source with an adapter, if any, merged into it, past the cache; see `open_source`.
+
+    Raises:
+      ConfigError, WeightsError: of the source; WeightsError, UnsupportedError: of the adapter.
+    """
+    if adapter is None:
+        return open_source(source, policy=policy, mesh=mesh, put=put)
+    checkpoint = with_adapter(checkpoint_of(source), adapter)
+    layout = _layout(policy, run_segments(checkpoint.spec, policy), packed=checkpoint.path.is_dir())
+    arrays = zoo.read_arrays(checkpoint, **layout)
+    params = _place(checkpoint.spec, arrays, policy, mesh, put)
+    return _opened(checkpoint, params, None, stored=False)
+
+
+def checkpoint_of(source: str) -> zoo.Checkpoint:
+    """The files of a source, which is not `random:PRESET`.
+
+    Raises:
+      ConfigError: it is; or no source; WeightsError: its files are missing or damaged.
+    """
+    if source.startswith("random:"):
+        raise ConfigError(f"{source}: has no files; give a source that has")
+    return zoo.open_checkpoint(_model_path(resolve(source)))
+
+
+def _opened(checkpoint: zoo.Checkpoint, params: Any, known: str | None, stored: bool) -> Opened:
     tokenizer = _tokenizer(checkpoint, known)
     eos = tokenizer.eos_ids if tokenizer is not None else _config_eos(checkpoint.path)
     return Opened(

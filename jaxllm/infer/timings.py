@@ -17,6 +17,8 @@ class Timings:
       decoded_tokens: tokens after the first.
       prompt_tokens: tokens of the prompt.
       build_ms: loading or compiling programs, part of the above.
+      drafted_tokens: guesses verified, where there is a draft.
+      accepted_tokens: of these, that were right.
     """
 
     time_to_first_token_ms: float = 0.0
@@ -24,6 +26,8 @@ class Timings:
     decoded_tokens: int = 0
     prompt_tokens: int = 0
     build_ms: float = 0.0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
     @property
     def tokens_per_second(self) -> float:

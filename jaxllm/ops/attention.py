@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from jaxllm.core.choices import took
 from jaxllm.core.config import nearest
-from jaxllm.core.logging import note_once
 from jaxllm.errors import ConfigError, ShapeError, UnsupportedError
 from jaxllm.ops import stand_in
 from jaxllm.ops.flash import Form, flash, form, obstacle
@@ -262,8 +262,7 @@ def attention(
         sinks=scores.sinks is not None,
     )
     choice = choose(implementation, call)
-    if implementation == "auto":
-        note_once(f"attention: {choice.name} ({choice.why})")
+    took("attention", choice.name, choice.why if implementation == "auto" else None)
     if stand_in.described() and choice.name != "reference":
         return stand_in.attention(q, k, v)
     return IMPLEMENTATIONS[choice.name](q, k, v, see, scores=scores)

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxllm.core.choices import took
 from jaxllm.core.config import nearest
-from jaxllm.core.logging import note_once
 from jaxllm.core.precision import at_least_float32
 from jaxllm.errors import ConfigError, UnsupportedError
 from pallas_kernels.choice import Choice
@@ -89,8 +89,7 @@ def grouped_product(
     """
     sides = (w.shape[1], w.shape[2])
     choice = choose(implementation, platform=target(), dtype=str(x.dtype), sides=sides)
-    if implementation == "auto":
-        note_once(f"experts: {choice.name} ({choice.why})")
+    took("experts", choice.name, choice.why if implementation == "auto" else None)
     return IMPLEMENTATIONS[choice.name](precision, x, w, sizes)
 
 

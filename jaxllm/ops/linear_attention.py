@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from jaxllm.core.choices import took
 from jaxllm.core.config import nearest
-from jaxllm.core.logging import note_once
 from jaxllm.core.precision import at_least_float32
 from jaxllm.core.sharding import DEFAULT_RULES, Rules, island, shards
 from jaxllm.errors import ConfigError, ShapeError, UnsupportedError
@@ -87,8 +87,8 @@ def linear_attention(
             f"linear attention: {heads} heads are no multiple of {key_heads} key heads"
         )
     choice = choose(implementation, qkv, gates, rules)
-    if implementation == "auto" and v.shape[1] > 1:
-        note_once(f"linear attention: {choice.name} ({choice.why})")
+    free = implementation == "auto" and v.shape[1] > 1
+    took("linear attention", choice.name, choice.why if free else None)
     if choice.name in _KERNELS:
         return _kernel(choice.name, qkv, gates, state, rules)
     dtype, wide = v.dtype, at_least_float32(v.dtype)
@@ -142,10 +142,10 @@ def choose(
         raise UnsupportedError(
             f"linear attention {implementation!r}: {obstacle}; use 'chunked' or 'auto'"
         )
+    if implementation in ("auto", "chunked") and qkv[2].shape[1] == 1:
+        return Choice("reference", "one token needs no chunks")
     if implementation != "auto":
         return Choice(implementation, "named")
-    if qkv[2].shape[1] == 1:
-        return Choice("reference", "one token needs no chunks")
     return Choice("chunked", "plain jnp; our kernels have not been timed")
 
 

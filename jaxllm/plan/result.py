@@ -22,6 +22,7 @@ class Memory:
       other_arguments: batches, counters.
       outputs: that take the place of no argument.
       temporaries: activations, gradients and all else that lives within a call.
+      activations: of these, what the forward pass keeps for the backward pass.
       code: of the program.
       limit: of the device, or None where it is not known.
       estimated: whether a program of another platform stands in.
@@ -36,12 +37,28 @@ class Memory:
     code: int
     limit: int | None
     estimated: bool
+    activations: int = 0
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """What the total is made of, by name."""
+        return {
+            "parameters": self.parameters,
+            "optimizer": self.optimizer,
+            "state (keys, values)": self.state,
+            "other arguments": self.other_arguments,
+            "outputs": self.outputs,
+            "activations": self.activations,
+            "other temporaries" if self.activations else "temporaries": (
+                self.temporaries - self.activations
+            ),
+            "code": self.code,
+        }
 
     @property
     def total(self) -> int:
         """All of it."""
-        parts = (self.parameters, self.optimizer, self.state, self.other_arguments)
-        return sum(parts) + self.outputs + self.temporaries + self.code
+        return sum(self.parts.values())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

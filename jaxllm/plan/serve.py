@@ -26,6 +26,7 @@ from jaxllm.quant.apply import quantize_params
 from jaxllm.spec.cost import flops, num_params, weight_bytes
 from jaxllm.spec.model import ModelSpec
 from jaxllm.spec.ops import Attention
+from jaxllm.state.paged import check_kv_dtype, page_bytes
 from jaxllm.train.mesh import note_whole, tensor_sizes
 
 __all__ = ["ServeOptions", "default_mesh", "padding_waste", "plan_serving"]
@@ -42,6 +43,8 @@ class ServeOptions:
       dtype: of weights and activations; what suits the platform if None.
       quantize: format of the layers' matrices, as of `jaxllm quantize`; None leaves them as they
         are.
+      kv_dtype: of keys and values in the pages of `jaxllm serve`: `int8`, `fp8` or `auto`; only the
+        room for tokens is planned by it.
       attention: implementation of softmax attention.
       mesh: devices by axis; None lets `plan_serving` choose.
       steps: tokens that a call of the decoding program makes.
@@ -52,11 +55,13 @@ class ServeOptions:
     context: int = 4096
     dtype: str | None = None
     quantize: str | None = None
+    kv_dtype: str = "auto"
     attention: str = "auto"
     mesh: str | None = None
     steps: int = 8
 
     def __post_init__(self) -> None:
+        check_kv_dtype(self.kv_dtype)
         for name in ("batch", "prompt", "context", "steps"):
             value = getattr(self, name)
             require(value >= 1, f"{name} is at least 1, found {value}")
@@ -148,11 +153,26 @@ def padding_waste(context: int) -> tuple[tuple[int, float], ...]:
     return tuple(out)
 
 
-def _left(plans: tuple[ProgramPlan, ...], state: Any, slots: int, context: int) -> Serving:
-    """What is left for tokens beside parameters, code and the largest temporaries."""
+def _paged_share(spec: ModelSpec, dtype: str, kv_dtype: str) -> float:
+    """What pages of 8 bits and their scales take of the bytes of those in `dtype`."""
+    if kv_dtype == "auto":
+        return 1.0
+    how: dict[str, Any] = {"page_size": 1, "dtype": dtype_of(dtype)}
+    coded, plain = (sum(page_bytes(spec, kv_dtype=x, **how).values()) for x in (kv_dtype, "auto"))
+    return coded / plain
+
+
+def _left(
+    plans: tuple[ProgramPlan, ...], state: Any, slots: int, context: int, *, share: float
+) -> Serving:
+    """What is left for tokens beside parameters, code and the largest temporaries.
+
+    Args:
+      share: of the state's bytes that pages would take.
+    """
     leaves = jax.tree.leaves(state)
-    whole = sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
-    limit, held = plans[0].memory.limit, sum(device_bytes(x) for x in leaves)
+    whole = share * sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
+    limit, held = plans[0].memory.limit, share * sum(device_bytes(x) for x in leaves)
     room = None
     if limit is not None and held:
         taken = max(p.memory.total - p.memory.state for p in plans)
@@ -179,6 +199,7 @@ def plan_serving(spec: ModelSpec, place: Place, options: ServeOptions, *, source
     sizes = _mesh(spec, place, options)
     mesh: Any = None if place.alone else make_mesh(sizes, place.devices)
     dtype = options.dtype or default_dtype(place.platform)
+    share = _paged_share(spec, dtype, options.kv_dtype)
     policy = run_policy(dtype, mesh=mesh, platform=place.platform, attention=options.attention)
     if mesh is not None:
         note_whole(spec, sizes.get("tensor", 1))
@@ -218,11 +239,12 @@ def plan_serving(spec: ModelSpec, place: Place, options: ServeOptions, *, source
             "decode_steps": options.steps,
             "dtype": dtype,
             **({} if options.quantize is None else {"quantize": options.quantize}),
+            **({} if options.kv_dtype == "auto" else {"kv_dtype": options.kv_dtype}),
             "attention": options.attention,
             "layout": policy.layout,
         },
         num_params=num_params(spec),
         programs=plans,
-        serving=_left(plans, state, options.batch * capacity, context),
+        serving=_left(plans, state, options.batch * capacity, context, share=share),
         notes=tuple(general_notes(place, *plans)),
     )

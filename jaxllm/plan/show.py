@@ -48,16 +48,7 @@ def _memory(program: ProgramPlan) -> Table:
     table = Table(title=f"{program.name}: memory of a device", title_justify="left")
     table.add_column("part")
     table.add_column("size", justify="right")
-    rows = {
-        "parameters": memory.parameters,
-        "optimizer": memory.optimizer,
-        "state (keys, values)": memory.state,
-        "other arguments": memory.other_arguments,
-        "outputs": memory.outputs,
-        "temporaries": memory.temporaries,
-        "code": memory.code,
-    }
-    for name, size in rows.items():
+    for name, size in memory.parts.items():
         if size:
             table.add_row(name, gib(size))
     mark = " (estimated)" if memory.estimated else ""

@@ -17,10 +17,11 @@ from jaxllm.infer.programs import Setup
 from jaxllm.ops.paged import obstacle
 from jaxllm.serve import programs
 from jaxllm.serve.programs import Memory, Shape, guessing, shapes, verifying
+from jaxllm.serve.transfer import IN_FLIGHT_PAGES
 from jaxllm.spec.latent import LatentAttention
 from jaxllm.spec.model import ModelSpec
 from jaxllm.spec.ops import Attention
-from jaxllm.state.paged import attentions, groups, page_bytes
+from jaxllm.state.paged import attentions, check_kv_dtype, groups, page_bytes
 
 __all__ = ["EngineConfig", "check_draft", "check_mesh", "lay_out", "table"]
 
@@ -35,11 +36,15 @@ class EngineConfig:
     Attributes:
       max_sequences: that run at once.
       max_batch_tokens: of one step.
-      mixed_tokens: of a step that computes prompts while others decode; None is max_batch_tokens.
+      mixed_tokens: of a step that computes prompts while others decode; None is max_batch_tokens,
+        `auto` what keeps such a step within twice one that decodes alone, as measured.
       context: most tokens of a sequence; the model's own by default, but at most 8192 on a CPU.
       page_size: tokens a page.
+      kv_dtype: of keys and values in pages: `int8` or `fp8` with a scale a token and head, or
+        `auto` for the compute dtype.
       cache_tokens: that all pages together hold.
       prefix_cache: whether prompts find pages that earlier ones left.
+      spill_gib: memory of the host for pages that the prefix cache gives up; 0 for none.
       ahead: steps dispatched before the last one's tokens are read.
       decode_steps: that the device takes by itself where all sequences decode without options;
         their tokens come so many at a time. 1 on a CPU, 4 elsewhere by default.
@@ -53,11 +58,13 @@ class EngineConfig:
 
     max_sequences: int | None = None
     max_batch_tokens: int | None = None
-    mixed_tokens: int | None = None
+    mixed_tokens: int | str | None = None
     context: int | None = None
     page_size: int | None = None
+    kv_dtype: str = "auto"
     cache_tokens: int | None = None
     prefix_cache: bool = True
+    spill_gib: float = 0.0
     ahead: int = 1
     decode_steps: int | None = None
     draft_tokens: int = 0
@@ -69,9 +76,21 @@ class EngineConfig:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             free = ("prefix_cache", "ahead", "draft_tokens", "draft_cost")
-            least = 0 if field.name in free else 1
-            require(value is None or value >= least, f"{field.name} is at least {least}")
+            least = 0 if field.name in (*free, "spill_gib") else 1
+            number = not isinstance(value, (str, type(None)))
+            require(not number or value >= least, f"{field.name} is at least {least}")
+        require(
+            not isinstance(self.mixed_tokens, str) or self.mixed_tokens == "auto",
+            f"mixed_tokens is a number or auto, found {self.mixed_tokens!r}",
+        )
+        check_kv_dtype(self.kv_dtype)
         require(self.draft_tokens <= 31, "draft_tokens is at most 31")
+        require(self.prefix_cache or not self.spill_gib, "spill_gib needs the prefix cache")
+        require(
+            self.spill_gib * 2**30 <= _host_bytes(),
+            f"spill_gib {self.spill_gib} is more than this machine's {_host_bytes() / 2**30:.0f} "
+            "GiB of memory",
+        )
         require((self.decode_steps or 1) <= 16, "decode_steps is at most 16")
 
     def filled(self, spec: ModelSpec, *, drafts: bool = False) -> EngineConfig:
@@ -82,7 +101,8 @@ class EngineConfig:
           drafts: whether there is a draft model.
 
         Raises:
-          UnsupportedError: drafts for a model that cannot take tokens back.
+          UnsupportedError: drafts for a model that cannot take tokens back, or pages on the host
+            of one whose prefixes cannot be shared.
         """
         if drafts and not self.draft_tokens:
             return dataclasses.replace(self, draft_tokens=3).filled(spec, drafts=True)
@@ -91,6 +111,11 @@ class EngineConfig:
                 "draft_tokens: this model has layers whose state holds all tokens in one (state "
                 "space, convolution, linear attention): a draft that was wrong cannot be taken "
                 "back; serve it with draft_tokens 0"
+            )
+        if self.spill_gib and recurrent(spec):
+            raise UnsupportedError(
+                "spill_gib: this model has layers whose state is no pages (state space, "
+                "convolution, linear attention), so that it has no prefix cache to spill"
             )
         on_cpu = jax.default_backend() == "cpu"
         context = min(self.context or (8192 if on_cpu else spec.context), spec.context)
@@ -120,17 +145,15 @@ def recurrent(spec: ModelSpec) -> bool:
     return bool({type(op) for op in spec.ops} & (set(KINDS) - {Attention, LatentAttention}))
 
 
-def _reads_whole_tables(setup: Setup, page_size: int) -> bool:
+def _reads_whole_tables(setup: Setup, config: EngineConfig) -> bool:
     """Whether some layer's work follows the width of the page table, not what is remembered."""
     if jax.default_backend() == "cpu":
         return False
-    dtype = str(dtype_of(setup.policy.compute_dtype))
+    facts: dict[str, Any] = {"dtype": str(dtype_of(setup.policy.compute_dtype))}
+    facts |= {"page_size": config.page_size or 1, "codes": config.kv_dtype != "auto"}
     return any(
         isinstance(op, LatentAttention)
-        or obstacle(
-            dtype=dtype, widths=(op.head_dim, op.head_dim), page_size=page_size, mask=op.mask
-        )
-        is not None
+        or obstacle(widths=(op.head_dim, op.head_dim), mask=op.mask, **facts) is not None
         for op in attentions(setup.spec)
     )
 
@@ -188,7 +211,7 @@ def table(setup: Setup, config: EngineConfig, draft: Setup | None = None) -> tup
     tokens, context = config.max_batch_tokens or 1, config.context or 1
     contexts = {context}
     setups = [setup] if draft is None else [setup, draft]
-    if any(_reads_whole_tables(one, config.page_size or 1) for one in setups):
+    if any(_reads_whole_tables(one, config) for one in setups):
         contexts |= {512 * 4**i for i in range(8) if 512 * 4**i < context}
     verified: tuple[Shape, ...] = ()
     if config.draft_tokens:
@@ -210,9 +233,17 @@ def table(setup: Setup, config: EngineConfig, draft: Setup | None = None) -> tup
     return _with_mixed(sizes, config.mixed_tokens)
 
 
-def _with_mixed(sizes: tuple[Shape, ...], tokens: int | None) -> tuple[Shape, ...]:
+AUTO = (8, 32, 128, 512)
+"""Tokens of more mixed steps, between those that there are, to choose from by time."""
+
+
+def _with_mixed(sizes: tuple[Shape, ...], tokens: int | str | None) -> tuple[Shape, ...]:
     """The table with programs for exactly `mixed_tokens`: a step would else cost what the next
     larger one does, and fewer tokens would make nothing more even."""
+    if isinstance(tokens, str):
+        for more in AUTO:
+            sizes = _with_mixed(sizes, more) if more < sizes[-1].tokens else sizes
+        return sizes
     if tokens is None or any(s.tokens == tokens and s.longest > 1 for s in sizes):
         return sizes
     larger = [s for s in sizes if s.tokens > tokens and s.longest > 1 and not s.every]
@@ -246,9 +277,9 @@ def lay_out(
     spec = setup.spec
     windows = groups(spec) | ({} if draft is None else groups(draft.spec))
     sequences, context = config.max_sequences or 1, config.context or 1
-    small = Memory(
-        page_size=size, pages=dict.fromkeys(windows, 1), windows=windows, slots=sequences
-    )
+    facts: dict[str, Any] = {"page_size": size, "windows": windows, "slots": sequences}
+    facts["kv_dtype"] = config.kv_dtype
+    small = Memory(pages=dict.fromkeys(windows, 1), **facts)
     pages = {
         group: 2 * sequences * width
         for group, width in largest.widths(small).items()
@@ -261,11 +292,14 @@ def lay_out(
         bytes_of = dict.fromkeys(windows, 0)
         for one in [setup] if draft is None else [setup, draft]:
             dtype = dtype_of(one.policy.compute_dtype)
-            for group, count in page_bytes(one.spec, page_size=size, dtype=dtype).items():
+            held = page_bytes(one.spec, page_size=size, dtype=dtype, kv_dtype=config.kv_dtype)
+            for group, count in held.items():
                 bytes_of[group] += count // _parts(one)
         largest_ones = [*[s for s in sizes if s.every][-1:], largest]
         steps = [programs.step(setup, small, shape, draft) for shape in largest_ones]
         budget = _budget(steps, store)
+        if config.spill_gib:
+            budget -= IN_FLIGHT_PAGES * sum(bytes_of.values())
         total = sum(bytes_of[group] * count for group, count in pages.items())
         share = min(1.0, budget / total)
         pages = {group: _round(int(count * share)) for group, count in pages.items()}
@@ -276,7 +310,7 @@ def lay_out(
             f"the cache has {pages[short[0]]} pages of {size} tokens, one sequence of {context} "
             f"needs {least[short[0]]}; lower context or raise cache_tokens"
         )
-    return Memory(page_size=size, pages=pages, windows=windows, slots=sequences)
+    return Memory(pages=pages, **facts)
 
 
 def _parts(setup: Setup) -> int:
@@ -291,10 +325,15 @@ def _round(count: int) -> int:
     return max(1, count >> drop << drop)
 
 
+def _host_bytes() -> int:
+    """Memory of this machine."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def _budget(largest: Sequence[Program], store: Any) -> int:
     """Bytes for pages: what the largest programs and the parameters leave."""
     if jax.default_backend() == "cpu":
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 8
+        return _host_bytes() // 8
     stats = jax.devices()[0].memory_stats() or {}
     free = stats.get("bytes_limit", 1 << 33) - stats.get("bytes_in_use", 0)
     reports = [program.load(store).report for program in largest]

@@ -14,7 +14,7 @@ from jaxllm.errors import UnsupportedError
 from jaxllm.infer import programs
 from jaxllm.infer.embed import Text, embed, pooling_of, token_rows
 from jaxllm.infer.programs import row_length
-from jaxllm.serve.engine import Served
+from jaxllm.serve.parts import Served
 from jaxllm.serve.request import Busy, Gone
 
 __all__ = ["Embedder"]

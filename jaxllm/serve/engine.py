@@ -14,55 +14,26 @@ import dataclasses
 import threading
 import time
 from collections.abc import Sequence as Sequence_
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 
 from jaxllm.aot import counter
 from jaxllm.core.logging import log
-from jaxllm.core.qarray import num_bytes
 from jaxllm.errors import CapacityError, UnsupportedError
-from jaxllm.infer.generate import Generator
-from jaxllm.infer.programs import check_decodes
-from jaxllm.serve.config import (
-    EngineConfig,
-    check_draft,
-    check_mesh,
-    lay_out,
-    recurrent,
-    table,
-)
+from jaxllm.serve.config import EngineConfig
 from jaxllm.serve.grammar import Grammars
-from jaxllm.serve.ngram import Drafter
-from jaxllm.serve.pace import Pace
-from jaxllm.serve.pages import Pages
-from jaxllm.serve.programs import Drawn
+from jaxllm.serve.parts import Served, make_parts
+from jaxllm.serve.programs import Drawn, Shape
 from jaxllm.serve.request import Choice, Gone, Request, Stream, check_prompt, check_room
 from jaxllm.serve.results import hand_out
-from jaxllm.serve.runner import Runner
-from jaxllm.serve.scheduler import Limits, Scheduler, Turn
+from jaxllm.serve.scheduler import Turn
 from jaxllm.serve.sequence import Sequence
 from jaxllm.serve.stats import Stats
 from jaxllm.serve.writer import Draft, Writer
-from jaxllm.spec.model import ModelSpec
 from jaxllm.text.answer import Answer
-from jaxllm.text.tokenizer import Tokenizer
 
-__all__ = ["Engine", "Served"]
-
-
-@runtime_checkable
-class Served(Protocol):
-    """What the engine needs of a loaded model; `jaxllm.Model` has it."""
-
-    @property
-    def spec(self) -> ModelSpec: ...
-    @property
-    def tokenizer(self) -> Tokenizer | None: ...
-    @property
-    def eos_ids(self) -> tuple[int, ...]: ...
-    @property
-    def generator(self) -> Generator: ...
+__all__ = ["Engine"]
 
 
 class Engine:
@@ -83,46 +54,14 @@ class Engine:
     def __init__(
         self, model: Served, config: EngineConfig | None = None, *, draft: Served | None = None
     ):
-        check_decodes(model.spec)
-        check_mesh(model.spec, model.generator.setup.mesh)
         counter.start()
-        given = config or EngineConfig()
         self.model = model
-        self.config = given.filled(model.spec, drafts=draft is not None)
-        self._draft_share = 0.0
-        other = None
-        if draft is not None:
-            check_draft(model.spec, draft.spec, self.config)
-            check_mesh(draft.spec, draft.generator.setup.mesh)
-            if draft.generator.setup.mesh != model.generator.setup.mesh:
-                raise UnsupportedError("the model and its draft model lie on different meshes")
-            other = draft.generator.setup, draft.generator.params
-            if given.draft_cost is None:
-                self._draft_share = num_bytes(other[1]) / num_bytes(model.generator.params)
-        generator, store = model.generator, model.generator.store
-        setups = generator.setup, None if other is None else other[0]
-        sizes = table(setups[0], self.config, setups[1])
-        memory = lay_out(setups[0], self.config, sizes, store, setups[1])
-        self.runner = Runner(
-            generator.setup, generator.params, memory, sizes, store=store, draft=other
-        )
-        limits = Limits(
-            tokens=self.config.max_batch_tokens or 1,
-            sequences=memory.slots,
-            longest=max(shape.longest for shape in sizes),
-            page_size=memory.page_size,
-            prefix_cache=self.config.prefix_cache and not recurrent(model.spec),
-            mixed=self.config.mixed_tokens or 0,
-            drafts=0 if other else self.config.draft_tokens,
-            guesses=tuple(sorted({shape.drafts for shape in sizes} - {0})),
-            verified=self.config.verified_tokens,
-            steps=max(shape.steps for shape in sizes),
-        )
-        pages = {group: Pages(count) for group, count in memory.pages.items()}
-        self.scheduler = Scheduler(limits, pages, memory.windows)
+        self._parts = parts = make_parts(model, config or EngineConfig(), draft)
+        self.config, self.runner, self.host = parts.config, parts.runner, parts.host
+        self.scheduler = parts.scheduler
         self._grammars = Grammars(model.tokenizer, model.spec.vocab, model.eos_ids)
         self.error: str | None = None
-        self._stats = Stats(total_pages=sum(memory.pages.values()))
+        self._stats = Stats(total_pages=sum(pages.count for pages in self.scheduler.pages.values()))
         self.host_times: collections.deque[float] = collections.deque(maxlen=4096)
         self._lock = threading.Condition()
         self._new: list[Sequence] = []
@@ -131,6 +70,7 @@ class Engine:
         self._pins: list[tuple[list[int], concurrent.futures.Future[int]]] = []
         self._closing = False
         self._writer = Writer(self._drop)
+        self._read_at = 0.0  # when the last step's tokens were there
         self._at_ready = counter.compilations()
         self._thread = threading.Thread(target=self._run, name="jaxllm-engine", daemon=True)
         self._thread.start()
@@ -191,7 +131,7 @@ class Engine:
 
     def stats(self) -> Stats:
         """How the engine is doing."""
-        scheduler = self.scheduler
+        scheduler, host = self.scheduler, self.host
         return dataclasses.replace(
             self._stats,
             waiting=len(scheduler.waiting) + len(self._new),
@@ -202,6 +142,9 @@ class Engine:
             drafted_tokens=scheduler.drafted_tokens,
             accepted_tokens=scheduler.accepted_tokens,
             prompt_tokens=scheduler.prompt_tokens,
+            spilled_pages=0 if host is None else host.spilled,
+            restored_pages=0 if host is None else host.restored,
+            host_page_bytes=0 if host is None else host.bytes,
             compilations=counter.compilations() - self._at_ready,
         )
 
@@ -254,17 +197,11 @@ class Engine:
                     after=out[0] if out else None,
                     owner=Draft(stream, index, answer, ends),
                     guide=guide.copy() if guide is not None else None,
-                    drafter=self._drafter(),
+                    drafter=self._parts.drafter(),
                     plain=request.plain and not self.config.draft_tokens,
                 )
             )
         return out
-
-    def _drafter(self) -> Pace | None:
-        most, cost = self.config.draft_tokens, self.config.draft_cost or 0.0
-        if self.scheduler.limits.guesses:
-            return Pace(most, cost, self._draft_share)
-        return Drafter(most, cost) if most else None
 
     def _check_open(self, tokens: int) -> None:
         if self.error is not None or self._closing or not self._thread.is_alive():
@@ -300,15 +237,18 @@ class Engine:
             self._writer.fail(draft, self.error or "the engine stopped")
 
     def _loop(self) -> None:
-        pending: collections.deque[tuple[list[Turn], Any]] = collections.deque()
+        pending: collections.deque[tuple[list[Turn], Any, Any]] = collections.deque()
         while self._take_in(idle=not pending):
             while pending and self.scheduler.held_up:
                 self._read(*pending.popleft())
             start, before = time.perf_counter(), self._stats.host_seconds
             turns = self.scheduler.plan()
+            if self.host is not None:
+                self.runner.move(self.host)
             if turns:
                 self._set_options(turns)
-                pending.append((turns, self.runner.dispatch(turns)))
+                begun = self._begun(turns)
+                pending.append((turns, self.runner.dispatch(turns), begun))
                 self._stats.steps += turns[0].steps
                 self._stats.fed_tokens += sum(turn.count for turn in turns)
             self._stats.host_seconds += time.perf_counter() - start
@@ -364,10 +304,21 @@ class Engine:
                     logprobs=request.logprobs is not None,
                 )
 
-    def _read(self, turns: list[Turn], drawn: Drawn) -> None:
+    def _begun(self, turns: list[Turn]) -> tuple[Shape, float] | None:
+        """The program of a step and when it was dispatched, where somebody learns from its time."""
+        if self.scheduler.cadence is None:
+            return None
+        return self.runner.shape_of(turns), time.perf_counter()
+
+    def _read(self, turns: list[Turn], drawn: Drawn, begun: tuple[Shape, float] | None) -> None:
         """Wait for a step's tokens and hand them out."""
         tokens = np.asarray(drawn.tokens).tolist()
         start = time.perf_counter()
+        if begun is not None and self.scheduler.cadence is not None and not begun[0].every:
+            shape, dispatched = begun
+            took = (start - max(dispatched, self._read_at)) / shape.steps
+            self.scheduler.cadence.learn(shape.tokens, took, decode=shape.longest == 1)
+        self._read_at = start
         news, ended, count = hand_out(turns, drawn, tokens, self.scheduler)
         self._writer.write(news)
         self._stats.drawn_tokens += count

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import collections
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -40,11 +40,16 @@ def chain(
 
 
 class Pages:
-    """The pages 0..count-1 of one group of layers."""
+    """The pages 0..count-1 of one group of layers.
 
-    def __init__(self, count: int):
+    Args:
+      count: of pages.
+      evicted: told the page and the hash of a kept page that is about to be given to another.
+    """
+
+    def __init__(self, count: int, evicted: Callable[[int, bytes], None] | None = None):
         require(count >= 1, f"pages: there must be at least one, found {count}")
-        self.count = count
+        self.count, self._evicted = count, evicted
         self._free = list(range(count - 1, -1, -1))
         self._holders = [0] * count
         self._hash_of: dict[int, bytes] = {}
@@ -76,7 +81,10 @@ class Pages:
             page = self._free.pop()
         elif self._kept:
             page, _ = self._kept.popitem(last=False)
-            del self._page_of[self._hash_of.pop(page)]
+            key = self._hash_of.pop(page)
+            del self._page_of[key]
+            if self._evicted is not None:
+                self._evicted(page, key)
         else:
             raise CapacityError(f"all {self.count} pages are held; release some first")
         self._holders[page] = 1

@@ -8,7 +8,8 @@ from collections.abc import Sequence as Sequence_
 
 from jaxllm.errors import CapacityError
 from jaxllm.serve.pages import Pages, chain
-from jaxllm.serve.sequence import Sequence
+from jaxllm.serve.sequence import Holding, Sequence
+from jaxllm.serve.spill import HostPages
 
 __all__ = ["Prefixes"]
 
@@ -21,6 +22,7 @@ class Prefixes:
       windows: how many tokens before a query each group sees, None for all.
       size: tokens a page.
       on: whether anything is found at all.
+      host: pages that were given up on the device, or None.
     """
 
     def __init__(
@@ -30,7 +32,9 @@ class Prefixes:
         *,
         size: int,
         on: bool,
+        host: HostPages | None = None,
     ):
+        self._host = host
         self._pages, self._windows, self._size, self.on = dict(pages), dict(windows), size, on
         self._pinned: list[tuple[list[int], list[bytes]]] = []
         self.pinned_pages = dict.fromkeys(pages, 0)
@@ -83,10 +87,40 @@ class Prefixes:
         left = self._windows[group]
         return 0 if left is None else max(0, position - left) // self._size
 
-    def pages_of(self, sequence: Sequence, group: str, first: int, stop: int) -> list[int]:
-        """Pages of a group that hold the sequence's pages first..stop-1, those that are there."""
-        found = [self._pages[group].find(key) for key in sequence.hashes[first:stop]]
-        return [page for page in found if page is not None]
+    def costs(self, sequence: Sequence, group: str, stop: int) -> int:
+        """Available pages that `hold` takes: those that nobody holds, and those on the host."""
+        pages, first = self._pages[group], self.first_page(group, stop * self._size)
+        found = [pages.find(key) for key in sequence.hashes[first:stop]]
+        return sum(page is None or pages.is_kept(page) for page in found)
+
+    def hold(self, sequence: Sequence, stop: int) -> dict[str, Holding]:
+        """Hold what the next token sees of the first `stop` pages, which `cached` found; what is on
+        the host comes back."""
+        held, kept = {}, []
+        for group, pages in self._pages.items():
+            first = self.first_page(group, stop * self._size)
+            held[group] = Holding([], first)
+            for key in sequence.hashes[first:stop]:
+                page = pages.find(key)
+                if page is not None:
+                    pages.share(page)
+                else:
+                    assert self._host is not None
+                    kept.append((group, key, len(held[group].pages), self._host.find(group, key)))
+                held[group].pages.append(-1 if page is None else page)
+        # All are found by now: to take a page may cost another its place on the host.
+        for group, key, place, one in kept:
+            assert self._host is not None and one is not None
+            page = held[group].pages[place] = self._pages[group].take()
+            self._pages[group].name(page, key)
+            self._host.come(group, key, page, one)
+        return held
+
+    def _there(self, group: str, key: bytes) -> bool:
+        """Whether a page is on the device or on the host."""
+        if self._pages[group].find(key) is not None:
+            return True
+        return self._host is not None and self._host.find(group, key) is not None
 
     def cached(self, sequence: Sequence) -> int:
         """Full pages from the start that the cache can give; one token at least is computed."""
@@ -99,7 +133,7 @@ class Prefixes:
         for group, left in self._windows.items():
             if left is None:
                 held = itertools.takewhile(
-                    lambda key, g=group: self._pages[g].find(key) is not None, sequence.hashes
+                    lambda key, g=group: self._there(g, key), sequence.hashes
                 )
                 most = min(most, sum(1 for _ in held))
         while most > 0 and not all(self._has(sequence, group, most) for group in self._windows):
@@ -109,7 +143,7 @@ class Prefixes:
     def _has(self, sequence: Sequence, group: str, stop: int) -> bool:
         """Whether a group's pages before `stop` that a query there looks at are all to be found."""
         first = self.first_page(group, stop * self._size)
-        return len(self.pages_of(sequence, group, first, stop)) == stop - first
+        return all(self._there(group, key) for key in sequence.hashes[first:stop])
 
     def name(self, sequence: Sequence) -> None:
         """Let full pages of known tokens be found: a later step reads them after this one's."""

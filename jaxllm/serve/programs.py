@@ -54,12 +54,14 @@ class Memory:
       pages: of each group of layers.
       windows: tokens before a query that each group sees, None for all.
       slots: sequences at once.
+      kv_dtype: of keys and values; see `paged_state`.
     """
 
     page_size: int
     pages: Mapping[str, int]
     windows: Mapping[str, int | None]
     slots: int
+    kv_dtype: str = "auto"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -147,6 +149,7 @@ def shapes(
       contexts: lengths of sequences to have programs of their own for, rising.
       greedy: steps of the programs for decoding without options, 0 for none. They are for
         accelerators, where a few rows cost what one does: others are for 4, 16, … or 8, 64, … rows.
+        Mixed steps of the most rows then have programs without options too.
     """
     require(tokens >= sequences, f"{tokens} tokens of a step hold no {sequences} sequences")
     powers = [1 << i for i in range((sequences - 1).bit_length() + 1)]
@@ -164,12 +167,15 @@ def shapes(
             for rows, plain, steps in kinds
             for n in rows
         ]
-        out += [
-            Shape(tokens=t, rows=r, longest=min(longest, t), context=context)
-            for t in mixed_tokens
-            for r in mixed_rows
-            if r <= t and (r == 1 or t >= sequences or r == max(x for x in mixed_rows if x <= t))
-        ]
+        for t in mixed_tokens:
+            most = max((r for r in mixed_rows if r <= t), default=1)
+            twins = [True, False] if greedy and sequences > 1 else [False]
+            out += [
+                Shape(tokens=t, rows=r, longest=min(longest, t), context=context, greedy=plain)
+                for r in mixed_rows
+                if r <= t and (r == 1 or t >= sequences or r == most)
+                for plain in (twins if r == most else [False])
+            ]
     return tuple(out)
 
 
@@ -301,6 +307,7 @@ def abstract_state(setup: Setup, memory: Memory, draft: Setup | None) -> tuple[A
             memory.slots,
             page_size=memory.page_size,
             dtype=dtype_of(setup.policy.compute_dtype),
+            kv_dtype=memory.kv_dtype,
             segments=setup.segments,
             array=setup.array,
         )
@@ -366,6 +373,6 @@ def zeros(setup: Setup, memory: Memory, draft: Setup | None = None) -> Program:
         return lambda: jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), held)
 
     depends = {"pages": sorted(memory.pages.items()), "slots": memory.slots}
-    depends |= {"page_size": memory.page_size}
+    depends |= {"page_size": memory.page_size, "kv_dtype": memory.kv_dtype}
     depends |= {"draft": None if draft is None else draft.depends()}
     return setup.program("serve-empty", build, (), depends=depends, out=held)

@@ -23,6 +23,8 @@ from jaxllm.serve import programs
 from jaxllm.serve.grammar import fill, words
 from jaxllm.serve.programs import BIASES, Drawn, Memory, Shape
 from jaxllm.serve.scheduler import Turn
+from jaxllm.serve.spill import HostPages
+from jaxllm.serve.transfer import Transfer
 
 __all__ = ["Runner", "places_of"]
 
@@ -37,6 +39,7 @@ class Runner:
       shapes: the table.
       store: where programs are kept, or None.
       draft: a draft model's (setup, params), or None.
+      spills: whether pages go to the host and come back.
     """
 
     def __init__(
@@ -48,6 +51,7 @@ class Runner:
         *,
         store: Store | None,
         draft: tuple[Setup, Any] | None = None,
+        spills: bool = False,
     ):
         self._place = None
         if setup.mesh is not None:
@@ -59,6 +63,7 @@ class Runner:
         order = lambda s: (s.context, s.tokens, s.rows, not s.greedy)  # noqa: E731
         self._shapes = tuple(sorted(shapes, key=order))
         self._programs = self._load(store)
+        self.transfer = Transfer(setup, memory, self._draft, store) if spills else None
         self.state, self.carry = programs.zeros(setup, memory, self._draft).load(store)()
         self._options = programs.empty_options(memory.slots, setup.spec.vocab)
         self._on_device = self._put(_copy(self._options))
@@ -172,6 +177,12 @@ class Runner:
             self.params, self.state, self.carry, self._on_device, packed, self._masks(turns, shape)
         )
         return drawn
+
+    def move(self, host: HostPages) -> None:
+        """Copy pages to the host and back, as planned for the step that is dispatched next."""
+        if self.transfer is not None:
+            leaving, coming = host.moves()
+            self.state = self.transfer.run(self.state, leaving, coming)
 
     def _put(self, tree: Any) -> Any:
         """Host arrays on every device."""

@@ -16,9 +16,11 @@ from collections.abc import Sequence as Sequence_
 
 from jaxllm.errors import CapacityError
 from jaxllm.serve.ngram import agreed
+from jaxllm.serve.pace import Cadence
 from jaxllm.serve.pages import Pages
 from jaxllm.serve.prefixes import Prefixes
-from jaxllm.serve.sequence import Holding, Sequence
+from jaxllm.serve.sequence import Sequence
+from jaxllm.serve.spill import HostPages
 from jaxllm.serve.turn import Limits, Turn
 
 __all__ = ["Limits", "Scheduler", "Turn"]
@@ -31,12 +33,20 @@ class Scheduler:
       limits: of a step.
       pages: of every group of layers.
       windows: how many tokens before a query each group sees, None for all.
+      host: pages that were given up on the device, or None.
+      cadence: bounds steps that compute prompts while others decode, or None.
     """
 
     def __init__(
-        self, limits: Limits, pages: Mapping[str, Pages], windows: Mapping[str, int | None]
+        self,
+        limits: Limits,
+        pages: Mapping[str, Pages],
+        windows: Mapping[str, int | None],
+        host: HostPages | None = None,
+        cadence: Cadence | None = None,
     ):
         self.limits, self.pages, self.windows = limits, dict(pages), dict(windows)
+        self.cadence = cadence
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.preemptions = 0
@@ -44,7 +54,9 @@ class Scheduler:
         self.prompt_tokens = 0
         self.drafted_tokens = 0
         self.accepted_tokens = 0
-        self.prefixes = Prefixes(pages, windows, size=limits.page_size, on=limits.prefix_cache)
+        self.prefixes = Prefixes(
+            pages, windows, size=limits.page_size, on=limits.prefix_cache, host=host
+        )
         self._slots = list(range(limits.sequences - 1, -1, -1))
         self._served: dict[str, int] = {}
         self._arrivals = itertools.count()
@@ -215,9 +227,10 @@ class Scheduler:
     def _prompt_room(self, order: list[tuple[Sequence, int]]) -> int:
         """Tokens of prompts in the step: few while others decode, who wait for them."""
         decoding = sum(wanted == 1 for _, wanted in order)
-        if not self.limits.mixed or not decoding:
-            return self.limits.tokens
-        return max(1, self.limits.mixed - decoding)
+        mixed = self.limits.mixed
+        if decoding and self.cadence is not None:
+            mixed = self.cadence.tokens(decoding)
+        return max(1, mixed - decoding) if mixed and decoding else self.limits.tokens
 
     def _drafts(self, sequence: Sequence, most: int, rows: int) -> list[int]:
         """A sequence's drafts; nobody is preempted for them."""
@@ -270,19 +283,12 @@ class Scheduler:
         wanted = min(sequence.length - begun, self.limits.longest, left)
         end = -(-(begun + wanted) // self.limits.page_size)
         for group, pages in self.pages.items():
-            first = self.prefixes.first_page(group, begun)
-            taken = sum(
-                pages.is_kept(p) for p in self.prefixes.pages_of(sequence, group, first, found)
-            )
+            taken = self.prefixes.costs(sequence, group, found)
             if pages.available - taken < end - found + len(self.running):
                 return False
-        for group, pages in self.pages.items():
-            first = self.prefixes.first_page(group, begun)
-            holding = Holding(self.prefixes.pages_of(sequence, group, first, found), first)
-            for page in holding.pages:
-                pages.share(page)
-            holding.pages += [pages.take() for _ in range(end - found)]
-            sequence.holdings[group] = holding
+        sequence.holdings = self.prefixes.hold(sequence, found)
+        for group, holding in sequence.holdings.items():
+            holding.pages += [self.pages[group].take() for _ in range(end - found)]
         sequence.slot, sequence.begins = self._slots.pop(), True
         sequence.computed = sequence.cached = begun
         sequence.named = found

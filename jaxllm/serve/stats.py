@@ -25,6 +25,9 @@ class Stats:
       drafted_tokens: guesses verified.
       accepted_tokens: of these, that were right.
       prompt_tokens: of prompts admitted.
+      spilled_pages: copied to the host.
+      restored_pages: copied back from it.
+      host_page_bytes: of pages on the host.
       compilations: since ready; 0.
     """
 
@@ -41,4 +44,7 @@ class Stats:
     drafted_tokens: int = 0
     accepted_tokens: int = 0
     prompt_tokens: int = 0
+    spilled_pages: int = 0
+    restored_pages: int = 0
+    host_page_bytes: int = 0
     compilations: int = 0

@@ -13,7 +13,7 @@ from jaxtyping import Array
 from jaxllm.infer.programs import Setup
 from jaxllm.nn import api
 from jaxllm.ops.flat import Flat
-from jaxllm.ops.paged import PageTable
+from jaxllm.ops.pages import PageTable
 from jaxllm.ops.sampling import History, penalize, sample
 from jaxllm.serve.programs import TOP, Carry, Drawn, Memory, Options, Shape, unpack
 from jaxllm.state.step import flat_step

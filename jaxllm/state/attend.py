@@ -51,8 +51,7 @@ def attend(
     q, k, v = qkv
     if isinstance(state, PagedKV):
         scores = Scores(scale=op.query_scale, softcap=op.softcap, sinks=sinks)
-        rules = policy.rules
-        return attend_pages(state, qkv, step=step, mask=op.mask, scores=scores, rules=rules)
+        return attend_pages(state, qkv, step=step, mask=op.mask, scores=scores, policy=policy)
     see, cached = over_state(state, step, op)
     if state is not None and not isinstance(state, DenseKV):
         raise UnsupportedError(f"attention cannot read a {type(state).__name__}; use a dense state")

@@ -8,6 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxllm.core.choices import took
 from jaxllm.core.policy import Policy
 from jaxllm.errors import UnsupportedError
 from jaxllm.ops import linear
@@ -63,6 +64,7 @@ def attend_latent(
     absorbed = policy.latent == "absorbed" or (
         policy.latent == "auto" and cached and op.absorbs(q.shape[1])
     )
+    took("latent attention", "absorbed" if absorbed else "plain")
     if not absorbed:
         both = linear.einsum("BSR,RNH->BSNH", latent, kv_up, dtype=q.dtype)
         keys, values = both[..., : op.nope_dim], both[..., op.nope_dim :]

@@ -7,7 +7,7 @@ import fnmatch
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 
 from jaxllm.core import runtime
 from jaxllm.core.config import nearest
+from jaxllm.core.lowrank import LowRank
 from jaxllm.core.tree import Segment, flatten, unstacked_paths
 from jaxllm.errors import ConfigError, UnsupportedError, WeightsError
 from jaxllm.spec.model import ModelSpec
@@ -51,6 +52,7 @@ class Checkpoint:
       reader: gives tensors by name.
       entries: tensors on disk and the leaves they fill.
       family: how its files are read.
+      updates: what is added to leaves as they are read, by unstacked path; see `zoo.adapter`.
     """
 
     path: Path
@@ -58,6 +60,7 @@ class Checkpoint:
     reader: Reader
     entries: tuple[Entry, ...]
     family: Family
+    updates: Mapping[str, LowRank] = dataclasses.field(default_factory=dict)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -222,6 +225,8 @@ def _fill(
         place = out[fused_part(checkpoint.spec, part)[1] if fused else ...]
         for entry in sources[part]:
             array = entry.to_ours(checkpoint.reader.read(entry.disk), paths[part])
+            if part in checkpoint.updates:
+                array = checkpoint.updates[part].added(array)
             at = ... if entry.index is None else entry.index
             place[at] = array.astype(out.dtype, copy=False)
 

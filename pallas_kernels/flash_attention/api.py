@@ -90,13 +90,14 @@ def flash_attention(
     softcap: float | None = None,
     scale: float | None = None,
     sinks: jax.Array | None = None,
+    alibi_slopes: jax.Array | None = None,
     query_lengths: jax.Array | None = None,
     key_lengths: jax.Array | None = None,
     query_offset: int | jax.Array | None = None,
     return_lse: bool = False,
     implementation: str = "auto",
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
-    """softmax(cap(scale q kT) + mask) v, row by row, with its gradient.
+    """softmax(cap(scale q kT) + bias + mask) v, row by row, with its gradient.
 
     Query i stands at key position i + query_offset. Under `causal` it sees keys up to there; under
     `window` keys from `left` before to `right` after; always only keys inside of `key_lengths` and
@@ -114,6 +115,8 @@ def flash_attention(
       softcap: above 0; scores become softcap * tanh(scores / softcap).
       scale: above 0; default 1 / sqrt(H).
       sinks: [N], a logit a head that joins the softmax's sum and gives nothing.
+      alibi_slopes: [N], constants without a gradient: a score, capped, loses its head's slope times
+        the distance between the key and the query's position. Source: arXiv 2108.12409 (ALiBi).
       query_lengths: integers [B]; rows from there on give zeros.
       key_lengths: integers [B]; what lies from there on is never seen and may be NaN.
       query_offset: int or integers [B]; default: the last query stands at the last key (of the
@@ -139,6 +142,7 @@ def flash_attention(
         softcap=softcap,
         scale=scale,
         sinks=sinks,
+        alibi_slopes=alibi_slopes,
         query_lengths=query_lengths,
         key_lengths=key_lengths,
         query_offset=query_offset,

@@ -58,14 +58,20 @@ def clean(q, k, v, extras: Extras):
     )
 
 
-def _split(extras: Extras) -> tuple[Extras, jax.Array | None]:
-    """The arrays with a leading batch, and the sinks."""
-    kept = {name: getattr(extras, name) for name in extras.names if name != "sinks"}
-    return Extras(**kept), extras.sinks
+_OF_HEADS = ("sinks", "alibi_slopes")
 
 
-def _joined(extras: Extras, sinks) -> Extras:
-    return Extras(**{name: getattr(extras, name) for name in extras.names}, sinks=sinks)
+def _split(extras: Extras, batch: int) -> tuple[Extras, dict[str, jax.Array]]:
+    """The arrays with a leading batch, and those of heads, which get one so that they may be
+    vmapped too."""
+    kept = {name: getattr(extras, name) for name in extras.names if name not in _OF_HEADS}
+    heads = {name: getattr(extras, name) for name in extras.names if name in _OF_HEADS}
+    heads = {name: jnp.broadcast_to(x, (batch, *x.shape)) for name, x in heads.items()}
+    return Extras(**kept), heads
+
+
+def _joined(extras: Extras, heads: dict[str, jax.Array]) -> Extras:
+    return Extras(**{name: getattr(extras, name) for name in extras.names}, **heads)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,16 +106,12 @@ def run(q, k, v, extras: Extras, plan: Plan):
 
 
 def _forward(q, k, v, extras: Extras, plan: Plan):
-    batched, sinks = _split(extras)
-    # Sinks ride along with a batch of their own, so that they may be vmapped too.
-    if sinks is not None:
-        sinks = jnp.broadcast_to(sinks, (q.shape[0], *sinks.shape))
+    batched, heads = _split(extras, q.shape[0])
 
-    def call(q, k, v, batched, sinks):
-        extras = _joined(batched, sinks)
-        return plan.forward(q, k, v, extras)
+    def call(q, k, v, batched, heads):
+        return plan.forward(q, k, v, _joined(batched, heads))
 
-    out, lse = _folded(call)(q, k, v, batched, sinks)
+    out, lse = _folded(call)(q, k, v, batched, heads)
     if extras.query_lengths is not None:
         inside = jnp.arange(q.shape[1], dtype=jnp.int32)[None, :] < extras.query_lengths[:, None]
         out = jnp.where(inside[:, :, None, None], out, jnp.zeros((), out.dtype))
@@ -120,17 +122,18 @@ def _forward(q, k, v, extras: Extras, plan: Plan):
 
 def _backward(plan: Plan, residuals, gradients):
     q, k, v, extras, out, lse = residuals
-    batched, sinks = _split(extras)
+    batched, heads = _split(extras, q.shape[0])
+    heads.pop("sinks", None)  # the log-sums hold what they took
 
-    def call(q, k, v, batched, *both):
-        return plan.backward(q, k, v, batched, *both)
+    def call(q, k, v, batched, heads, *both):
+        return plan.backward(q, k, v, _joined(batched, heads), *both)
 
     dout, dlse = gradients
     if extras.query_lengths is not None:
         inside = jnp.arange(q.shape[1], dtype=jnp.int32)[None, :] < extras.query_lengths[:, None]
         dout = jnp.where(inside[:, :, None, None], dout, jnp.zeros((), dout.dtype))
-    dq, dk, dv, delta = _folded(call)(q, k, v, batched, (out, lse), (dout, dlse))
-    dsinks = None
+    dq, dk, dv, delta = _folded(call)(q, k, v, batched, heads, (out, lse), (dout, dlse))
+    dsinks, sinks = None, extras.sinks
     if sinks is not None:
         # A sink's weight is exp(sink - lse); it has no value, so its rise is -delta.
         share = jnp.exp(sinks[None, :, None] - lse)
@@ -145,6 +148,8 @@ def _cotangents(extras: Extras, dsinks) -> Extras:
     def of(name: str):
         if name == "sinks":
             return dsinks
+        if name == "alibi_slopes":
+            return jnp.zeros_like(extras.alibi_slopes)  # constants
         return np.zeros(getattr(extras, name).shape, jax.dtypes.float0)
 
     return Extras(**{name: of(name) for name in extras.names})

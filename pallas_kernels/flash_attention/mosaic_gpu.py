@@ -30,6 +30,7 @@ from pallas_kernels.flash_attention.pieces import (
     along,
     capped,
     data_of_walk,
+    distances,
     drain,
     keeper,
     swizzled,
@@ -79,14 +80,17 @@ class Softmax:
     polynomial: int = 0
 
     @classmethod
-    def of(cls, spec: Spec, dtype, *, sinks: bool, polynomial: int = 0) -> Softmax:
-        """The form for a call."""
+    def of(cls, spec: Spec, dtype, names: tuple[str, ...], *, polynomial: int = 0) -> Softmax:
+        """The form for a call with the extras of these names."""
         bounded = spec.softcap is not None and spec.softcap <= _BOUNDED
-        return cls(spec, bounded and dtype == jnp.bfloat16 and not sinks, polynomial)
+        bounded = bounded and not {"sinks", "alibi_slopes"} & set(names)
+        return cls(spec, bounded and dtype == jnp.bfloat16, polynomial)
 
-    def step(self, scores, peak, total, keep):
+    def step(self, scores, peak, total, keep, bias=None):
         """(weights, peak, total, factor of what was summed before or None for 1)."""
         scores, factor = capped(scores, self.spec)
+        if bias is not None:
+            scores, factor = scores * factor + bias, 1.0
         if self.fixed:
             weights = jnp.exp2(scores * factor)
             if keep is not None:
@@ -187,9 +191,8 @@ class Forward:
         tiles, walk = self.tiles, self.walk
         wg = lax.axis_index("wg")
         q_smem = smem["q"].at[pl.ds(wg * tiles.block_q, tiles.block_q)]
-        sinks = "sinks" in walk.names
-        form = {"sinks": sinks, "polynomial": tiles.polynomial}
-        softmax, spare = Softmax.of(walk.spec, self.shape.dtype, **form), Spare.of(smem, wg)
+        form = (walk.spec, self.shape.dtype, walk.names)
+        softmax, spare = Softmax.of(*form, polynomial=tiles.polynomial), Spare.of(smem, wg)
         shape = (tiles.block_q, tiles.block_kv)
 
         for name in ("k", "v"):
@@ -204,6 +207,7 @@ class Forward:
             bounds = walk.bounds(place, refs)
             low, high = bounds[0], bounds[-1]
             keep = keeper(walk, refs, batch, (first_row, tiles.block_q))
+            bias = distances(walk, refs, batch, (first_row, tiles.block_q))
             slot_of = lambda i: lax.rem(step + i, tiles.stages)  # noqa: E731
             start = self.start(refs, batch, head, fixed=softmax.fixed)
 
@@ -226,7 +230,7 @@ class Forward:
                 slot = slot_of(0)
                 plgpu.barrier_wait(full["q"])
                 ends = (HIGH if walk.last_is_high else BOTH) if walk.masked else None
-                visible = seen(0, ends)
+                visible, added = seen(0, ends), bias(place, high - 1)
                 await_keys(0)
 
                 def product(scores):
@@ -235,7 +239,7 @@ class Forward:
 
                 scores = pl.run_scoped(product, plgpu.ACC(shape, jnp.float32))
                 plgpu.barrier_arrive(free["k"].at[slot])
-                weights, peak, total, _ = softmax.step(scores, *start, visible())
+                weights, peak, total, _ = softmax.step(scores, *start, visible(), added())
                 await_keys(1)
                 return peak, total, weights.astype(self.shape.dtype)
 
@@ -246,7 +250,7 @@ class Forward:
                     """Block high - 1 - i: its scores, and the product of the block before."""
                     peak, total, weights = carry
                     slot, before = slot_of(i), slot_of(i - 1)
-                    visible = seen(i, ends)
+                    visible, added = seen(i, ends), bias(place, high - 1 - i)
 
                     def products(scores):
                         plgpu.wgmma(scores, q_smem, smem["k"].at[slot].T)
@@ -256,7 +260,7 @@ class Forward:
 
                     scores = pl.run_scoped(products, plgpu.ACC(shape, jnp.float32))
                     plgpu.barrier_arrive(free["k"].at[slot])
-                    weights, *rest = softmax.step(scores, peak, total, visible())
+                    weights, *rest = softmax.step(scores, peak, total, visible(), added())
                     weights, peak, total, decay = lax.optimization_barrier((weights, *rest))
                     await_keys(i + 1)
                     plgpu.wgmma_wait(0)

@@ -31,6 +31,7 @@ from pallas_kernels.flash_attention.pieces import (
     along,
     capped,
     data_of_walk,
+    distances,
     drain,
     keeper,
     swizzled,
@@ -67,10 +68,11 @@ class BackwardTiles:
     share: bool = False
 
 
-def _weights(scores, lse, spec: Spec, keep, dim: int):
+def _weights(scores, lse, spec: Spec, keep, dim: int, bias=None):
     """(softmax weights, d score / d capped score or None) of a block."""
     scores, factor = capped(scores, spec)
-    weights = jnp.exp2(scores * factor - along(lse, scores.shape, dim))
+    powers = scores * factor if bias is None else scores * factor + bias
+    weights = jnp.exp2(powers - along(lse, scores.shape, dim))
     if keep is not None:
         weights = jnp.where(keep, weights, 0.0)
     slope = None if spec.softcap is None else 1.0 - scores * scores
@@ -128,6 +130,7 @@ class KeyValueGradients:
         first_row = tile * walk.tile + wg * 64
         k_smem, v_smem = (smem[name].at[pl.ds(wg * 64, 64)] for name in ("k", "v"))
         keep = keeper(walk, refs, batch, (first_row, 64))
+        bias = distances(walk, refs, batch, (first_row, 64))
         for name in ("q", "do"):
             for slot in range(tiles.stages):
                 plgpu.barrier_arrive(free[name].at[slot])
@@ -139,6 +142,7 @@ class KeyValueGradients:
                 slot = lax.rem(step, tiles.stages)
                 q_smem, do_smem = smem["q"].at[slot], smem["do"].at[slot]
                 visible = (lambda: None) if ends is None else keep(place, position, ends)
+                added = bias(place, position)
                 plgpu.barrier_wait(full["q"].at[slot])
 
                 def products(scores, dweights):
@@ -146,9 +150,8 @@ class KeyValueGradients:
                     plgpu.barrier_wait(full["do"].at[slot])
                     plgpu.wgmma(dweights, v_smem, do_smem.T)
                     lse = plgpu.load(smem["stats"].at[slot, 0], layout=COLUMN)
-                    weights, slope = _weights(
-                        plgpu.wgmma_accumulator_load(scores, wait_n=1), lse, spec, visible(), 1
-                    )
+                    scores = plgpu.wgmma_accumulator_load(scores, wait_n=1)
+                    weights, slope = _weights(scores, lse, spec, visible(), 1, added())
                     spare.add(dv, weights.astype(dtype), do_smem)
                     delta = plgpu.load(smem["stats"].at[slot, 1], layout=COLUMN)
                     rise = plgpu.wgmma_accumulator_load(dweights, wait_n=1)
@@ -279,6 +282,7 @@ class QueryGradients:
             bounds = walk.bounds(place, refs)
             low, high = bounds[0], bounds[-1]
             keep = keeper(walk, refs, batch, (first_row, 64))
+            bias = distances(walk, refs, batch, (first_row, 64))
             plgpu.barrier_wait(full["q"])
             lse = plgpu.load(smem["stats"].at[0, mine], layout=ROW)
             delta = plgpu.load(smem["stats"].at[1, mine], layout=ROW)
@@ -289,15 +293,15 @@ class QueryGradients:
                     v_slot = lax.rem(step + i - low, tiles.dq_value_stages)
                     k_smem, v_smem = smem["k"].at[slot], smem["v"].at[v_slot]
                     visible = (lambda: None) if ends is None else keep(place, i, ends)
+                    added = bias(place, i)
                     plgpu.barrier_wait(full["k"].at[slot])
 
                     def products(scores, dweights):
                         plgpu.wgmma(scores, q_smem, k_smem.T)
                         plgpu.barrier_wait(full["v"].at[v_slot])
                         plgpu.wgmma(dweights, do_smem, v_smem.T)
-                        weights, slope = _weights(
-                            plgpu.wgmma_accumulator_load(scores, wait_n=1), lse, spec, visible(), 0
-                        )
+                        scores = plgpu.wgmma_accumulator_load(scores, wait_n=1)
+                        weights, slope = _weights(scores, lse, spec, visible(), 0, added())
                         rise = plgpu.wgmma_accumulator_load(dweights, wait_n=0)
                         plgpu.barrier_arrive(free["v"].at[v_slot])
                         dscores = weights * (rise - along(delta, rise.shape, 0))
@@ -372,16 +376,19 @@ class SplitKeyValueGradients(KeyValueGradients):
         rows = pl.ds(tile * 64, 64)
 
         def of(role, operand, out_name, width):
-            keep = None  # layout inference does not end on what nobody uses
+            keep = bias = None  # layout inference does not end on what nobody uses
             if out_name == "dv":
                 keep = keeper(self.walk, refs, batch, (tile * 64, 64))
+                bias = distances(self.walk, refs, batch, (tile * 64, 64))
 
             def sums(acc):
                 def head_steps(member, step):
                     place = (batch, tile, kv_head * self.shape.group + member)
                     for start, end, ends in self.walk.parts(self.walk.bounds(place, refs)):
                         seen = keep and ends and functools.partial(keep, place, ends=ends)
-                        body = functools.partial(role, acc, (smem, full, free, spare), seen)
+                        added = bias and functools.partial(bias, place)
+                        memory = (smem, full, free, spare)
+                        body = functools.partial(role, acc, memory, (seen, added))
                         step = lax.fori_loop(start, end, body, step)
                     return step
 
@@ -410,14 +417,15 @@ class SplitKeyValueGradients(KeyValueGradients):
                 plgpu.barrier_arrive(free["weights"].at[slot])
             of(self.keys, "k", "dk", self.shape.width)
 
-    def values(self, dv, memory, keep, position, step):
-        """One step of the side that holds dv."""
+    def values(self, dv, memory, pairs, position, step):
+        """One step of the side that holds dv; `pairs` say who sees whom, and what is added."""
         smem, full, free, spare = memory
         spec, dtype = self.walk.spec, self.shape.dtype
         slot, way = lax.rem(step, self.tiles.stages), lax.rem(step, 2)
         q_smem, do_smem = smem["q"].at[slot], smem["do"].at[slot]
         shape = (64, self.walk.block)
-        visible = (lambda: None) if keep is None else keep(position)
+        keep, bias = pairs
+        visible, added = (lambda: None) if keep is None else keep(position), bias(position)
         plgpu.barrier_wait(full["q"].at[slot])
 
         def product(scores):
@@ -426,7 +434,7 @@ class SplitKeyValueGradients(KeyValueGradients):
 
         scores = pl.run_scoped(product, plgpu.ACC(shape, jnp.float32))
         lse = plgpu.load(smem["stats"].at[slot, 0], layout=COLUMN)
-        weights, slope = _weights(scores, lse, spec, visible(), 1)
+        weights, slope = _weights(scores, lse, spec, visible(), 1, added())
         plgpu.barrier_arrive(free["q"].at[slot])
         plgpu.barrier_wait(free["weights"].at[way])
         passed = weights if slope is None else weights * slope
@@ -439,9 +447,9 @@ class SplitKeyValueGradients(KeyValueGradients):
         plgpu.barrier_arrive(free["do"].at[slot])
         return step + 1
 
-    def keys(self, dk, memory, keep, position, step):
+    def keys(self, dk, memory, pairs, position, step):
         """One step of the side that holds dk."""
-        del keep, position
+        del pairs, position
         smem, full, free, spare = memory
         slot, way = lax.rem(step, self.tiles.stages), lax.rem(step, 2)
         q_smem, do_smem = smem["q"].at[slot], smem["do"].at[slot]

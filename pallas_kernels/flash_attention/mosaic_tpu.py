@@ -77,6 +77,20 @@ class Kernel:
         bent = jnp.tanh(scores * (spec.scale / spec.softcap))
         return bent * spec.softcap, 1.0 - bent * bent
 
+    def distances(self, refs, place, first):
+        """What distances add to a block's scores.
+
+        Args:
+          place: sequence, query head.
+          first: number of the first row and of the first column.
+        """
+        walk, shape = self.walk, (self.walk.tile, self.walk.block)
+        offset = walk.facts(place[0], refs)[0]
+        begin = first[0] - first[1] + (-offset if walk.transposed else offset)
+        rows, columns = (lax.broadcasted_iota(jnp.int32, shape, dim) for dim in range(2))
+        away = jnp.abs((rows - columns + begin).astype(jnp.float32))
+        return away * -refs["alibi_slopes"][place[0], place[1]]
+
     def keep(self, refs, batch, first, shape):
         """Which pairs of a block see each other; rows are the walk's tile.
 
@@ -102,6 +116,10 @@ class Kernel:
         low, full_low, full_high, high = (refs["bounds"][batch, tile * 4 + i] for i in range(4))
         block = low + step
         visits = block < high
+        if "alibi_slopes" in refs:
+            corner = (tile * walk.tile, block * walk.block)
+            added = functools.partial(self.distances, refs, place, corner)
+            body = functools.partial(body, bias=added)
         if not walk.masked:
             pl.when(visits)(functools.partial(body, None))
             return
@@ -128,9 +146,11 @@ def _forward_body(kernel: Kernel, refs):
             total[...] = jnp.ones(total.shape, jnp.float32)
         acc[...] = jnp.zeros(acc.shape, jnp.float32)
 
-    def block(mask):
+    def block(mask, bias=None):
         q, k, v = (refs[name][0, 0] for name in "qkv")
         scores = kernel.capped(kernel.product(q, k, _NT))[0]
+        if bias is not None:
+            scores = scores + bias()
         if mask is not None:
             scores = jnp.where(mask, scores, -jnp.inf)
         before = peak[...]
@@ -154,11 +174,13 @@ def _forward_body(kernel: Kernel, refs):
         refs["lse"][0, 0] = lse.T[:1]
 
 
-def _rise(kernel: Kernel, refs, mask, *, by_keys: bool):
+def _rise(kernel: Kernel, refs, mask, bias, *, by_keys: bool):
     """(weights, d loss / d scores) of a block, rows being keys or queries."""
     q, k, v, do = (refs[name][0, 0] for name in ("q", "k", "v", "do"))
     pairs = ((k, q), (v, do)) if by_keys else ((q, k), (do, v))
     scores, slope = kernel.capped(kernel.product(*pairs[0], _NT))
+    if bias is not None:
+        scores = scores + bias()
     if by_keys:  # statistics of the queries, along the columns
         lse, delta = refs["log_sum"][0, 0], refs["delta"][0, 0]
     else:
@@ -181,8 +203,8 @@ def _dq_body(kernel: Kernel, refs):
             row = refs[name][0, 0]
             refs[column][...] = jnp.broadcast_to(row, (LANES, row.shape[1])).T
 
-    def block(mask):
-        rise = _rise(kernel, refs, mask, by_keys=False)[1]
+    def block(mask, bias=None):
+        rise = _rise(kernel, refs, mask, bias, by_keys=False)[1]
         k = refs["k"][0, 0]
         acc[...] += kernel.product(rise.astype(k.dtype), k, _NN)
 
@@ -203,8 +225,8 @@ def _dkv_body(kernel: Kernel, refs):
         dk[...] = jnp.zeros(dk.shape, jnp.float32)
         dv[...] = jnp.zeros(dv.shape, jnp.float32)
 
-    def block(mask):
-        weights, rise = _rise(kernel, refs, mask, by_keys=True)
+    def block(mask, bias=None):
+        weights, rise = _rise(kernel, refs, mask, bias, by_keys=True)
         q, do = refs["q"][0, 0], refs["do"][0, 0]
         dv[...] += kernel.product(weights.astype(do.dtype), do, _NN)
         dk[...] += kernel.product(rise.astype(q.dtype), q, _NN)
@@ -294,6 +316,8 @@ class Call:
         info = walk.info(extras)
         info = jnp.zeros((walk.batch, 4), jnp.int32) if info is None else info
         inputs = self.inputs | self._ids(extras) | self.layout.more()
+        if extras.alibi_slopes is not None:
+            inputs["alibi_slopes"] = (extras.alibi_slopes, pl.BlockSpec(memory_space=pltpu.SMEM))
         names = ("bounds", "info", *inputs, *self.outputs, *self.scratch)
         kernel = self.layout.kernel(names)
 

@@ -41,6 +41,7 @@ __all__ = [
     "along",
     "capped",
     "data_of_walk",
+    "distances",
     "drain",
     "iota",
     "keeper",
@@ -109,6 +110,33 @@ def keeper(walk: Walk, refs, batch, rows):
         return seen
 
     return keep
+
+
+def distances(walk: Walk, refs, batch, rows):
+    """bias(place, position)(): what distances add to a block's scores, in units of log2 e, or None.
+
+    Args:
+      batch: number of the sequence.
+      rows: first row and number of rows.
+    """
+    if "alibi_slopes" not in walk.names:
+        return lambda *_: lambda: None
+    first_row, count = rows
+    shape, offset = (count, walk.block), walk.facts(batch, refs)[0]
+    first = first_row - offset if walk.transposed else first_row + offset
+    at = plgpu.broadcasted_iota(jnp.int32, (count,), 0, layout=ROW) + first
+
+    def bias(place, position):
+        first_column = walk.block_at(place, position, refs) * walk.block
+        slope = refs["alibi_slopes"][batch, place[2]] * -LOG2E
+
+        def added():
+            away = along(at - first_column, shape, 0) - iota(shape, 1)
+            return jnp.abs(away.astype(jnp.float32)) * slope
+
+        return added
+
+    return bias
 
 
 def _unpacked(words, shape) -> jax.Array:
@@ -208,6 +236,7 @@ def data_of_walk(walk: Walk, extras: Extras, *, rows: int, columns: int) -> dict
       rows, columns: multiples that segment ids of queries and keys are padded to.
     """
     out = {"info": walk.info(extras), "table": walk.table(extras)}
+    out["alibi_slopes"] = extras.alibi_slopes
     if walk.packed:
         out["runs"] = pad(runs(extras.query_segments), 2, walk.tile)
     elif walk.segmented:

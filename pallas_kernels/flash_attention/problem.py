@@ -59,6 +59,7 @@ class Extras:
       key_lengths: int32 [B], keys from there on are not seen, whatever they hold.
       offset: int32 [B], where `Spec.offset` is None.
       sinks: float32 [N], a logit a head that takes its share of the softmax and gives nothing.
+      alibi_slopes: float32 [N], what each key's distance costs its score; constants.
     """
 
     query_segments: Leaf = None
@@ -67,6 +68,7 @@ class Extras:
     key_lengths: Leaf = None
     offset: Leaf = None
     sinks: Leaf = None
+    alibi_slopes: Leaf = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -147,6 +149,13 @@ def _offset(query_offset, extras: dict, *, queries: int, keys: int, batch: int) 
     return None
 
 
+def _each_head(name: str, x, heads: int) -> jax.Array:
+    x = jnp.asarray(x)
+    if x.shape != (heads,):
+        raise ShapeError(f"flash_attention: {name} must be [{heads}], not {list(x.shape)}")
+    return x.astype(jnp.float32)
+
+
 def pose(
     q: jax.Array,
     k: jax.Array,
@@ -162,6 +171,7 @@ def pose(
     query_lengths,
     key_lengths,
     query_offset,
+    alibi_slopes=None,
 ) -> tuple[Spec, Extras]:
     """Checks the arguments of `flash_attention` and sorts them into static facts and arrays.
 
@@ -181,12 +191,12 @@ def pose(
     if key_lengths is not None:
         extras["key_lengths"] = _ints("key_lengths", key_lengths, (batch,))
     if sinks is not None:
-        sinks = jnp.asarray(sinks)
-        if sinks.shape != (heads,):
-            raise ShapeError(f"flash_attention: sinks must be [{heads}], not {list(sinks.shape)}")
-        extras["sinks"] = sinks.astype(jnp.float32)
+        extras["sinks"] = _each_head("sinks", sinks, heads)
+    if alibi_slopes is not None:
+        slopes = _each_head("alibi_slopes", alibi_slopes, heads)
+        extras["alibi_slopes"] = jax.lax.stop_gradient(slopes)
     offset = 0
-    if left is not None or right is not None:
+    if left is not None or right is not None or alibi_slopes is not None:
         offset = _offset(query_offset, extras, queries=queries, keys=keys, batch=batch)
     scale = 1.0 / math.sqrt(width) if scale is None else float(scale)
     for name, value in (("scale", scale), ("softcap", softcap)):

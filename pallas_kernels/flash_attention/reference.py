@@ -44,7 +44,18 @@ def reference(
     """
     seen = visible(spec, extras, batch=q.shape[0], queries=q.shape[1], keys=k.shape[1])
     given = {"scale": spec.scale, "softcap": spec.softcap, "sinks": extras.sinks}
-    return dense(q, k, v, seen[:, None], **given)
+    return dense(q, k, v, seen[:, None], **given, bias=_distances(q, k, extras, spec))
+
+
+def _distances(q: jax.Array, k: jax.Array, extras: Extras, spec: Spec) -> jax.Array | None:
+    """What distances add to the scores, float32 [B or 1, N, T, S]."""
+    if extras.alibi_slopes is None:
+        return None
+    rows = jnp.arange(q.shape[1], dtype=jnp.int32)[None, :, None]
+    columns = jnp.arange(k.shape[1], dtype=jnp.int32)[None, None, :]
+    offset = extras.offset[:, None, None] if spec.offset is None else spec.offset
+    away = jnp.abs(columns - rows - offset).astype(jnp.float32)
+    return -extras.alibi_slopes[None, :, None, None] * away[:, None]
 
 
 def dense(
@@ -56,8 +67,13 @@ def dense(
     scale: float,
     softcap: float | None,
     sinks,
+    bias: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """`reference` under a mask pair by pair, bool [B, 1 or N, T, S]."""
+    """`reference` under a mask pair by pair, bool [B, 1 or N, T, S].
+
+    Args:
+      bias: [B or 1, N, T, S], added to the scores.
+    """
     batch, queries, heads, width = q.shape
     kv_heads = k.shape[2]
     wide = jnp.promote_types(q.dtype, jnp.float32)
@@ -70,6 +86,9 @@ def dense(
     scores = jnp.einsum("btkgh,bskh->bkgts", rows, k.astype(wide), precision=exact) * scale
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
+    if bias is not None:
+        bias = bias.reshape(bias.shape[0], kv_heads, -1, *bias.shape[2:])
+        scores = scores + bias.astype(wide)
     by_group = (batch, 1, 1) if seen.shape[1] == 1 else (batch, kv_heads, -1)
     scores = jnp.where(seen.reshape(*by_group, *seen.shape[2:]), scores, -jnp.inf)
     peak = jnp.max(scores, axis=-1, keepdims=True, initial=-jnp.inf)

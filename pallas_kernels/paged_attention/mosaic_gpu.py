@@ -6,6 +6,10 @@ A program is one warpgroup. It holds up to 64 rows (queries x heads of one key h
 pages of its part, one head of each, into a ring of shared memory with TMA. What bounds the kernel
 is reading pages, so several programs share a processor: one computes while others wait. Parts of
 one sequence are merged afterwards by their log-sums.
+
+Pages of 8 bits come as they are, with a scale a token and head. A step's codes are widened through
+registers into one tile of 16 bits; scales of keys go into the scores, those of values into the
+weights.
 """
 
 from __future__ import annotations
@@ -21,9 +25,19 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.once import lowered_once
 from pallas_kernels.paged_attention.problem import Problem
-from pallas_kernels.warpgroups import LOG2E, ROW, along, clear, iota, multiply, swizzled
+from pallas_kernels.paged_attention.rows import rows_of
+from pallas_kernels.warpgroups import (
+    COLUMN,
+    LOG2E,
+    ROW,
+    along,
+    clear,
+    iota,
+    multiply,
+    swizzled,
+)
 
-__all__ = ["ROWS", "Kernel", "Tiles", "attend", "folded", "rows_of"]
+__all__ = ["ROWS", "UNIT", "Kernel", "Tiles", "attend", "folded"]
 
 ROWS = 64  # of a program: what a warpgroup's instruction has
 COLUMNS = 64  # keys of a step at least
@@ -51,6 +65,7 @@ class Kernel:
 
     Attributes:
       group: query heads of a key head.
+      codes: of pages of 8 bits.
     """
 
     problem: Problem
@@ -62,6 +77,7 @@ class Kernel:
     dtype: jnp.dtype
     tiles: Tiles
     interpret: bool
+    codes: jnp.dtype | None = None
 
     @property
     def pages(self) -> int:
@@ -132,18 +148,31 @@ class Kernel:
             for i, page in enumerate(pages):
                 shared = smem[name].at[slot, pl.ds(i * size, size)]
                 plgpu.copy_gmem_to_smem(refs[name].at[page, :, head], shared, full.at[slot])
+        if self.codes is None:
+            return
+        for side in range(2):
+            for i, page in enumerate(pages):
+                shared = smem["scales"].at[slot, side, pl.ds(i * size, size)]
+                theirs = refs["scales"].at[page, head, side]
+                plgpu.copy_gmem_to_smem(theirs, shared, full.at[slot])
 
     def body(self, refs):
+        held, stages = self.codes or self.dtype, self.tiles.stages
         smem = {
             "q": swizzled((ROWS, self.pool[3]), self.dtype),
-            "k": swizzled((self.tiles.stages, self.keys, self.pool[3]), self.dtype),
-            "v": swizzled((self.tiles.stages, self.keys, self.value_width), self.dtype),
+            "k": swizzled((stages, self.keys, self.pool[3]), held),
+            "v": swizzled((stages, self.keys, self.value_width), held),
             "out": swizzled((ROWS, self.leaving), jnp.float32),
             "lse": plgpu.SMEM((ROWS,), jnp.float32),
         }
         if self.interpret:
             smem["stage"] = swizzled((ROWS, self.keys), self.dtype)
-        full = plgpu.Barrier(num_arrivals=2 * self.pages, num_barriers=self.tiles.stages)
+        copies = 2
+        if self.codes is not None:
+            copies, widest = 4, max(self.pool[3], self.value_width)
+            smem["scales"] = plgpu.SMEM((stages, 2, self.keys), jnp.float32)
+            smem["wide"] = swizzled((self.keys, widest), self.dtype)
+        full = plgpu.Barrier(num_arrivals=copies * self.pages, num_barriers=stages)
         pl.run_scoped(
             lambda smem, full, asked: self.program(refs, smem, full, asked),
             smem,
@@ -176,14 +205,9 @@ class Kernel:
             coming = self.numbers(refs, owner, begins + stages * self.pages)
             plgpu.barrier_wait(full.at[slot])
             left = end - (first + begins) * self.pool[1]  # keys of the step that were written
-            values = smem["v"].at[slot]
-
-            @pl.when(left < self.keys)
-            def _():  # what is behind may be NaN
-                clear(values, 0, left)
-                plgpu.commit_smem()
-
-            carry = self.fold(smem, slot, places, end - left, carry)
+            if self.codes is None:
+                self.keep(smem["v"].at[slot], left)
+            carry = self.fold(smem, slot, places, (end, left), carry)
 
             @pl.when(i + stages < steps)
             def _():
@@ -214,14 +238,52 @@ class Kernel:
         cast = plgpu.layout_cast
         return cast(out, plgpu.Layout.WGMMA), cast(peak, ROW), cast(total, ROW)
 
-    def fold(self, smem, slot, places, begin, carry):
-        """Sums with one more step's keys, the first of which stands at `begin`."""
+    def keep(self, values, left):
+        """Zeros behind the first `left` values, which were never written and may be NaN."""
+
+        @pl.when(left < self.keys)
+        def _():
+            clear(values, 0, left)
+            plgpu.commit_smem()
+
+    def widened(self, smem, name, slot):
+        """Shared memory with what a step's codes stand for, but for their scales."""
+        codes = smem[name].at[slot]
+        wide = smem["wide"].at[:, pl.ds(0, codes.shape[1])]
+        if self.interpret:
+            wide[...] = codes[...].astype(self.dtype)
+        else:
+            found = plgpu.load(codes, layout=plgpu.Layout.WGMMA_UPCAST_2X)
+            if self.codes == jnp.float8_e4m3fn:  # Hopper widens pairs of them to float16
+                found = found.astype(jnp.float16).astype(jnp.float32)
+            wide[...] = found.astype(self.dtype)
+        plgpu.commit_smem()
+        return wide
+
+    def scales(self, smem, slot, left):
+        """Of a step's keys and values; 0 for values that were never written."""
+        keys, values = (
+            plgpu.load(smem["scales"].at[slot, side], layout=COLUMN) for side in range(2)
+        )
+        place = plgpu.broadcasted_iota(jnp.int32, (self.keys,), 0, layout=COLUMN)
+        return keys, jnp.where(place < left, values, 0.0)
+
+    def fold(self, smem, slot, places, ends, carry):
+        """Sums with one more step's keys; `ends` are that of all keys, and how many are left."""
         out, *statistics = carry
-        shared = (smem["q"], smem["k"].at[slot])
-        weights, decay, higher, total = folded(self, *shared, places, begin, statistics)
+        end, left = ends
+        k, v, scales = smem["k"].at[slot], smem["v"].at[slot], None
+        if self.codes is not None:
+            scales = self.scales(smem, slot, left)
+            k = self.widened(smem, "k", slot)
+        found = folded(self, smem["q"], k, places, end - left, statistics, scales)
+        weights, decay, higher, total = found
+        if self.codes is not None:  # the keys were read: their place is free
+            v = self.widened(smem, "v", slot)
+            self.keep(v, left)
 
         def sums(acc):
-            multiply(acc, weights.astype(self.dtype), smem["v"].at[slot], smem.get("stage"))
+            multiply(acc, weights.astype(self.dtype), v, smem.get("stage"))
             plgpu.wgmma_wait(0)
             return acc[...]
 
@@ -229,7 +291,7 @@ class Kernel:
         return out * along(decay, out.shape, 0) + found, higher, total
 
 
-def folded(kernel: Kernel, q, k, places, begin, statistics):
+def folded(kernel: Kernel, q, k, places, begin, statistics, scales=None):
     """(weights, factor of what was summed before, peak, total) of one more step's keys.
 
     Args:
@@ -237,6 +299,7 @@ def folded(kernel: Kernel, q, k, places, begin, statistics):
       places: of the rows' queries.
       begin: place of the first key.
       statistics: (peak, total) before.
+      scales: of keys, and of values, which the weights are multiplied by.
     """
     peak, total = statistics
     problem, shape = kernel.problem, (ROWS, kernel.keys)
@@ -247,6 +310,8 @@ def folded(kernel: Kernel, q, k, places, begin, statistics):
         return acc[...]
 
     scores = pl.run_scoped(product, plgpu.ACC(shape, jnp.float32))
+    if scales is not None:
+        scores = scores * along(scales[0], shape, 1)
     factor = problem.scale * LOG2E
     if problem.softcap is not None:
         scores = jnp.tanh(scores * (problem.scale / problem.softcap))
@@ -260,18 +325,10 @@ def folded(kernel: Kernel, q, k, places, begin, statistics):
     level = jnp.where(higher == -jnp.inf, 0.0, higher)
     weights = jnp.exp2(scores - along(level, shape, 0))
     decay = jnp.exp2(peak - level)
-    return weights, decay, higher, total * decay + jnp.sum(weights, axis=1)
-
-
-def rows_of(q: jax.Array, heads: int) -> jax.Array:
-    """[M, Q, N, H] -> [M, K, R, H]: queries by heads of a key head, R as `attend` says."""
-    count, queries, num_heads, width = q.shape
-    short = -(queries * num_heads // heads) % UNIT
-    if queries * num_heads // heads + short > ROWS:
-        short = -(queries * num_heads // heads) % ROWS
-    q = q.reshape(count, queries, heads, -1, width).transpose(0, 2, 1, 3, 4)
-    q = q.reshape(count, heads, -1, width)
-    return jnp.pad(q, ((0, 0), (0, 0), (0, short), (0, 0)))
+    total = total * decay + jnp.sum(weights, axis=1)
+    if scales is not None:
+        weights = weights * along(scales[1], shape, 1)
+    return weights, decay, higher, total
 
 
 @lowered_once("problem", "tiles", "interpret")
@@ -283,6 +340,7 @@ def attend(
     firsts: jax.Array,
     blocks: tuple[jax.Array, jax.Array, jax.Array],
     *,
+    scales: jax.Array | None = None,
     problem: Problem,
     tiles: Tiles,
     interpret: bool = False,
@@ -293,10 +351,10 @@ def attend(
     64.
 
     Args:
-      q, k, v, table, firsts, blocks: of `paged_attention`.
+      q, k, v, table, firsts, blocks, scales: of `paged_attention`.
     """
     heads, group = k.shape[2], q.shape[2] // k.shape[2]
-    q = rows_of(q, heads)
+    q = rows_of(q, heads, unit=UNIT, most=ROWS)
     kernel = Kernel(
         problem=problem,
         rows=q.shape[2],
@@ -307,9 +365,12 @@ def attend(
         dtype=jnp.dtype(q.dtype),
         tiles=tiles,
         interpret=interpret,
+        codes=None if scales is None else jnp.dtype(k.dtype),
     )
     names = dict(zip(("rows", "starts", "counts"), blocks, strict=True))
     inputs = {"q": q, "k": k, "v": v, "table": table, "firsts": firsts} | names
+    if scales is not None:
+        inputs["scales"] = scales
     lead = (tiles.splits, *q.shape[:3])
     outputs = {
         "out": jax.ShapeDtypeStruct((*lead, v.shape[3]), jnp.float32),

@@ -19,8 +19,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.flash_attention.pieces import Spare
 from pallas_kernels.once import lowered_once
-from pallas_kernels.paged_attention.mosaic_gpu import ROWS, Kernel, Tiles, folded, rows_of
+from pallas_kernels.paged_attention.mosaic_gpu import ROWS, UNIT, Kernel, Tiles, folded
 from pallas_kernels.paged_attention.problem import Problem
+from pallas_kernels.paged_attention.rows import rows_of
 from pallas_kernels.warpgroups import CONSUMERS, LOG2E, ROW, along, clear, swizzled
 
 __all__ = ["attend_latent"]
@@ -167,7 +168,7 @@ def attend_latent(
       value_width: V.
     """
     group = q.shape[2]
-    q = rows_of(q, 1)
+    q = rows_of(q, 1, unit=UNIT, most=ROWS)
     kernel = LatentKernel(
         problem=problem,
         rows=q.shape[2],

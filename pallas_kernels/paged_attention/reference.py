@@ -7,7 +7,12 @@ import jax.numpy as jnp
 
 from pallas_kernels.paged_attention.problem import Problem
 
-__all__ = ["reference"]
+__all__ = ["reference", "widened"]
+
+
+def widened(codes: jax.Array, scales: jax.Array) -> jax.Array:
+    """Pages [P, Z, K, H] in float32 from codes in 8 bits and their scales [P, K, Z]."""
+    return codes.astype(jnp.float32) * scales.transpose(0, 2, 1)[..., None]
 
 
 def reference(

@@ -33,6 +33,11 @@ class Shaped:
         return sum(self.lengths) * self.kv_heads * self.width * 4
 
     @property
+    def coded_nbytes(self) -> int:
+        """The same in 8 bits, with float32 scales."""
+        return sum(self.lengths) * self.kv_heads * (self.width + 4) * 2
+
+    @property
     def flops(self) -> float:
         """Of both products."""
         return 4.0 * sum(self.lengths) * self.queries * self.heads * self.width

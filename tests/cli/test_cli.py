@@ -69,6 +69,28 @@ def test_report_says_what_was_compiled(toy: str, capsys: pytest.CaptureFixture[s
     assert "compilations: " in out and "tokens per second: " in out
 
 
+@pytest.mark.parametrize(
+    "draft",
+    [
+        pytest.param(["--draft-tokens", "3"], marks=pytest.mark.slow),
+        ["--draft", "", "--draft-format", "int8", "--draft-tokens", "1"],
+    ],
+)
+def test_guesses_change_no_token(
+    toy: str, draft: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["generate", toy, "--raw-prompt", "ababababab", "--max-tokens", "24"]
+    assert main([*options, "--json"]) == 0
+    alone = json.loads(capsys.readouterr().out)
+    guessing = [*options, *(part or toy for part in draft)]
+    assert main([*guessing, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["token_ids"] == alone["token_ids"]
+    assert found["timings"]["drafted_tokens"] >= found["timings"]["accepted_tokens"] > 0
+    assert main([*guessing, "--report"]) == 0
+    assert "drafted tokens: " in capsys.readouterr().out
+
+
 def test_messages_file(toy: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "messages.json"
     file.write_text(json.dumps([{"role": "user", "content": "hello"}]))
@@ -144,6 +166,9 @@ def test_doctor_fails_when_something_is_missing(
         (["--dtype", "float8"], "--dtype"),
         (["--no-such-option", "1"], "--no-such-option"),
         (["--raw-prompt", "both"], "--raw-prompt"),
+        (["--draft-format", "int4"], "--draft-format: give --draft too"),
+        (["--draft-tokens", "32"], "--draft-tokens is 0 to 31"),
+        (["--draft", "no-such-model"], "no-such-model"),
     ],
 )
 def test_bad_options(

@@ -10,8 +10,9 @@ from pathlib import Path
 import openai
 import pytest
 
+from jaxllm.cli.draft import draft_of
 from jaxllm.cli.main import main, parse
-from jaxllm.cli.serve import draft_of, prefix_ids
+from jaxllm.cli.serve import bounds_of, prefix_ids
 from jaxllm.errors import ConfigError
 from jaxllm.model import load
 from tests.cli.toy import write_toy
@@ -75,6 +76,8 @@ def test_a_draft_is_the_source_itself_or_another(tmp_path: Path) -> None:
 def test_options() -> None:
     options = parse(["serve", "x", "--api-key", "a", "--api-key", "b", "--port", "7"])
     assert (options.api_key, options.port, options.host) == (("a", "b"), 7, "127.0.0.1")
+    bounds = bounds_of(parse(["serve", "x", "--spill-gib", "0.25", "--mixed-tokens", "8"]))
+    assert (bounds.spill_gib, bounds.mixed_tokens, bounds.prefix_cache) == (0.25, 8, True)
 
 
 @pytest.mark.parametrize("arguments", [

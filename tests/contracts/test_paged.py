@@ -8,11 +8,11 @@ import pytest
 
 from jaxllm.core.policy import Policy
 from jaxllm.core.tree import map_leaves, single_segments
-from jaxllm.errors import UnsupportedError
+from jaxllm.errors import ConfigError, UnsupportedError
 from jaxllm.nn import api
 from jaxllm.ops import paged
 from jaxllm.ops.flat import Flat
-from jaxllm.ops.paged import PageTable
+from jaxllm.ops.pages import PageTable
 from jaxllm.spec.mask import And, Causal, Full, Window
 from jaxllm.spec.table import model_table
 from jaxllm.state.paged import groups, page_bytes, paged_state
@@ -39,12 +39,14 @@ ORDER = [2, 0, 3, 1]  # rows are not in the order of slots
 SLOT = [4, 0, 5, 2]
 
 
-def poisoned(name: str, *, apart: bool = False):
-    """A state in which every page and slot holds NaN."""
+def poisoned(name: str, *, apart: bool = False, kv_dtype: str = "auto"):
+    """A state in which every page and slot holds NaN, or what comes next to it in whole numbers."""
     number, spec = dict.fromkeys(groups(SPECS[name]), 4 * WIDTH), SPECS[name]
     segments = single_segments(spec.num_layers) if apart else None
-    shapes = paged_state(spec, number, SLOTS, page_size=SIZE, dtype=np.float32, segments=segments)
-    return jax.tree.map(lambda x: np.full(x.shape, np.nan, x.dtype), shapes)
+    how = {"page_size": SIZE, "dtype": np.float32, "segments": segments, "kv_dtype": kv_dtype}
+    shapes = paged_state(spec, number, SLOTS, **how)
+    worst = lambda x: 127 if x.dtype == np.int8 else np.nan  # noqa: E731
+    return jax.tree.map(lambda x: np.full(x.shape, worst(x), x.dtype), shapes)
 
 
 def tables(name: str, starts: np.ndarray, rows: list[int]) -> dict[str, PageTable]:
@@ -75,21 +77,9 @@ def program(name: str, length: int, longest: int, implementation: str):
     return quick(run)
 
 
-CASES = [(name, "loop") for name in DECODERS] + [("gqa", "gather"), ("latent", "gather")]
-APART = [("gqa", "apart")]
-APART += [pytest.param(n, "apart", marks=pytest.mark.slow) for n in DECODERS if n != "gqa"]
-
-
-@pytest.mark.parametrize(("name", "implementation"), [*CASES, *APART])
-def test_mixed_batches_are_the_full_forward(name, implementation, monkeypatch):
-    """Layers stacked as the spec says, or `apart`: one by one, traced once for all alike."""
-    apart = implementation == "apart"
-    implementation = "loop" if apart else implementation
-    weights = single(params(name), SPECS[name].num_layers) if apart else params(name)
-    monkeypatch.setattr(paged, "STRIDE", 4)
-    monkeypatch.setattr(paged, "_choose", lambda *_: implementation)
-    monkeypatch.setattr("jaxllm.ops.flat.BLOCK", 3)
-    ids, wanted, state = tokens(name), full(name), poisoned(name, apart=apart)
+def replies(name: str, implementation: str, weights, state):
+    """(sequence, first token, logits) of what every step of the plan gives of it."""
+    ids = tokens(name)
     starts = np.zeros(4, np.int32)
     for plan in PLAN:
         rows = [row for row in ORDER if plan[row]]
@@ -109,10 +99,46 @@ def test_mixed_batches_are_the_full_forward(name, implementation, monkeypatch):
         place = 0
         for row in rows:
             found = np.asarray(logits)[0, place : place + plan[row]]
-            assert_close(found, wanted[row, starts[row] : starts[row] + plan[row]])
+            yield row, starts[row], found
             place += plan[row]
             starts[row] += plan[row]
     assert starts.tolist() == [12, 8, 11, 5]
+
+
+CASES = [(name, "loop") for name in DECODERS] + [("gqa", "gather"), ("latent", "gather")]
+APART = [("gqa", "apart")]
+APART += [pytest.param(n, "apart", marks=pytest.mark.slow) for n in DECODERS if n != "gqa"]
+
+
+@pytest.mark.parametrize(("name", "implementation"), [*CASES, *APART])
+def test_mixed_batches_are_the_full_forward(name, implementation, monkeypatch):
+    """Layers stacked as the spec says, or `apart`: one by one, traced once for all alike."""
+    apart = implementation == "apart"
+    implementation = "loop" if apart else implementation
+    weights = single(params(name), SPECS[name].num_layers) if apart else params(name)
+    monkeypatch.setattr(paged, "STRIDE", 4)
+    monkeypatch.setattr(paged, "_choose", lambda *_: implementation)
+    monkeypatch.setattr("jaxllm.ops.flat.BLOCK", 3)
+    wanted = full(name)
+    state = poisoned(name, apart=apart)
+    for row, start, found in replies(name, implementation, weights, state):
+        assert_close(found, wanted[row, start : start + len(found)])
+
+
+@pytest.mark.parametrize("kv_dtype", ["int8", "fp8"])
+@pytest.mark.parametrize("name", ["gqa", "selective"])
+def test_pages_of_8_bits_are_nearly_the_full_forward(name, kv_dtype, monkeypatch):
+    """Bounds on the logits' root mean square error, as a share of their own; what is off by more is
+    a mistake, not rounding."""
+    monkeypatch.setattr(paged, "STRIDE", 4)
+    monkeypatch.setattr(paged, "_choose", lambda *_: "loop")
+    monkeypatch.setattr("jaxllm.ops.flat.BLOCK", 3)
+    wanted, errors = full(name), []
+    state = poisoned(name, kv_dtype=kv_dtype)
+    for row, start, found in replies(name, f"loop, {kv_dtype}", params(name), state):
+        errors.append(found - wanted[row, start : start + len(found)])
+    error = np.sqrt(np.mean(np.concatenate(errors) ** 2) / np.mean(wanted**2))
+    assert 1e-5 < error < {"int8": 0.02, "fp8": 0.08}[kv_dtype]
 
 
 def test_layers_alike_are_traced_once():
@@ -143,9 +169,17 @@ def test_groups_are_what_masks_reach():
     sizes = page_bytes(SPECS["gqa"], page_size=4, dtype=np.float32)
     # Layers A and two of G have 4 x 8 + 2 (2 x 8) numbers for keys, as many for values.
     assert sizes == {"all": 4 * 4 * 2 * (32 + 2 * 16), "window2": 4 * 4 * 2 * 3 * 16}
-    shapes = paged_state(SPECS["gqa"], {"all": 5, "window2": 3}, 2, page_size=4, dtype=np.float32)
-    layers = jax.tree.leaves(shapes)
-    assert sum(x.size * 4 for x in layers) == 5 * sizes["all"] + 3 * sizes["window2"]
+    for kv_dtype in ("auto", "int8", "fp8"):
+        how = {"page_size": 4, "dtype": np.float32, "kv_dtype": kv_dtype}
+        sizes = page_bytes(SPECS["gqa"], **how)
+        layers = jax.tree.leaves(paged_state(SPECS["gqa"], {"all": 5, "window2": 3}, 2, **how))
+        held = sum(x.size * x.dtype.itemsize for x in layers)
+        assert held == 5 * sizes["all"] + 3 * sizes["window2"]
+    # A byte for each number, and two scales of four bytes for each head.
+    assert sizes == {
+        "all": 4 * 2 * (32 + 4 * 4 + 2 * (16 + 2 * 4)),
+        "window2": 4 * 2 * 3 * (16 + 8),
+    }
 
 
 @pytest.mark.parametrize("mask", [Full(), And(first=Full(), second=Window(left=2, right=1))])
@@ -163,3 +197,13 @@ def test_a_paged_state_needs_a_flat_step():
             SPECS["mha"], params("mha"), tokens("mha"), dense_step(np.zeros(4, np.int32), 12),
             state, policy=Policy(),
         )  # fmt: skip
+
+
+def test_8_bits_are_for_keys_and_values_of_heads():
+    how = {"page_size": 4, "dtype": np.float32}
+    with pytest.raises(UnsupportedError, match="latent attention are shared by all heads"):
+        page_bytes(SPECS["latent"], kv_dtype="int8", **how)
+    with pytest.raises(UnsupportedError, match="no attention and so no pages"):
+        paged_state(SPECS["delta"], {}, 2, kv_dtype="fp8", **how)
+    with pytest.raises(ConfigError, match="kv_dtype 'int4' is unknown; did you mean 'int8'"):
+        page_bytes(SPECS["gqa"], kv_dtype="int4", **how)

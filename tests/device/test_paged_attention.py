@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 
 from pallas_kernels.paged_attention import api, paged_attention
-from tests.kernels.paged import CASES, Case, arguments, by_hand, check, options
+from tests.kernels.paged import (
+    CASES,
+    CODED,
+    Case,
+    arguments,
+    by_hand,
+    check,
+    coded,
+    options,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -41,5 +50,22 @@ def test_cases_are_exact_to_a_rounding_and_the_same_twice(name, splits, dtype, m
     call = jax.jit(call, **static)
     found, again = call(*given), call(*given)
     check(case, found, by_hand(case, *given), jnp.dtype(dtype))
+    for one, other in zip(found, again, strict=True):
+        np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("splits", [None, 1, 4])
+@pytest.mark.parametrize("name", [*CODED, "long and short", "wide heads"])
+def test_pages_of_8_bits(name, splits, dtype, monkeypatch):
+    if splits is not None:
+        monkeypatch.setattr(api, "splits_for", lambda *_: splits)
+    case = (CASES | LONG)[name]
+    given, scales, meant = coded(arguments(case, jnp.float32), dtype)
+    given = (given[0].astype(jnp.bfloat16), *given[1:])
+    more = options(case) | {"implementation": "mosaic_gpu"}
+    call = jax.jit(lambda scales, *a: paged_attention(*a, scales=scales, **more))
+    found, again = call(scales, *given), call(scales, *given)
+    check(case, found, by_hand(case, given[0], *meant[1:]), jnp.bfloat16)
     for one, other in zip(found, again, strict=True):
         np.testing.assert_array_equal(np.asarray(one), np.asarray(other))

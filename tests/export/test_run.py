@@ -2,6 +2,8 @@
 
 import io
 import json
+import logging
+import re
 import shutil
 import subprocess
 import sys
@@ -104,6 +106,13 @@ def test_chat(
     assert capsys.readouterr().out == wanted
 
 
+def test_help(talking: tuple[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, word in ((["--help"], "serve"), (["generate", "-h"], "--trust")):
+        with pytest.raises(SystemExit) as end:
+            main(["run", talking[1].as_posix(), *arguments])
+        assert end.value.code == 0 and word in capsys.readouterr().out
+
+
 def test_bad_commands(
     talking: tuple[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -111,6 +120,9 @@ def test_bad_commands(
     ask = ["--prompt", "hi"]
     assert "allowed: chat, generate" in refused(capsys, "run", bundle, "train")
     assert "allowed: chat, generate" in refused(capsys, "run", bundle)
+    assert "a bundle has no programs that verify drafts" in refused(
+        capsys, "run", bundle, "generate", *ask, "--draft-tokens", "3"
+    )
     assert "dtype is fixed" in refused(
         capsys, "run", bundle, "generate", *ask, "--dtype", "float32"
     )
@@ -158,7 +170,12 @@ def test_runs_without_the_models_code(talking: tuple[str, Path], tmp_path: Path)
 
 def test_the_runtime_stands_alone(talking: tuple[str, Path], tmp_path: Path) -> None:
     source = Path(runtime.__file__)
-    assert len(source.read_text().splitlines()) <= 150
+    text = source.read_text()
+    assert len(text.splitlines()) <= 150
+    found = {
+        line.split()[1].partition(".")[0] for line in re.findall(r"(?m)^ *(?:from|import) .*", text)
+    }
+    assert found - sys.stdlib_module_names == {"jax", "numpy", "tokenizers", "jinja2"}
     shutil.copy(source, tmp_path / "vendored.py")
     ask = [{"role": "user", "content": "hi"}]
     code = BLOCK.replace("NAMES", repr(("jaxllm", "flax", "pallas_kernels")))
@@ -205,7 +222,23 @@ def test_native_executables_need_trust(
 
 
 def test_native_programs_of_another_stack_are_left_alone(
-    native: Path, monkeypatch: pytest.MonkeyPatch
+    native: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("jaxllm.aot.fingerprint._cpu_features", lambda: "another CPU")
-    assert stored(native, trust=True, store=False) == [False, False]
+    monkeypatch.setattr("jaxllm.core.logging._seen", set())
+    monkeypatch.setattr(logging.getLogger("jaxllm"), "propagate", True)
+    with caplog.at_level("INFO"):
+        assert stored(native, trust=True, store=False) == [False, False]
+    assert "for this stack (they are for device_kind cpu, jax" in caplog.text
+
+
+def test_native_programs_run_on_a_host_of_fewer_devices(native: Path) -> None:
+    """They are for one device, and were built here, where there are eight."""
+    assert json.loads((native / "manifest.json").read_text())["native"]["device_kind"] == "cpu"
+    code = "import os, sys; os.environ['JAX_NUM_CPU_DEVICES'] = '1'\n"
+    code += "from jaxllm.export.model import load_bundle\n"
+    code += f"model = load_bundle({str(native)!r}, trust=True, store=False)\n"
+    code += "ids = model.generate('hi', max_tokens=3).token_ids\n"
+    code += "print(ids, [p.stored for p in model.bundle.ready.values()])"
+    wanted = load_bundle(native).generate("hi", max_tokens=3).token_ids
+    assert ran("-c", code).stdout == f"{wanted} [True, True]\n"

@@ -47,8 +47,10 @@ def test_kernels_are_listed(
 ) -> None:
     options = small(platforms=(platform,), attention=kernel)
     found = variant(export_bundle(wide, tmp_path / "bundle", options))
-    assert found["implementations"]["attention"] == kernel and found["chip"] == chip
-    assert call in found["programs"]["prefill-greedy-32"]["custom_calls"]
+    assert found["implementations"] == {"attention": [kernel]} and found["chip"] == chip
+    prompt = found["programs"]["prefill-greedy-32"]
+    assert call in prompt["custom_calls"]
+    assert prompt["implementations"] == {"attention": [kernel]}
 
 
 @pytest.mark.usefixtures("greedy")

@@ -93,6 +93,12 @@ FEATURES = {
     "everything": case(
         300, causal=True, window=(130, 0), softcap=5.0, arrays=("segment_ids", "sinks")
     ),
+    "alibi": case(300, causal=True, arrays=("alibi_slopes",)),
+    "alibi to both sides": case(200, 260, softcap=3.0, arrays=("alibi_slopes",)),
+    "alibi, offsets": case(
+        64, 300, causal=True, window=(90, 0), arrays=("query_offset", "alibi_slopes", "sinks")
+    ),
+    "alibi, width 256": case(200, causal=True, width=256, arrays=("alibi_slopes",)),
     "many heads": case(256, causal=True, heads=8, kv_heads=8, batch=3),
     "one kv head": case(256, causal=True, heads=8, kv_heads=1),
     "width 64": case(256, causal=True, width=64),
@@ -140,6 +146,8 @@ def arguments(one: Case, dtype, seed: int = 0) -> tuple[tuple, dict]:
         options["query_offset"] = np.array([300, -5, 0, 17][:batch], np.int32)
     if "sinks" in one.arrays:
         options["sinks"] = draw(one.heads)
+    if "alibi_slopes" in one.arrays:
+        options["alibi_slopes"] = 2.0 ** -np.arange(1.0, 2 * one.heads, 2, np.float32)
     drawn = {*one.arrays, "segment_ids"}
     options = {n: jax.tree.map(jnp.asarray, x) if n in drawn else x for n, x in options.items()}
     return tuple(jnp.asarray(x, dtype) for x in (q, k, v)), options
@@ -169,6 +177,13 @@ def plain(q, k, v, options):
     scores = scores * spec.scale
     if spec.softcap is not None:
         scores = spec.softcap * jnp.tanh(scores / spec.softcap)
+    if extras.alibi_slopes is not None:
+        offset = (
+            jnp.zeros((1,), jnp.int32) + spec.offset if spec.offset is not None else extras.offset
+        )
+        at = jnp.arange(queries)[None, :, None] + offset[:, None, None]
+        away = jnp.abs(at - jnp.arange(k.shape[1])[None, None]).astype(jnp.float32)
+        scores = scores - extras.alibi_slopes[None, :, None, None] * away[:, None]
     scores = jnp.where(seen[:, None], scores, -1e30)
     if extras.sinks is not None:
         sinks = jnp.broadcast_to(extras.sinks[None, :, None, None], (*scores.shape[:3], 1))

@@ -89,6 +89,43 @@ def arguments(case: Case, dtype, seed: int = 0) -> tuple:
     return q, k, v, jnp.asarray(table), jnp.asarray(firsts), blocks
 
 
+CODED = ("pages of 32", "pages of 64", "pages of 128", "coded, parts of a prompt", "coded, window",
+         "coded, soft-cap and widths")  # fmt: skip
+CASES |= {
+    "coded, parts of a prompt": Case(
+        blocks=((0, 0, 24), (0, 24, 24), (1, 90, 24), (2, 7, 1)), queries=24, size=32, table_width=5
+    ),
+    "coded, window": Case(
+        blocks=((0, 100, 1), (1, 40, 1), (2, 5, 1)), window=30, firsts=(2, 0, 0), size=32,
+        table_width=3,
+    ),
+    "coded, soft-cap and widths": Case(
+        blocks=((0, 70, 1), (1, 3, 1)), softcap=5.0, scale=0.3, width=128, value_width=64, size=64,
+        table_width=2,
+    ),
+}  # fmt: skip
+
+
+def coded(given: tuple, dtype: str) -> tuple[tuple, jnp.ndarray, tuple]:
+    """(arguments with pages of 8 bits, their scales, arguments with pages of what these stand for).
+
+    Where nobody wrote, codes are NaN or the greatest there is, and scales NaN.
+    """
+    q, *pools = given[:3]
+    top, whole = {"int8": (127.0, True), "float8_e4m3fn": (448.0, False)}[dtype]
+    codes, scales, meant = [], [], []
+    for pool in pools:
+        wide = np.asarray(pool, np.float32)
+        scale = (np.abs(wide).max(axis=-1) / top).astype(np.float32)
+        scaled = wide / scale[..., None]
+        scaled = np.where(np.isnan(scaled), top if whole else np.nan, scaled)
+        code = jnp.asarray(np.round(scaled) if whole else scaled).astype(dtype)
+        codes.append(code)
+        scales.append(scale.transpose(0, 2, 1))
+        meant.append(np.asarray(code.astype(jnp.float32)) * scale[..., None])
+    return (q, *codes, *given[3:]), jnp.asarray(np.stack(scales, axis=2)), (q, *meant, *given[3:])
+
+
 def options(case: Case) -> dict:
     return {"scale": case.scale, "window": case.window, "softcap": case.softcap}
 

@@ -58,6 +58,12 @@ INTERPRETED = {
         Tiles(block_kv=64, polynomial=16),
         BackwardTiles(),
     ),
+    "alibi": (
+        case(150, 170, softcap=3.0, arrays=("alibi_slopes",), **SMALL),
+        Tiles(block_kv=64, polynomial=16),
+        BackwardTiles(),
+    ),
+    "alibi, split": (case(130, causal=True, arrays=("alibi_slopes",), **SMALL), Tiles(), SPLIT),
     "soft-cap without a peak": (case(160, causal=True, softcap=5.0, **SMALL), Tiles(), SPLIT),
 }
 
@@ -92,6 +98,8 @@ def by_hand(one, qkv, options) -> np.ndarray:
         scores = k[b, seen, head] @ q[b, t, n] * scale
         if options.get("softcap"):
             scores = options["softcap"] * np.tanh(scores / options["softcap"])
+        if "alibi_slopes" in options:
+            scores = scores - float(options["alibi_slopes"][n]) * np.abs(at - np.asarray(seen))
         weights = np.exp(scores)
         total = weights.sum() + (np.exp(options["sinks"][n]) if one.sinks else 0.0)
         out[b, t, n] = weights @ v[b, seen, head] / total
@@ -180,6 +188,10 @@ def test_wrong_arguments_are_named() -> None:
             jnp.tile(k, (1, 1, 2, 1)),
             jnp.tile(v, (1, 1, 2, 1)),
         )
+    with pytest.raises(ShapeError, match=r"alibi_slopes must be \[2\], not \[3\]"):
+        flash_attention(q, k, v, alibi_slopes=jnp.ones((3,)))
+    with targeting("gpu"), pytest.raises(UnsupportedError, match="it has no alibi_slopes"):
+        flash_attention(q, k, v, alibi_slopes=jnp.ones((2,)), implementation="cudnn")
     with pytest.raises(ShapeError, match="softcap"):
         flash_attention(q, k, v, softcap=0.0)
     with pytest.raises(ShapeError, match="segment_ids"):
@@ -193,6 +205,17 @@ def test_wrong_arguments_are_named() -> None:
     assert explain(q, k, v).name == "reference"
     with targeting("gpu"):
         assert explain(q, k, v).name == "mosaic_gpu"
+
+
+def test_slopes_are_constants_and_reach_the_scores() -> None:
+    (q, k, v), _ = arguments(case(40, **SMALL), jnp.float32)
+    slopes = jnp.asarray([0.5, 0.1])
+
+    def total(slopes):
+        return jnp.sum(flash_attention(q, k, v, alibi_slopes=slopes) ** 2)
+
+    assert not np.any(jax.grad(total)(slopes))
+    assert abs(total(slopes) - total(0 * slopes)) > 0.1
 
 
 def test_every_pair_of_lengths_is_served() -> None:

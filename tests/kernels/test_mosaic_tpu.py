@@ -32,7 +32,10 @@ LARGE = {
     "large": case(2048, causal=True),
     "large, width 256": case(2048, causal=True, width=256, softcap=5.0, arrays=("segment_ids",)),
 }
-COMPILED = {name: FEATURES[name] for name in (*QUICK, "window", "width 80", "width 192, 128")}
+COMPILED = {
+    name: FEATURES[name]
+    for name in (*QUICK, "window", "width 80", "width 192, 128", "alibi, offsets")
+}
 COMPILED |= LARGE
 
 

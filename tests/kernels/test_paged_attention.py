@@ -8,7 +8,18 @@ import pytest
 from pallas_kernels.errors import ShapeError, UnsupportedError
 from pallas_kernels.paged_attention import api, explain, paged_attention
 from pallas_kernels.target import targeting
-from tests.kernels.paged import CASES, Case, arguments, by_hand, check, options
+from tests.kernels.paged import (
+    CASES,
+    CODED,
+    Case,
+    arguments,
+    by_hand,
+    check,
+    coded,
+    options,
+)
+
+EIGHT = ["int8", "float8_e4m3fn"]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -30,6 +41,48 @@ def test_interpreted(name, splits, monkeypatch):
         found = paged_attention(*given, **options(case), implementation="mosaic_gpu")
     assert found[0].dtype == jnp.bfloat16 and found[1].dtype == jnp.float32
     check(case, found, by_hand(case, *given), jnp.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", EIGHT)
+@pytest.mark.parametrize("name", CODED)
+def test_pages_of_8_bits_are_what_their_codes_stand_for(name, dtype):
+    """In the reference and in the interpreted kernel; poisoned where nobody wrote."""
+    case = CASES[name]
+    given, scales, meant = coded(arguments(case, jnp.float32), dtype)
+    wanted = by_hand(case, *meant)
+    found = paged_attention(*given, **options(case), scales=scales, implementation="reference")
+    check(case, found, wanted, jnp.float32)
+    narrow = (given[0].astype(jnp.bfloat16), *given[1:])
+    wanted = by_hand(case, narrow[0], *meant[1:])
+    with targeting("interpreter"):
+        found = paged_attention(*narrow, **options(case), scales=scales, implementation="auto")
+        assert explain(*narrow[:3]).name == "mosaic_gpu"
+    assert found[0].dtype == jnp.bfloat16 and found[1].dtype == jnp.float32
+    check(case, found, wanted, jnp.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", EIGHT)
+def test_what_8_bits_cost(dtype):
+    """Against float32 pages of the same numbers. int8 rounds by at most 1/254 of a head's largest
+    number, fp8 each number by 1/16; a softmax over many keys averages it."""
+    case = CASES["pages of 64"]
+    exact = arguments(case, jnp.float32)
+    given, scales, _ = coded(exact, dtype)
+    wanted = np.asarray(paged_attention(*exact, **options(case))[0])
+    found = np.asarray(paged_attention(*given, **options(case), scales=scales)[0])
+    error = np.sqrt(np.mean((found - wanted) ** 2) / np.mean(wanted**2))
+    assert 1e-4 < error < {"int8": 0.02, "float8_e4m3fn": 0.05}[dtype]
+
+
+@pytest.mark.parametrize("dtype", EIGHT)
+@pytest.mark.parametrize("name", CODED)
+def test_lowering_of_8_bits(name, dtype):
+    case = CASES[name]
+    given, scales, _ = coded(arguments(case, jnp.bfloat16), dtype)
+    call = jax.jit(lambda scales, *given: paged_attention(*given, **options(case), scales=scales))
+    with targeting("gpu"):
+        lowered = call.trace(scales, *given).lower(lowering_platforms=("cuda",))
+    assert "mosaic_gpu" in lowered.as_text()
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -90,3 +143,23 @@ def test_refusals():
         paged_attention(q[:, :, :3], k, v, table, firsts, blocks)
     with pytest.raises(ShapeError, match="starts and counts"):
         paged_attention(q[1:], k, v, table, firsts, blocks)
+
+
+def test_refusals_of_8_bits():
+    case = CASES["pages of 64"]
+    given, scales, _ = coded(arguments(case, jnp.bfloat16), "int8")
+    q, k, v, *rest = given
+    with pytest.raises(ShapeError, match="come with scales"):
+        paged_attention(*given)
+    with pytest.raises(ShapeError, match="come with scales"):
+        paged_attention(*arguments(case, jnp.bfloat16), scales=scales)
+    with pytest.raises(ShapeError, match="come with scales"):
+        paged_attention(q, k, v.astype(jnp.bfloat16), *rest, scales=scales)
+    with pytest.raises(ShapeError, match=r"scales \[P, K, 2, Z\] are float32"):
+        paged_attention(*given, scales=scales[..., :5])
+    with targeting("gpu"):
+        assert explain(q, k, v).name == "mosaic_gpu"
+        assert "queries in bfloat16" in explain(q.astype(jnp.float16), k, v).why
+        small, _, _ = coded(arguments(CASES["single queries"], jnp.bfloat16), "int8")
+        assert "32, 64 or 128 tokens" in explain(*small[:3]).why
+        assert "not in 8 bits" in explain(q, k[:, :, :1], 64).why

@@ -9,6 +9,7 @@ import pytest
 
 from jaxllm.core.layouts import as_operand, as_planes, as_values
 from jaxllm.core.qarray import dequantize, dequantize_rows
+from jaxllm.core.qrows import join_rows
 from jaxllm.core.quantize import Scheme, quantize_jit
 from jaxllm.errors import ConfigError
 from jaxllm.ops import linear, quantized
@@ -175,7 +176,10 @@ def test_what_the_kernel_cannot_serve_is_said():
         assert "not float32" in obstacle(draw(3, 256), held)
 
 
-@pytest.mark.parametrize("scheme", ["w8a8", Scheme(format="fp8", activations=True)])
+BLOCKS = Scheme(format="fp8", rows=128, group=128, activations=True)
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", Scheme(format="fp8", activations=True), BLOCKS])
 def test_activations_are_rounded_token_by_token(scheme):
     """Near the exact product, and the same for a token whatever the others are."""
     w, x = draw(256, 2, 48), draw(2, 3, 256)
@@ -198,8 +202,37 @@ def test_activations_are_rounded_token_by_token(scheme):
     np.testing.assert_allclose(d_x, jnp.broadcast_to(wanted, x.shape), atol=1e-3)
 
 
+def test_blocks_are_rounded_the_same_by_the_kernel():
+    """Blocks stay whole when projections are joined, and the kernel multiplies them."""
+    x = draw(3, 256)
+    leaves = [quantize_jit(draw(256, n), BLOCKS) for n in (128, 256)]
+    whole = join_rows(leaves, (256, 384), 1)
+    assert whole.rows == 128 and whole.scale.shape == (3, 2)
+    plain = quantized.quantized_product(x, whole, jnp.float32)
+    parts = [quantized.quantized_product(x, leaf, jnp.float32) for leaf in leaves]
+    np.testing.assert_allclose(plain, jnp.concatenate(parts, 1), rtol=1e-6)
+    with targeting("interpreter"):
+        found = quantized.quantized_product(x, whole, jnp.float32)
+    np.testing.assert_allclose(found, plain, atol=1e-5 * float(jnp.abs(plain).max()))
+
+
+def test_blocks_at_the_edges_are_rounded_too():
+    """Sides that are no multiple of 128, and joined parts that blocks do not divide."""
+    x, ragged = draw(3, 200), quantize_jit(draw(200, 100), BLOCKS)
+    joined = join_rows([ragged, ragged], (200, 200), 1)
+    assert joined.rows == 1
+    with targeting("interpreter"):
+        found = quantized.quantized_product(x, joined, jnp.float32)
+    one = quantized.quantized_product(x, ragged, jnp.float32)
+    np.testing.assert_allclose(found, jnp.concatenate([one, one], 1), rtol=1e-6)
+    exact = x @ dequantize(ragged, jnp.float32)
+    assert 0 < jnp.abs(one - exact).max() < 0.06 * jnp.abs(exact).max()
+
+
 def test_activations_want_one_scale_a_row():
-    with pytest.raises(ConfigError, match="one scale a row or matrix and no offset, found int4"):
+    with pytest.raises(ConfigError, match="rows=1, group=128"):
+        Scheme(format="fp8", group=128, activations=True)
+    with pytest.raises(ConfigError, match="in blocks of 128 x 128; found int4"):
         Scheme(format="int4", activations=True)
     with pytest.raises(ConfigError, match="group=64"):
         Scheme(format="w8a8", group=64)

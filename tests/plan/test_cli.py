@@ -134,3 +134,20 @@ def test_quantize_is_for_serving(config, folder, capsys):
     size = ["--batch", "1", "--context", "16", "--prompt", "16"]
     assert main(["plan", folder, "--devices", "cpu:1", "--quantize", "int8", *size, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["settings"]["quantize"] == "int8"
+
+
+def test_kv_dtype_says_how_many_tokens_fit(config, folder, capsys):
+    said = refused(capsys, "plan", config, "--devices", "cpu:1", "--kv-dtype", "int8")
+    assert "--kv-dtype is for serving" in said
+    size = ["--context", "64", "--prompt", "16", "--batch", "1"]
+    found = {}
+    for name in ("auto", "int8"):
+        told = ["--kv-dtype", name, "--json"]
+        assert main(["plan", folder, "--devices", "h100:1", *size, *told]) == 0
+        found[name] = json.loads(capsys.readouterr().out)["serving"]
+    plain, coded = found["auto"], found["int8"]
+    assert plain["kv_bytes_per_token"] > coded["kv_bytes_per_token"]
+    ratio = plain["kv_bytes_per_token"] / coded["kv_bytes_per_token"]
+    assert coded["kv_capacity_tokens"] == pytest.approx(
+        ratio * plain["kv_capacity_tokens"], rel=1e-6
+    )

@@ -42,6 +42,26 @@ def test_nested_loops():
     assert count(compiled(run, (8, 128), (5, 128, 128)), {}).flops == 15 * 2 * 8 * 128 * 128
 
 
+def test_what_the_forward_pass_keeps():
+    """Of seven layers tanh(x w): x and the tanh of each and the last one's; with remat the x."""
+
+    def loss(w, x, wrap):
+        layer = wrap(lambda x, w: (jnp.tanh(x @ w), None))
+        return jnp.sum(jax.lax.scan(layer, x, w)[0] ** 2)
+
+    one = 32 * 64 * 4
+    for wrap, kept in ((lambda layer: layer, 15), (jax.checkpoint, 8)):
+
+        def step(w, x, wrap=wrap):
+            return jax.value_and_grad(loss)(w, x, wrap)
+
+        assert count(compiled(step, (7, 64, 64), (32, 64)), {}).kept_bytes == kept * one
+    assert (
+        count(compiled(lambda w, x: loss(w, x, lambda f: f), (7, 64, 64), (32, 64)), {}).kept_bytes
+        == 0
+    )
+
+
 TPU_LOOP = """HloModule m, is_scheduled=true
 
 %body (p: (u32[], f32[8])) -> (u32[], f32[8]) {

@@ -69,7 +69,8 @@ def test_what_turns_out_too_large_scales_the_model(monkeypatch, found):
         guessed = guess(config, place).memory_bytes
         tried.append(guessed)
         plan = present(*found.shown, place, source="toy")
-        sizes = dict.fromkeys(("optimizer", "other_arguments", "outputs", "temporaries", "code"), 0)
+        none = ("optimizer", "other_arguments", "outputs", "temporaries", "activations", "code")
+        sizes = dict.fromkeys(none, 0)
         limit = int(2.5 * tried[0])
         return with_step(plan, parameters=int(4 * guessed), limit=limit, **sizes).programs[0]
 

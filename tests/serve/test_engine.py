@@ -61,7 +61,7 @@ def test_requests_among_others_are_as_if_alone(toy, engine):
 def test_steps_without_options_have_programs_of_their_own(toy, monkeypatch):
     """As on a GPU; other steps, and those before and after, take the others."""
     monkeypatch.setattr(
-        "jaxllm.serve.engine.table",
+        "jaxllm.serve.parts.table",
         lambda *_: shapes(tokens=16, sequences=2, longest=16, contexts=(CONTEXT,), greedy=1),
     )
     config = dataclasses.replace(CONFIG, max_sequences=2, max_batch_tokens=16)
@@ -73,11 +73,12 @@ def test_steps_without_options_have_programs_of_their_own(toy, monkeypatch):
         )
         streams = [engine.submit(plain), engine.submit(other)]
         found = [stream.result()[0].token_ids for stream in streams]
+        (again,) = engine.generate(dataclasses.replace(plain, tenant="another"))
         kinds = {(shape.greedy, shape.longest == 1) for shape in used}
         (scored,) = engine.generate(dataclasses.replace(plain, logprobs=2))
         assert engine.stats().compilations == 0
-    assert found == [alone(toy, plain), alone(toy, other)]
-    assert kinds == {(False, False), (False, True), (True, True)}
+    assert [*found, again.token_ids] == [alone(toy, one) for one in (plain, other, plain)]
+    assert kinds == {(False, False), (False, True), (True, False), (True, True)}
     assert scored.token_ids == found[0] and len(scored.logprobs) == len(found[0])
 
 

@@ -306,7 +306,7 @@ def test_greedy_steps_verify_without_choices(toy, monkeypatch):
     """As on a GPU: programs of their own, for drafts too; a grammar or an option takes others."""
     sizes = {"sequences": 2, "greedy": True}
     monkeypatch.setattr(
-        "jaxllm.serve.engine.table",
+        "jaxllm.serve.parts.table",
         lambda *_: (
             *verifying(tokens=8, drafts=3, context=CONTEXT, **sizes),
             *shapes(tokens=16, longest=16, contexts=(CONTEXT,), **sizes),

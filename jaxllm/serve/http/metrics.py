@@ -20,6 +20,7 @@ _GAUGES = {
     "running": "sequences that run",
     "held_pages": "pages that sequences hold",
     "total_pages": "pages there are",
+    "host_page_bytes": "bytes of pages that the prefix cache keeps on the host",
 }
 _COUNTERS = {
     "steps": "steps dispatched",
@@ -27,6 +28,8 @@ _COUNTERS = {
     "fed_tokens": "tokens computed",
     "prompt_tokens": "tokens of prompts admitted",
     "hit_tokens": "of these, from the prefix cache",
+    "spilled_pages": "pages copied to the host",
+    "restored_pages": "pages copied back from it",
     "drafted_tokens": "guesses verified",
     "accepted_tokens": "of these, right",
     "preemptions": "sequences that gave up their pages",

@@ -1,0 +1,104 @@
+"""Pages: where a sequence's tokens lie, and how new ones get there."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxllm.ops.flat import Flat
+from jaxllm.ops.quantized import rounded
+from jaxllm.typing import AnyArray, Slot
+
+__all__ = ["PageTable", "Pool", "write_coded", "write_pages"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PageTable:
+    """Which pages hold a sequence.
+
+    Attributes:
+      pages: [R, W] int32; column j of a row holds the tokens of page number firsts + j of its
+        sequence. Past the pool's end where there is none.
+      firsts: [R] int32; above 0 where a window has left pages behind.
+    """
+
+    pages: Slot
+    firsts: Slot
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Pool:
+    """Pages of keys and values.
+
+    Attributes:
+      k: [P, Z, K, H].
+      v: [P, Z, K, V]; None where values are the first dims of the keys.
+      scales: float32 [P, K, 2, Z], what the numbers of a token's keys and of its values in 8 bits
+        are multiplied by; None for pages in another dtype.
+      width: V where there is no v; static.
+    """
+
+    k: Slot
+    v: Slot | None
+    scales: Slot | None = None
+    width: int = dataclasses.field(default=0, metadata={"static": True})
+
+    @property
+    def value_width(self) -> int:
+        """V."""
+        return self.width if self.v is None else self.v.shape[-1]
+
+
+def _places(
+    shape: tuple[int, ...], table: PageTable, flat: Flat, length: int
+) -> tuple[Array, Array]:
+    """(page, place in it) [T] of every new token; past the pool's end for padding.
+
+    Args:
+      shape: of a pool, whose first dims are P and Z.
+    """
+    count, size = shape[:2]
+    owner = flat.owners(length)
+    row = jnp.minimum(owner, flat.counts.shape[0] - 1)
+    position = jnp.take(flat.starts - flat.firsts, row) + jnp.arange(length, dtype=jnp.int32)
+    column = position // size - jnp.take(table.firsts, row)
+    inside = (owner < flat.counts.shape[0]) & (column >= 0) & (column < table.pages.shape[1])
+    page = table.pages[row, jnp.clip(column, 0, table.pages.shape[1] - 1)]
+    return jnp.where(inside, page, count), position % size
+
+
+def write_pages(
+    pool: Float[AnyArray, "P Z *C"],
+    new: Float[Array, "1 T *C"],
+    table: PageTable,
+    flat: Flat,
+) -> Float[Array, "P Z *C"]:
+    """Put the new tokens' keys or values into their pages; padding is dropped."""
+    pool = jnp.asarray(pool)
+    page, place = _places(pool.shape, table, flat, new.shape[1])
+    return pool.at[page, place].set(new[0].astype(pool.dtype), mode="drop")
+
+
+def write_coded(
+    pool: Pool,
+    new: tuple[Float[Array, "1 T K H"], Float[Array, "1 T K V"]],
+    table: PageTable,
+    flat: Flat,
+) -> Pool:
+    """The same for keys and values in 8 bits: rounded, with scales of each token and head."""
+    k, v, scales = jnp.asarray(pool.k), jnp.asarray(pool.v), jnp.asarray(pool.scales)
+    page, place = _places(k.shape, table, flat, new[0].shape[1])
+    (keys, of_keys), (values, of_values) = (
+        rounded(x[0], old.dtype) for x, old in zip(new, (k, v), strict=True)
+    )
+    both = jnp.concatenate([of_keys, of_values], axis=-1)  # [T, K, 2]
+    return Pool(
+        k.at[page, place].set(keys, mode="drop"),
+        v.at[page, place].set(values, mode="drop"),
+        scales.at[page, :, :, place].set(both, mode="drop"),
+    )
