@@ -125,7 +125,7 @@ def test_refusals():
     given = arguments(CASES["single queries"], jnp.bfloat16)
     q, k, v, table, firsts, blocks = given
     with pytest.raises(UnsupportedError, match="did you mean 'mosaic_gpu'"):
-        paged_attention(*given, implementation="mosaic")
+        paged_attention(*given, implementation="mosaic_gp")
     with pytest.raises(UnsupportedError, match="needs a CUDA device, this is cpu"):
         paged_attention(*given, implementation="mosaic_gpu")
     with targeting("gpu"):

@@ -13,7 +13,7 @@ from jaxllm.serve.config import EngineConfig, lay_out, table
 from jaxllm.serve.engine import Engine
 from jaxllm.state.paged import page_bytes
 from tests.contracts.specs import SPECS
-from tests.serve.conftest import CONFIG, SPEC, ask, made, prompt
+from tests.serve.conftest import CONFIG, CONTEXT, SPEC, ask, made, prompt
 from tests.serve.test_mesh import on
 
 LENGTHS = [1, 5, 17, 40]
@@ -71,6 +71,25 @@ def test_two_devices_and_drafts_answer_as_one_device_without(toy):
     assert all(2 * x.addressable_shards[0].data.size == x.size for x in pools)
     drafted, _ = answers(toy, dataclasses.replace(config, draft_tokens=3, draft_cost=0.01))
     assert drafted == wanted
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kv_dtype", ["int8", "fp8"])
+def test_pages_of_8_bits_go_to_the_host_and_come_back(toy, kv_dtype):
+    """With their scales: answers are those of an engine that keeps all."""
+    config = dataclasses.replace(CONFIG, kv_dtype=kv_dtype, max_sequences=2)
+    requests = [ask(prompt(60, seed=i % 3), 8) for i in range(9)]
+
+    def answers(config):
+        with Engine(toy, config) as engine:
+            found = [engine.generate(request)[0].token_ids for request in requests]
+            return found, engine.stats()
+
+    wanted, _ = answers(dataclasses.replace(config, cache_tokens=1024))
+    tight = dataclasses.replace(config, cache_tokens=CONTEXT, spill_gib=2**-12)
+    found, stats = answers(tight)
+    assert found == wanted
+    assert stats.spilled_pages > 0 and stats.restored_pages > 0 and stats.compilations == 0
 
 
 def test_more_tokens_fit(toy, monkeypatch):
