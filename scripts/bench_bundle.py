@@ -58,14 +58,33 @@ def draw(folder: Path, toy: bool, dtype: str) -> None:
     save_checkpoint(folder, spec, read, dtype=dtype)
 
 
-def wanted(source: Path, platform: str, dtype: str) -> list[int]:
-    """The model's own ids, by the kernels of a bundle."""
+def model_of(source: Path, platform: str, dtype: str) -> Any:
+    """The model itself, with the kernels of a bundle."""
     import jaxllm
     from jaxllm.export.ways import Options, ways
 
     (way,) = ways(Options(platforms=(platform,), dtype=dtype))
-    model = jaxllm.load(source, policy=way.policy, store=False)
-    return model.generate(PROMPT, max_tokens=NEW).token_ids
+    return jaxllm.load(source, policy=way.policy, store=False)
+
+
+def far(model: Any, ids: list[int], found: list[int]) -> dict[str, Any]:
+    """How far an answer is from the model's own: where they part, and how much less likely than
+    the most likely token its tokens are at most, of the logits' standard deviations.
+
+    Two compilations choose their products apart, so that near ties can fall either way.
+    """
+    same = next((i for i, (a, b) in enumerate(zip(ids, found, strict=False)) if a != b), None)
+    if same is None:
+        return {"equals_the_model": len(ids) == len(found)}
+    logits = model.logits([[*PROMPT, *found]])[0, len(PROMPT) - 1 : -1]
+    chosen = np.take_along_axis(logits, np.array(found)[:, None], axis=1)[:, 0]
+    gaps = (logits.max(axis=1) - chosen) / logits.std()
+    return {
+        "equals_the_model": False,
+        "parts_at": same,
+        "gap_there": round(float(gaps[same]), 4),
+        "largest_gap": round(float(gaps.max()), 4),
+    }
 
 
 def export(source: Path, bundle: Path, platform: str, dtype: str) -> None:
@@ -139,7 +158,7 @@ def starts(bundle: Path, ids: list[int], runs: int) -> None:
     )
 
 
-def native(given: Any, source: Path, dtype: str, ids: list[int]) -> None:
+def native(given: Any, source: Path, dtype: str, model: Any, ids: list[int]) -> None:
     """The runner: executables made first, then two answers."""
     folder = given.folder / "runner"
     if not folder.exists():
@@ -159,7 +178,7 @@ def native(given: Any, source: Path, dtype: str, ids: list[int]) -> None:
             return say(what="runner", failed=done.stderr.strip().splitlines()[-1:])
         found = [int(i) for i in done.stdout.split()]
         times = json.loads(done.stderr.strip().splitlines()[-1])
-        say(what="runner", equals_the_model=found == ids, **times)
+        say(what="runner", **far(model, ids, found), **times)
     return None
 
 
@@ -183,10 +202,11 @@ def main() -> None:
         draw(source, given.toy, dtype)
     if not bundle.exists():
         export(source, bundle, given.platform, dtype)
-    ids = wanted(source, given.platform, dtype)
+    model = model_of(source, given.platform, dtype)
+    ids = model.generate(PROMPT, max_tokens=NEW).token_ids
     starts(bundle, ids, given.runs)
     if given.runner is not None:
-        native(given, source, dtype, ids)
+        native(given, source, dtype, model, ids)
     return None
 
 

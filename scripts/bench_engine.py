@@ -73,11 +73,8 @@ def since_start() -> float:
 
 def child(given: argparse.Namespace) -> None:
     """A start: prints how long it took until ready, and until the first token after."""
-    from jaxllm.aot import store
     from jaxllm.serve.request import Request
 
-    if given.at_once:
-        store._ONE_AT_A_TIME = contextlib.nullcontext()  # pyright: ignore
     _, engine, took = opened(given)
     took["ready_s"] = round(since_start(), 2)
     begin = time.perf_counter()
@@ -87,17 +84,17 @@ def child(given: argparse.Namespace) -> None:
     print("CHILD " + json.dumps(took), flush=True)
 
 
-def start(*more: str) -> dict[str, Any]:
+def start() -> dict[str, Any]:
     """What a fresh process says."""
-    label, command = " ".join(more), [sys.executable, __file__, "--child", *sys.argv[1:], *more]
+    command = [sys.executable, __file__, "--child", *sys.argv[1:]]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     except subprocess.TimeoutExpired:
-        return {"bench": f"start {label}", "error": "over 60 s"}
+        return {"bench": "start", "error": "over 60 s"}
     found = [line[6:] for line in done.stdout.splitlines() if line.startswith("CHILD ")]
     if not found:
-        return {"bench": f"start {label}", "error": done.stderr[-1500:]}
-    return {"bench": f"start {label}"} | json.loads(found[0])
+        return {"bench": "start", "error": done.stderr[-1500:]}
+    return {"bench": "start"} | json.loads(found[0])
 
 
 def prepare(given: argparse.Namespace, model: Any) -> dict[str, Any]:
@@ -242,7 +239,6 @@ def options() -> argparse.Namespace:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--quantize", help="a format of Model.quantize, such as int4")
     parser.add_argument("--parts", nargs="*", default=["start", "one", "many"])
-    parser.add_argument("--at-once", action="store_true", help="starts load programs in parallel")
     parser.add_argument("--shapes", nargs="*", default=[""], help="parts of programs' names")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--requests", type=int, nargs="*", default=[256])
@@ -299,9 +295,9 @@ def main() -> None:
         say(prepare, given, model)
     with contextlib.ExitStack() as stack:
         stack.callback(engine.close)
-        for more in ([], ["--at-once"]) if "start" in given.parts else []:
+        if "start" in given.parts:
             with alone(given.lock):
-                say(start, *more)
+                say(start)
         clock = Clock(engine)
         if "one" in given.parts:
             with alone(given.lock):

@@ -67,6 +67,8 @@ COMBINED = tuple(
 )
 APART = tuple((name, MIB) for name, _ in COMBINED)
 DOUBLE = (("xla_gpu_enable_while_loop_double_buffering", True),)
+PIPELINED = (("optimization_level", "O1"),)
+"""Under this XLA pipelined collectives have no switch of their own: its level O1 turns them on."""
 OPTIONS: dict[str, tuple[tuple[str, Any], ...]] = {
     "": (),
     "latency hiding": (LATENCY,),
@@ -74,6 +76,7 @@ OPTIONS: dict[str, tuple[tuple[str, Any], ...]] = {
     "latency hiding, collectives combined to 256 MiB": (LATENCY, *COMBINED),
     "latency hiding, collectives of 1 MiB": (LATENCY, *APART),
     "latency hiding, loop in two buffers": (LATENCY, *DOUBLE),
+    "level O1": PIPELINED,
 }
 
 

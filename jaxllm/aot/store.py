@@ -33,7 +33,8 @@ _HANDLERS = "jax.experimental.mosaic.gpu"
 """What registers the handlers of our kernels for GPUs. No process lowers or reads a program that
 calls one without having it."""
 _ONE_AT_A_TIME = threading.Lock()
-"""Held while XLA loads an executable: two threads at once made its CPU client crash."""
+"""Held while XLA's CPU client loads an executable: two threads at once made it crash. Its GPU
+client takes several: 30 programs of a server in 2.8 s instead of 14.2 (H100, 2026-11-28)."""
 
 
 def atomic_write(path: Path, chunks: list[bytes]) -> None:
@@ -120,7 +121,8 @@ def load_bytes(
             importlib.import_module(_HANDLERS)
 
         trees = pickle.loads(payload)
-        with _ONE_AT_A_TIME:
+        alone = _ONE_AT_A_TIME if devices[0].platform == "cpu" else contextlib.nullcontext()
+        with alone:
             compiled = serialize_executable.deserialize_and_load(
                 *trees, backend=devices[0].client, execution_devices=devices
             )

@@ -92,7 +92,7 @@ class Runner:
     def _load(self, store: Store | None) -> dict[Shape, Executable]:
         """Every program, from the store or compiled; several at once, as XLA works outside of
         Python."""
-        with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 2)) as pool:
+        with concurrent.futures.ThreadPoolExecutor(min(16, os.cpu_count() or 2)) as pool:
             made = {
                 shape: pool.submit(
                     programs.step(self.setup, self.memory, shape, self._draft).load, store
