@@ -45,6 +45,7 @@ from tests.cli.toy import write_toy
 KEY = "soak"
 PREFIX = "You are a careful helper who answers in few words. " * 2
 SMALL = ["--max-sequences", "8", "--max-batch-tokens", "64", "--cache-tokens", "640"]
+SMALL += ["--mixed-tokens", "auto", "--spill-gib", "0.0002"]
 MIB = 1 << 20
 
 
@@ -244,6 +245,8 @@ def judged(found: Found, counts: dict[str, float]) -> dict[str, Any]:
         "compilations_after_ready_total",
         "drawn_tokens_total",
         "hit_tokens_total",
+        "spilled_pages_total",
+        "restored_pages_total",
     )
     return {
         "seconds": round(float(times[-1])),

@@ -278,7 +278,7 @@ class Export:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-    """Run a bundle: jaxllm run BUNDLE generate|chat|serve, with the options of these commands."""
+    """Run a bundle: jaxllm run BUNDLE generate|chat|serve|batch, with these commands' options."""
 
     bundle: Source
     """What jaxllm export wrote: a directory or a .tar."""

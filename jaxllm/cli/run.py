@@ -1,4 +1,4 @@
-"""`jaxllm run BUNDLE generate|chat|serve`: what `jaxllm generate|chat|serve` do, from a bundle.
+"""`jaxllm run BUNDLE generate|chat|serve|batch`: what these commands do, from a bundle.
 
 Imports nothing of the model's code: neither `jaxllm.nn` nor `jaxllm.zoo` nor flax.
 """
@@ -9,8 +9,8 @@ import dataclasses
 import time
 from typing import Any
 
-from jaxllm.cli import chat, generate, serve
-from jaxllm.cli.options import Chat, Generate, Listen, Source
+from jaxllm.cli import batch, chat, generate, serve
+from jaxllm.cli.options import Batch, Chat, Generate, Listen, Source
 from jaxllm.core.config import nearest, require
 from jaxllm.core.logging import show_notes
 
@@ -44,7 +44,12 @@ class _Serve(_Bundled, Listen):
     """Requests that wait; more are told to come later."""
 
 
-_COMMANDS = {"generate": _Generate, "chat": _Chat, "serve": _Serve}
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Batch(_Bundled, Batch):
+    """Answer a file of requests in OpenAI's batch format; `source` is the bundle."""
+
+
+_COMMANDS = {"generate": _Generate, "chat": _Chat, "serve": _Serve, "batch": _Batch}
 
 
 def parse_run(bundle: str, arguments: list[str]) -> Any:
@@ -91,7 +96,15 @@ def run(options: Any) -> int:
 
     if isinstance(options, Chat):
         return chat.talk(options, load)
+    if isinstance(options, Batch):
+        return batch.answer(options, lambda: _engine(load()))
     return generate.answer(options, load)
+
+
+def _engine(model: Any) -> Any:
+    from jaxllm.export.engine import BundleEngine
+
+    return BundleEngine(model)
 
 
 def _serve(options: _Serve) -> int:

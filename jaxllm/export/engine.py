@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import dataclasses
+import os
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -182,9 +183,9 @@ class BundleEngine:
 
 
 def build_all(model: BundleModel) -> None:
-    """Load or compile every program of a bundle's way, two at a time."""
+    """Load or compile every program of a bundle's way, several at a time."""
     bundle = model.bundle
     programs: Any = bundle.way["programs"]
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+    with concurrent.futures.ThreadPoolExecutor(min(16, os.cpu_count() or 2)) as pool:
         built = pool.map(bundle.build, programs.values())
         bundle.ready.update(zip(programs, built, strict=True))

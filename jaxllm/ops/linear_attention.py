@@ -29,6 +29,7 @@ from jaxllm.ops.chunks import over_tokens
 from jaxllm.ops.linear_chunks import chunked
 from jaxllm.typing import AnyArray, Slot
 from pallas_kernels.choice import Choice
+from pallas_kernels.target import target
 
 __all__ = ["IMPLEMENTATIONS", "Gates", "add_ones", "choose", "divide", "linear_attention"]
 
@@ -69,8 +70,8 @@ def linear_attention(
         each other.
       gates: decays and strengths.
       state: the matrices before; zeros by default.
-      implementation: `auto` goes token by token for one token, else chunk by chunk; kernels go
-        by name.
+      implementation: `auto` goes token by token for one token, else by a kernel where it was
+        measured to win, else chunk by chunk.
       rules: logical axis -> mesh axes, for kernels, which run on each device's own part.
 
     Returns:
@@ -146,7 +147,11 @@ def choose(
         return Choice("reference", "one token needs no chunks")
     if implementation != "auto":
         return Choice(implementation, "named")
-    return Choice("chunked", "plain jnp; our kernels have not been timed")
+    if target() != "gpu":
+        return Choice("chunked", "plain jnp; our kernels have only been timed on a Hopper GPU")
+    if obstacle := _unfit("mosaic_gpu", qkv, gates, rules):
+        return Choice("chunked", f"plain jnp; not mosaic_gpu: {obstacle}")
+    return Choice("mosaic_gpu", "three to nine times as fast forward as plain jnp on Hopper")
 
 
 def _kernel(

@@ -188,22 +188,14 @@ def _both_rounded(x: Array, leaf: QArray, out_dtype: Any) -> Array:
 
 
 def _blocks_rounded(x: Array, leaf: QArray, out_dtype: Any) -> Array:
-    """x rounded in blocks of a token's inputs, times values in blocks of 128 x 128: by our kernel
-    for Hopper, or unpacked again."""
-    from pallas_kernels import scaled_matmul as kernel  # Pallas takes a third of a second to import
+    """x rounded in blocks of a token's inputs, times values in blocks of 128 x 128, unpacked again:
+    our kernel for products of eight bits (`pallas_kernels.scaled_matmul`) is not faster yet."""
+    from pallas_kernels.scaled_matmul import BLOCK, rounded  # Pallas takes a third of a second
 
     flat = x.reshape(-1, x.shape[-1])
-    short = -flat.shape[1] % kernel.BLOCK
-    codes, scale = kernel.rounded(jnp.pad(flat, ((0, 0), (0, short))) if short else flat)
-    whole = leaf.rows == leaf.group == kernel.BLOCK and not (
-        short or leaf.num_outputs % kernel.BLOCK
-    )
-    one_device = jax.sharding.get_abstract_mesh().empty
-    if whole and one_device and kernel.explain(codes, out_dtype=out_dtype).name == "mosaic_gpu":
-        parts = codes, scale, jnp.asarray(leaf.values), scales(leaf)
-        y = kernel.scaled_matmul(*parts, out_dtype=out_dtype, implementation="mosaic_gpu")
-        return y.reshape(*x.shape[:-1], -1)
-    wide = codes.astype(jnp.float32) * jnp.repeat(scale, kernel.BLOCK, axis=1)
+    short = -flat.shape[1] % BLOCK
+    codes, scale = rounded(jnp.pad(flat, ((0, 0), (0, short))) if short else flat)
+    wide = codes.astype(jnp.float32) * jnp.repeat(scale, BLOCK, axis=1)
     wide = wide[:, : flat.shape[1]].astype(x.dtype).reshape(x.shape)
     return _tiled(wide, leaf, out_dtype) if _on_cpu() else _whole(wide, leaf, out_dtype)
 

@@ -104,7 +104,7 @@ def choose_selective(
     if implementation in ("auto", "chunked") and tokens == 1:
         return Choice("reference", "one token needs no chunks")
     if implementation == "auto":
-        return Choice("chunked", "plain jnp; our kernels have not been timed")
+        return Choice("chunked", "plain jnp; our kernels have not run on a device")
     if implementation in _KERNELS:
         from pallas_kernels.selective_scan import unfit  # a third of a second to import
 

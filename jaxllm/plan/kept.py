@@ -38,13 +38,20 @@ def kept_bytes(module: Module) -> int:
 
 
 def _side(module: Module, one: Instruction) -> str | None:
-    """`forward`, `backward`, or neither."""
-    name = one.op_name
-    if not name and one.opcode in ("fusion", "while", "call"):
-        called = one.attribute("calls") or one.attribute("body") or one.attribute("to_apply") or ""
-        body = module.computations.get(called.lstrip("%"))
-        names = [] if body is None else [x.op_name for x in body.instructions.values()]
-        name = next((x for x in reversed(names) if "jvp(" in x), "")
+    """`forward`, `backward`, or neither; a loop or fusion without a name is what all in it are.
+
+    A loop that a kernel stands in bears the kernel's name; one over parts of a batch holds both.
+    """
+    if "jvp(" in one.op_name or one.opcode not in ("fusion", "while", "call"):
+        return _named(one.op_name)
+    called = one.attribute("calls") or one.attribute("body") or one.attribute("to_apply") or ""
+    body = module.computations.get(called.lstrip("%"))
+    sides = {_named(x.op_name) for x in body.instructions.values()} if body is not None else set()
+    sides.discard(None)
+    return sides.pop() if len(sides) == 1 else None
+
+
+def _named(name: str) -> str | None:
     return "backward" if "transpose(jvp(" in name else "forward" if "jvp(" in name else None
 
 

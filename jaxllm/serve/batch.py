@@ -7,18 +7,27 @@ import json
 import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from jaxllm.core.config import require
 from jaxllm.errors import ConfigError
-from jaxllm.serve.engine import Engine
 from jaxllm.serve.http import asked
+from jaxllm.serve.http.answering import Answering, Worded
 from jaxllm.serve.http.answers import Answers
 from jaxllm.serve.http.config import ServerConfig
 from jaxllm.serve.http.errors import RequestError, body_of, status_of
 from jaxllm.serve.http.fields import Fields, parse_object
 
 __all__ = ["answered", "read_lines", "run"]
+
+
+@runtime_checkable
+class _Modelled(Answering, Protocol):
+    """An engine that knows its model."""
+
+    @property
+    def model(self) -> Worded: ...
+
 
 READERS: dict[str, Callable[..., asked.Asked]] = {
     "/v1/chat/completions": asked.chat,
@@ -70,7 +79,7 @@ def answered(path: Path) -> set[str]:
         raise ConfigError(f"{path}: holds something else than answers; give another file") from None
 
 
-async def _one(engine: Engine, name: str, url: str, body: dict[str, Any]) -> tuple[int, Any]:
+async def _one(engine: _Modelled, name: str, url: str, body: dict[str, Any]) -> tuple[int, Any]:
     """(status, body) of one request."""
     config = ServerConfig(max_tokens=engine.config.context or 1, max_n=128)
     try:
@@ -96,7 +105,9 @@ async def _one(engine: Engine, name: str, url: str, body: dict[str, Any]) -> tup
         return status, body_of(str(error), status, param=param, code=code)
 
 
-async def run(engine: Engine, path: Path, out: Path, *, name: str, most: int = 100_000) -> Counts:
+async def run(
+    engine: _Modelled, path: Path, out: Path, *, name: str, most: int = 100_000
+) -> Counts:
     """Answer every line of a file that has no answer yet.
 
     Args:

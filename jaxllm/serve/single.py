@@ -86,6 +86,8 @@ def drafted(
     kept = generator.kept.get("single")
     if not (isinstance(kept, Single) and kept.serves(draft, tokens, limit)):
         start = time.perf_counter()
+        kept = None
+        generator.kept.pop("single", None)  # its pages make room for the others
         kept = generator.kept["single"] = Single(model, draft, tokens, limit)
         timings.build_ms += 1e3 * (time.perf_counter() - start)
     return _stream(kept, ids, sampling, limit, timings)

@@ -30,6 +30,7 @@ SIZE = 64
 BLOCK = 16
 """Tokens of a block, within which decays a channel are taken pair by pair."""
 _LOG2E = np.float32(1.4426950408889634)
+_LN2 = np.float32(0.6931471805599453)
 _FLOOR = np.float32(-150.0)  # 2^-150 is 0 in float32
 
 
@@ -198,18 +199,48 @@ def _by_head(q, k, sums, keep, kind: tuple[int, bool]):
     return seen, _below(jnp.repeat(_product(k, k.mT), repeats, axis=1) * left)
 
 
-def _close(a, b, sums) -> jax.Array:
-    """(a . b) within blocks [B, N, C, A, Q, M], whose triples of (i, j, channel) are too many to be
-    in memory at once: chunk by chunk, computed again for gradients."""
+def _near(sums: jax.Array) -> jax.Array:
+    """What is left of j's channels when i reads it, within blocks: [..., A, Q, M] to [..., A, i, j,
+    M]."""
     order = np.tri(BLOCK, dtype=bool)[None, None, None, :, :, None]
+    return _masked_power(sums[..., :, None, :] - sums[..., None, :, :], order)
 
-    def one(chunk):
-        a, b, sums = chunk
-        near = _masked_power(sums[..., :, None, :] - sums[..., None, :, :], order)
-        return jnp.sum(a[..., :, None, :] * b[..., None, :, :] * near, axis=-1)
 
-    by_chunk = [jnp.moveaxis(x, 2, 0) for x in (a, b, sums)]
-    return jnp.moveaxis(lax.map(jax.checkpoint(one), by_chunk), 0, 2)
+def _by_chunk(one, *arrays):
+    """one(arrays of a chunk) over dim 2, chunk after chunk: triples (i, j, channel) of all would
+    not fit into memory."""
+    found = lax.map(lambda z: one(*z), tuple(jnp.moveaxis(x, 2, 0) for x in arrays))
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2), found)
+
+
+@jax.custom_vjp
+def _close(a: jax.Array, b: jax.Array, sums: jax.Array) -> jax.Array:
+    """(a . b) within blocks [B, N, C, A, Q, M]: [B, N, C, A, i, j]."""
+
+    def one(a, b, sums):
+        return jnp.sum(a[..., :, None, :] * b[..., None, :, :] * _near(sums), axis=-1)
+
+    return _by_chunk(one, a, b, sums)
+
+
+def _close_forward(a, b, sums):
+    return _close(a, b, sums), (a, b, sums)
+
+
+def _close_backward(kept, pull):
+    """A sum stands at i with the sign of a, at j with that of b: no more than a da - b db."""
+    a, b, sums = kept
+
+    def one(a, b, sums, pull):
+        left = pull[..., None] * _near(sums)
+        da = jnp.sum(left * b[..., None, :, :], axis=-2)
+        return da, jnp.sum(left * a[..., :, None, :], axis=-3)
+
+    da, db = _by_chunk(one, a, b, sums, pull)
+    return da, db, _LN2 * (a * da - b * db)
+
+
+_close.defvjp(_close_forward, _close_backward)
 
 
 def _by_channel(q, k, sums, keep, delta: bool):

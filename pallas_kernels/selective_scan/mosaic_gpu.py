@@ -26,6 +26,9 @@ from pallas_kernels.warpgroups import COLUMN, LOG2E, ROW, SQUARE, along
 __all__ = ["Tiles", "backward", "forward"]
 
 
+_COPIED = 32  # floats: TMA copies to multiples of 128 bytes
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tiles:
     """How a scan is cut; any choice gives the same result.
@@ -73,7 +76,7 @@ class _Scan:
         }
         smem |= {name: plgpu.SMEM((2, tokens, self.shape[3]), jnp.float32) for name in self.shared}
         if "keep" in self.inputs:
-            smem["keep"] = plgpu.SMEM((2, tokens), jnp.float32)
+            smem["keep"] = plgpu.SMEM((2, max(tokens, _COPIED)), jnp.float32)
         return smem
 
     def body(self, *refs):
@@ -95,9 +98,12 @@ class _Scan:
         for name in self.by_channel:
             where = refs[name].at[batch, tokens, own]
             plgpu.copy_gmem_to_smem(where, smem[name].at[slot], full.at[slot])
-        for name in (*self.shared, *(("keep",) if "keep" in smem else ())):
+        for name in self.shared:
             where = refs[name].at[batch, tokens]
             plgpu.copy_gmem_to_smem(where, smem[name].at[slot], full.at[slot])
+        if "keep" in smem:
+            target = smem["keep"].at[slot, pl.ds(0, self.tiles.tokens)]
+            plgpu.copy_gmem_to_smem(refs["keep"].at[batch, tokens], target, full.at[slot])
 
     def row(self, smem, name: str, slot, t):
         """A token's values a channel."""

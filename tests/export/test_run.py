@@ -118,8 +118,8 @@ def test_bad_commands(
 ) -> None:
     bundle = str(talking[1])
     ask = ["--prompt", "hi"]
-    assert "allowed: chat, generate" in refused(capsys, "run", bundle, "train")
-    assert "allowed: chat, generate" in refused(capsys, "run", bundle)
+    assert "allowed: batch, chat, generate" in refused(capsys, "run", bundle, "train")
+    assert "allowed: batch, chat, generate" in refused(capsys, "run", bundle)
     assert "a bundle has no programs that verify drafts" in refused(
         capsys, "run", bundle, "generate", *ask, "--draft-tokens", "3"
     )

@@ -1,5 +1,6 @@
 """`jaxllm run BUNDLE serve`: the server in front of a bundle, by OpenAI's client."""
 
+import json
 import os
 import re
 import signal
@@ -221,3 +222,20 @@ def test_the_command(talking: tuple[str, Path]) -> None:
         assert process.wait(timeout=60) == 0, rest
     wanted = load_bundle(talking[1]).generate(MESSAGES, max_tokens=5)
     assert (card.id, reply.choices[0].message.content) == ("toy", wanted.text)
+
+
+def test_a_file_of_requests(talking, model, tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr("jaxllm.export.model.load_bundle", lambda *_, **__: model)
+    body = {"model": "toy", "messages": MESSAGES, "max_tokens": 9, "temperature": 0}
+    line = {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": body}
+    biased = {**line, "custom_id": "b", "body": {**body, "logit_bias": {"1": 5}}}
+    requests, answers = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    requests.write_text(f"{json.dumps(line)}\n{json.dumps(biased)}\n")
+    assert main(["run", str(talking[1]), "batch", str(requests), str(answers)]) == 1
+    assert "2 of 2 answered now, 0 before, 1 refused" in capsys.readouterr().err
+    found = {
+        x["custom_id"]: x["response"] for x in map(json.loads, answers.read_text().splitlines())
+    }
+    assert found["b"]["status_code"] == 400
+    (choice,) = found["a"]["body"]["choices"]
+    assert choice["message"]["content"] == model.generate(MESSAGES, max_tokens=9).text

@@ -209,7 +209,7 @@ def test_a_value_of_the_wrong_type_is_named(name, value):
 
 @pytest.mark.parametrize("value", [2.5, "many", True, None])
 def test_a_number_of_tokens_is_an_integer(toy, value):
-    check = inspect.unwrap(generate.Generator._check)
+    check = inspect.unwrap(generate.Generator.check)
     with pytest.raises(ConfigError, match="max_tokens is an integer"):
         check(toy.generator, [2], value)
 

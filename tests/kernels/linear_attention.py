@@ -138,6 +138,7 @@ def failures(found: dict, want: dict[str, np.ndarray]) -> dict[str, tuple[float,
         assert found[name].shape == true.shape
         miss = np.asarray(found[name], np.float64) - true
         error, size = (float(np.sqrt(np.mean(np.square(x)))) for x in (miss, true))
-        if not error <= 4 * 2.0**-9 * size + 1e-6:
+        roundings = 4 if true.size >= 64 else 8  # of a few numbers' gradients much may cancel
+        if not error <= roundings * 2.0**-9 * size + 1e-6:
             missed[name] = (error, size)
     return missed

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxllm.ops.linear_attention import Gates
+from jaxllm.ops.linear_attention import Gates, choose
 from jaxllm.ops.linear_attention import linear_attention as op
 from pallas_kernels.errors import ShapeError, UnsupportedError
 from pallas_kernels.linear_attention import explain, linear_attention, unfit
@@ -155,6 +155,19 @@ def test_models_take_the_kernel_where_it_is_named() -> None:
     usual = jax.jit(functools.partial(run, how="chunked"))(q, k, v)
     want = {name: np.asarray(x, np.float64) for name, x in zip("ab", usual, strict=True)}
     assert failures(dict(zip("ab", found, strict=True)), want) == {}
+
+
+def test_auto_takes_the_kernel_on_a_gpu_and_says_why_not() -> None:
+    q, k, v, decay, beta, *_ = (jnp.asarray(z) for z in arguments(Case(length=8)))
+    narrow = tuple(x.astype(jnp.bfloat16) for x in (q, k, v))
+    gates = Gates(decay, beta)
+    assert choose("auto", narrow, gates).name == "chunked"
+    with targeting("gpu"):
+        assert choose("auto", narrow, gates).name == "mosaic_gpu"
+        assert choose("auto", (q, k, v), gates).name == "chunked"
+        assert "not float32" in choose("auto", (q, k, v), gates).why
+        assert choose("auto", tuple(x[:, :1] for x in narrow), gates).name == "reference"
+        assert choose("chunked", narrow, gates).name == "chunked"
 
 
 def test_transforms_keep_the_shapes() -> None:

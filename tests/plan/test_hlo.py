@@ -1,5 +1,7 @@
 """Reading programs: loops, products, collectives by axis, bytes; each against numbers by hand."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -60,6 +62,19 @@ def test_what_the_forward_pass_keeps():
         count(compiled(lambda w, x: loss(w, x, lambda f: f), (7, 64, 64), (32, 64)), {}).kept_bytes
         == 0
     )
+
+
+def test_what_is_kept_is_found_without_the_loops_name():
+    """On a TPU a loop with a kernel in it bears the kernel's name."""
+
+    def loss(w, x):
+        return jnp.sum(jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0] ** 2)
+
+    text = compiled(jax.value_and_grad(loss), (7, 64, 64), (32, 64))
+    (line,) = [x for x in text.splitlines() if " while(" in x and "transpose(jvp(" not in x]
+    assert "jvp(" in line
+    blind = text.replace(line, re.sub('op_name="[^"]*"', 'op_name="pallas_call"', line))
+    assert blind != text and count(blind, {}).kept_bytes == count(text, {}).kept_bytes
 
 
 TPU_LOOP = """HloModule m, is_scheduled=true

@@ -12,6 +12,7 @@ from scripts.soak_serve import MIB, Found, judged
 COUNTS = {
     "jaxllm_held_pages": 0.0, "jaxllm_running": 0.0, "jaxllm_waiting": 0.0,
     "jaxllm_compilations_after_ready_total": 0.0, "jaxllm_drawn_tokens_total": 5.0,
+    "jaxllm_spilled_pages_total": 0.0, "jaxllm_restored_pages_total": 0.0,
     "jaxllm_hit_tokens_total": 0.0, "jaxllm_preemptions_total": 0.0,
 }  # fmt: skip
 
@@ -45,3 +46,4 @@ def test_twenty_seconds():
     out = json.loads(done.stdout)
     assert out["requests"]["hangs_up"] > 10
     assert out["statuses"]["200"] > 50
+    assert out["spilled_pages_total"] > 0 and out["restored_pages_total"] > 0
