@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxllm.core.choices import took
 from jaxllm.core.config import nearest
-from jaxllm.core.logging import note_once
 from jaxllm.errors import ConfigError, UnsupportedError
 from jaxllm.ops.attention import Scores
 from jaxllm.ops.flash import band
@@ -183,10 +183,13 @@ def _choose(name: str, unfit: Callable[[str], str | None]) -> str:
             reason = "mosaic_tpu has never run on a TPU: it is there by name"
         plain = "loop" if jax.default_backend() == "cpu" else "gather"
         name = KERNELS[0] if reason is None else plain
-        note_once(f"paged attention: {name}" + (f" (no kernel: {reason})" if reason else ""))
+        why = f"no kernel: {reason}" if reason else "it reads what each sequence holds"
+        took("paged attention", name, why)
+        return name
     names = ("auto", *KERNELS, *IMPLEMENTATIONS)
     if name not in names:
         raise ConfigError(f"paged attention {name!r} is unknown; {nearest(name, names)}")
+    took("paged attention", name)
     return name
 
 

@@ -192,7 +192,8 @@ def test_a_public_address_needs_a_key(
 
 def test_the_server_needs_none_of_the_models_code() -> None:
     code = BLOCK.replace("NAMES", repr(("jaxllm.nn", "jaxllm.zoo", "flax")))
-    code += "import jaxllm.export.engine, jaxllm.serve.http.app, jaxllm.serve.http.server"
+    code += "import jaxllm.export.engine, jaxllm.serve.http.app, jaxllm.serve.http.server\n"
+    code += "import jaxllm.cli.run, jaxllm.serve.batch"
     assert ran("-c", code).stdout == ""
 
 

@@ -97,8 +97,8 @@ def test_more_tokens_fit(toy, monkeypatch):
     monkeypatch.setattr("jaxllm.serve.config._budget", lambda *_: 40_000)
     setup, tokens, size = toy.generator.setup, {}, {}
     for kv_dtype in ("auto", "int8", "fp8"):
-        bounds = {"max_sequences": 4, "max_batch_tokens": 16, "page_size": 4, "context": 96}
-        config = EngineConfig(**bounds, kv_dtype=kv_dtype).filled(SPEC)
+        bounds = EngineConfig(max_sequences=4, max_batch_tokens=16, page_size=4, context=96)
+        config = dataclasses.replace(bounds, kv_dtype=kv_dtype).filled(SPEC)
         memory = lay_out(setup, config, table(setup, config), None)
         assert memory.kv_dtype == kv_dtype
         how = {"page_size": 4, "dtype": dtype_of("float32"), "kv_dtype": kv_dtype}
