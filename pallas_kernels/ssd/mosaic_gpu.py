@@ -257,6 +257,7 @@ class Forward:
             spare.add(y, inside, memory["x"])
             scores = plgpu.wgmma_accumulator_load(scores, wait_n=1)
             next_inside = (scores * between).astype(dtype)
+            plgpu.commit_smem()  # waits for all warps: the state's product reads what comes next
             memory["given"][...] = scaled(coming_memory["x"], given(coming_memory), dtype)
             memory["state"][...] = spare.read(state, 1).astype(dtype)
             plgpu.commit_smem()
