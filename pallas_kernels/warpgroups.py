@@ -18,6 +18,7 @@ __all__ = [
     "COLUMN",
     "CONSUMERS",
     "LOG2E",
+    "PAIR",
     "ROW",
     "SQUARE",
     "Spare",
@@ -32,6 +33,7 @@ __all__ = [
 ]
 
 CONSUMERS = 2  # warpgroups that compute; one more loads
+PAIR = "pair"  # axis of the programs of a cluster
 SQUARE = plgpu.Layout.WGMMA
 ROW = SQUARE.reduce(1)  # one value a row of an accumulator
 COLUMN = SQUARE.reduce(0)
@@ -192,21 +194,24 @@ def run_kernel(kernel, inputs, outputs, *, name: str, grid: dict[str, int], inte
       inputs: arrays by name.
       outputs: `jax.ShapeDtypeStruct`s by name.
       name: in profiles.
-      grid: programs along each axis, by the axis' name.
+      grid: programs along each axis, by the axis' name; those along `pair` are one cluster.
       interpret: on a CPU.
     """
 
     def run(*refs):
         kernel.body(dict(zip((*inputs, *outputs), refs, strict=True)))
 
+    apart = {name: count for name, count in grid.items() if name != PAIR}
+    cluster = {"cluster": (grid[PAIR],), "cluster_names": (PAIR,)} if PAIR in grid else {}
     return plgpu.kernel(
         run,
         out_type=tuple(outputs.values()),
-        grid=tuple(grid.values()),
-        grid_names=tuple(grid),
+        grid=tuple(apart.values()),
+        grid_names=tuple(apart),
         num_threads=CONSUMERS + 1,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
         kernel_name=name,
         interpret=plgpu.InterpretGPUParams() if interpret else False,
+        **cluster,
     )(*inputs.values())

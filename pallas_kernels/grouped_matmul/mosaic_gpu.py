@@ -21,7 +21,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.grouped_matmul.masks import store_inside
 from pallas_kernels.grouped_matmul.tables import FIRST, GROUP, HEIGHT, ROW, START, STOP, UNIT, Map
 from pallas_kernels.once import lowered_once
-from pallas_kernels.warpgroups import CONSUMERS, clear, roles, swizzled
+from pallas_kernels.warpgroups import CONSUMERS, PAIR, clear, roles, run_kernel, swizzled
 
 __all__ = ["Tiles", "outer", "product"]
 
@@ -150,7 +150,7 @@ class Frame:
                         where,
                         smem[name].at[slot],
                         full.at[slot],
-                        collective_axes="pair" if shared else None,
+                        collective_axes=PAIR if shared else None,
                     )
 
             lax.fori_loop(0, place.steps, one, None)
@@ -235,7 +235,7 @@ class Frame:
 
     def mate(self, which: str):
         """0 or 1: which of the two programs along a side this is."""
-        return lax.axis_index("pair") if self.tiles.pair == which else 0
+        return lax.axis_index(PAIR) if self.tiles.pair == which else 0
 
     def body(self, refs):
         tiles = self.tiles
@@ -247,7 +247,7 @@ class Frame:
         full = plgpu.Barrier(num_arrivals=2, num_barriers=tiles.stages)
         if tiles.pair:
             free = plgpu.ClusterBarrier(
-                num_arrivals=CONSUMERS, num_barriers=tiles.stages, collective_axes=("pair",)
+                num_arrivals=CONSUMERS, num_barriers=tiles.stages, collective_axes=(PAIR,)
             )
         else:
             free = plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=tiles.stages)
@@ -256,24 +256,10 @@ class Frame:
 
     def call(self, name: str, inputs: dict, out: tuple[int, ...]) -> jax.Array:
         """Runs the kernel."""
-
-        def run(*refs):
-            self.body(dict(zip((*inputs, "out"), refs, strict=True)))
-
-        pair = self.tiles.pair is not None
-        cluster = {"cluster": (2,), "cluster_names": ("pair",)} if pair else {}
-        return plgpu.kernel(
-            run,
-            out_type=jax.ShapeDtypeStruct(out, self.dtype),
-            grid=(self.ctas // (2 if pair else 1),),
-            grid_names=("cta",),
-            num_threads=CONSUMERS + 1,
-            thread_name="wg",
-            compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
-            kernel_name=name,
-            interpret=plgpu.InterpretGPUParams() if self.interpret else False,
-            **cluster,
-        )(*inputs.values())
+        grid = {"cta": self.ctas // 2, PAIR: 2} if self.tiles.pair else {"cta": self.ctas}
+        outputs = {"out": jax.ShapeDtypeStruct(out, self.dtype)}
+        (found,) = run_kernel(self, inputs, outputs, name=name, grid=grid, interpret=self.interpret)
+        return found
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,10 +17,10 @@ IMPLEMENTATIONS = ("mosaic_gpu", "reference")
 TOP = 448.0  # the largest float8_e4m3fn
 
 
-def tiles_for(rows: int, out_bytes: int = 2) -> Tiles:
-    """How a product of so many rows is cut, whose results take `out_bytes`."""
+def tiles_for(rows: int, outputs: int, out_bytes: int = 2) -> Tiles:
+    """How a product of so many rows and outputs is cut, whose results take `out_bytes`."""
     if rows > 2 * BLOCK:
-        return Tiles(halves=2, stages=4 if out_bytes == 2 else 3)
+        return Tiles(halves=2, stages=4 if out_bytes == 2 else 3, pair=outputs % (2 * BLOCK) == 0)
     return Tiles(halves=1, stages=6 if out_bytes == 2 else 5)
 
 
@@ -127,5 +127,5 @@ def scaled_matmul(
     if chosen.name == "reference":
         return reference(x, x_scale, values, scale, out_dtype=out_dtype)
     kind = jnp.dtype(out_dtype)
-    tiles = tiles_for(x.shape[0], kind.itemsize)
+    tiles = tiles_for(x.shape[0], values.shape[0], kind.itemsize)
     return run(x, x_scale, values, scale, tiles=tiles, out_dtype=str(kind))

@@ -22,6 +22,7 @@ from pallas_kernels.once import lowered_once
 from pallas_kernels.target import interpreting, processors
 from pallas_kernels.warpgroups import (
     CONSUMERS,
+    PAIR,
     ROW,
     SQUARE,
     along,
@@ -46,11 +47,13 @@ class Tiles:
       halves: of 64 rows, that a consumer has.
       stages: blocks of inputs in flight.
       band: row tiles that share the values before the next outputs come, for the L2 cache.
+      pair: two programs of a cluster have neighbouring outputs, and each brings half of the rows.
     """
 
     halves: int = 2
     stages: int = 4
     band: int = 16
+    pair: bool = False
 
     @property
     def rows(self) -> int:
@@ -84,16 +87,19 @@ class Kernel:
 
     def for_tiles(self, body):
         """body(tile of rows, tile of outputs, steps before) over this program's share of tiles."""
-        across, band = self.shape[2] // BLOCK, min(self.tiles.band, self.down)
-        first = lax.axis_index("cta")
-        mine = lax.div(self.down * across - first + self.ctas - 1, self.ctas)
+        beside = 2 if self.tiles.pair else 1
+        mate = lax.axis_index(PAIR) if self.tiles.pair else 0
+        across, band = self.shape[2] // (beside * BLOCK), min(self.tiles.band, self.down)
+        first, ctas = lax.axis_index("cta"), self.ctas // beside
+        mine = lax.div(self.down * across - first + ctas - 1, ctas)
 
         def tile(i, _):
-            index = first + i * self.ctas
+            index = first + i * ctas
             which = lax.div(index, band * across)
             height = jnp.minimum(self.down - which * band, band)
             within = index - which * band * across
-            body(which * band + lax.rem(within, height), lax.div(within, height), i * self.steps)
+            column = lax.div(within, height) * beside + mate
+            body(which * band + lax.rem(within, height), column, i * self.steps)
 
         lax.fori_loop(0, mine, tile, None)
 
@@ -116,7 +122,9 @@ class Kernel:
                     "x_scale": refs["x_scale"].at[step, own],
                 }
                 for name, source in sources.items():
-                    plgpu.copy_gmem_to_smem(source, smem[name].at[slot], full.at[slot])
+                    shared = PAIR if self.tiles.pair and name == "x" else None
+                    target = smem[name].at[slot]
+                    plgpu.copy_gmem_to_smem(source, target, full.at[slot], collective_axes=shared)
 
             lax.fori_loop(0, self.steps, one, None)
 
@@ -184,7 +192,11 @@ class Kernel:
             "out": swizzled((CONSUMERS, HALF, PIECE), self.out_dtype),
         }
         full = plgpu.Barrier(num_arrivals=3, num_barriers=stages)
-        free = {"ring": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=stages)}
+        kind = {"num_arrivals": CONSUMERS, "num_barriers": stages}
+        if self.tiles.pair:
+            free = {"ring": plgpu.ClusterBarrier(**kind, collective_axes=(PAIR,))}
+        else:
+            free = {"ring": plgpu.Barrier(**kind)}
         roles(self, refs, smem, full, free)
 
 
@@ -194,12 +206,13 @@ def run(x, x_scale, values, scale, *, tiles: Tiles, out_dtype: str) -> jax.Array
     (count, inputs), outputs = x.shape, values.shape[0]
     down = pl.cdiv(count, tiles.rows)
     short = down * tiles.rows - count
+    beside = 2 if tiles.pair else 1
     kernel = Kernel(
         shape=(count, inputs, outputs),
         dtype=jnp.dtype(x.dtype),
         out_dtype=jnp.dtype(out_dtype),
         tiles=tiles,
-        ctas=min(processors(), down * (outputs // BLOCK)),
+        ctas=min(processors() // beside * beside, down * (outputs // BLOCK)),
         interpret=interpreting(),
     )
     padded = jnp.pad(x_scale.T, ((0, 0), (0, short)))
@@ -209,7 +222,7 @@ def run(x, x_scale, values, scale, *, tiles: Tiles, out_dtype: str) -> jax.Array
         inputs,
         {"out": jax.ShapeDtypeStruct((count, outputs), kernel.out_dtype)},
         name="scaled_matmul",
-        grid={"cta": kernel.ctas},
+        grid={"cta": kernel.ctas // 2, PAIR: 2} if tiles.pair else {"cta": kernel.ctas},
         interpret=kernel.interpret,
     )
     return out

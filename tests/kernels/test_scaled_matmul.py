@@ -29,9 +29,10 @@ def exact(x, x_scale, values, scale):
     return wide(x, x_scale, 1) @ wide(values, scale, 128).T
 
 
-@pytest.mark.parametrize("count", [1, 130, 300])
-def test_kernel_and_reference_are_exact_to_a_rounding(count):
-    arguments = draw(count, 256, 384)
+@pytest.mark.parametrize(("count", "outputs"), [(1, 384), (130, 384), (300, 384), (300, 512)])
+def test_kernel_and_reference_are_exact_to_a_rounding(count, outputs):
+    """One and two tiles of rows for programs alone, and tiles for pairs of programs."""
+    arguments = draw(count, 256, outputs)
     wanted = exact(*arguments)
     with targeting("interpreter"):
         found = scaled_matmul(*arguments, out_dtype="float32")
