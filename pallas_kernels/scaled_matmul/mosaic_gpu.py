@@ -11,6 +11,7 @@ multiplies.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -192,7 +193,7 @@ class Kernel:
             "out": swizzled((CONSUMERS, HALF, PIECE), self.out_dtype),
         }
         full = plgpu.Barrier(num_arrivals=3, num_barriers=stages)
-        kind = {"num_arrivals": CONSUMERS, "num_barriers": stages}
+        kind: dict[str, Any] = {"num_arrivals": CONSUMERS, "num_barriers": stages}
         if self.tiles.pair:
             free = {"ring": plgpu.ClusterBarrier(**kind, collective_axes=(PAIR,))}
         else:
