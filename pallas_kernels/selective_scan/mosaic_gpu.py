@@ -13,6 +13,7 @@ the one before the piece, into shared memory, then goes back over them.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -335,7 +336,7 @@ def forward(
 
 @lowered_once("tiles", "interpret")
 def backward(
-    inputs: tuple[jax.Array, ...],
+    inputs: tuple[Any, ...],
     states: jax.Array,
     gradients: tuple[jax.Array, jax.Array],
     *,
