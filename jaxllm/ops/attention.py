@@ -202,7 +202,7 @@ def _automatic(call: Call) -> Choice:
     cudnn = _cudnn_obstacle(call)
     if cudnn is None and call.form == "plain":
         return Choice("cudnn", "fused on a CUDA device, reads only the filled part of a cache")
-    # The kernels' walk over maps of blocks has not run on a device yet: it is there by name.
+    # The kernels' walk over maps of blocks has not been timed yet: it is there by name.
     if call.platform == "gpu" and call.queries >= _FEWEST_QUERIES and call.form != "blocks":
         if _flash_obstacle("mosaic_gpu", call) is None:
             return Choice("mosaic_gpu", cudnn or "cudnn would read who sees whom pair by pair")

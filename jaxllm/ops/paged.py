@@ -260,7 +260,7 @@ def paged_attention(
 
     def unfit(kernel: str) -> str | None:
         if implementation == "auto" and pool.v is None:
-            return "its form for latent attention has not run on a device yet: it is there by name"
+            return "its form for latent attention has not been timed yet: it is there by name"
         return _obstacle(q, pool, mask, kernel)
 
     pool = jax.tree.map(jnp.asarray, pool)
