@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import math
 
 import jax
 import jax.numpy as jnp
@@ -80,6 +81,14 @@ def lower(case: Case, dtype, sharding=None):
         return traced.lower(lowering_platforms=("tpu",))
 
 
+def copies_no_pool(lowered):
+    """Compiled, it takes less for itself than half of the pages of keys, or of values."""
+    compiled = lowered.compile().memory_analysis()
+    assert compiled is not None
+    pool = max(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(lowered.in_avals))
+    assert compiled.temp_size_in_bytes < pool / 2
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", [*WIDE, *LARGE])
 def test_lowering(name, dtype):
@@ -100,9 +109,7 @@ def test_they_compile_for_every_tpu_and_copy_no_pool(tpu, name, monkeypatch):
     case = dataclasses.replace((WIDE | LARGE)[name], table_width=64)
     device = SingleDeviceSharding(described(tpu, monkeypatch))
     for dtype in ("float32", "bfloat16"):
-        compiled = lower(case, dtype, device).compile().memory_analysis()
-        assert compiled is not None
-        assert compiled.temp_size_in_bytes < 0.1 * compiled.argument_size_in_bytes
+        copies_no_pool(lower(case, dtype, device))
 
 
 @pytest.mark.slow
@@ -113,9 +120,7 @@ def test_8_bits_compile_for_every_tpu_and_copy_no_pool(tpu, dtype, monkeypatch):
     device = SingleDeviceSharding(described(tpu, monkeypatch))
     for name in ("pages of 32", "coded, window", "coded, parts of a prompt"):
         case = dataclasses.replace(EIGHT[name], table_width=64)
-        compiled = lower(case, dtype, device).compile().memory_analysis()
-        assert compiled is not None
-        assert compiled.temp_size_in_bytes < 0.1 * compiled.argument_size_in_bytes
+        copies_no_pool(lower(case, dtype, device))
 
 
 def test_refusals():
