@@ -3,13 +3,20 @@ benchmarks share."""
 
 from __future__ import annotations
 
+import json
 import statistics
 import time
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-__all__ = ["relative_errors", "seconds", "with_gradients"]
+__all__ = ["relative_errors", "seconds", "time_scans", "with_gradients"]
+
+_COPY = 3.0e12  # bytes a second that an H100 copies
+_PRODUCT = 783e12  # an 8192^3 bf16 product of normal data on such a card
+_ROTATED = 200e6
 
 
 def with_gradients(function):
@@ -61,3 +68,47 @@ def seconds(
         time.sleep(0.01)  # long back-to-back runs throttle the card
     quarter = statistics.quantiles(times, n=4)
     return statistics.median(times), quarter[2] - quarter[0]
+
+
+def time_scans(
+    cases: Mapping[str, Any],
+    forms: Mapping[str, Callable[..., Any]],
+    draw: Callable[[Any, int], tuple],
+    error: Callable[[Callable[..., Any], tuple], list[float]],
+    *,
+    words: list[str],
+    rounds: int,
+) -> None:
+    """Prints a line for each case, form and pass: microseconds, tokens a second, errors.
+
+    Args:
+      cases: of `bytes`, `flops` and `tokens`, by name.
+      forms: functions of five arrays, by name.
+      draw: (case, seed) -> those and the gradient of the result.
+      error: (form, arrays) -> its errors.
+      words: a case's name holds one of them; all without any.
+      rounds: see `seconds`.
+    """
+    device = jax.devices()[0].device_kind
+    for name, case in cases.items():
+        if words and not any(word in name for word in words):
+            continue
+        limit = max(case.bytes / _COPY, case.flops / _PRODUCT)
+        count = max(2, int(_ROTATED // case.bytes) + 1)
+        drawn = [draw(case, seed) for seed in range(count)]
+        for who, function in forms.items():
+            line: dict[str, Any] = {"case": name, "implementation": who, "device": device}
+            try:
+                line["errors"] = error(function, drawn[0])
+                for way in ("forward", "forward and backward"):
+                    call = with_gradients(function)
+                    if way == "forward":
+                        call = lambda *z, f=function: f(*z[:5])  # noqa: E731
+                    taken, spread = seconds(call, drawn, rounds=rounds)
+                    line |= {"pass": way, "us": round(1e6 * taken, 1)}
+                    line |= {"spread_us": round(1e6 * spread, 1)}
+                    line["mega_tokens_per_s"] = round(case.tokens / taken / 1e6, 2)
+                    of_limit = {"of_limit": round(limit / taken, 3)} if way == "forward" else {}
+                    print(json.dumps(line | of_limit), flush=True)
+            except Exception as failure:  # a form that fails is a line, not the end
+                print(json.dumps(line | {"failed": repr(failure)[:200]}), flush=True)

@@ -190,13 +190,11 @@ def _both_rounded(x: Array, leaf: QArray, out_dtype: Any) -> Array:
 def _blocks_rounded(x: Array, leaf: QArray, out_dtype: Any) -> Array:
     """x rounded in blocks of a token's inputs, times values in blocks of 128 x 128, unpacked again:
     our kernel for products of eight bits (`pallas_kernels.scaled_matmul`) is not faster yet."""
-    from pallas_kernels.scaled_matmul import BLOCK, rounded  # Pallas takes a third of a second
-
-    flat = x.reshape(-1, x.shape[-1])
-    short = -flat.shape[1] % BLOCK
-    codes, scale = rounded(jnp.pad(flat, ((0, 0), (0, short))) if short else flat)
-    wide = codes.astype(jnp.float32) * jnp.repeat(scale, BLOCK, axis=1)
-    wide = wide[:, : flat.shape[1]].astype(x.dtype).reshape(x.shape)
+    edge = [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % leaf.group)]
+    blocks = jnp.pad(x, edge).reshape(*x.shape[:-1], -1, leaf.group)
+    codes, scale = rounded(blocks, leaf.values.dtype)
+    wide = (codes.astype(jnp.float32) * scale).reshape(*x.shape[:-1], -1)
+    wide = wide[..., : x.shape[-1]].astype(x.dtype)
     return _tiled(wide, leaf, out_dtype) if _on_cpu() else _whole(wide, leaf, out_dtype)
 
 

@@ -13,7 +13,7 @@ from jaxllm.ops.chunks import over_chunks, over_tokens
 from jaxllm.ops.linear import align
 from jaxllm.typing import Slot
 
-__all__ = ["Selective", "selective_chunked", "selective_kernel", "selective_loop"]
+__all__ = ["Selective", "selective_chunked", "selective_loop"]
 
 CHUNK = 32
 """Tokens whose states are in memory at once: C x I x M floats a row."""
@@ -94,26 +94,3 @@ def selective_chunked(
 
     tokens = (inputs.x, inputs.dt, inputs.b, inputs.c, starts)
     return over_chunks(body, initial, tokens, size)
-
-
-def selective_kernel(
-    name: str,
-    inputs: Selective,
-    initial: Float[Array, "B I M"],
-    starts: Bool[Array, "B T"] | None,
-) -> Result:
-    """By a kernel of `pallas_kernels.selective_scan`, which gives y in x's dtype."""
-    from pallas_kernels.selective_scan import selective_scan
-
-    ids = None if starts is None else jnp.cumsum(starts, axis=1, dtype=jnp.int32)
-    y, final = selective_scan(
-        inputs.x,
-        inputs.dt,
-        inputs.a,
-        inputs.b,
-        inputs.c,
-        initial=initial,
-        segment_ids=ids,
-        implementation=name,
-    )
-    return y.astype(jnp.float32), final

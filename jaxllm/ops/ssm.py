@@ -23,7 +23,6 @@ from jaxllm.ops.linear import align
 from jaxllm.ops.selective import (
     Selective,
     selective_chunked,
-    selective_kernel,
     selective_loop,
 )
 from jaxllm.ops.ssd import Dual, dual_chunked, dual_loop
@@ -47,14 +46,15 @@ __all__ = [
 _KERNELS = ("mosaic_gpu", "mosaic_tpu")
 
 
-def _dual_kernel(
-    name: str, inputs: Dual, initial: Float[Array, "B N H M"], starts: Bool[Array, "B T"] | None
-) -> tuple[Float[Array, "B T N H"], Float[Array, "B N H M"]]:
-    """By a kernel of `pallas_kernels.ssd`, which gives y in x's dtype."""
-    from pallas_kernels.ssd import ssd
+def _kernel(name: str, inputs: Any, initial: Array, starts: Bool[Array, "B T"] | None) -> Any:
+    """By a kernel of `pallas_kernels.ssd` or `selective_scan`, which gives y in x's dtype."""
+    if isinstance(inputs, Dual):
+        from pallas_kernels.ssd import ssd as scan
+    else:
+        from pallas_kernels.selective_scan import selective_scan as scan
 
     ids = None if starts is None else jnp.cumsum(starts, axis=1, dtype=jnp.int32)
-    y, final = ssd(
+    y, final = scan(
         inputs.x,
         inputs.dt,
         inputs.a,
@@ -70,12 +70,12 @@ def _dual_kernel(
 SELECTIVE: dict[str, Callable[..., Any]] = {
     "reference": selective_loop,
     "chunked": selective_chunked,
-    **{name: functools.partial(selective_kernel, name) for name in _KERNELS},
+    **{name: functools.partial(_kernel, name) for name in _KERNELS},
 }
 DUAL: dict[str, Callable[..., Any]] = {
     "reference": dual_loop,
     "chunked": dual_chunked,
-    **{name: functools.partial(_dual_kernel, name) for name in _KERNELS},
+    **{name: functools.partial(_kernel, name) for name in _KERNELS},
 }
 """(inputs, initial state, starts or None) -> (y without d x in float32, final state)."""
 

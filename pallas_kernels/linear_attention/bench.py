@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import json
 import sys
 from typing import Any
 
@@ -18,13 +17,9 @@ import jax.numpy as jnp
 
 from pallas_kernels.linear_attention import linear_attention
 from pallas_kernels.linear_attention.shapes import CASES, Shaped
-from pallas_kernels.timing import relative_errors, seconds, with_gradients
+from pallas_kernels.timing import relative_errors, time_scans, with_gradients
 
 __all__ = ["FORMS", "draw", "main"]
-
-_COPY = 3.0e12  # bytes a second that an H100 copies
-_PRODUCT = 783e12  # an 8192^3 bf16 product of normal data on such a card
-_ROTATED = 200e6
 
 
 def draw(case: Shaped, seed: int) -> tuple:
@@ -74,29 +69,7 @@ def _error(function, arguments: tuple) -> list[float]:
 
 def main(words: list[str]) -> None:
     """Times the cases whose name holds one of `words`, all without any."""
-    device = jax.devices()[0].device_kind
-    for name, case in CASES.items():
-        if words and not any(word in name for word in words):
-            continue
-        limit = max(case.bytes / _COPY, case.flops / _PRODUCT)
-        count = max(2, int(_ROTATED // case.bytes) + 1)
-        drawn = [draw(case, seed) for seed in range(count)]
-        for who, function in FORMS.items():
-            line: dict[str, Any] = {"case": name, "implementation": who, "device": device}
-            try:
-                line["errors"] = _error(function, drawn[0])
-                for way in ("forward", "forward and backward"):
-                    call = with_gradients(function)
-                    if way == "forward":
-                        call = lambda *z, f=function: f(*z[:5])  # noqa: E731
-                    time, spread = seconds(call, drawn, rounds=6)
-                    line |= {"pass": way, "us": round(1e6 * time, 1)}
-                    line |= {"spread_us": round(1e6 * spread, 1)}
-                    line["mega_tokens_per_s"] = round(case.tokens / time / 1e6, 2)
-                    of_limit = {"of_limit": round(limit / time, 3)} if way == "forward" else {}
-                    print(json.dumps(line | of_limit), flush=True)
-            except Exception as error:  # a form that fails is a line, not the end
-                print(json.dumps(line | {"failed": repr(error)[:200]}), flush=True)
+    time_scans(CASES, FORMS, draw, _error, words=words, rounds=6)
 
 
 if __name__ == "__main__":
