@@ -9,21 +9,18 @@ import sys
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from pallas_kernels.linear_attention import linear_attention
 from pallas_kernels.linear_attention.shapes import CASES, Shaped
-from pallas_kernels.target import targeting
+from tests.kernels.tpus import chip_mesh, num_kernels
 
 
 def kernels(case: Shaped, mesh: Mesh) -> int:
     """How many kernels the compiled program holds."""
-    whole = NamedSharding(mesh, PartitionSpec())
 
     def of(*shape, dtype=jnp.bfloat16):
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
+        return jax.ShapeDtypeStruct(shape, dtype)
 
     def both(q, k, v, decay, beta, ids, do):
         def run(q, k, v, decay, beta):
@@ -39,15 +36,11 @@ def kernels(case: Shaped, mesh: Mesh) -> int:
     decay = of(*tokens, case.heads, case.state, dtype=wide) if case.channels else by_head
     beta = by_head if case.delta else None
     arguments = (q, q, v, decay, beta, of(*tokens, dtype=jnp.int32), v)
-    with targeting("tpu"), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        traced = jax.jit(both).trace(*arguments)
-        compiled = traced.lower(lowering_platforms=("tpu",)).compile()
-    return compiled.as_text().count('custom_call_target="tpu_custom_call"')
+    return num_kernels(both, arguments, mesh)
 
 
 def main(topology: str, words: list[str]) -> None:
-    device = topologies.get_topology_desc(topology, "tpu").devices[0]
-    mesh = Mesh(np.array([device]), ("x",))
+    mesh = chip_mesh(topology)
     for name, case in CASES.items():
         if words and not any(word in name for word in words):
             continue

@@ -8,20 +8,17 @@ import sys
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from pallas_kernels.selective_scan import selective_scan
-from pallas_kernels.target import targeting
+from tests.kernels.tpus import chip_mesh, num_kernels
 
 
 def kernels(mesh: Mesh, batch: int, length: int, channels: int, state: int) -> int:
     """How many kernels the compiled program holds."""
-    whole = NamedSharding(mesh, PartitionSpec())
 
     def of(*shape, dtype=jnp.float32):
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
+        return jax.ShapeDtypeStruct(shape, dtype)
 
     def both(x, dt, a, b, c, ids, dy):
         def run(*inputs):
@@ -33,15 +30,11 @@ def kernels(mesh: Mesh, batch: int, length: int, channels: int, state: int) -> i
     x = of(batch, length, channels, dtype=jnp.bfloat16)
     by_state, ids = of(batch, length, state), of(batch, length, dtype=jnp.int32)
     dt, a = of(batch, length, channels), of(channels, state)
-    with targeting("tpu"), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        traced = jax.jit(both).trace(x, dt, a, by_state, by_state, ids, x)
-        compiled = traced.lower(lowering_platforms=("tpu",)).compile()
-    return compiled.as_text().count('custom_call_target="tpu_custom_call"')
+    return num_kernels(both, (x, dt, a, by_state, by_state, ids, x), mesh)
 
 
 def main(topology: str) -> None:
-    device = topologies.get_topology_desc(topology, "tpu").devices[0]
-    mesh = Mesh(np.array([device]), ("x",))
+    mesh = chip_mesh(topology)
     print(f"8 x 2048 x 4096, 16 states: {kernels(mesh, 8, 2048, 4096, 16)} kernels", flush=True)
 
 

@@ -8,21 +8,18 @@ import sys
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from pallas_kernels.ssd import ssd
 from pallas_kernels.ssd.shapes import CASES, Shaped
-from pallas_kernels.target import targeting
+from tests.kernels.tpus import chip_mesh, num_kernels
 
 
 def kernels(case: Shaped, mesh: Mesh) -> int:
     """How many kernels the compiled program holds."""
-    whole = NamedSharding(mesh, PartitionSpec())
 
     def of(*shape, dtype=jnp.bfloat16):
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
+        return jax.ShapeDtypeStruct(shape, dtype)
 
     def both(x, dt, a, b, c, ids, dy):
         def run(*inputs):
@@ -36,15 +33,11 @@ def kernels(case: Shaped, mesh: Mesh) -> int:
     shared = of(*tokens, case.groups, case.state)
     dt, a = of(*tokens, case.heads, dtype=jnp.float32), of(case.heads, dtype=jnp.float32)
     arguments = (x, dt, a, shared, shared, of(*tokens, dtype=jnp.int32), x)
-    with targeting("tpu"), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        traced = jax.jit(both).trace(*arguments)
-        compiled = traced.lower(lowering_platforms=("tpu",)).compile()
-    return compiled.as_text().count('custom_call_target="tpu_custom_call"')
+    return num_kernels(both, arguments, mesh)
 
 
 def main(topology: str) -> None:
-    device = topologies.get_topology_desc(topology, "tpu").devices[0]
-    mesh = Mesh(np.array([device]), ("x",))
+    mesh = chip_mesh(topology)
     for name, case in CASES.items():
         print(f"{name}: {kernels(case, mesh)} kernels", flush=True)
 
