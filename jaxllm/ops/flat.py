@@ -96,6 +96,10 @@ class QueryBlocks:
       positions: [M, Q] int32, the place of each query in its sequence.
       block: [T] int32, the block of each token.
       place: [T] int32, and its place there.
+      begins: [M] int32, the flat place of each block's first query. Blocks that are not used take
+        the padding, so that every token is in one.
+      starts: [M] int32, that query's place in its sequence; before 0 for padding, which sees none.
+      counts: [M] int32, tokens of each block.
     """
 
     row: Slot
@@ -104,12 +108,35 @@ class QueryBlocks:
     positions: Slot
     block: Slot
     place: Slot
+    begins: Slot
+    starts: Slot
+    counts: Slot
+
+
+def _single(flat: Flat) -> QueryBlocks:
+    """Every row is a block of one token."""
+    row = jnp.arange(flat.counts.shape[0], dtype=jnp.int32)
+    used, ones = flat.counts > 0, jnp.ones_like(row)
+    starts = jnp.where(used, flat.starts, -1)
+    return QueryBlocks(
+        row=row,
+        token=row[:, None],
+        real=used[:, None],
+        positions=jnp.asarray(flat.starts)[:, None],
+        block=row,
+        place=jnp.zeros_like(row),
+        begins=row,
+        starts=starts,
+        counts=ones,
+    )
 
 
 def query_blocks(flat: Flat, length: int) -> QueryBlocks:
     """Cut the rows of a flat batch of `length` tokens into blocks."""
+    if flat.longest == 1:
+        return _single(flat)
     num_rows, size = flat.counts.shape[0], min(BLOCK, flat.longest)
-    num_blocks = min(length, length // size + num_rows)
+    num_blocks = min(length, -(-length // size) + num_rows)
     firsts, counts = flat.firsts, flat.counts
     number = (counts + (size - 1)) // size
     ends = jnp.cumsum(number)
@@ -122,6 +149,11 @@ def query_blocks(flat: Flat, length: int) -> QueryBlocks:
     owner = jnp.minimum(flat.owners(length), num_rows - 1)
     within = jnp.arange(length, dtype=jnp.int32) - jnp.take(firsts, owner)
     block = jnp.take(ends - number, owner) + within // size
+    first = token[:, 0]
+    spare = jnp.arange(num_blocks, dtype=jnp.int32) - ends[-1]
+    begins = jnp.where(used, first, jnp.sum(counts) + spare * size)
+    starts = jnp.take(flat.starts, row) + offset[:, 0]
+    left = jnp.where(used, jnp.take(counts, row) - offset[:, 0], length - begins)
     return QueryBlocks(
         row,
         jnp.clip(token, 0, length - 1),
@@ -129,4 +161,7 @@ def query_blocks(flat: Flat, length: int) -> QueryBlocks:
         jnp.take(flat.starts, row)[:, None] + offset,
         jnp.clip(block, 0, num_blocks - 1),
         within % size,
+        jnp.minimum(begins, length - 1),
+        jnp.where(used, starts, -size),
+        jnp.clip(left, 0, size),
     )

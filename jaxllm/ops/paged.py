@@ -203,29 +203,36 @@ def _by_kernel(
     *,
     implementation: str,
 ) -> Array:
-    """[M, Q, N, V] of blocks of queries."""
+    """[1, T, N, V]; the queries of a block lie one after another."""
     from pallas_kernels.paged_attention import paged_attention as kernel
 
     sides = band(mask)
     assert sides is not None
-    counts = jnp.sum(blocks.real, axis=1, dtype=jnp.int32)
+    size = blocks.token.shape[1]
+    places = [jnp.asarray(x) for x in (blocks.row, blocks.starts, blocks.counts)]
+    more: dict[str, Any] = {}
+    if size > 1:
+        places, more = [*places, jnp.asarray(blocks.begins)], {"queries": size}
     out, lse = kernel(
-        q[0][blocks.token],
+        q[0] if size > 1 else q[0][:, None],
         pool.k,
         pool.value_width if pool.v is None else pool.v,
         jnp.asarray(table.pages),
         jnp.asarray(table.firsts),
-        (jnp.asarray(blocks.row), jnp.asarray(blocks.positions)[:, 0], counts),
+        tuple(places),
         scales=pool.scales,
         scale=scores.scale,
         window=sides[0],
         softcap=scores.softcap,
         implementation=implementation,
+        **more,
     )
+    if size == 1:
+        out, lse = out[:, 0], lse[:, 0]
     if scores.sinks is None:
-        return out
-    sinks = scores.sinks.astype(jnp.float32)[None, None]
-    return (out.astype(jnp.float32) * jax.nn.sigmoid(lse - sinks)[..., None]).astype(out.dtype)
+        return out[None]
+    share = jax.nn.sigmoid(lse - scores.sinks.astype(jnp.float32)[None])
+    return (out.astype(jnp.float32) * share[..., None]).astype(out.dtype)[None]
 
 
 def paged_attention(
@@ -266,8 +273,7 @@ def paged_attention(
     pool = jax.tree.map(jnp.asarray, pool)
     chosen = _choose(implementation, unfit)
     if chosen in KERNELS:
-        out = _by_kernel(q, pool, table, blocks, mask, scores, implementation=chosen)
-        return out[blocks.block, blocks.place][None]
+        return _by_kernel(q, pool, table, blocks, mask, scores, implementation=chosen)
     kv_heads = pool.k.shape[2]
     num_blocks, size = blocks.token.shape
     by_block = q[0][blocks.token].reshape(num_blocks, size, kv_heads, -1, width)

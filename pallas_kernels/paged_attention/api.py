@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import operator
 
@@ -12,7 +11,9 @@ import jax.numpy as jnp
 from pallas_kernels.choice import Choice, choose
 from pallas_kernels.errors import ShapeError
 from pallas_kernels.paged_attention.mosaic_gpu import ROWS, Tiles, attend
+from pallas_kernels.paged_attention.mosaic_gpu_few import MOST, attend_few
 from pallas_kernels.paged_attention.mosaic_gpu_latent import attend_latent
+from pallas_kernels.paged_attention.mosaic_gpu_whole import Blocks, attend_whole
 from pallas_kernels.paged_attention.mosaic_tpu import attend_tpu, unfit_tpu
 from pallas_kernels.paged_attention.problem import Problem
 from pallas_kernels.paged_attention.reference import reference, widened
@@ -142,27 +143,36 @@ def _check_scales(k, v, scales) -> None:
         )
 
 
-def _check(q, k, v, table, firsts, blocks) -> None:
+def _check(q, k, v, table, firsts, blocks, queries) -> None:
     if isinstance(v, int):
         if not 0 < v <= k.shape[-1]:
             raise ShapeError(f"paged_attention: {v} of the keys' {k.shape[-1]} dims are no values")
         v = jax.ShapeDtypeStruct((*k.shape[:-1], v), k.dtype)
-    if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
+    if (queries is None) != (q.ndim == 4 and len(blocks) == 3) or (
+        queries is not None and (q.ndim != 3 or len(blocks) != 4 or queries < 1)
+    ):
         raise ShapeError(
-            "paged_attention takes q [M, Q, N, H], k [P, Z, K, H] and v [P, Z, K, V], found "
-            f"{q.shape}, {k.shape} and {v.shape}"
+            "paged_attention takes q [M, Q, N, H] with (rows, starts, counts) of blocks, or q "
+            "[T, N, H] with (rows, starts, counts, begins) and the number of queries of a block; "
+            f"found {q.shape}, {len(blocks)} arrays of blocks and queries {queries}"
         )
-    if k.shape[:3] != v.shape[:3] or k.shape[3] != q.shape[3] or q.shape[2] % k.shape[2]:
+    if k.ndim != 4 or v.ndim != 4:
+        raise ShapeError(
+            "paged_attention takes pools k [P, Z, K, H] and v [P, Z, K, V], found "
+            f"{k.shape} and {v.shape}"
+        )
+    if k.shape[:3] != v.shape[:3] or k.shape[3] != q.shape[-1] or q.shape[-2] % k.shape[2]:
         raise ShapeError(
             "paged_attention: pools have the same pages and heads, keys the queries' width, and "
             f"query heads are a multiple of key heads; found q {q.shape}, k {k.shape}, v {v.shape}"
         )
     rows = table.shape[0] if table.ndim == 2 else -1
-    if firsts.shape != (rows,) or any(x.shape != q.shape[:1] for x in blocks):
+    count = q.shape[:1] if queries is None else blocks[0].shape[:1]
+    if firsts.shape != (rows,) or any(x.shape != count for x in blocks):
         raise ShapeError(
             "paged_attention takes a table [rows, W], firsts [rows], and rows, starts and counts "
             f"[M] of the M blocks; found {table.shape}, {firsts.shape} and "
-            f"{', '.join(str(x.shape) for x in blocks)} for M = {q.shape[0]}"
+            f"{', '.join(str(x.shape) for x in blocks)} for M = {count}"
         )
 
 
@@ -172,8 +182,9 @@ def paged_attention(
     v: jax.Array | int,
     table: jax.Array,
     firsts: jax.Array,
-    blocks: tuple[jax.Array, jax.Array, jax.Array],
+    blocks: tuple[jax.Array, ...],
     *,
+    queries: int | None = None,
     scales: jax.Array | None = None,
     scale: float | None = None,
     window: int | None = None,
@@ -185,13 +196,17 @@ def paged_attention(
     A block is one token that is decoded, a few that are verified, or a part of a prompt.
 
     Args:
-      q: [M, Q, N, H]; query i of block m stands at starts[m] + i.
+      q: [M, Q, N, H]; query i of block m stands at starts[m] + i. Or [T, N, H], all queries one
+        after another, with `queries` and with `begins`: those of block m begin at begins[m].
       k, v: pools of pages [P, Z, K, H] and [P, Z, K, V]; the queries' own are written already. A
         number V in place of values takes the first V dims of the keys (latent attention).
       table: int32 [rows, W], pages of each sequence. Columns past its end may hold any number.
       firsts: int32 [rows], which page of its sequence stands in column 0.
       blocks: (row, start, count), each int32 [M]: whose a block is, the place of its first query,
-        and how many of its Q queries there are; 0 for a block that is not used.
+        and how many of its Q queries there are; 0 for a block that is not used. With q of three
+        dims (row, start, count, begin); every token is in one block. A block whose keys all stand
+        before place 0 (start + count <= 0) sees none: for padding.
+      queries: Q where q is [T, N, H], None else.
       scales: float32 [P, K, 2, Z] of keys and of values in int8 or float8_e4m3fn, which stand for
         that many times their scale; None for pages in q's dtype.
       scale: factor on the scores; H^-1/2 by default.
@@ -201,55 +216,155 @@ def paged_attention(
 
     Returns:
       (out [M, Q, N, V] in q's dtype, lse float32 [M, Q, N]: the log of the sum of exponentials).
-      Queries that are not there get zeros and -inf.
+      Queries that are not there get zeros and -inf. [T, N, V] and [T, N] for q of three dims;
+      tokens of no block get anything.
 
     Raises:
       ShapeError: arguments that do not fit. UnsupportedError: an implementation that cannot serve
         the call, with the reason.
     """
-    _check(q, k, v, table, firsts, blocks)
+    _check(q, k, v, table, firsts, blocks, queries)
     _check_scales(k, v, scales)
     problem = Problem(
         scale=q.shape[-1] ** -0.5 if scale is None else scale, window=window, softcap=softcap
     )
     choice = explain(q, k, v, implementation=implementation).name
-    if choice == "reference":
-        v = k[..., :v] if isinstance(v, int) else v
-        if scales is not None:
-            k, v = widened(k, scales[:, :, 0]), widened(v, scales[:, :, 1])
-        return reference(q, k, v, table, firsts, blocks, problem)
     pages = (table.astype(jnp.int32), firsts.astype(jnp.int32))
     pages = (*pages, tuple(x.astype(jnp.int32) for x in blocks))
-    if choice == "mosaic_tpu":
-        how = {"scales": scales, "problem": problem, "interpret": interpreting()}
-        out, lse = attend_tpu(q, k, v, *pages, **how)
+    call = {
+        "reference": _by_reference,
+        "mosaic_tpu": _on_tpu,
+        "mosaic_gpu": functools.partial(_on_hopper, queries=None),
+    }[choice]
+    call = functools.partial(call, problem=problem)
+    if queries is None:
+        out, lse = call(q, (k, v, scales), pages)
+    elif choice == "mosaic_gpu":
+        out, lse = call(q, (k, v, scales), pages, queries=queries)
     else:
-        out, lse = _on_hopper(q, (k, v, scales), pages, problem)
-    rows = q.shape[1] * q.shape[2] // k.shape[2]
-    out, lse = queries_of(out[:, :, :rows], lse[:, :, :rows], q.shape)
+        out, lse = _by_block(call, q, (k, v, scales), pages, queries)
     return out.astype(q.dtype), lse
 
 
-def _on_hopper(q, pools, pages, problem: Problem) -> tuple[jax.Array, jax.Array]:
-    """(out [M, K, R, V], lse [M, K, R])."""
-    (k, v, scales), table = pools, pages[0]
-    count, queries, num_heads, width = q.shape
-    heads = k.shape[2]
-    group = num_heads // heads
-    programs = count * heads * -(-queries * group // ROWS)
+def _by_reference(q, pools, pages, problem: Problem) -> tuple[jax.Array, jax.Array]:
+    k, v, scales = pools
+    v = k[..., :v] if isinstance(v, int) else v
+    if scales is not None:
+        k, v = widened(k, scales[:, :, 0]), widened(v, scales[:, :, 1])
+    return reference(q, k, v, *pages, problem)
+
+
+def _on_tpu(q, pools, pages, problem: Problem) -> tuple[jax.Array, jax.Array]:
+    k, v, scales = pools
+    how = {"scales": scales, "problem": problem, "interpret": interpreting()}
+    out, lse = attend_tpu(q, k, v, *pages, **how)
+    rows = q.shape[1] * q.shape[2] // k.shape[2]
+    return queries_of(out[:, :, :rows], lse[:, :, :rows], q.shape)
+
+
+def form_of(rows: int, splits: int, *, latent: bool = False) -> str:
+    """How a call is done: `latent`, `few` rows, `whole` sequences or `parts`.
+
+    Args:
+      rows: queries by heads of a key head.
+      splits: of a sequence's pages.
+      latent: whether values are the keys' first dims.
+    """
+    if latent:
+        return "latent"
+    if rows <= MOST:
+        return "few"
+    return "whole" if splits == 1 else "parts"
+
+
+def tiles_for(form: str, splits: int, *, width: int, page: int, codes: bool) -> Tiles:
+    """How a call is cut.
+
+    Args:
+      form: of `form_of`.
+      splits: of a sequence's pages.
+      width: of a head's keys.
+      page: tokens of it.
+      codes: whether pages are of 8 bits.
+    """
+    if form == "latent":
+        return Tiles(stages=2 if width > 384 else 3, splits=splits)
+    if form == "few":
+        held = 2 * width * max(page, 64) * (1 if codes else 2)
+        return Tiles(stages=max(2, min(4, 65536 // held)), splits=splits)
+    if codes:  # what widens must run beside what waits: two programs share a processor, or more
+        return Tiles(stages=2, splits=splits, leaving=64)
+    return Tiles(stages=4 if width * page <= 128 * 64 else 2, splits=splits)
+
+
+def _on_hopper(q, pools, pages, problem: Problem, queries: int | None):
+    """(out, lse): [M, Q, N, V] and [M, Q, N] of q [M, Q, N, H], or of q [T, N, H] as it."""
+    (k, v, scales), (table, firsts, blocks) = pools, pages
+    latent, heads = isinstance(v, int), k.shape[2]
+    count, num_heads, width = blocks[0].shape[0], q.shape[-2], q.shape[-1]
+    most, group = queries or q.shape[1], num_heads // heads
+    programs = count * heads * -(-most * group // ROWS)
     splits = splits_for(programs, table.shape[1] * k.shape[1])
-    if scales is None:
-        tiles = Tiles(stages=4 if width * k.shape[1] <= 128 * 64 else 2, splits=splits)
-    else:  # what widens must run beside what waits: two programs share a processor, or more
-        tiles = Tiles(stages=2, splits=splits, leaving=64)
+    form = form_of(most * group, splits, latent=latent)
+    tiles = tiles_for(form, splits, width=width, page=k.shape[1], codes=scales is not None)
     options = {"problem": problem, "tiles": tiles, "interpret": interpreting()}
-    if isinstance(v, int):
-        options["tiles"] = dataclasses.replace(tiles, stages=2 if width > 384 else 3)
-        out, lse = attend_latent(q, k, *pages, value_width=v, **options)
+    if queries and (splits > 1 or latent):
+        return _by_block(lambda *a: _on_hopper(*a, problem, None), q, pools, pages, queries)
+    if latent:
+        out, lse = attend_latent(q, k, table, firsts, blocks[:3], value_width=v, **options)
+        return _merged(out, lse, q.shape)
+    if form == "parts":
+        out, lse = attend(q, k, v, table, firsts, blocks[:3], scales=scales, **options)
+        return _merged(out, lse, q.shape)
+    tokens = q.shape[0] if queries else count * most
+    options["shape"] = Blocks(queries=most, group=group, tokens=tokens, flat=bool(queries))
+    if not queries:
+        begins = jnp.arange(count, dtype=jnp.int32) * most
+        pages = (table, firsts, (*blocks, begins))
+    if form == "whole":
+        out, lse = attend_whole(q.reshape(tokens, num_heads, width), pools, pages, **options)
     else:
-        out, lse = attend(q, k, v, *pages, scales=scales, **options)
-    rows = queries * group
-    return merge(out[:, :, :, :rows], lse[:, :, :, :rows])
+        by_block = q[_tokens(pages[2], most, tokens)] if queries else q
+        out, lse = attend_few(by_block, pools, pages, **options)
+        if splits > 1:
+            return _merged(out, lse, q.shape)
+        lse = lse.reshape(count, heads, most, group).transpose(0, 2, 1, 3)
+        lse = lse.reshape(count, most, num_heads)
+    if queries:
+        return out, _to_tokens(lse, pages[2], tokens, -jnp.inf)
+    return out.reshape(count, most, num_heads, -1), lse
+
+
+def _merged(out, lse, shape) -> tuple[jax.Array, jax.Array]:
+    """Those of queries of a shape from those of rows of parts."""
+    rows = shape[1] * shape[2] // out.shape[2]
+    return queries_of(*merge(out[:, :, :, :rows], lse[:, :, :, :rows]), shape)
+
+
+def _tokens(blocks, queries: int, tokens: int) -> jax.Array:
+    """[M, Q], the token of each query, clipped."""
+    place = blocks[3][:, None] + jnp.arange(queries, dtype=jnp.int32)[None]
+    return jnp.clip(place, 0, tokens - 1)
+
+
+def _to_tokens(x, blocks, tokens: int, nothing: float) -> jax.Array:
+    """[T, ...] of what blocks of queries [M, Q, ...] hold."""
+    at = jnp.arange(x.shape[1], dtype=jnp.int32)[None]
+    place = jnp.where(at < blocks[2][:, None], blocks[3][:, None] + at, tokens)
+    empty = jnp.full((tokens, *x.shape[2:]), nothing, x.dtype)
+    return empty.at[place].set(x, mode="drop")
+
+
+def _by_block(call, q, pools, pages, queries: int) -> tuple[jax.Array, jax.Array]:
+    """(out [T, N, V], lse [T, N]) of q [T, N, H] by what takes and gives whole blocks."""
+    *table, blocks = pages
+    by_block = q[_tokens(blocks, queries, q.shape[0])]
+    out, lse = call(by_block, pools, (*table, blocks[:3]))
+    out, lse = (
+        _to_tokens(x, blocks, q.shape[0], nothing)
+        for x, nothing in ((out.astype(q.dtype), 0.0), (lse, -jnp.inf))
+    )
+    return out, lse
 
 
 def merge(out: jax.Array, lse: jax.Array) -> tuple[jax.Array, jax.Array]:

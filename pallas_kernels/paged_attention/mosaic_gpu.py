@@ -40,7 +40,6 @@ from pallas_kernels.warpgroups import (
 __all__ = ["ROWS", "UNIT", "Kernel", "Tiles", "attend", "folded"]
 
 ROWS = 64  # of a program: what a warpgroup's instruction has
-COLUMNS = 64  # keys of a step at least
 UNIT = 8  # rows that leave together
 
 
@@ -52,11 +51,13 @@ class Tiles:
       stages: steps in flight.
       splits: programs that share a sequence's pages.
       leaving: columns of the result that leave together; less shared memory for more waits.
+      keys: of a step, at least; whole pages.
     """
 
     stages: int = 4
     splits: int = 1
     leaving: int = 128
+    keys: int = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +83,7 @@ class Kernel:
     @property
     def pages(self) -> int:
         """Of a step."""
-        return max(1, COLUMNS // self.pool[1])
+        return max(1, self.tiles.keys // self.pool[1])
 
     @property
     def keys(self) -> int:
@@ -156,28 +157,41 @@ class Kernel:
                 theirs = refs["scales"].at[page, head, side]
                 plgpu.copy_gmem_to_smem(theirs, shared, full.at[slot])
 
-    def body(self, refs):
-        held, stages = self.codes or self.dtype, self.tiles.stages
+    def held(self):
+        """Shared memory by name, but for pages of 8 bits."""
         smem = {
             "q": swizzled((ROWS, self.pool[3]), self.dtype),
-            "k": swizzled((stages, self.keys, self.pool[3]), held),
-            "v": swizzled((stages, self.keys, self.value_width), held),
             "out": swizzled((ROWS, self.leaving), jnp.float32),
             "lse": plgpu.SMEM((ROWS,), jnp.float32),
         }
         if self.interpret:
             smem["stage"] = swizzled((ROWS, self.keys), self.dtype)
+        if self.codes is not None:
+            widest = max(self.pool[3], self.value_width)
+            smem["wide"] = swizzled((self.keys, widest), self.dtype)
+        return smem
+
+    @property
+    def asks(self) -> int:
+        """Copies that bring a tile's queries."""
+        return 1
+
+    def body(self, refs):
+        kind, stages = self.codes or self.dtype, self.tiles.stages
+        smem = self.held() | {
+            "k": swizzled((stages, self.keys, self.pool[3]), kind),
+            "v": swizzled((stages, self.keys, self.value_width), kind),
+        }
         copies = 2
         if self.codes is not None:
-            copies, widest = 4, max(self.pool[3], self.value_width)
+            copies = 4
             smem["scales"] = plgpu.SMEM((stages, 2, self.keys), jnp.float32)
-            smem["wide"] = swizzled((self.keys, widest), self.dtype)
         full = plgpu.Barrier(num_arrivals=copies * self.pages, num_barriers=stages)
         pl.run_scoped(
             lambda smem, full, asked: self.program(refs, smem, full, asked),
             smem,
             full,
-            plgpu.Barrier(),
+            plgpu.Barrier(num_arrivals=self.asks),
         )
 
     def program(self, refs, smem, full, asked):
@@ -193,11 +207,10 @@ class Kernel:
                 pages = self.numbers(refs, owner, column + slot * self.pages)
                 self.bring(refs, smem, full, head, pages, slot)
 
-        own = pl.ds(tile * ROWS, self.rows_out)
-        shared = smem["q"].at[pl.ds(0, self.rows_out)]
-        plgpu.copy_gmem_to_smem(refs["q"].at[block, head, own], shared, asked)
+        self.ask(refs, smem, asked, (block, tile, head))
         places = self.places(refs, block, tile)
         plgpu.barrier_wait(asked)
+        self.arrived(smem)
 
         def step(i, carry):
             slot = lax.rem(i, stages)
@@ -215,11 +228,32 @@ class Kernel:
 
             return carry
 
-        out, peak, total = lax.fori_loop(0, steps, step, self.nothing())
+        found = lax.fori_loop(0, steps, step, self.nothing())
+        self.hand_out(refs, smem, found, (block, tile, split, head))
+
+    def ask(self, refs, smem, asked, at):
+        """Brings a tile's queries."""
+        block, tile, head = at
+        shared = smem["q"].at[pl.ds(0, self.rows_out)]
+        theirs = refs["q"].at[block, head, pl.ds(tile * ROWS, self.rows_out)]
+        plgpu.copy_gmem_to_smem(theirs, shared, asked)
+
+    def arrived(self, smem):
+        """What is to be done with queries that came."""
+
+    def finished(self, found):
+        """(result, log-sums) of sums, peaks and totals."""
+        out, peak, total = found
         some = total > 0.0
         out = out * along(jnp.where(some, 1.0 / total, 0.0), out.shape, 0)
-        smem["lse"][...] = jnp.where(some, peak * (1.0 / LOG2E) + jnp.log(total), -jnp.inf)
-        whole, place = pl.ds(0, self.rows_out), (split, block, head, own)
+        return out, jnp.where(some, peak * (1.0 / LOG2E) + jnp.log(total), -jnp.inf)
+
+    def hand_out(self, refs, smem, found, at):
+        """Writes a part's result in float32."""
+        block, tile, split, head = at
+        out, smem["lse"][...] = self.finished(found)
+        own, whole = pl.ds(tile * ROWS, self.rows_out), pl.ds(0, self.rows_out)
+        place = (split, block, head, own)
         for i in range(0, self.value_width, self.leaving):
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             smem["out"][...] = out[:, i : i + self.leaving]
@@ -228,6 +262,28 @@ class Kernel:
             plgpu.copy_smem_to_gmem(smem["out"].at[whole], target)
         plgpu.copy_smem_to_gmem(smem["lse"].at[whole], refs["lse"].at[place])
         plgpu.wait_smem_to_gmem(0)
+
+    def run(self, inputs, outputs, programs: int):
+        """Runs the kernel: its outputs, in order.
+
+        Args:
+          inputs: arrays by name.
+          outputs: `jax.ShapeDtypeStruct`s by name.
+          programs: how many.
+        """
+
+        def body(*refs):
+            self.body(dict(zip((*inputs, *outputs), refs, strict=True)))
+
+        return plgpu.kernel(
+            body,
+            out_type=tuple(outputs.values()),
+            grid=(programs,),
+            grid_names=("cta",),
+            compiler_params=plgpu.CompilerParams(approx_math=True),
+            kernel_name="paged_attention",
+            interpret=plgpu.InterpretGPUParams() if self.interpret else False,
+        )(*inputs.values())
 
     def nothing(self):
         """Sums, peaks and totals before any key."""
@@ -377,15 +433,4 @@ def attend(
         "lse": jax.ShapeDtypeStruct(lead, jnp.float32),
     }
 
-    def run(*refs):
-        kernel.body(dict(zip((*inputs, *outputs), refs, strict=True)))
-
-    return plgpu.kernel(
-        run,
-        out_type=tuple(outputs.values()),
-        grid=(q.shape[0] * kernel.row_tiles * tiles.splits * heads,),
-        grid_names=("cta",),
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        kernel_name="paged_attention",
-        interpret=plgpu.InterpretGPUParams() if interpret else False,
-    )(*inputs.values())
+    return kernel.run(inputs, outputs, q.shape[0] * kernel.row_tiles * tiles.splits * heads)

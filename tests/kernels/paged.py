@@ -126,6 +126,21 @@ def coded(given: tuple, dtype: str) -> tuple[tuple, jnp.ndarray, tuple]:
     return (q, *codes, *given[3:]), jnp.asarray(np.stack(scales, axis=2)), (q, *meant, *given[3:])
 
 
+def flat(given: tuple) -> tuple[tuple, tuple]:
+    """(arguments with all queries one after another, (block, query) of each token).
+
+    Behind them a token of padding: a block of its own, all of whose keys stand before place 0.
+    """
+    q, *pools, (rows, starts, counts) = given
+    number = np.asarray(counts)
+    of = [(m, i) for m in range(len(number)) for i in range(number[m])]
+    queries = np.stack([np.asarray(q)[m, i] for m, i in of] + [np.asarray(q)[0, 0]])
+    more = lambda x, last: jnp.append(x, jnp.int32(last))  # noqa: E731
+    begins = more(jnp.asarray(np.cumsum(number) - number, jnp.int32), len(of))
+    blocks = (more(rows, 0), more(starts, -q.shape[1]), more(counts, 1), begins)
+    return (jnp.asarray(queries), *pools, blocks), tuple(np.asarray(of).T)
+
+
 def options(case: Case) -> dict:
     return {"scale": case.scale, "window": case.window, "softcap": case.softcap}
 

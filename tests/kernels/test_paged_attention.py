@@ -16,6 +16,7 @@ from tests.kernels.paged import (
     by_hand,
     check,
     coded,
+    flat,
     options,
 )
 
@@ -40,6 +41,68 @@ def test_interpreted(name, splits, monkeypatch):
     with targeting("interpreter"):
         found = paged_attention(*given, **options(case), implementation="mosaic_gpu")
     assert found[0].dtype == jnp.bfloat16 and found[1].dtype == jnp.float32
+    check(case, found, by_hand(case, *given), jnp.bfloat16)
+
+
+FLAT = {
+    "whole groups of 8": Case(
+        blocks=((0, 60, 9), (1, 10, 9), (1, 0, 3)), queries=9, heads=(8, 1), size=32, table_width=4
+    ),
+    "a group that no tile holds": Case(
+        blocks=((0, 20, 2), (1, 7, 1)), queries=2, heads=(71, 1), table_width=2
+    ),
+    "a head each": Case(
+        blocks=((0, 20, 40), (1, 7, 33)), queries=40, heads=(2, 2), size=64, table_width=1
+    ),
+    "widths apart": Case(
+        blocks=((0, 20, 20), (1, 7, 3)), queries=20, width=64, value_width=128, table_width=3
+    ),
+}
+
+
+@pytest.mark.parametrize("splits", [1, 4])
+@pytest.mark.parametrize("name", ["verified", "parts of a prompt", "latent, verified", *FLAT])
+def test_all_queries_one_after_another(name, splits, monkeypatch):
+    """What a block does not have is not written: it belongs to the next."""
+    monkeypatch.setattr(api, "splits_for", lambda *_: splits)
+    case = (CASES | FLAT)[name]
+    given = arguments(case, jnp.bfloat16)
+    wanted = by_hand(case, *given)
+    given, of = flat(given)
+    more = options(case) | {"queries": case.queries}
+    for how in ("reference", "mosaic_gpu"):
+        with targeting("interpreter"):
+            out, lse = paged_attention(*given, **more, implementation=how)
+        assert not np.any(np.asarray(out, np.float32)[-1]) and np.all(np.isneginf(lse[-1]))
+        check(case, (out[:-1], lse[:-1]), tuple(x[of] for x in wanted), jnp.bfloat16)
+
+
+@pytest.mark.parametrize("name", FLAT)
+def test_lowering_of_flat_queries(name):
+    case = FLAT[name]
+    (q, k, v, *pages), _ = flat(arguments(case, jnp.bfloat16))
+    call = jax.jit(lambda *a: paged_attention(*a, **options(case), queries=case.queries))
+    with targeting("gpu"):
+        lowered = call.trace(q, k, v, *pages).lower(lowering_platforms=("cuda",))
+    assert "mosaic_gpu" in lowered.as_text()
+
+
+def test_forms():
+    assert api.form_of(128, 1, latent=True) == "latent"
+    assert api.form_of(4, 1) == api.form_of(32, 8) == "few"
+    assert (api.form_of(33, 1), api.form_of(33, 2)) == ("whole", "parts")
+
+
+@pytest.mark.parametrize("form", ["parts", "whole"])
+@pytest.mark.parametrize("name", ["single queries", "pages of 64"])
+def test_a_few_rows_in_the_other_forms(name, form, monkeypatch):
+    """Any form serves any call; which one is taken is a matter of time."""
+    monkeypatch.setattr(api, "form_of", lambda *_, **__: form)
+    monkeypatch.setattr(api, "splits_for", lambda *_: 1)
+    case = CASES[name]
+    given = arguments(case, jnp.bfloat16)
+    with targeting("interpreter"):
+        found = paged_attention(*given, **options(case), implementation="mosaic_gpu")
     check(case, found, by_hand(case, *given), jnp.bfloat16)
 
 
@@ -137,8 +200,14 @@ def test_refusals():
         assert "heads of 64" in explain(*odd[:3]).why
         small = arguments(Case(blocks=((0, 3, 1),), size=8), jnp.bfloat16)
         assert "pages of 16" in explain(*small[:3]).why
-    with pytest.raises(ShapeError, match=r"q \[M, Q, N, H\]"):
+    with pytest.raises(ShapeError, match=r"q \[M, Q, N, H\] with"):
         paged_attention(q[0], k, v, table, firsts, blocks)
+    with pytest.raises(ShapeError, match="the number of queries of a block"):
+        paged_attention(q[:, 0], k, v, table, firsts, (*blocks, blocks[0]))
+    with pytest.raises(ShapeError, match="4 arrays of blocks"):
+        paged_attention(q, k, v, table, firsts, (*blocks, blocks[0]), queries=1)
+    with pytest.raises(ShapeError, match=r"pools k \[P, Z, K, H\]"):
+        paged_attention(q, k[0], v[0], table, firsts, blocks)
     with pytest.raises(ShapeError, match="multiple of key heads"):
         paged_attention(q[:, :, :3], k, v, table, firsts, blocks)
     with pytest.raises(ShapeError, match="starts and counts"):

@@ -1,0 +1,229 @@
+# Types of jax's Mosaic GPU objects are not public.
+# pyright: reportPrivateImportUsage=false, reportAbstractUsage=false, reportIndexIssue=false, reportAttributeAccessIssue=false, reportCallIssue=false
+"""Attention over pages on Hopper for a few queries: keys are the rows of the product.
+
+An instruction has 64 rows and 8 columns or more. With keys as rows and queries x heads as columns,
+decoding pays for 8 columns where it would for 64 rows: an eighth of the softmax, and sums of a few
+registers. The sums are turned as well: 64 dims of values by 8 columns. Codes of 8 bits of keys are
+widened in registers and stay there; those of values go through shared memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.once import lowered_once
+from pallas_kernels.paged_attention.mosaic_gpu import UNIT, Tiles
+from pallas_kernels.paged_attention.mosaic_gpu_whole import Blocks, Whole
+from pallas_kernels.paged_attention.problem import Problem
+from pallas_kernels.paged_attention.rows import rows_of
+from pallas_kernels.warpgroups import COLUMN, LOG2E, ROW, along, iota, multiply, swizzled
+
+__all__ = ["MOST", "Few", "attend_few"]
+
+MOST = 32  # queries x heads of a key head
+
+
+@dataclasses.dataclass(frozen=True)
+class Few(Whole):
+    """One compiled kernel; `rows` are the columns of its products, a multiple of 8.
+
+    Of several parts each one's result is float32 [S, M, K, rows, V], else it is in the queries'
+    dtype where they lie.
+    """
+
+    @property
+    def row_tiles(self) -> int:
+        return 1
+
+    @property
+    def parts(self) -> bool:
+        return self.tiles.splits > 1
+
+    @property
+    def asks(self) -> int:
+        return 1
+
+    def held(self):
+        smem = {
+            "q": swizzled((self.rows, self.pool[3]), self.dtype),
+            "weights": swizzled((self.rows, self.keys), self.dtype),
+            "out": plgpu.SMEM(
+                (self.rows, self.value_width), jnp.float32 if self.parts else self.dtype
+            ),
+            "lse": plgpu.SMEM((self.rows,), jnp.float32),
+        }
+        if self.codes is not None:
+            smem["wide"] = swizzled((self.keys, self.value_width), self.dtype)
+            if self.interpret:
+                smem["stage"] = swizzled((self.keys, self.pool[3]), self.dtype)
+        return smem
+
+    def places(self, refs, block, tile):
+        row = plgpu.broadcasted_iota(jnp.int32, (self.rows,), 0, layout=COLUMN)
+        return self.place_of(refs, block, row, 0)
+
+    def ask(self, refs, smem, asked, at):
+        block, _, head = at
+        plgpu.copy_gmem_to_smem(refs["q"].at[block, head], smem["q"], asked)
+
+    def arrived(self, smem):
+        pass
+
+    def nothing(self):
+        """Sums [V, rows] and totals [keys, rows] that are added up at the end, and peaks."""
+        out = jnp.zeros((self.value_width, self.rows), jnp.float32)
+        total = jnp.zeros((self.keys, self.rows), jnp.float32)
+        peak = jnp.full((self.rows,), -jnp.inf, jnp.float32)
+        if self.interpret:
+            return out, peak, total
+        cast, square = plgpu.layout_cast, plgpu.Layout.WGMMA
+        return cast(out, square), cast(peak, COLUMN), cast(total, square)
+
+    def scales(self, smem, slot, left):
+        keys, values = (plgpu.load(smem["scales"].at[slot, side], layout=ROW) for side in range(2))
+        place = plgpu.broadcasted_iota(jnp.int32, (self.keys,), 0, layout=ROW)
+        return keys, jnp.where(place < left, values, 0.0)
+
+    def scores(self, smem, slot):
+        """[keys, rows], before any factor."""
+
+        def product(acc):
+            keys = smem["k"].at[slot]
+            if self.codes is None:
+                plgpu.wgmma(acc, keys, smem["q"].T)
+            else:
+                multiply(acc, self.wide_keys(keys), smem["q"].T, smem.get("stage"))
+            plgpu.wgmma_wait(0)
+            return acc[...]
+
+        return pl.run_scoped(product, plgpu.ACC((self.keys, self.rows), jnp.float32))
+
+    def wide_keys(self, codes):
+        """Codes in registers, as the left operand of a product."""
+        if self.interpret:
+            return codes[...].astype(self.dtype)
+        found = plgpu.load(codes, layout=plgpu.Layout.WGMMA_UPCAST_2X)
+        if self.codes == jnp.float8_e4m3fn:
+            found = found.astype(jnp.float16).astype(jnp.float32)
+        return plgpu.layout_cast(found.astype(self.dtype), plgpu.Layout.WGMMA)
+
+    def fold(self, smem, slot, places, ends, carry):
+        out, peak, total = carry
+        (end, left), shape = ends, (self.keys, self.rows)
+        problem, scores = self.problem, self.scores(smem, slot)
+        v, scales = smem["v"].at[slot], None
+        if self.codes is not None:
+            scales = self.scales(smem, slot, left)
+            scores = scores * along(scales[0], shape, 0)
+            v = self.widened(smem, "v", slot)
+            self.keep(v, left)
+        factor = problem.scale * LOG2E
+        if problem.softcap is not None:
+            scores = jnp.tanh(scores * (problem.scale / problem.softcap))
+            factor = problem.softcap * LOG2E
+        key, query = iota(shape, 0) + (end - left), along(places, shape, 1)
+        seen = key <= query
+        if problem.window is not None:
+            seen = seen & (key >= query - problem.window)
+        scores = jnp.where(seen, scores * factor, -jnp.inf)
+        higher = jnp.maximum(peak, jnp.max(scores, axis=0))
+        level = jnp.where(higher == -jnp.inf, 0.0, higher)
+        weights = jnp.exp2(scores - along(level, shape, 1))
+        decay = jnp.exp2(peak - level)
+        total = total * along(decay, shape, 1) + weights
+        if scales is not None:
+            weights = weights * along(scales[1], shape, 0)
+        smem["weights"].T[...] = weights.astype(self.dtype)
+        plgpu.commit_smem()
+
+        def sums(acc):
+            plgpu.wgmma(acc, v.T, smem["weights"].T)
+            plgpu.wgmma_wait(0)
+            return acc[...]
+
+        found = pl.run_scoped(sums, plgpu.ACC(out.shape, jnp.float32))
+        return out * along(decay, out.shape, 1) + found, higher, total
+
+    def finished(self, found):
+        out, peak, total = found
+        total = jnp.sum(total, axis=0)
+        some = total > 0.0
+        out = out * along(jnp.where(some, 1.0 / total, 0.0), out.shape, 1)
+        return out, jnp.where(some, peak * (1.0 / LOG2E) + jnp.log(total), -jnp.inf)
+
+    def hand_out(self, refs, smem, found, at):
+        block, tile, split, head = at
+        out, smem["lse"][...] = self.finished(found)
+        smem["out"].T[...] = out.astype(smem["out"].dtype)
+        plgpu.commit_smem()
+        if not self.parts:
+            self.write(refs, smem, (block, tile, head))
+            return
+        place = (split, block, head)
+        plgpu.copy_smem_to_gmem(smem["out"], refs["out"].at[place])
+        plgpu.copy_smem_to_gmem(smem["lse"], refs["lse"].at[place])
+        plgpu.wait_smem_to_gmem(0)
+
+    @property
+    def units(self) -> bool:
+        return False
+
+
+@lowered_once("problem", "tiles", "shape", "interpret")
+def attend_few(
+    q: jax.Array,
+    pools: tuple[jax.Array, jax.Array, jax.Array | None],
+    pages: tuple[jax.Array, jax.Array, tuple[jax.Array, ...]],
+    *,
+    problem: Problem,
+    tiles: Tiles,
+    shape: Blocks,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """Of one part out [T, N, V] in q's dtype and lse float32 [M, K, R]; of S parts out float32
+    [S, M, K, R, V] and lse [S, M, K, R]. R is queries by heads of a key head, query by query.
+
+    Args:
+      q: [M, Q, N, H].
+      pools: (k, v, scales) of `paged_attention`.
+      pages: its table, firsts, and (rows, starts, counts, begins) of blocks.
+      shape: of the blocks; Q G is at most `MOST`.
+    """
+    (k, v, scales), (table, firsts, blocks) = pools, pages
+    heads, num_heads, splits = k.shape[2], q.shape[2], tiles.splits
+    q = rows_of(q, heads, unit=UNIT)
+    kernel = Few(
+        problem=problem,
+        rows=q.shape[2],
+        group=shape.group,
+        pool=k.shape,
+        value_width=v.shape[3],
+        table_width=table.shape[1],
+        dtype=jnp.dtype(q.dtype),
+        tiles=tiles,
+        interpret=interpret,
+        codes=None if scales is None else jnp.dtype(k.dtype),
+        shape=shape,
+    )
+    names = dict(zip(("rows", "starts", "counts", "begins"), blocks, strict=True))
+    inputs = {"q": q, "k": k, "v": v, "table": table, "firsts": firsts} | names
+    if scales is not None:
+        inputs["scales"] = scales
+    if kernel.parts:
+        lead = (splits, *q.shape[:3])
+        out = jax.ShapeDtypeStruct((*lead, v.shape[3]), jnp.float32)
+    else:
+        lead = (*q.shape[:2], 1, q.shape[2])
+        out = jax.ShapeDtypeStruct((shape.tokens, num_heads, v.shape[3]), q.dtype)
+    outputs = {"out": out, "lse": jax.ShapeDtypeStruct(lead, jnp.float32)}
+    out, lse = kernel.run(inputs, outputs, q.shape[0] * splits * heads)
+    rows = shape.queries * shape.group
+    if kernel.parts:
+        return out[:, :, :, :rows], lse[..., :rows]
+    return out, lse[:, :, 0, :rows]
