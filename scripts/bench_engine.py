@@ -36,20 +36,26 @@ def opened(given: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
     import jax
 
     import jaxllm
+    from jaxllm.aot.ahead import loading_ahead
+    from jaxllm.aot.store import Store
     from jaxllm.serve.config import EngineConfig
     from jaxllm.serve.engine import Engine
 
-    jax.devices()
-    imported = time.perf_counter()
-    with alone(None if given.child else given.lock):
-        model = jaxllm.load(given.source, dtype=given.dtype)
-        if given.quantize:
-            model = model.quantize(given.quantize)
-        jax.block_until_ready(model.params)
-    loaded = time.perf_counter()
     names = ("context", "max_sequences", "max_batch_tokens", "cache_tokens", "decode_steps")
-    engine = Engine(model, EngineConfig(**{name: getattr(given, name) for name in names}))
-    jax.block_until_ready(engine.runner.state)
+    bounds = {name: getattr(given, name) for name in names}
+    about = bounds | {name: getattr(given, name) for name in ("source", "dtype", "quantize")}
+    with loading_ahead(Store.default(), about, lambda: jax.devices()[:1]) as keep:
+        jax.devices()
+        imported = time.perf_counter()
+        with alone(None if given.child else given.lock):
+            model = jaxllm.load(given.source, dtype=given.dtype)
+            if given.quantize:
+                model = model.quantize(given.quantize)
+            jax.block_until_ready(model.params)
+        loaded = time.perf_counter()
+        engine = Engine(model, EngineConfig(**bounds))
+        jax.block_until_ready(engine.runner.state)
+        keep(engine.runner.loaded)
     made = list(engine.runner.executables.values())
     return (
         model,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import sys
 import time
@@ -129,6 +130,20 @@ def listen(app: App, begun: float) -> int:
     return 0 if (app.engine is None or app.engine.error is None) and app.draining else 1
 
 
+def _ahead(options: Serve, mesh: Any) -> Any:
+    """Programs of a start with these options, loaded from now on; see `loading_ahead`."""
+    import jax
+
+    from jaxllm.aot.ahead import loading_ahead
+    from jaxllm.aot.store import Store
+
+    names = ("source", "dtype", "mesh", "draft", "draft_format")
+    depends = {name: str(getattr(options, name)) for name in names}
+    depends |= {"engine": dataclasses.asdict(bounds_of(options))}
+    devices = lambda: jax.devices()[:1] if mesh is None else list(mesh.devices.flat)  # noqa: E731
+    return loading_ahead(Store.default(), depends, devices)
+
+
 def run(options: Serve) -> int:
     """Run the subcommand; returns 0 after SIGTERM or Ctrl-C."""
     begun = time.perf_counter()
@@ -140,13 +155,14 @@ def run(options: Serve) -> int:
     from jaxllm.serve.http.app import App
 
     how: dict[str, Any] = {"dtype": options.dtype, "mesh": mesh_of(options)}
-    model = load(options.source, **how)
-    bounds = bounds_of(options)
-    draft = draft_of(options, model, options.source, **how)
     with contextlib.ExitStack() as stack:
-        engine = None
-        if model.spec.decodes:
-            engine = stack.enter_context(Engine(model, bounds, draft=draft))
+        engine, bounds = None, bounds_of(options)
+        with _ahead(options, how["mesh"]) as keep:
+            model = load(options.source, **how)
+            draft = draft_of(options, model, options.source, **how)
+            if model.spec.decodes:
+                engine = stack.enter_context(Engine(model, bounds, draft=draft))
+                keep(engine.runner.loaded)
         embedder = None
         if engine is None or model.spec.head.pooling is not None:
             embedder = stack.enter_context(Embedder(model, max_tokens=options.context or 512))

@@ -318,11 +318,18 @@ def abstract_state(setup: Setup, memory: Memory, draft: Setup | None) -> tuple[A
     return state, Carry(setup.ints(memory.slots), history)
 
 
-def step(setup: Setup, memory: Memory, shape: Shape, draft: Setup | None = None) -> Program:
+def step(
+    setup: Setup,
+    memory: Memory,
+    shape: Shape,
+    draft: Setup | None = None,
+    *,
+    held: Any = None,
+) -> Program:
     """One step: (params, state, carry, options, integers, masks) -> (state, carry, `Drawn`).
 
     Params and state are pairs, of the model and of the draft model or None. Masks are [P, words]
-    int32, a bit a token, those that may be drawn.
+    int32, a bit a token, those that may be drawn. `held` is `abstract_state`, where it is known.
     """
 
     def build() -> Any:
@@ -334,7 +341,7 @@ def step(setup: Setup, memory: Memory, shape: Shape, draft: Setup | None = None)
     options = jax.tree.map(
         lambda x: whole(x.shape, x.dtype), empty_options(memory.slots, setup.spec.vocab)
     )
-    held, top = abstract_state(setup, memory, draft), (shape.places, TOP)
+    held, top = held or abstract_state(setup, memory, draft), (shape.places, TOP)
     drawn = Drawn(
         setup.ints(shape.places),
         whole(top[:1], np.float32),

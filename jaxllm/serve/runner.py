@@ -7,13 +7,13 @@ import concurrent.futures
 import dataclasses
 import itertools
 import math
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
+from jaxllm.aot.ahead import THREADS
 from jaxllm.aot.program import Executable
 from jaxllm.aot.store import Store
 from jaxllm.errors import CapacityError
@@ -64,7 +64,6 @@ class Runner:
         self._shapes = tuple(sorted(shapes, key=order))
         self._programs = self._load(store)
         self.transfer = Transfer(setup, memory, self._draft, store) if spills else None
-        self.state, self.carry = programs.zeros(setup, memory, self._draft).load(store)()
         self._options = programs.empty_options(memory.slots, setup.spec.vocab)
         self._on_device = self._put(_copy(self._options))
         self._stale = False
@@ -96,20 +95,30 @@ class Runner:
 
     def _load(self, store: Store | None) -> dict[Shape, Executable]:
         """Every program, from the store or compiled; several at once, as XLA works outside of
-        Python."""
-        with concurrent.futures.ThreadPoolExecutor(min(16, os.cpu_count() or 2)) as pool:
+        Python. The largest come first, so that none is left for the end."""
+        of = self.setup, self.memory
+        held = programs.abstract_state(*of, self._draft)
+        largest = sorted(self._shapes, key=lambda s: (-s.tokens * s.steps, s.greedy))
+        with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+            empty = pool.submit(programs.zeros(*of, self._draft).load, store)
             made = {
-                shape: pool.submit(
-                    programs.step(self.setup, self.memory, shape, self._draft).load, store
-                )
-                for shape in self._shapes
+                shape: pool.submit(programs.step(*of, shape, self._draft, held=held).load, store)
+                for shape in largest
             }
-            return {shape: future.result() for shape, future in made.items()}
+            found = {shape: made[shape].result() for shape in self._shapes}
+        self._empty = empty.result()
+        self.state, self.carry = self._empty()  # when nothing compiles: that needs memory too
+        return found
 
     @property
     def executables(self) -> Mapping[Shape, Executable]:
         """The table with what was compiled for it."""
         return self._programs
+
+    @property
+    def loaded(self) -> list[Executable]:
+        """Every program of a start."""
+        return [self._empty, *self._programs.values()]
 
     def set_options(
         self, slot: int, sampling: Sampling, *, bias: Mapping[int, float], logprobs: bool

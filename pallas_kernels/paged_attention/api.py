@@ -251,7 +251,8 @@ def _by_reference(q, pools, pages, problem: Problem) -> tuple[jax.Array, jax.Arr
     v = k[..., :v] if isinstance(v, int) else v
     if scales is not None:
         k, v = widened(k, scales[:, :, 0]), widened(v, scales[:, :, 1])
-    return reference(q, k, v, *pages, problem)
+    table, firsts, blocks = pages
+    return reference(q, k, v, table, firsts, blocks, problem)
 
 
 def _on_tpu(q, pools, pages, problem: Problem) -> tuple[jax.Array, jax.Array]:
@@ -309,7 +310,8 @@ def _on_hopper(q, pools, pages, problem: Problem, queries: int | None):
     tiles = tiles_for(form, splits, width=width, page=k.shape[1], codes=scales is not None)
     options = {"problem": problem, "tiles": tiles, "interpret": interpreting()}
     if queries and (splits > 1 or latent):
-        return _by_block(lambda *a: _on_hopper(*a, problem, None), q, pools, pages, queries)
+        call = functools.partial(_on_hopper, problem=problem, queries=None)
+        return _by_block(call, q, pools, pages, queries)
     if latent:
         out, lse = attend_latent(q, k, table, firsts, blocks[:3], value_width=v, **options)
         return _merged(out, lse, q.shape)
