@@ -156,7 +156,7 @@ def obstacle(
     sides = band(mask)
     if sides is None or sides[1] != 0:
         return f"it takes the last tokens before a query, or all, not {mask}"
-    from pallas_kernels.paged_attention import unfit  # Pallas takes a third of a second to import
+    from pallas_kernels.paged_attention import unfit
 
     facts = {"page_size": page_size, "platform": platform, "latent": latent, "codes": codes}
     return unfit(dtype=dtype, widths=widths, implementation=kernel, **facts)

@@ -10,75 +10,22 @@ import jax.numpy as jnp
 
 from pallas_kernels.choice import Choice, choose
 from pallas_kernels.errors import ShapeError
+from pallas_kernels.paged_attention.fits import CODES, unfit
 from pallas_kernels.paged_attention.mosaic_gpu import ROWS, Tiles, attend
 from pallas_kernels.paged_attention.mosaic_gpu_few import MOST, attend_few
 from pallas_kernels.paged_attention.mosaic_gpu_latent import attend_latent
 from pallas_kernels.paged_attention.mosaic_gpu_whole import Blocks, attend_whole
-from pallas_kernels.paged_attention.mosaic_tpu import attend_tpu, unfit_tpu
+from pallas_kernels.paged_attention.mosaic_tpu import attend_tpu
 from pallas_kernels.paged_attention.problem import Problem
 from pallas_kernels.paged_attention.reference import reference, widened
 from pallas_kernels.paged_attention.rows import queries_of
-from pallas_kernels.target import interpreting, not_hopper, processors, target
+from pallas_kernels.target import interpreting, processors, target
 
 __all__ = ["IMPLEMENTATIONS", "explain", "paged_attention", "splits_for", "unfit"]
 
 IMPLEMENTATIONS = ("mosaic_gpu", "mosaic_tpu", "reference")
-CODES = {"int8": 127.0, "float8_e4m3fn": 448.0}
-"""Dtypes of pages of 8 bits, and the largest number of each."""
 _PROGRAMS = 4  # that should stand on a processor
 _LEAST = 256  # keys of a part that are worth a program
-
-
-def unfit(
-    *,
-    dtype: str,
-    widths: tuple[int, int],
-    page_size: int,
-    platform: str,
-    latent: bool = False,
-    codes: bool = False,
-    implementation: str = "mosaic_gpu",
-) -> str | None:
-    """Why a kernel cannot serve a kind of call, or None.
-
-    Args:
-      dtype: of queries, and of pages unless they are of 8 bits.
-      widths: of a head's keys and values.
-      page_size: tokens a page.
-      platform: of `target`.
-      latent: whether values are the keys' first dims.
-      codes: whether pages are of 8 bits with scales.
-      implementation: the kernel's name.
-    """
-    if implementation == "mosaic_tpu":
-        facts = {"dtype": dtype, "widths": widths, "page_size": page_size, "platform": platform}
-        return unfit_tpu(**facts, latent=latent, codes=codes)
-    if platform not in ("gpu", "interpreter"):
-        return f"it needs a CUDA device, this is {platform}"
-    if codes:
-        if latent:
-            return "it takes latent keys in the dtype of the queries, not in 8 bits"
-        if dtype != "bfloat16" or page_size == 16:
-            return (
-                "pages of 8 bits go with queries in bfloat16 and have 32, 64 or 128 tokens, found "
-                f"{dtype} and {page_size}"
-            )
-    if dtype not in ("bfloat16", "float16"):
-        return f"it takes bfloat16 and float16, not {dtype}"
-    if latent:
-        if widths[0] % 64 or widths[0] > 576 or widths[1] % 128 or widths[1] > 512:
-            return (
-                "it takes shared keys of up to 576 dims, a multiple of 64, of which up to 512, a "
-                f"multiple of 128, are values, not {widths[0]} and {widths[1]}"
-            )
-        if page_size not in (16, 32, 64):
-            return f"it takes pages of 16, 32 and 64 tokens of latent keys, not {page_size}"
-        return not_hopper(platform)
-    if any(width % 64 or width > 256 for width in widths):
-        return f"it takes heads of 64, 128, 192 and 256, not {widths[0]} and {widths[1]}"
-    if page_size not in (16, 32, 64, 128):
-        return f"it takes pages of 16, 32, 64 and 128 tokens, not {page_size}"
-    return not_hopper(platform)
 
 
 def explain(q, k, v, *, implementation: str = "auto") -> Choice:

@@ -17,7 +17,7 @@ import numpy as np
 
 from pallas_kernels.errors import UnsupportedError
 from pallas_kernels.paged_attention import paged_attention
-from pallas_kernels.paged_attention.api import CODES
+from pallas_kernels.paged_attention.fits import CODES
 from pallas_kernels.paged_attention.shapes import CASES, Shaped
 from pallas_kernels.timing import seconds
 

@@ -24,7 +24,7 @@ from pallas_kernels.once import lowered_once
 from pallas_kernels.paged_attention.problem import Problem
 from pallas_kernels.paged_attention.rows import rows_of
 
-__all__ = ["attend_tpu", "unfit_tpu"]
+__all__ = ["attend_tpu"]
 
 LANES = 128
 KEYS = 128  # of a step, where pages are smaller
@@ -32,28 +32,6 @@ SLOTS = 2
 ROWS = 16  # a multiple of which a head's rows are: of what 16 bits fill a register with
 ROOM = 4 << 20  # bytes of the pages in flight
 _NT, _NN = (((1,), (1,)), ((), ())), (((1,), (0,)), ((), ()))
-
-
-def unfit_tpu(
-    *, dtype: str, widths: tuple[int, int], page_size: int, platform: str, latent: bool, codes: bool
-) -> str | None:
-    """Why this kernel cannot serve a kind of call, or None; see `unfit` of the package."""
-    if platform not in ("tpu", "interpreter"):
-        return f"it needs a TPU, this is {platform}"
-    if dtype not in ("bfloat16", "float32"):
-        return f"it takes bfloat16 and float32, not {dtype}"
-    if latent:
-        return "it has no form for latent keys"
-    if codes and page_size % LANES:
-        return f"it takes pages of 8 bits of a multiple of 128 tokens, not {page_size}"
-    if any(width % LANES or width > 512 for width in widths):
-        return (
-            "it takes heads of a multiple of 128 up to 512 (XLA lays others out so that all pages "
-            f"would be copied first), not {widths[0]} and {widths[1]}"
-        )
-    if page_size % 8:
-        return f"it takes pages of a multiple of 8 tokens, not {page_size}"
-    return None
 
 
 @dataclasses.dataclass(frozen=True)
