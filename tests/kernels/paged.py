@@ -59,6 +59,22 @@ CASES = {
 }
 
 
+FLAT = {
+    "whole groups of 8": Case(
+        blocks=((0, 60, 9), (1, 10, 9), (1, 0, 3)), queries=9, heads=(8, 1), size=32, table_width=4
+    ),
+    "a group that no tile holds": Case(
+        blocks=((0, 20, 2), (1, 7, 1)), queries=2, heads=(71, 1), table_width=2
+    ),
+    "a head each": Case(
+        blocks=((0, 20, 40), (1, 7, 33)), queries=40, heads=(2, 2), size=64, table_width=1
+    ),
+    "widths apart": Case(
+        blocks=((0, 20, 20), (1, 7, 3)), queries=20, width=64, value_width=128, table_width=3
+    ),
+}
+
+
 def arguments(case: Case, dtype, seed: int = 0) -> tuple:
     """(q, k, v, table, firsts, (rows, starts, counts)): scattered pages, NaN where none wrote."""
     random = np.random.default_rng(seed)

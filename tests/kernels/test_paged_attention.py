@@ -11,6 +11,7 @@ from pallas_kernels.target import targeting
 from tests.kernels.paged import (
     CASES,
     CODED,
+    FLAT,
     Case,
     arguments,
     by_hand,
@@ -42,22 +43,6 @@ def test_interpreted(name, splits, monkeypatch):
         found = paged_attention(*given, **options(case), implementation="mosaic_gpu")
     assert found[0].dtype == jnp.bfloat16 and found[1].dtype == jnp.float32
     check(case, found, by_hand(case, *given), jnp.bfloat16)
-
-
-FLAT = {
-    "whole groups of 8": Case(
-        blocks=((0, 60, 9), (1, 10, 9), (1, 0, 3)), queries=9, heads=(8, 1), size=32, table_width=4
-    ),
-    "a group that no tile holds": Case(
-        blocks=((0, 20, 2), (1, 7, 1)), queries=2, heads=(71, 1), table_width=2
-    ),
-    "a head each": Case(
-        blocks=((0, 20, 40), (1, 7, 33)), queries=40, heads=(2, 2), size=64, table_width=1
-    ),
-    "widths apart": Case(
-        blocks=((0, 20, 20), (1, 7, 3)), queries=20, width=64, value_width=128, table_width=3
-    ),
-}
 
 
 @pytest.mark.parametrize("splits", [1, 4])
