@@ -94,10 +94,13 @@ class _Ahead:
                 atomic_write(path, [text.encode()])
 
     def end(self) -> None:
-        """Drop what nobody asked for."""
+        """Drop what nobody asked for, and wait for what is being loaded: no thread of XLA's may
+        be at work when a process ends."""
         self._ended.set()
-        for name, key in self._loading:
-            self._store.forget(name, key)
+        for _ in range(2):
+            for name, key in self._loading:
+                self._store.forget(name, key)
+            self.thread.join()
 
 
 def _read(path: Path) -> list[tuple[str, str]]:

@@ -137,9 +137,12 @@ def _ahead(options: Serve, mesh: Any) -> Any:
     from jaxllm.aot.ahead import loading_ahead
     from jaxllm.aot.store import Store
 
-    names = ("source", "dtype", "mesh", "draft", "draft_format")
-    depends = {name: str(getattr(options, name)) for name in names}
-    depends |= {"engine": dataclasses.asdict(bounds_of(options))}
+    apart = {field.name for field in dataclasses.fields(Listen)} | {"pin_prefix"}
+    depends = {
+        field.name: str(getattr(options, field.name))
+        for field in dataclasses.fields(options)
+        if field.name not in apart
+    }
     devices = lambda: jax.devices()[:1] if mesh is None else list(mesh.devices.flat)  # noqa: E731
     return loading_ahead(Store.default(), depends, devices)
 
@@ -149,19 +152,18 @@ def run(options: Serve) -> int:
     begun = time.perf_counter()
     show_notes()
     config = listens(options)
-    from jaxllm.model import load
-    from jaxllm.serve.embedder import Embedder
-    from jaxllm.serve.engine import Engine
-    from jaxllm.serve.http.app import App
-
     how: dict[str, Any] = {"dtype": options.dtype, "mesh": mesh_of(options)}
     with contextlib.ExitStack() as stack:
-        engine, bounds = None, bounds_of(options)
         with _ahead(options, how["mesh"]) as keep:
-            model = load(options.source, **how)
+            from jaxllm.model import load
+            from jaxllm.serve.embedder import Embedder
+            from jaxllm.serve.engine import Engine
+            from jaxllm.serve.http.app import App
+
+            model, engine = load(options.source, **how), None
             draft = draft_of(options, model, options.source, **how)
             if model.spec.decodes:
-                engine = stack.enter_context(Engine(model, bounds, draft=draft))
+                engine = stack.enter_context(Engine(model, bounds_of(options), draft=draft))
                 keep(engine.runner.loaded)
         embedder = None
         if engine is None or model.spec.head.pooling is not None:
