@@ -270,13 +270,13 @@ def _on_hopper(q, pools, pages, problem: Problem, queries: int | None):
     if not queries:
         begins = jnp.arange(count, dtype=jnp.int32) * most
         pages = (table, firsts, (*blocks, begins))
+    q = q.reshape(tokens, num_heads, width)
     if form == "whole":
-        out, lse = attend_whole(q.reshape(tokens, num_heads, width), pools, pages, **options)
+        out, lse = attend_whole(q, pools, pages, **options)
     else:
-        by_block = q[_tokens(pages[2], most, tokens)] if queries else q
-        out, lse = attend_few(by_block, pools, pages, **options)
+        out, lse = attend_few(q, pools, pages, **options)
         if splits > 1:
-            return _merged(out, lse, q.shape)
+            return _merged(out, lse, (count, most, num_heads))
         lse = lse.reshape(count, heads, most, group).transpose(0, 2, 1, 3)
         lse = lse.reshape(count, most, num_heads)
     if queries:

@@ -21,7 +21,6 @@ from pallas_kernels.once import lowered_once
 from pallas_kernels.paged_attention.mosaic_gpu import UNIT, Tiles
 from pallas_kernels.paged_attention.mosaic_gpu_whole import Blocks, Whole
 from pallas_kernels.paged_attention.problem import Problem
-from pallas_kernels.paged_attention.rows import rows_of
 from pallas_kernels.warpgroups import COLUMN, LOG2E, ROW, along, iota, multiply, swizzled
 
 __all__ = ["MOST", "Few", "attend_few"]
@@ -45,13 +44,10 @@ class Few(Whole):
     def parts(self) -> bool:
         return self.tiles.splits > 1
 
-    @property
-    def asks(self) -> int:
-        return 1
-
     def held(self):
         smem = {
             "q": swizzled((self.rows, self.pool[3]), self.dtype),
+            "asked": plgpu.SMEM((self.rows, self.pool[3]), self.dtype),
             "weights": swizzled((self.rows, self.keys), self.dtype),
             "out": plgpu.SMEM(
                 (self.rows, self.value_width), jnp.float32 if self.parts else self.dtype
@@ -68,12 +64,13 @@ class Few(Whole):
         row = plgpu.broadcasted_iota(jnp.int32, (self.rows,), 0, layout=COLUMN)
         return self.place_of(refs, block, row, 0)
 
-    def ask(self, refs, smem, asked, at):
-        block, _, head = at
-        plgpu.copy_gmem_to_smem(refs["q"].at[block, head], smem["q"], asked)
-
     def arrived(self, smem):
-        pass
+        if self.interpret:
+            smem["q"][...] = smem["asked"][...]
+        else:
+            turned = plgpu.load(smem["asked"].T, layout=plgpu.Layout.WGMMA, optimized=False)
+            smem["q"].T[...] = turned
+        plgpu.commit_smem()
 
     def nothing(self):
         """Sums [V, rows] and totals [keys, rows] that are added up at the end, and peaks."""
@@ -190,17 +187,16 @@ def attend_few(
     [S, M, K, R, V] and lse [S, M, K, R]. R is queries by heads of a key head, query by query.
 
     Args:
-      q: [M, Q, N, H].
+      q: [T, N, H].
       pools: (k, v, scales) of `paged_attention`.
       pages: its table, firsts, and (rows, starts, counts, begins) of blocks.
       shape: of the blocks; Q G is at most `MOST`.
     """
     (k, v, scales), (table, firsts, blocks) = pools, pages
-    heads, num_heads, splits = k.shape[2], q.shape[2], tiles.splits
-    q = rows_of(q, heads, unit=UNIT)
+    heads, rows = k.shape[2], shape.queries * shape.group
     kernel = Few(
         problem=problem,
-        rows=q.shape[2],
+        rows=-(-rows // UNIT) * UNIT,
         group=shape.group,
         pool=k.shape,
         value_width=v.shape[3],
@@ -215,15 +211,15 @@ def attend_few(
     inputs = {"q": q, "k": k, "v": v, "table": table, "firsts": firsts} | names
     if scales is not None:
         inputs["scales"] = scales
+    count = blocks[0].shape[0]
     if kernel.parts:
-        lead = (splits, *q.shape[:3])
+        lead = (tiles.splits, count, heads, kernel.rows)
         out = jax.ShapeDtypeStruct((*lead, v.shape[3]), jnp.float32)
     else:
-        lead = (*q.shape[:2], 1, q.shape[2])
-        out = jax.ShapeDtypeStruct((shape.tokens, num_heads, v.shape[3]), q.dtype)
+        lead = (count, heads, 1, kernel.rows)
+        out = jax.ShapeDtypeStruct((*q.shape[:2], v.shape[3]), q.dtype)
     outputs = {"out": out, "lse": jax.ShapeDtypeStruct(lead, jnp.float32)}
-    out, lse = kernel.run(inputs, outputs, q.shape[0] * splits * heads)
-    rows = shape.queries * shape.group
+    out, lse = kernel.run(inputs, outputs, count * tiles.splits * heads)
     if kernel.parts:
         return out[:, :, :, :rows], lse[..., :rows]
     return out, lse[:, :, 0, :rows]
