@@ -32,7 +32,7 @@ MOST = 32  # queries x heads of a key head
 class Few(Whole):
     """One compiled kernel; `rows` are the columns of its products, a multiple of 8.
 
-    Of several parts each one's result is float32 [S, M, K, rows, V], else it is in the queries'
+    Of several parts each one's result is float32 [S, M, K, V, rows], else it is in the queries'
     dtype where they lie.
     """
 
@@ -49,11 +49,11 @@ class Few(Whole):
             "q": swizzled((self.rows, self.pool[3]), self.dtype),
             "asked": plgpu.SMEM((self.rows, self.pool[3]), self.dtype),
             "weights": swizzled((self.rows, self.keys), self.dtype),
-            "out": plgpu.SMEM(
-                (self.rows, self.value_width), jnp.float32 if self.parts else self.dtype
-            ),
+            "out": plgpu.SMEM((self.rows, self.value_width), self.dtype),
             "lse": plgpu.SMEM((self.rows,), jnp.float32),
         }
+        if self.parts:
+            smem["out"] = plgpu.SMEM((self.value_width, self.rows), jnp.float32)
         if self.codes is not None:
             smem["wide"] = swizzled((self.keys, self.value_width), self.dtype)
             if self.interpret:
@@ -157,11 +157,13 @@ class Few(Whole):
     def hand_out(self, refs, smem, found, at):
         block, tile, split, head = at
         out, smem["lse"][...] = self.finished(found)
-        smem["out"].T[...] = out.astype(smem["out"].dtype)
-        plgpu.commit_smem()
         if not self.parts:
+            smem["out"].T[...] = out.astype(self.dtype)
+            plgpu.commit_smem()
             self.write(refs, smem, (block, tile, head))
             return
+        smem["out"][...] = out
+        plgpu.commit_smem()
         place = (split, block, head)
         plgpu.copy_smem_to_gmem(smem["out"], refs["out"].at[place])
         plgpu.copy_smem_to_gmem(smem["lse"], refs["lse"].at[place])
@@ -214,12 +216,12 @@ def attend_few(
     count = blocks[0].shape[0]
     if kernel.parts:
         lead = (tiles.splits, count, heads, kernel.rows)
-        out = jax.ShapeDtypeStruct((*lead, v.shape[3]), jnp.float32)
+        out = jax.ShapeDtypeStruct((*lead[:3], v.shape[3], kernel.rows), jnp.float32)
     else:
         lead = (count, heads, 1, kernel.rows)
         out = jax.ShapeDtypeStruct((*q.shape[:2], v.shape[3]), q.dtype)
     outputs = {"out": out, "lse": jax.ShapeDtypeStruct(lead, jnp.float32)}
     out, lse = kernel.run(inputs, outputs, count * tiles.splits * heads)
     if kernel.parts:
-        return out[:, :, :, :rows], lse[..., :rows]
+        return out.swapaxes(3, 4)[:, :, :, :rows], lse[..., :rows]
     return out, lse[:, :, 0, :rows]

@@ -147,6 +147,25 @@ def test_lowering(name, dtype):
     assert "mosaic_gpu" in lowered.as_text()
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", *EIGHT])
+@pytest.mark.parametrize("queries", [1, 32])
+def test_lowering_of_parts_and_shares(queries, dtype, monkeypatch):
+    """Of the shapes that are timed: 32 heads of 128 over 8 of keys."""
+    case = Case(
+        blocks=((0, 60, queries),), queries=queries, heads=(32, 8), width=128, size=64,
+        table_width=2,
+    )  # fmt: skip
+    given, scales = arguments(case, jnp.bfloat16), None
+    if dtype in EIGHT:
+        given, scales, _ = coded(given, dtype)
+    for splits in (1, 4):
+        monkeypatch.setattr(api, "splits_for", lambda *_, splits=splits: splits)
+        call = jax.jit(lambda scales, *a: paged_attention(*a, scales=scales))
+        with targeting("gpu"):
+            lowered = call.trace(scales, *given).lower(lowering_platforms=("cuda",))
+        assert "mosaic_gpu" in lowered.as_text()
+
+
 def test_splits_fill_the_device():
     with targeting("gpu"):
         assert api.splits_for(8, 2048) == 8  # one sequence: parts of 256 keys
