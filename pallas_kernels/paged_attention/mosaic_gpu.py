@@ -157,6 +157,11 @@ class Kernel:
                 theirs = refs["scales"].at[page, head, side]
                 plgpu.copy_gmem_to_smem(theirs, shared, full.at[slot])
 
+    @property
+    def scratch(self) -> int:
+        """Bytes of shared memory for reductions over warps."""
+        return 2048
+
     def held(self):
         """Shared memory by name, but for pages of 8 bits."""
         smem = {
@@ -280,7 +285,9 @@ class Kernel:
             out_type=tuple(outputs.values()),
             grid=(programs,),
             grid_names=("cta",),
-            compiler_params=plgpu.CompilerParams(approx_math=True),
+            compiler_params=plgpu.CompilerParams(
+                approx_math=True, reduction_scratch_bytes=self.scratch
+            ),
             kernel_name="paged_attention",
             interpret=plgpu.InterpretGPUParams() if self.interpret else False,
         )(*inputs.values())

@@ -41,17 +41,22 @@ class Few(Whole):
         return 1
 
     @property
+    def scratch(self) -> int:
+        return 1024 if self.rows == UNIT else 2048
+
+    @property
     def parts(self) -> bool:
         return self.tiles.splits > 1
 
     def held(self):
         smem = {
             "q": swizzled((self.rows, self.pool[3]), self.dtype),
-            "asked": plgpu.SMEM((self.rows, self.pool[3]), self.dtype),
             "weights": swizzled((self.rows, self.keys), self.dtype),
             "out": plgpu.SMEM((self.rows, self.value_width), self.dtype),
             "lse": plgpu.SMEM((self.rows,), jnp.float32),
         }
+        if self.parts or self.pool[3] != self.value_width:
+            smem["asked"] = plgpu.SMEM((self.rows, self.pool[3]), self.dtype)
         if self.parts:
             smem["out"] = plgpu.SMEM((self.value_width, self.rows), jnp.float32)
         if self.codes is not None:
@@ -65,10 +70,11 @@ class Few(Whole):
         return self.place_of(refs, block, row, 0)
 
     def arrived(self, smem):
+        came = self.arriving(smem)
         if self.interpret:
-            smem["q"][...] = smem["asked"][...]
+            smem["q"][...] = came[...]
         else:
-            turned = plgpu.load(smem["asked"].T, layout=plgpu.Layout.WGMMA, optimized=False)
+            turned = plgpu.load(came.T, layout=plgpu.Layout.WGMMA, optimized=False)
             smem["q"].T[...] = turned
         plgpu.commit_smem()
 
