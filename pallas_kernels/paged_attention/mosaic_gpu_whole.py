@@ -9,6 +9,7 @@ nothing is gathered, padded, turned or merged around the kernel.
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -120,6 +121,15 @@ class Whole(Kernel):
     def arriving(self, smem):
         """Where queries come to."""
         return smem["q"] if self.units else smem.get("asked", smem["out"])
+
+    def program(self, refs, smem, full, asked):
+        run = functools.partial(Kernel.program, self, refs, smem, full, asked)
+        if not self.shape.flat:
+            run()
+            return
+        # Tiles without a query, of which a mixed step has many, end at once.
+        block, tile, _, _ = self.place(lax.axis_index("cta"))
+        pl.when(self.shape.first(tile)[0] < refs["counts"][block])(run)
 
     def each(self, refs, at, copy, *, written: bool):
         """copy(rows of the tile, (token, heads)) for every query of a tile, or those to write."""
