@@ -62,7 +62,8 @@ class Runner:
         # Greedy ones first: the first that serves is taken.
         order = lambda s: (s.context, s.tokens, s.rows, not s.greedy)  # noqa: E731
         self._shapes = tuple(sorted(shapes, key=order))
-        self._programs = self._load(store)
+        self._programs, self._empty = self._load(store)
+        self.state, self.carry = self._empty()  # when nothing compiles: that needs memory too
         self.transfer = Transfer(setup, memory, self._draft, store) if spills else None
         self._options = programs.empty_options(memory.slots, setup.spec.vocab)
         self._on_device = self._put(_copy(self._options))
@@ -93,9 +94,12 @@ class Runner:
             for group, width in widths.items()
         }
 
-    def _load(self, store: Store | None) -> dict[Shape, Executable]:
-        """Every program, from the store or compiled; several at once, as XLA works outside of
-        Python. The largest come first, so that none is left for the end."""
+    def _load(self, store: Store | None) -> tuple[dict[Shape, Executable], Executable]:
+        """Every program and that of an empty state, from the store or compiled.
+
+        Several at once, as XLA works outside of Python; the largest first, so that none is left
+        for the end.
+        """
         of = self.setup, self.memory
         held = programs.abstract_state(*of, self._draft)
         largest = sorted(self._shapes, key=lambda s: (-s.tokens * s.steps, s.greedy))
@@ -105,10 +109,7 @@ class Runner:
                 shape: pool.submit(programs.step(*of, shape, self._draft, held=held).load, store)
                 for shape in largest
             }
-            found = {shape: made[shape].result() for shape in self._shapes}
-        self._empty = empty.result()
-        self.state, self.carry = self._empty()  # when nothing compiles: that needs memory too
-        return found
+            return {shape: made[shape].result() for shape in self._shapes}, empty.result()
 
     @property
     def executables(self) -> Mapping[Shape, Executable]:
