@@ -52,12 +52,14 @@ class Tiles:
       splits: programs that share a sequence's pages.
       leaving: columns of the result that leave together; less shared memory for more waits.
       keys: of a step, at least; whole pages.
+      apart: whether keys and values of a step come and go by themselves (few rows alone).
     """
 
     stages: int = 4
     splits: int = 1
     leaving: int = 128
     keys: int = 64
+    apart: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,19 +145,24 @@ class Kernel:
         columns = [jnp.minimum(column + i, last) for i in range(self.pages)]
         return [jnp.clip(refs["table"][owner, at], 0, known) for at in columns]
 
-    def bring(self, refs, smem, full, head, pages, slot):
+    def bring(self, refs, smem, full, head, pages, slot, sides=(0, 1)):
+        """Begins to copy a step's keys (side 0), values, or both."""
         size = self.pool[1]
-        for name in ("k", "v"):
+        for side in sides:
+            name, arrived = "kv"[side], self.arrived_at(full, slot, side)
             for i, page in enumerate(pages):
                 shared = smem[name].at[slot, pl.ds(i * size, size)]
-                plgpu.copy_gmem_to_smem(refs[name].at[page, :, head], shared, full.at[slot])
-        if self.codes is None:
-            return
-        for side in range(2):
+                plgpu.copy_gmem_to_smem(refs[name].at[page, :, head], shared, arrived)
+            if self.codes is None:
+                continue
             for i, page in enumerate(pages):
                 shared = smem["scales"].at[slot, side, pl.ds(i * size, size)]
                 theirs = refs["scales"].at[page, head, side]
-                plgpu.copy_gmem_to_smem(theirs, shared, full.at[slot])
+                plgpu.copy_gmem_to_smem(theirs, shared, arrived)
+
+    def arrived_at(self, full, slot, side):
+        """The barrier of a step's keys or values."""
+        return full.at[slot + side * self.tiles.stages if self.tiles.apart else slot]
 
     @property
     def scratch(self) -> int:
@@ -191,7 +198,8 @@ class Kernel:
         if self.codes is not None:
             copies = 4
             smem["scales"] = plgpu.SMEM((stages, 2, self.keys), jnp.float32)
-        full = plgpu.Barrier(num_arrivals=copies * self.pages, num_barriers=stages)
+        parts = 2 if self.tiles.apart else 1
+        full = plgpu.Barrier(num_arrivals=copies * self.pages // parts, num_barriers=stages * parts)
         pl.run_scoped(
             lambda smem, full, asked: self.program(refs, smem, full, asked),
             smem,
@@ -221,16 +229,25 @@ class Kernel:
             slot = lax.rem(i, stages)
             begins = column + i * self.pages
             coming = self.numbers(refs, owner, begins + stages * self.pages)
-            plgpu.barrier_wait(full.at[slot])
+            plgpu.barrier_wait(self.arrived_at(full, slot, 0))
             left = end - (first + begins) * self.pool[1]  # keys of the step that were written
-            if self.codes is None:
-                self.keep(smem["v"].at[slot], left)
+
+            def refill(sides):
+                @pl.when(i + stages < steps)
+                def _():
+                    self.bring(refs, smem, full, head, coming, slot, sides)
+
+            def values():
+                if self.tiles.apart:
+                    plgpu.barrier_wait(self.arrived_at(full, slot, 1))
+                if self.codes is None:
+                    self.keep(smem["v"].at[slot], left)
+
+            if self.tiles.apart:
+                return self.fold(smem, slot, places, (end, left), carry, (refill, values))
+            values()
             carry = self.fold(smem, slot, places, (end, left), carry)
-
-            @pl.when(i + stages < steps)
-            def _():
-                self.bring(refs, smem, full, head, coming, slot)
-
+            refill((0, 1))
             return carry
 
         found = lax.fori_loop(0, steps, step, self.nothing())

@@ -88,10 +88,9 @@ class Few(Whole):
         cast, square = plgpu.layout_cast, plgpu.Layout.WGMMA
         return cast(out, square), cast(peak, COLUMN), cast(total, square)
 
-    def scales(self, smem, slot, left):
-        keys, values = (plgpu.load(smem["scales"].at[slot, side], layout=ROW) for side in range(2))
-        place = plgpu.broadcasted_iota(jnp.int32, (self.keys,), 0, layout=ROW)
-        return keys, jnp.where(place < left, values, 0.0)
+    def scale(self, smem, slot, side):
+        """Of a step's keys or values."""
+        return plgpu.load(smem["scales"].at[slot, side], layout=ROW)
 
     def scores(self, smem, slot):
         """[keys, rows], before any factor."""
@@ -116,16 +115,15 @@ class Few(Whole):
             found = found.astype(jnp.float16).astype(jnp.float32)
         return plgpu.layout_cast(found.astype(self.dtype), plgpu.Layout.WGMMA)
 
-    def fold(self, smem, slot, places, ends, carry):
+    def fold(self, smem, slot, places, ends, carry, walk=None):
+        """Sums with one more step's keys; `walk` refills what was read and waits for values."""
         out, peak, total = carry
         (end, left), shape = ends, (self.keys, self.rows)
         problem, scores = self.problem, self.scores(smem, slot)
-        v, scales = smem["v"].at[slot], None
         if self.codes is not None:
-            scales = self.scales(smem, slot, left)
-            scores = scores * along(scales[0], shape, 0)
-            v = self.widened(smem, "v", slot)
-            self.keep(v, left)
+            scores = scores * along(self.scale(smem, slot, 0), shape, 0)
+        if walk is not None:
+            walk[0]((0,))
         factor = problem.scale * LOG2E
         if problem.softcap is not None:
             scores = jnp.tanh(scores * (problem.scale / problem.softcap))
@@ -140,8 +138,15 @@ class Few(Whole):
         weights = jnp.exp2(scores - along(level, shape, 1))
         decay = jnp.exp2(peak - level)
         total = total * along(decay, shape, 1) + weights
-        if scales is not None:
-            weights = weights * along(scales[1], shape, 0)
+        if walk is not None:
+            walk[1]()
+        v = smem["v"].at[slot]
+        if self.codes is not None:
+            place = plgpu.broadcasted_iota(jnp.int32, (self.keys,), 0, layout=ROW)
+            scale = jnp.where(place < left, self.scale(smem, slot, 1), 0.0)
+            weights = weights * along(scale, shape, 0)
+            v = self.widened(smem, "v", slot)
+            self.keep(v, left)
         smem["weights"].T[...] = weights.astype(self.dtype)
         plgpu.commit_smem()
 
@@ -151,6 +156,8 @@ class Few(Whole):
             return acc[...]
 
         found = pl.run_scoped(sums, plgpu.ACC(out.shape, jnp.float32))
+        if walk is not None:
+            walk[0]((1,))
         return out * along(decay, out.shape, 1) + found, higher, total
 
     def finished(self, found):

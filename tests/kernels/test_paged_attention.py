@@ -7,6 +7,7 @@ import pytest
 
 from pallas_kernels.errors import ShapeError, UnsupportedError
 from pallas_kernels.paged_attention import api, explain, paged_attention
+from pallas_kernels.paged_attention.mosaic_gpu import Tiles
 from pallas_kernels.target import targeting
 from tests.kernels.paged import (
     CASES,
@@ -89,6 +90,25 @@ def test_a_few_rows_in_the_other_forms(name, form, monkeypatch):
     with targeting("interpreter"):
         found = paged_attention(*given, **options(case), implementation="mosaic_gpu")
     check(case, found, by_hand(case, *given), jnp.bfloat16)
+
+
+@pytest.mark.parametrize("tiles", [{"apart": True, "stages": 2}, {"keys": 128, "stages": 2}])
+@pytest.mark.parametrize(("name", "dtype"), [("single queries", None), ("pages of 64", "int8")])
+def test_other_tiles(name, dtype, tiles, monkeypatch):
+    """Interpreted and lowered; any choice gives the same result."""
+    monkeypatch.setattr(api, "tiles_for", lambda _, splits, **__: Tiles(splits=splits, **tiles))
+    case, scales = CASES[name], None
+    given = meant = arguments(case, jnp.bfloat16)
+    if dtype is not None:
+        given, scales, meant = coded(arguments(case, jnp.float32), dtype)
+        given = (given[0].astype(jnp.bfloat16), *given[1:])
+    call = jax.jit(lambda scales, *a: paged_attention(*a, **options(case), scales=scales))
+    with targeting("interpreter"):
+        found = call(scales, *given)
+    check(case, found, by_hand(case, given[0], *meant[1:]), jnp.bfloat16)
+    with targeting("gpu"):
+        lowered = call.trace(scales, *given).lower(lowering_platforms=("cuda",))
+    assert "mosaic_gpu" in lowered.as_text()
 
 
 @pytest.mark.parametrize("dtype", EIGHT)
