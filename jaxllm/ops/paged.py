@@ -265,13 +265,8 @@ def paged_attention(
     length, heads, width = q.shape[1:]
     blocks = query_blocks(flat, length)
 
-    def unfit(kernel: str) -> str | None:
-        if implementation == "auto" and pool.v is None:
-            return "its form for latent attention has not been timed yet: it is there by name"
-        return _obstacle(q, pool, mask, kernel)
-
     pool = jax.tree.map(jnp.asarray, pool)
-    chosen = _choose(implementation, unfit)
+    chosen = _choose(implementation, lambda kernel: _obstacle(q, pool, mask, kernel))
     if chosen in KERNELS:
         return _by_kernel(q, pool, table, blocks, mask, scores, implementation=chosen)
     kv_heads = pool.k.shape[2]

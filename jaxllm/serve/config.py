@@ -151,11 +151,12 @@ def _reads_whole_tables(setup: Setup, config: EngineConfig) -> bool:
         return False
     facts: dict[str, Any] = {"dtype": str(dtype_of(setup.policy.compute_dtype))}
     facts |= {"page_size": config.page_size or 1, "codes": config.kv_dtype != "auto"}
-    return any(
-        isinstance(op, LatentAttention)
-        or obstacle(widths=(op.head_dim, op.head_dim), mask=op.mask, **facts) is not None
-        for op in attentions(setup.spec)
-    )
+    for op in attentions(setup.spec):
+        latent = isinstance(op, LatentAttention)
+        widths = (op.kv_rank + op.rope_dim, op.kv_rank) if latent else (op.head_dim, op.head_dim)
+        if obstacle(widths=widths, mask=op.mask, latent=latent, **facts) is not None:
+            return True
+    return False
 
 
 def check_mesh(spec: ModelSpec, mesh: Any) -> None:

@@ -24,7 +24,7 @@ from pallas_kernels.target import interpreting, processors, target
 __all__ = ["IMPLEMENTATIONS", "explain", "paged_attention", "splits_for", "unfit"]
 
 IMPLEMENTATIONS = ("mosaic_gpu", "mosaic_tpu", "reference")
-_PROGRAMS = 4  # that should stand on a processor
+_PROGRAMS = 3  # that stand on a processor
 _LEAST = 256  # keys of a part that are worth a program
 
 
@@ -61,15 +61,16 @@ def explain(q, k, v, *, implementation: str = "auto") -> Choice:
     return choose("paged_attention", implementation, IMPLEMENTATIONS, obstacle, instead)
 
 
-def splits_for(programs: int, keys: int) -> int:
-    """Parts of a sequence's pages, so that every processor has programs to switch between.
+def splits_for(programs: int, keys: int, each: int = _PROGRAMS) -> int:
+    """Parts of a sequence's pages: as many as the processors take at once, or a tenth more.
 
     Args:
       programs: of one part.
       keys: that the table's width can hold.
+      each: programs of a processor.
     """
-    splits = 1
-    while programs * splits < _PROGRAMS * processors() and keys // (2 * splits) >= _LEAST:
+    splits, room = 1, 1.1 * each * processors()
+    while programs * 2 * splits <= room and keys // (2 * splits) >= _LEAST:
         splits *= 2
     return splits
 
@@ -238,8 +239,9 @@ def tiles_for(form: str, splits: int, *, width: int, page: int, codes: bool) -> 
     if form == "latent":
         return Tiles(stages=2 if width > 384 else 3, splits=splits)
     if form == "few":
+        # Three programs of a processor, of 64 KB each: less where codes are widened in more.
         held = 2 * width * max(page, 64) * (1 if codes else 2)
-        return Tiles(stages=max(2, min(4, 65536 // held)), splits=splits)
+        return Tiles(stages=max(2, min(4, (1 if codes else 2) * 32768 // held)), splits=splits)
     if codes:  # what widens must run beside what waits: two programs share a processor, or more
         return Tiles(stages=2, splits=splits, leaving=64)
     return Tiles(stages=4 if width * page <= 128 * 64 else 2, splits=splits)
@@ -252,7 +254,7 @@ def _on_hopper(q, pools, pages, problem: Problem, queries: int | None):
     count, num_heads, width = blocks[0].shape[0], q.shape[-2], q.shape[-1]
     most, group = queries or q.shape[1], num_heads // heads
     programs = count * heads * -(-most * group // ROWS)
-    splits = splits_for(programs, table.shape[1] * k.shape[1])
+    splits = splits_for(programs, table.shape[1] * k.shape[1], 1 if latent else _PROGRAMS)
     form = form_of(most * group, splits, latent=latent)
     tiles = tiles_for(form, splits, width=width, page=k.shape[1], codes=scales is not None)
     options = {"problem": problem, "tiles": tiles, "interpret": interpreting()}
@@ -267,9 +269,6 @@ def _on_hopper(q, pools, pages, problem: Problem, queries: int | None):
         return _merged(out, lse, q.shape)
     tokens = q.shape[0] if queries else count * most
     options["shape"] = Blocks(queries=most, group=group, tokens=tokens, flat=bool(queries))
-    if not queries:
-        begins = jnp.arange(count, dtype=jnp.int32) * most
-        pages = (table, firsts, (*blocks, begins))
     q = q.reshape(tokens, num_heads, width)
     if form == "whole":
         out, lse = attend_whole(q, pools, pages, **options)

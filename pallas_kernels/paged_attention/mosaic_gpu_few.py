@@ -204,7 +204,7 @@ def attend_few(
     Args:
       q: [T, N, H].
       pools: (k, v, scales) of `paged_attention`.
-      pages: its table, firsts, and (rows, starts, counts, begins) of blocks.
+      pages: its table, firsts, and (rows, starts, counts) of blocks, (…, begins) of flat ones.
       shape: of the blocks; Q G is at most `MOST`.
     """
     (k, v, scales), (table, firsts, blocks) = pools, pages
@@ -222,7 +222,7 @@ def attend_few(
         codes=None if scales is None else jnp.dtype(k.dtype),
         shape=shape,
     )
-    names = dict(zip(("rows", "starts", "counts", "begins"), blocks, strict=True))
+    names = dict(zip(("rows", "starts", "counts", "begins"), blocks, strict=False))
     inputs = {"q": q, "k": k, "v": v, "table": table, "firsts": firsts} | names
     if scales is not None:
         inputs["scales"] = scales

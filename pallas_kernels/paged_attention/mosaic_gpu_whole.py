@@ -137,7 +137,8 @@ class Whole(Kernel):
         first, begin = self.shape.first(tile)
         heads, many = self.shape.heads, self.shape.tile
         theirs = pl.ds(head * self.shape.group + begin, heads)
-        token = refs["begins"][block] + first
+        begins = refs["begins"][block] if self.shape.flat else block * self.shape.queries
+        token = begins + first
         count = refs["counts"][block] if self.shape.flat else self.shape.queries
         left = jnp.minimum(count - first, many)
 
@@ -217,7 +218,7 @@ def attend_whole(
     Args:
       q: [T, N, H].
       pools: (k, v, scales) of `paged_attention`.
-      pages: its table, firsts, and (rows, starts, counts, begins) of blocks.
+      pages: its table, firsts, and (rows, starts, counts) of blocks, (…, begins) of flat ones.
       shape: of the blocks.
     """
     (k, v, scales), (table, firsts, blocks) = pools, pages
@@ -234,7 +235,7 @@ def attend_whole(
         codes=None if scales is None else jnp.dtype(k.dtype),
         shape=shape,
     )
-    names = dict(zip(("rows", "starts", "counts", "begins"), blocks, strict=True))
+    names = dict(zip(("rows", "starts", "counts", "begins"), blocks, strict=False))
     inputs = {"q": q, "k": k, "v": v, "table": table, "firsts": firsts} | names
     if scales is not None:
         inputs["scales"] = scales

@@ -189,8 +189,9 @@ def test_lowering_of_parts_and_shares(queries, dtype, monkeypatch):
 def test_splits_fill_the_device():
     with targeting("gpu"):
         assert api.splits_for(8, 2048) == 8  # one sequence: parts of 256 keys
-        assert api.splits_for(256, 2048) == 4
-        assert api.splits_for(2048, 131072) == 1
+        assert api.splits_for(8, 32768) == 32
+        assert [api.splits_for(n, 2048) for n in (64, 128, 256, 2048)] == [4, 2, 1, 1]
+        assert api.splits_for(64, 2048, 1) == 2  # a program fills a processor
 
 
 def test_merging_is_exact():
