@@ -6,7 +6,7 @@ import pytest
 
 from jaxllm.ops.attention import Scores
 from jaxllm.ops.flat import Flat, query_blocks
-from jaxllm.ops.paged import paged_attention
+from jaxllm.ops.paged import obstacle, paged_attention
 from jaxllm.ops.pages import PageTable, Pool
 from jaxllm.spec.mask import Causal
 from pallas_kernels.target import targeting
@@ -66,3 +66,11 @@ def test_every_token_is_in_one_block(length, longest):
         there = np.asarray(blocks.real).sum(axis=1)
         assert ((ends > 0) == (there > 0)).all()
         assert (np.asarray(blocks.counts)[there > 0] == there[there > 0]).all()
+
+
+def test_latent_keys_have_a_kernel():
+    facts = {"dtype": "bfloat16", "page_size": 64, "mask": Causal(), "latent": True}
+    with targeting("gpu"):
+        assert obstacle(widths=(576, 512), **facts) is None
+        assert "512, a multiple of 128, are values" in (obstacle(widths=(576, 96), **facts) or "")
+    assert "needs a CUDA device" in (obstacle(widths=(576, 512), **facts) or "")
