@@ -205,7 +205,10 @@ def test_programs_are_no_clusters(monkeypatch) -> None:
     dt, a = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((2, 192, 64), (64,)))
 
     def both(x, dt, a, b, c, dy):
-        y, back = jax.vjp(lambda *z: named("mosaic_gpu", "gpu")(*z, None, None)[0], x, dt, a, b, c)
+        def run(x, dt, a, b, c):
+            return named("mosaic_gpu", "gpu")(x, dt, a, b, c, None, None)[0]
+
+        y, back = jax.vjp(run, x, dt, a, b, c)
         return y, *back(dy)
 
     jax.jit(both).trace(wide, dt, a, shared, shared, wide).lower(lowering_platforms=("cuda",))
