@@ -20,7 +20,9 @@ TOP = 448.0  # the largest float8_e4m3fn
 def tiles_for(rows: int, outputs: int, out_bytes: int = 2) -> Tiles:
     """How a product of so many rows and outputs is cut, whose results take `out_bytes`."""
     if rows > 2 * BLOCK:
-        return Tiles(halves=2, stages=4 if out_bytes == 2 else 3, pair=outputs % (2 * BLOCK) == 0)
+        stages, piece, buffers = (4, 32, 3) if out_bytes == 2 else (3, 32, 4)
+        shared = "x" if outputs % (2 * BLOCK) == 0 else ""
+        return Tiles(halves=2, stages=stages, piece=piece, buffers=buffers, shared=shared)
     return Tiles(halves=1, stages=6 if out_bytes == 2 else 5)
 
 
