@@ -117,6 +117,9 @@ class Words:
             picks = (words[2][..., None] >> (4 * np.arange(4, dtype=np.uint32))) & 0xF
             assert (picks < 8).all()  # the eighth bit would repeat a sign
             return np.take_along_axis(source, picks.astype(int), -1).view(np.uint32)[..., 0]
+        if text.startswith("lop3"):
+            assert text.endswith(" 0x6a;")  # (a & b) ^ c
+            return (words[0] & words[1]) ^ words[2]
         a, *rest = [pairs(word).astype(np.float32) for word in words]
         if text.startswith("sub"):
             found = a - rest[0]
