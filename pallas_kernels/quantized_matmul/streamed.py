@@ -27,7 +27,7 @@ from pallas_kernels.once import lowered_once
 from pallas_kernels.quantized_matmul.order import natural, stored
 from pallas_kernels.quantized_matmul.reference import numbers
 from pallas_kernels.quantized_matmul.widen import widen
-from pallas_kernels.warpgroups import ROW, along, multiply
+from pallas_kernels.warpgroups import COLUMN, ROW, along, multiply
 
 __all__ = ["MOST_ROWS", "Coding", "Share", "Tiles", "run", "tiles_for", "unfit"]
 
@@ -192,13 +192,15 @@ class Product:
 
     def step(self, at, w_smem, x_smem, total, *, refs, out_smem, stage=None):
         """Adds what one tile of inputs gives to the sums [64, rows]; hands them out when whole."""
-        scale, out = refs
+        scale, offset, sums, out = refs
         wg, program = lax.axis_index("wg"), lax.axis_index("program")
         here = program * self.share.each + at[0]
         tile, k = lax.div(here, self.share.steps), lax.rem(here, self.share.steps)
         first = jnp.minimum(tile, self.share.tiles - 1) * self.tiles.outputs + wg * OUTPUTS
         first = pl.multiple_of(first, OUTPUTS)
-        total = self.products(w_smem, x_smem, total, scale.at[pl.ds(first, OUTPUTS)], k, stage)
+        mine = pl.ds(first, OUTPUTS)
+        of = scale.at[mine], None if offset is None else offset.at[mine], sums
+        total = self.products(w_smem, x_smem, total, of, k, stage)
         last = (k == self.share.steps - 1) | (at[0] == self.share.each - 1)
 
         @pl.when(last)
@@ -220,10 +222,20 @@ class Product:
 
         return lax.cond(last, self.zeros, lambda: total)
 
-    def products(self, w_smem, x_smem, total, scale, k, stage):
-        inputs, count, wg = self.tiles.inputs, self.tiles.rows, lax.axis_index("wg")
+    def products(self, w_smem, x_smem, total, of, k, stage):
+        (scale, offset, sums), inputs = of, self.tiles.inputs
+        count, wg = self.tiles.rows, lax.axis_index("wg")
         chunk = min(inputs, CHUNK)
         part = min(self.group, chunk)
+
+        def shifted(total, column):
+            """What the offsets of a group, or of a part of it, add to its products."""
+            index = lax.div(k * inputs + column, self.group)
+            those = pl.ds(lax.axis_index("rows") * count, count)
+            x = sums.at[lax.div(k * inputs + column, part), those]
+            x = plgpu.load(x, layout=None if self.interpret else COLUMN, optimized=False)
+            own = self.scales(offset.at[:, index])
+            return total + along(own, total.shape, 0) * along(x, total.shape, 1)
 
         def run(some, *accs):
             scales, w = [], {}
@@ -248,8 +260,11 @@ class Product:
         for i in range(0, len(pairs), at_once):
             some = pairs[i : i + at_once]
             found = pl.run_scoped(functools.partial(run, some), *[acc] * len(some))
-            for sums, one in zip(*found, strict=True):
-                total += sums * along(one, sums.shape, 0)
+            for product, one in zip(*found, strict=True):
+                total += product * along(one, product.shape, 0)
+            if offset is not None:
+                for c, g in some:
+                    total = shifted(total, c * chunk + g * part)
         return total
 
     def scales(self, column):
@@ -260,7 +275,9 @@ class Product:
             return lax.bitcast_convert_type(bits << 23, jnp.float32)
         return found.astype(jnp.float32)
 
-    def body(self, values, scale, x, out, out_smem, stage=None):
+    def body(self, values, scale, x, *refs, out_smem, stage=None):
+        *shift, out = refs
+        offset, sums = shift or (None, None)
         tiles, share, width = self.tiles, self.share, self.tiles.inputs
         start, rows = lax.axis_index("program") * share.each, lax.axis_index("rows")
 
@@ -272,7 +289,7 @@ class Product:
             pipeline(self.zeros())
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-        options = {"refs": (scale, out), "out_smem": out_smem, "stage": stage}
+        options = {"refs": (scale, offset, sums, out), "out_smem": out_smem, "stage": stage}
         pipeline = plgpu.emit_pipeline_warp_specialized(
             functools.partial(self.step, **options),
             grid=(share.each,),
@@ -306,22 +323,28 @@ def run(
     x: jax.Array,
     values: jax.Array,
     scale: jax.Array,
+    offset: jax.Array | None = None,
     *,
     tiles: Tiles,
     coding: Coding,
     out_dtype=jnp.float32,
     interpret: bool = False,
 ) -> jax.Array:
-    """[M, O] of x [M, K] times values [O, K] under scales [O, G].
+    """[M, O] of x [M, K] times values [O, K] under scales, and offsets if any, [O, G].
 
     O is a multiple of `tiles.outputs`, `tiles.rows` at most 128; `tiles.inputs` divides K, and the
     group or the other way round.
     """
     (count, inputs), outputs = x.shape, values.shape[0]
     group, width = inputs // scale.shape[1], tiles.inputs
+    row_tiles = -(-count // tiles.rows)
+    shift = ()
+    if offset is not None:
+        part = min(group, width, CHUNK)
+        sums = jnp.sum(x.astype(jnp.float32).reshape(count, -1, part), axis=2)
+        shift = offset, jnp.pad(sums.T, ((0, 0), (0, row_tiles * tiles.rows - count)))
     if interpret == coding.arranged:  # the interpreter widens codes where they are
         x = (stored if interpret else natural)(x, coding.kind)
-    row_tiles = -(-count // tiles.rows)
     if interpret:
         x = jnp.pad(x, ((0, row_tiles * tiles.rows - count), (0, 0)))
     elif count > 8 and count % 8:  # less than a tile of eight or whole ones are what TMA takes
@@ -355,7 +378,7 @@ def run(
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name="quantized_matmul",
         interpret=plgpu.InterpretGPUParams() if interpret else False,
-    )(values, scale, x)
+    )(values, scale, x, *shift)
     return found if turned else _gathered(found, share)[:count].astype(out_dtype)
 
 
