@@ -11,6 +11,7 @@ multiplies.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -37,7 +38,6 @@ __all__ = ["BLOCK", "Tiles", "run"]
 
 BLOCK = 128  # inputs, and outputs, of one scale of the values
 HALF = 64  # rows of one product
-UNROLLED = 4  # blocks of inputs between two of which a product may be on its way
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,10 +45,11 @@ class Tiles:
     """How a product is cut; any choice gives the same result.
 
     Attributes:
-      halves: of 64 rows, that a consumer has.
-      blocks: of `width` outputs, that it has; one of the two is 1.
-      width: outputs of one product: 128, or 192.
-      ahead: a product is begun before the sums of the one before are added; for one half and block.
+      halves: of 64 rows, that a consumer has; one product after the other.
+      parts: outputs of the products that a consumer begins together; 128, or what has 192 in all.
+      ahead: blocks of inputs between two of which a product is begun before the sums of the one
+        before are added, for one half; 0: never.
+      turns: a consumer begins its products when the other one's first is done.
       stages: blocks of inputs in flight.
       band: row tiles that share the values before the next outputs come, for the L2 cache.
       shared: what two programs of a cluster share: `x` (they have neighbouring outputs), `values`
@@ -58,9 +59,9 @@ class Tiles:
     """
 
     halves: int = 2
-    blocks: int = 1
-    width: int = BLOCK
-    ahead: bool = False
+    parts: tuple[int, ...] = (BLOCK,)
+    ahead: int = 0
+    turns: bool = False
     stages: int = 4
     band: int = 16
     shared: str = ""
@@ -75,17 +76,30 @@ class Tiles:
     @property
     def outputs(self) -> int:
         """Of a program's tile."""
-        return self.blocks * self.width
+        return sum(self.parts)
 
     @property
     def span(self) -> int:
-        """Outputs of a product that are sure to have one scale."""
-        return BLOCK if self.width % BLOCK == 0 else HALF
+        """Outputs that are sure to have one scale, and lie in one product."""
+        return math.gcd(*self.parts, HALF if self.outputs % BLOCK else BLOCK)
 
     @property
     def beside(self) -> tuple[int, int]:
         """Tiles of rows and of outputs that a cluster has."""
         return 1 + (self.shared == "values"), 1 + (self.shared == "x")
+
+
+@dataclasses.dataclass(frozen=True)
+class At:
+    """Where a consumer is: memory, barriers, steps before, itself, and the values' scales."""
+
+    smem: dict
+    full: list
+    free: dict
+    turns: Any
+    before: Any
+    wg: Any
+    factors: list
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,15 +163,12 @@ class Kernel:
 
                 whole = pl.ds(row * tiles.rows, tiles.rows)
                 copy("x_scale", refs["x_scale"].at[step, whole], smem["x_scale"].at[slot], 0)
-                for part in range(max(tiles.halves, tiles.blocks)):
-                    if part < tiles.halves:
-                        own = pl.ds(row * tiles.rows + part * high, high)
-                        target = smem["x"].at[slot, pl.ds(part * high, high)]
-                        copy("x", refs["x"].at[own, deep], target, part)
-                    if part < tiles.blocks:
-                        outputs = pl.ds(column * tiles.outputs + part * tiles.width, tiles.width)
-                        target = smem["values"].at[slot, pl.ds(part * tiles.width, tiles.width)]
-                        copy("values", refs["values"].at[outputs, deep], target, part)
+                outputs = pl.ds(column * tiles.outputs, tiles.outputs)
+                copy("values", refs["values"].at[outputs, deep], smem["values"].at[slot], 0)
+                for half in range(tiles.halves):
+                    own = pl.ds(row * tiles.rows + half * high, high)
+                    target = smem["x"].at[slot, pl.ds(half * high, high)]
+                    copy("x", refs["x"].at[own, deep], target, half)
 
             lax.fori_loop(0, self.steps, one, None)
 
@@ -172,7 +183,7 @@ class Kernel:
         if tiles.span == BLOCK:
             places = [column * spans + i for i in range(spans)]
         else:
-            places = [lax.div(column * spans + i, 2) for i in range(spans)]
+            places = [lax.div(column * spans + i, BLOCK // tiles.span) for i in range(spans)]
         if self.shape[2] % (tiles.outputs * tiles.beside[1]):
             places = [jnp.minimum(place, most) for place in places]
         return [scale[place, step] for place in places]
@@ -181,12 +192,15 @@ class Kernel:
         own = pl.ds(pl.multiple_of((half * CONSUMERS + wg) * HALF, HALF), HALF)
         return plgpu.load(smem["x_scale"].at[slot, own], layout=ROW)
 
-    def multiply(self, acc, smem, slot, part, wg):
-        """Begins a product; `part` is its half and block."""
-        half, block = part
-        own = pl.ds(pl.multiple_of((half * CONSUMERS + wg) * HALF, HALF), HALF)
-        these = pl.ds(block * self.tiles.width, self.tiles.width)
-        plgpu.wgmma(acc, smem["x"].at[slot, own], smem["values"].at[slot, these].T)
+    def multiply(self, acc, at, slot, half, column):
+        """Begins a product of 64 rows and the outputs from `column` on."""
+        own = pl.ds(pl.multiple_of((half * CONSUMERS + at.wg) * HALF, HALF), HALF)
+        these = pl.ds(column, acc.shape[1])
+        plgpu.wgmma(acc, at.smem["x"].at[slot, own], at.smem["values"].at[slot, these].T)
+
+    def found(self, acc, wait_n):
+        """A product's sums, when at most `wait_n` others are on their way."""
+        return acc[...] if self.interpret else plgpu.wgmma_accumulator_load(acc, wait_n=wait_n)
 
     def added(self, sums, found, row_scale, factors):
         """The sums of each span, with a product's added."""
@@ -199,91 +213,113 @@ class Kernel:
             for total, piece, factor in zip(sums, pieces, factors, strict=True)
         ]
 
-    def one_at_a_time(self, at, step, sums, factors):
-        """Adds the products of a block of inputs, each when it is done."""
-        smem, full, free, before, wg = at
-        tiles = self.tiles
-        slot = lax.rem(before + step, tiles.stages)
-        parts = [(h, b) for h in range(tiles.halves) for b in range(tiles.blocks)]
-        each, out = tiles.width // tiles.span, []
-        for i, part in enumerate(parts):
-            plgpu.barrier_wait(full[i].at[slot])
+    @property
+    def places(self):
+        """(first output, first span, spans) of each product that is begun together with others."""
+        starts = [sum(self.tiles.parts[:i]) for i in range(len(self.tiles.parts))]
+        span = self.tiles.span
+        widths = zip(starts, self.tiles.parts, strict=True)
+        return [(start, start // span, width // span) for start, width in widths]
 
-            def product(acc, part=part):
-                self.multiply(acc, smem, slot, part, wg)
-                scale = self.row_scale(smem, slot, part[0], wg)
-                plgpu.wgmma_wait(0)
-                return acc[...], scale
+    def together(self, at, step, sums, factors):
+        """Adds a block of inputs: the products of each half of the rows, begun together."""
+        tiles, slot = self.tiles, lax.rem(at.before + step, self.tiles.stages)
+        out, each = [], tiles.outputs // tiles.span
+        for half in range(tiles.halves):
+            plgpu.barrier_wait(at.full[half].at[slot])
+            if tiles.turns:
+                plgpu.barrier_wait(at.turns.at[at.wg])
 
-            found, scale = pl.run_scoped(product, plgpu.ACC((HALF, tiles.width), jnp.float32))
-            if i == len(parts) - 1:
-                plgpu.barrier_arrive(free["ring"].at[slot])
-            mine = factors[part[1] * each : (part[1] + 1) * each]
-            out += self.added(sums[i * each : (i + 1) * each], found, scale, mine)
+            def products(*accs, half=half):
+                for acc, (start, _, _) in zip(accs, self.places, strict=True):
+                    self.multiply(acc, at, slot, half, start)
+                row_scale, own = self.row_scale(at.smem, slot, half, at.wg), []
+                for i, (_, first, count) in enumerate(self.places):
+                    found = self.found(accs[i], len(accs) - 1 - i)
+                    if tiles.turns and i == 0:
+                        plgpu.barrier_arrive(at.turns.at[1 - at.wg])
+                    if half == tiles.halves - 1 and i == len(accs) - 1:
+                        plgpu.barrier_arrive(at.free["ring"].at[slot])
+                    these = slice(half * each + first, half * each + first + count)
+                    own += self.added(sums[these], found, row_scale, factors[first : first + count])
+                return own
+
+            accs = [plgpu.ACC((HALF, width), jnp.float32) for width in tiles.parts]
+            out += pl.run_scoped(products, *accs)
         return out
 
-    def one_ahead(self, at, step, sums, factors, following):
-        """Adds some blocks of inputs; a product is on its way while the one before is added."""
-        smem, full, free, before, wg = at
-        tiles = self.tiles
+    def one_ahead(self, at, step, sums, following):
+        """Adds some blocks of inputs; a product is on its way while the one before is added.
 
-        def product(u, total, factor, held):
-            slot = lax.rem(before + step + u, tiles.stages)
-            plgpu.barrier_wait(full[0].at[slot])
+        following: step -> the values' scales.
+        """
+        tiles, parts = self.tiles, len(self.tiles.parts)
+        factors, sums, kept = {}, list(sums), {}
+
+        def add(i, wait_n):
+            acc, slot, row_scale = kept[i]
+            _, first, count = self.places[i % parts]
+            found = self.found(acc, wait_n)
+            if i % parts == parts - 1:
+                plgpu.barrier_arrive(at.free["ring"].at[slot])
+            own = factors[i // parts][first : first + count]
+            sums[first : first + count] = self.added(
+                sums[first : first + count], found, row_scale, own
+            )
+
+        def product(i):
+            u, part = divmod(i, parts)
+            slot = lax.rem(at.before + step + u, tiles.stages)
+            if part == 0:
+                factors[u] = following(step + u) if u else at.factors
+                plgpu.barrier_wait(at.full[0].at[slot])
 
             def begun(acc):
-                self.multiply(acc, smem, slot, (0, 0), wg)
-                now = acc, slot, self.row_scale(smem, slot, 0, wg)
-                later = following(step + u + 1)
-                found = total if held is None else add(total, held, factor, 1)
-                own = factors if held is None else later_of[u]
-                later_of[u + 1] = later
-                if u + 1 < self.unrolled:
-                    return product(u + 1, found, own, now)
-                return *add(found, now, own, 0), *later
+                self.multiply(acc, at, slot, 0, self.places[part][0])
+                same = kept[i - 1][2] if part else self.row_scale(at.smem, slot, 0, at.wg)
+                kept[i] = acc, slot, same
+                if i:
+                    add(i - 1, 1)
+                if i + 1 < self.unrolled * parts:
+                    return product(i + 1)
+                later = following(step + self.unrolled)
+                add(i, 0)
+                return *sums, *later
 
-            return pl.run_scoped(begun, plgpu.ACC((HALF, tiles.width), jnp.float32))
+            return pl.run_scoped(begun, plgpu.ACC((HALF, tiles.parts[part]), jnp.float32))
 
-        later_of = {}
-
-        def add(total, one, factor, wait_n):
-            acc, slot, scale = one
-            if self.interpret:
-                found = acc[...]
-            else:
-                found = plgpu.wgmma_accumulator_load(acc, wait_n=wait_n)
-            plgpu.barrier_arrive(free["ring"].at[slot])
-            return self.added(total, found, scale, factor)
-
-        return product(0, sums, factors, None)
+        return product(0)
 
     @property
     def unrolled(self) -> int:
-        if not self.tiles.ahead:
-            return 1
-        return next(n for n in (UNROLLED, 2, 1) if self.steps % n == 0)
+        return math.gcd(self.steps, self.tiles.ahead or 1)
 
     def compute(self, refs, smem, full, free):
         """A consumer's part."""
         tiles, wg = self.tiles, lax.axis_index("wg")
+        *full, turns = full
         for slot in range(tiles.stages):
             plgpu.barrier_arrive(free["ring"].at[slot])
-        each = tiles.width // tiles.span
-        count = tiles.halves * tiles.blocks * each
+        if tiles.turns:
+
+            @pl.when(wg == 1)
+            def _():
+                plgpu.barrier_arrive(turns.at[0])
+
+        count = tiles.halves * tiles.outputs // tiles.span
 
         def tile(row, column, before):
-            at = smem, full, free, before, wg
-
             def following(step):
                 return self.factors(refs["scale"], column, step)
 
             def one(i, carry):
                 step = i * self.unrolled
                 sums, factors = list(carry[:count]), list(carry[count:])
+                at = At(smem, full, free, turns, before, wg, factors)
                 if tiles.ahead:
-                    return self.one_ahead(at, step, sums, factors, following)
+                    return self.one_ahead(at, step, sums, following)
                 later = following(step + 1)
-                return *self.one_at_a_time(at, step, sums, factors), *later
+                return *self.together(at, step, sums, factors), *later
 
             empty = jnp.zeros((HALF, tiles.span), jnp.float32)
             if not self.interpret:
@@ -293,12 +329,18 @@ class Kernel:
             self.send(refs, smem["out"].at[wg], found, (row, column, wg))
 
         self.for_tiles(tile)
+        if tiles.turns:
+
+            @pl.when(wg == 0)
+            def _():
+                plgpu.barrier_wait(turns.at[0])
+
         plgpu.wait_smem_to_gmem(0)
 
     def send(self, refs, shared, sums, where):
         """Stores a consumer's results by TMA, which leaves out what lies past the end."""
         tiles, (row, column, wg) = self.tiles, where
-        spans = tiles.width // tiles.span * tiles.blocks
+        spans = tiles.outputs // tiles.span
         turn = 0
         for at, total in enumerate(sums):
             half, span = divmod(at, spans)
@@ -322,9 +364,9 @@ class Kernel:
             "x_scale": plgpu.SMEM((stages, tiles.rows), jnp.float32),
             "out": swizzled((CONSUMERS, tiles.buffers, HALF, tiles.piece), self.out_dtype),
         }
-        parts = max(tiles.halves, tiles.blocks)
-        arrivals = [3] + [1] * (parts - 1)
-        full = tuple(plgpu.Barrier(num_arrivals=n, num_barriers=stages) for n in arrivals)
+        arrivals = [3] + [1] * (tiles.halves - 1)
+        full = [plgpu.Barrier(num_arrivals=n, num_barriers=stages) for n in arrivals]
+        full = (*full, plgpu.Barrier(num_arrivals=1, num_barriers=CONSUMERS))
         kind: dict[str, Any] = {"num_arrivals": CONSUMERS, "num_barriers": stages}
         if tiles.shared:
             free = {"ring": plgpu.ClusterBarrier(**kind, collective_axes=(PAIR,))}
