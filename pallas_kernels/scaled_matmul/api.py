@@ -15,15 +15,19 @@ __all__ = ["BLOCK", "IMPLEMENTATIONS", "explain", "rounded", "scaled_matmul", "u
 
 IMPLEMENTATIONS = ("mosaic_gpu", "reference")
 TOP = 448.0  # the largest float8_e4m3fn
+WIDE = 192  # outputs of a program where there are many
 
 
 def tiles_for(rows: int, outputs: int, out_bytes: int = 2) -> Tiles:
     """How a product of so many rows and outputs is cut, whose results take `out_bytes`."""
-    if rows > 2 * BLOCK:
-        stages, piece, buffers = (4, 32, 3) if out_bytes == 2 else (3, 32, 4)
-        shared = "x" if outputs % (2 * BLOCK) == 0 else ""
-        return Tiles(halves=2, stages=stages, piece=piece, buffers=buffers, shared=shared)
-    return Tiles(halves=1, stages=6 if out_bytes == 2 else 5)
+    piece = 128 // out_bytes
+    if rows <= 2 * BLOCK or outputs < 2048:
+        return Tiles(halves=1, piece=piece, buffers=3)
+    high, wide = -(-rows // BLOCK), -(-outputs // WIDE)
+    shared = "x" if high % 2 and wide % 2 == 0 else "values"
+    return Tiles(
+        halves=1, parts=(BLOCK, WIDE - BLOCK), turns=True, shared=shared, piece=piece, buffers=3
+    )
 
 
 def unfit(implementation: str, *, rows: int, out_dtype: str, platform: str) -> str | None:
