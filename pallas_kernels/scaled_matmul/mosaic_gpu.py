@@ -49,7 +49,9 @@ class Tiles:
       parts: outputs of the products that a consumer begins together; 128, or what has 192 in all.
       ahead: blocks of inputs between two of which a product is begun before the sums of the one
         before are added, for one half; 0: never.
-      turns: a consumer begins its products when the other one's first is done.
+      turns: a consumer begins its products when the other one's are nearly done: all but the last
+        part, or slice of the inputs, where there are several.
+      slices: of a block's inputs, that are multiplied one after the other.
       stages: blocks of inputs in flight.
       band: row tiles that share the values before the next outputs come, for the L2 cache.
       shared: what two programs of a cluster share: `x` (they have neighbouring outputs), `values`
@@ -62,6 +64,7 @@ class Tiles:
     parts: tuple[int, ...] = (BLOCK,)
     ahead: int = 0
     turns: bool = False
+    slices: int = 1
     stages: int = 4
     band: int = 16
     shared: str = ""
@@ -195,8 +198,11 @@ class Kernel:
     def multiply(self, acc, at, slot, half, column):
         """Begins a product of 64 rows and the outputs from `column` on."""
         own = pl.ds(pl.multiple_of((half * CONSUMERS + at.wg) * HALF, HALF), HALF)
-        these = pl.ds(column, acc.shape[1])
-        plgpu.wgmma(acc, at.smem["x"].at[slot, own], at.smem["values"].at[slot, these].T)
+        these, wide = pl.ds(column, acc.shape[1]), BLOCK // self.tiles.slices
+        for i in range(self.tiles.slices):
+            deep = pl.ds(i * wide, wide)
+            right = at.smem["values"].at[slot, these, deep].T
+            plgpu.wgmma(acc, at.smem["x"].at[slot, own, deep], right)
 
     def found(self, acc, wait_n):
         """A product's sums, when at most `wait_n` others are on their way."""
@@ -235,9 +241,10 @@ class Kernel:
                     self.multiply(acc, at, slot, half, start)
                 row_scale, own = self.row_scale(at.smem, slot, half, at.wg), []
                 for i, (_, first, count) in enumerate(self.places):
-                    found = self.found(accs[i], len(accs) - 1 - i)
                     if tiles.turns and i == 0:
+                        plgpu.wgmma_wait(min(1, len(accs) * tiles.slices - 1))
                         plgpu.barrier_arrive(at.turns.at[1 - at.wg])
+                    found = self.found(accs[i], (len(accs) - 1 - i) * tiles.slices)
                     if half == tiles.halves - 1 and i == len(accs) - 1:
                         plgpu.barrier_arrive(at.free["ring"].at[slot])
                     these = slice(half * each + first, half * each + first + count)
@@ -358,9 +365,11 @@ class Kernel:
     def body(self, refs):
         tiles = self.tiles
         stages = tiles.stages
+        wide = BLOCK // tiles.slices
+        kind = plgpu.TilingTransform((8, wide)), plgpu.SwizzleTransform(wide)
         smem = {
-            "x": swizzled((stages, tiles.rows, BLOCK), self.dtype),
-            "values": swizzled((stages, tiles.outputs, BLOCK), self.dtype),
+            "x": plgpu.SMEM((stages, tiles.rows, BLOCK), self.dtype, transforms=kind),
+            "values": plgpu.SMEM((stages, tiles.outputs, BLOCK), self.dtype, transforms=kind),
             "x_scale": plgpu.SMEM((stages, tiles.rows), jnp.float32),
             "out": swizzled((CONSUMERS, tiles.buffers, HALF, tiles.piece), self.out_dtype),
         }
