@@ -191,7 +191,8 @@ def _tiles(x, values, scale, plan: Plan) -> Tiles | streamed.Tiles | None:
         return tiles_for(inputs, outputs, inputs // groups, processors=processors())
     if plan.implementation == "mosaic_gpu_streamed":
         bits = 4 if "int4" in str(values.dtype) else 8
-        return streamed.tiles_for(count, inputs, outputs, bits=bits, processors=processors())
+        where = {"group": inputs // groups, "processors": processors()}
+        return streamed.tiles_for(count, inputs, outputs, bits=bits, **where)
     return None
 
 

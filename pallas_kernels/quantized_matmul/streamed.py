@@ -99,15 +99,15 @@ def unfit(*, dtype: str, rows: int, kind: str, sizes: tuple[int, int, int]) -> s
 
 
 def tiles_for(
-    count: int, inputs: int, outputs: int, *, bits: int = 4, processors: int = 132
+    count: int, inputs: int, outputs: int, *, bits: int = 4, group: int = 128, processors: int = 132
 ) -> Tiles:
     """How a product is cut: one program for every processor, with an equal share of all steps."""
-    width = 128 if inputs % 128 == 0 else (64 if inputs % 64 == 0 else 32)
+    wide = count <= 64 and (256 % group == 0 or group % 256 == 0)
     rows = min(-(-count // 8) * 8, 128)
+    width = next(n for n in (256 if wide else 128, 128, 64, 32) if inputs % n == 0)
     row_tiles = -(-count // rows)
-    most = 4 if rows <= 64 else 2
-    few = inputs // width * (outputs // 256) < 3 * processors
-    warpgroups = next(n for n in (4, 2, 1) if outputs % (64 * n) == 0 and n <= (2 if few else most))
+    # With four that compute the registers that Mosaic asks for are more than a program begins with.
+    warpgroups = 2 if outputs % 128 == 0 else 1
     steps = inputs // width
     total = steps * (outputs // (64 * warpgroups))
     each = -(-total * row_tiles // processors)
