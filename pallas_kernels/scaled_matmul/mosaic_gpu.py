@@ -94,13 +94,13 @@ class Tiles:
 
 @dataclasses.dataclass(frozen=True)
 class At:
-    """Where a consumer is: memory, barriers, steps before, itself, and the values' scales."""
+    """Where a consumer is: memory, barriers, slot, itself, and the values' scales."""
 
     smem: dict
     full: list
     free: dict
     turns: Any
-    before: Any
+    slot: Any
     wg: Any
     factors: list
 
@@ -126,7 +126,7 @@ class Kernel:
         return self.shape[1] // BLOCK
 
     def for_tiles(self, body):
-        """body(tile of rows, tile of outputs, steps before) over this program's share of tiles."""
+        """body(tile of rows, tile of outputs, slot) -> slot, over this program's share of tiles."""
         down, across = self.tiles.beside
         mate = lax.axis_index(PAIR) if self.tiles.shared else 0
         high = pl.cdiv(self.shape[0], self.tiles.rows * down)
@@ -135,7 +135,7 @@ class Kernel:
         first, ctas = lax.axis_index("cta"), self.ctas // (down * across)
         mine = lax.div(high * wide - first + ctas - 1, ctas)
 
-        def tile(i, _):
+        def tile(i, slot):
             index = first + i * ctas
             which = lax.div(index, band * wide)
             height = jnp.minimum(high - which * band, band)
@@ -144,18 +144,24 @@ class Kernel:
             column = lax.div(within, height)
             row = row * down + (mate if down > 1 else 0)
             column = column * across + (mate if across > 1 else 0)
-            body(row, column, i * self.steps)
+            return body(row, column, slot)
 
-        lax.fori_loop(0, mine, tile, None)
+        lax.fori_loop(0, mine, tile, jnp.int32(0))
+
+    def after(self, slot, count=1):
+        """The slot so many blocks of inputs later, at most as many as there are slots."""
+        stages, slot = self.tiles.stages, slot + count
+        if stages & (stages - 1) == 0:
+            return slot & (stages - 1)
+        return jnp.where(slot >= stages, slot - stages, slot)
 
     def load(self, refs, smem, full, free):
         """The memory warpgroup's part."""
         tiles = self.tiles
         high = tiles.rows // tiles.halves
 
-        def tile(row, column, before):
-            def one(step, _):
-                slot = lax.rem(before + step, tiles.stages)
+        def tile(row, column, slot):
+            def one(step, slot):
                 plgpu.barrier_wait(free["ring"].at[slot])
                 deep = pl.ds(step * BLOCK, BLOCK)
 
@@ -172,8 +178,9 @@ class Kernel:
                     own = pl.ds(row * tiles.rows + half * high, high)
                     target = smem["x"].at[slot, pl.ds(half * high, high)]
                     copy("x", refs["x"].at[own, deep], target, half)
+                return self.after(slot)
 
-            lax.fori_loop(0, self.steps, one, None)
+            return lax.fori_loop(0, self.steps, one, slot)
 
         self.for_tiles(tile)
         drain(free)
@@ -227,9 +234,9 @@ class Kernel:
         widths = zip(starts, self.tiles.parts, strict=True)
         return [(start, start // span, width // span) for start, width in widths]
 
-    def together(self, at, step, sums, factors):
+    def together(self, at, sums, factors):
         """Adds a block of inputs: the products of each half of the rows, begun together."""
-        tiles, slot = self.tiles, lax.rem(at.before + step, self.tiles.stages)
+        tiles, slot = self.tiles, at.slot
         out, each = [], tiles.outputs // tiles.span
         for half in range(tiles.halves):
             plgpu.barrier_wait(at.full[half].at[slot])
@@ -276,7 +283,7 @@ class Kernel:
 
         def product(i):
             u, part = divmod(i, parts)
-            slot = lax.rem(at.before + step + u, tiles.stages)
+            slot = self.after(at.slot, u)
             if part == 0:
                 factors[u] = following(step + u) if u else at.factors
                 plgpu.barrier_wait(at.full[0].at[slot])
@@ -291,7 +298,7 @@ class Kernel:
                     return product(i + 1)
                 later = following(step + self.unrolled)
                 add(i, 0)
-                return *sums, *later
+                return self.after(slot), *sums, *later
 
             return pl.run_scoped(begun, plgpu.ACC((HALF, tiles.parts[part]), jnp.float32))
 
@@ -315,25 +322,27 @@ class Kernel:
 
         count = tiles.halves * tiles.outputs // tiles.span
 
-        def tile(row, column, before):
+        def tile(row, column, slot):
             def following(step):
                 return self.factors(refs["scale"], column, step)
 
             def one(i, carry):
                 step = i * self.unrolled
-                sums, factors = list(carry[:count]), list(carry[count:])
-                at = At(smem, full, free, turns, before, wg, factors)
+                slot, *carry = carry
+                sums, factors = carry[:count], carry[count:]
+                at = At(smem, full, free, turns, slot, wg, factors)
                 if tiles.ahead:
                     return self.one_ahead(at, step, sums, following)
                 later = following(step + 1)
-                return *self.together(at, step, sums, factors), *later
+                return self.after(slot), *self.together(at, sums, factors), *later
 
             empty = jnp.zeros((HALF, tiles.span), jnp.float32)
             if not self.interpret:
                 empty = plgpu.layout_cast(empty, SQUARE)
-            carry = (*([empty] * count), *following(0))
-            found = lax.fori_loop(0, self.steps // self.unrolled, one, carry)[:count]
-            self.send(refs, smem["out"].at[wg], found, (row, column, wg))
+            carry = (slot, *([empty] * count), *following(0))
+            slot, *found = lax.fori_loop(0, self.steps // self.unrolled, one, carry)
+            self.send(refs, smem["out"].at[wg], found[:count], (row, column, wg))
+            return slot
 
         self.for_tiles(tile)
         if tiles.turns:
