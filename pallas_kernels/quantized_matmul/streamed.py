@@ -198,9 +198,11 @@ class Product:
         tile, k = lax.div(here, self.share.steps), lax.rem(here, self.share.steps)
         first = jnp.minimum(tile, self.share.tiles - 1) * self.tiles.outputs + wg * OUTPUTS
         first = pl.multiple_of(first, OUTPUTS)
-        mine = pl.ds(first, OUTPUTS)
-        of = scale.at[mine], None if offset is None else offset.at[mine], sums
-        total = self.products(w_smem, x_smem, total, of, k, stage)
+        own = w_smem.at[pl.ds(wg * OUTPUTS, OUTPUTS)]
+        mine = None if stage is None else stage.at[wg]
+        rows = pl.ds(first, OUTPUTS)
+        of = scale.at[rows], None if offset is None else offset.at[rows], sums
+        total = self.products(own, x_smem, total, of, k, mine)
         last = (k == self.share.steps - 1) | (at[0] == self.share.each - 1)
 
         @pl.when(last)
@@ -223,8 +225,11 @@ class Product:
         return lax.cond(last, self.zeros, lambda: total)
 
     def products(self, w_smem, x_smem, total, of, k, stage):
-        (scale, offset, sums), inputs = of, self.tiles.inputs
-        count, wg = self.tiles.rows, lax.axis_index("wg")
+        """The sums [64, rows] and what step k of one warpgroup's tile of values gives to them.
+
+        of: the scales of its outputs, and offsets with the sums of x that they multiply, or None.
+        """
+        (scale, offset, sums), inputs, count = of, self.tiles.inputs, self.tiles.rows
         chunk = min(inputs, CHUNK)
         part = min(self.group, chunk)
 
@@ -244,11 +249,9 @@ class Product:
                 index = lax.div(k * inputs + column, self.group)
                 scales.append(self.scales(scale.at[:, index]))
                 if c not in w:
-                    held = w_smem.at[pl.ds(wg * OUTPUTS, OUTPUTS), pl.ds(c * chunk, chunk)]
-                    w[c] = self.widened(held, x_smem.dtype)
+                    w[c] = self.widened(w_smem.at[:, pl.ds(c * chunk, chunk)], x_smem.dtype)
                 left = w[c] if part == chunk else w[c][:, g * part : (g + 1) * part]
-                on_stage = None if stage is None else stage.at[wg]
-                multiply(acc, left, x_smem.at[:, pl.ds(column, part)].T, on_stage)
+                multiply(acc, left, x_smem.at[:, pl.ds(column, part)].T, stage)
                 if stage is not None:
                     plgpu.wgmma_wait(0)
             plgpu.wgmma_wait(0)
