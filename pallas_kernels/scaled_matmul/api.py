@@ -25,9 +25,8 @@ def tiles_for(rows: int, outputs: int, out_bytes: int = 2) -> Tiles:
         return Tiles(halves=1, piece=piece, buffers=3)
     high, wide = -(-rows // BLOCK), -(-outputs // WIDE)
     shared = "x" if high % 2 and wide % 2 == 0 else "values"
-    return Tiles(
-        halves=1, parts=(BLOCK, WIDE - BLOCK), turns=True, shared=shared, piece=piece, buffers=3
-    )
+    parts = BLOCK, WIDE - BLOCK
+    return Tiles(halves=1, parts=parts, ahead=2, shared=shared, piece=piece, buffers=3)
 
 
 def unfit(implementation: str, *, rows: int, out_dtype: str, platform: str) -> str | None:
