@@ -49,9 +49,6 @@ class Tiles:
       parts: outputs of the products that a consumer begins together; 128, or what has 192 in all.
       ahead: blocks of inputs between two of which a product is begun before the sums of the one
         before are added, for one half; 0: never.
-      turns: a consumer begins its products when the other one's are nearly done: all but the last
-        part, or slice of the inputs, where there are several.
-      slices: of a block's inputs, that are multiplied one after the other.
       stages: blocks of inputs in flight.
       band: row tiles that share the values before the next outputs come, for the L2 cache.
       shared: what two programs of a cluster share: `x` (they have neighbouring outputs), `values`
@@ -63,8 +60,6 @@ class Tiles:
     halves: int = 2
     parts: tuple[int, ...] = (BLOCK,)
     ahead: int = 0
-    turns: bool = False
-    slices: int = 1
     stages: int = 4
     band: int = 16
     shared: str = ""
@@ -97,9 +92,8 @@ class At:
     """Where a consumer is: memory, barriers, slot, itself, and the values' scales."""
 
     smem: dict
-    full: list
+    full: tuple
     free: dict
-    turns: Any
     slot: Any
     wg: Any
     factors: list
@@ -205,11 +199,8 @@ class Kernel:
     def multiply(self, acc, at, slot, half, column):
         """Begins a product of 64 rows and the outputs from `column` on."""
         own = pl.ds(pl.multiple_of((half * CONSUMERS + at.wg) * HALF, HALF), HALF)
-        these, wide = pl.ds(column, acc.shape[1]), BLOCK // self.tiles.slices
-        for i in range(self.tiles.slices):
-            deep = pl.ds(i * wide, wide)
-            right = at.smem["values"].at[slot, these, deep].T
-            plgpu.wgmma(acc, at.smem["x"].at[slot, own, deep], right)
+        these = pl.ds(column, acc.shape[1])
+        plgpu.wgmma(acc, at.smem["x"].at[slot, own], at.smem["values"].at[slot, these].T)
 
     def found(self, acc, wait_n):
         """A product's sums, when at most `wait_n` others are on their way."""
@@ -240,18 +231,13 @@ class Kernel:
         out, each = [], tiles.outputs // tiles.span
         for half in range(tiles.halves):
             plgpu.barrier_wait(at.full[half].at[slot])
-            if tiles.turns:
-                plgpu.barrier_wait(at.turns.at[at.wg])
 
             def products(*accs, half=half):
                 for acc, (start, _, _) in zip(accs, self.places, strict=True):
                     self.multiply(acc, at, slot, half, start)
                 row_scale, own = self.row_scale(at.smem, slot, half, at.wg), []
                 for i, (_, first, count) in enumerate(self.places):
-                    if tiles.turns and i == 0:
-                        plgpu.wgmma_wait(min(1, len(accs) * tiles.slices - 1))
-                        plgpu.barrier_arrive(at.turns.at[1 - at.wg])
-                    found = self.found(accs[i], (len(accs) - 1 - i) * tiles.slices)
+                    found = self.found(accs[i], len(accs) - 1 - i)
                     if half == tiles.halves - 1 and i == len(accs) - 1:
                         plgpu.barrier_arrive(at.free["ring"].at[slot])
                     these = slice(half * each + first, half * each + first + count)
@@ -311,15 +297,8 @@ class Kernel:
     def compute(self, refs, smem, full, free):
         """A consumer's part."""
         tiles, wg = self.tiles, lax.axis_index("wg")
-        *full, turns = full
         for slot in range(tiles.stages):
             plgpu.barrier_arrive(free["ring"].at[slot])
-        if tiles.turns:
-
-            @pl.when(wg == 1)
-            def _():
-                plgpu.barrier_arrive(turns.at[0])
-
         count = tiles.halves * tiles.outputs // tiles.span
 
         def tile(row, column, slot):
@@ -330,7 +309,7 @@ class Kernel:
                 step = i * self.unrolled
                 slot, *carry = carry
                 sums, factors = carry[:count], carry[count:]
-                at = At(smem, full, free, turns, slot, wg, factors)
+                at = At(smem, full, free, slot, wg, factors)
                 if tiles.ahead:
                     return self.one_ahead(at, step, sums, following)
                 later = following(step + 1)
@@ -345,12 +324,6 @@ class Kernel:
             return slot
 
         self.for_tiles(tile)
-        if tiles.turns:
-
-            @pl.when(wg == 0)
-            def _():
-                plgpu.barrier_wait(turns.at[0])
-
         plgpu.wait_smem_to_gmem(0)
 
     def send(self, refs, shared, sums, where):
@@ -374,17 +347,14 @@ class Kernel:
     def body(self, refs):
         tiles = self.tiles
         stages = tiles.stages
-        wide = BLOCK // tiles.slices
-        kind = plgpu.TilingTransform((8, wide)), plgpu.SwizzleTransform(wide)
         smem = {
-            "x": plgpu.SMEM((stages, tiles.rows, BLOCK), self.dtype, transforms=kind),
-            "values": plgpu.SMEM((stages, tiles.outputs, BLOCK), self.dtype, transforms=kind),
+            "x": swizzled((stages, tiles.rows, BLOCK), self.dtype),
+            "values": swizzled((stages, tiles.outputs, BLOCK), self.dtype),
             "x_scale": plgpu.SMEM((stages, tiles.rows), jnp.float32),
             "out": swizzled((CONSUMERS, tiles.buffers, HALF, tiles.piece), self.out_dtype),
         }
         arrivals = [3] + [1] * (tiles.halves - 1)
-        full = [plgpu.Barrier(num_arrivals=n, num_barriers=stages) for n in arrivals]
-        full = (*full, plgpu.Barrier(num_arrivals=1, num_barriers=CONSUMERS))
+        full = tuple(plgpu.Barrier(num_arrivals=n, num_barriers=stages) for n in arrivals)
         kind: dict[str, Any] = {"num_arrivals": CONSUMERS, "num_barriers": stages}
         if tiles.shared:
             free = {"ring": plgpu.ClusterBarrier(**kind, collective_axes=(PAIR,))}

@@ -35,7 +35,7 @@ FORMS = {
     "two halves of the rows": Tiles(halves=2, piece=32, buffers=3),
     "two halves, outputs in pairs": Tiles(halves=2, shared="x", stages=2),
     "192 outputs in pairs of rows": Tiles(halves=1, parts=(192,), shared="values"),
-    "parts, by turns": Tiles(halves=1, parts=(128, 64), turns=True, buffers=2),
+    "parts, begun together": Tiles(halves=1, parts=(128, 64), stages=5, buffers=2),
     "parts, one ahead": Tiles(halves=1, parts=(96, 96), ahead=2, piece=32),
 }
 
