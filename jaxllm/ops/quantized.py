@@ -15,8 +15,16 @@ from jaxllm.core.qarray import CODES, QArray, dequantize_rows, half_rows, halves
 from jaxllm.core.qrows import row_blocks
 from pallas_kernels.target import target
 
-__all__ = ["KINDS", "kernel_obstacle", "quantized_product", "rounded", "unfit"]
+__all__ = [
+    "KINDS",
+    "blocks_obstacle",
+    "kernel_obstacle",
+    "quantized_product",
+    "rounded",
+    "unfit",
+]
 
+_BLOCK = 128  # inputs and outputs of a scale, of what our kernel for eight-bit floats takes
 _TILE = 2**19
 """Values that a CPU unpacks at a time: what its second cache level holds in float32."""
 
@@ -187,12 +195,41 @@ def _both_rounded(x: Array, leaf: QArray, out_dtype: Any) -> Array:
     return y.astype(out_dtype)
 
 
+def blocks_obstacle(x: Any, leaf: QArray, out_dtype: Any) -> str | None:
+    """Why our kernel for eight bits on both sides cannot serve x [..., I] times a leaf, or None."""
+    if target() not in ("gpu", "interpreter"):
+        return f"it needs a CUDA device, this is {target()}"
+    if not jax.sharding.get_abstract_mesh().empty:
+        return "it runs on one device"
+    sides, blocks = (leaf.num_outputs, leaf.num_inputs), (leaf.rows, leaf.group)
+    if blocks != (_BLOCK, _BLOCK) or any(side % _BLOCK for side in sides) or leaf.lead:
+        return f"it takes one matrix in blocks of 128 x 128, not {sides} in blocks of {blocks}"
+    from pallas_kernels import scaled_matmul  # Pallas takes a third of a second to import
+
+    rows, name = math.prod(x.shape[:-1]), str(jnp.dtype(out_dtype))
+    return scaled_matmul.unfit("mosaic_gpu", rows=rows, out_dtype=name, platform=target())
+
+
 def _blocks_rounded(x: Array, leaf: QArray, out_dtype: Any) -> Array:
-    """x rounded in blocks of a token's inputs, times values in blocks of 128 x 128, unpacked again:
-    our kernel for products of eight bits (`pallas_kernels.scaled_matmul`) is not faster yet."""
+    """x rounded in blocks of a token's inputs, times values in blocks: by our kernel for products
+    of eight bits (`pallas_kernels.scaled_matmul`), or unpacked again."""
     edge = [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % leaf.group)]
     blocks = jnp.pad(x, edge).reshape(*x.shape[:-1], -1, leaf.group)
     codes, scale = rounded(blocks, leaf.values.dtype)
+    if blocks_obstacle(x, leaf, out_dtype) is None:
+        from pallas_kernels.scaled_matmul import scaled_matmul
+
+        took("packed product", "scaled_matmul")
+        y = scaled_matmul(
+            codes.reshape(-1, leaf.num_inputs),
+            scale.reshape(-1, leaf.num_inputs // _BLOCK),
+            jnp.asarray(leaf.values),
+            scales(leaf),
+            out_dtype=str(jnp.dtype(out_dtype)),
+            implementation="mosaic_gpu",
+        )
+        return y.reshape(*x.shape[:-1], -1)
+    took("packed product", "blocks_rounded")
     wide = (codes.astype(jnp.float32) * scale).reshape(*x.shape[:-1], -1)
     wide = wide[..., : x.shape[-1]].astype(x.dtype)
     return _tiled(wide, leaf, out_dtype) if _on_cpu() else _whole(wide, leaf, out_dtype)
@@ -221,9 +258,10 @@ def quantized_product(
     # Or a loop over tokens would have the matrix unpacked before it, and be read from memory.
     x, leaf = jax.lax.optimization_barrier((x, leaf))
     if leaf.activations:
-        grouped = leaf.scale.shape[-1] > 1
-        took("packed product", "blocks_rounded" if grouped else "both_rounded")
-        return (_blocks_rounded if grouped else _both_rounded)(x, leaf, out_dtype)
+        if leaf.scale.shape[-1] > 1:
+            return _blocks_rounded(x, leaf, out_dtype)
+        took("packed product", "both_rounded")
+        return _both_rounded(x, leaf, out_dtype)
     if kernel_obstacle(x, leaf) is None:
         took("packed product", _kernel(leaf.version))
         return _by_kernel(x, leaf, out_dtype)

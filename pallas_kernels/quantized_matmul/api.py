@@ -191,7 +191,8 @@ def _tiles(x, values, scale, plan: Plan) -> Tiles | streamed.Tiles | None:
         return tiles_for(inputs, outputs, inputs // groups, processors=processors())
     if plan.implementation == "mosaic_gpu_streamed":
         bits = 4 if "int4" in str(values.dtype) else 8
-        return streamed.tiles_for(count, inputs, outputs, bits=bits, processors=processors())
+        where = {"group": inputs // groups, "processors": processors()}
+        return streamed.tiles_for(count, inputs, outputs, bits=bits, **where)
     return None
 
 
@@ -203,23 +204,15 @@ def product(x, values, scale, offset, plan: Plan) -> jax.Array:
         x = stored(x, kind) if plan.arranged else x
         return reference(x, values, scale, offset, plan.table).astype(plan.out_dtype)
     options: dict[str, Any] = {"interpret": plan.interpret}
-    narrow = plan.out_dtype if offset is None else "float32"
     if plan.implementation == "mosaic_tpu":
         return mosaic_tpu.run(x, values, scale, out_dtype=plan.out_dtype, **options)
     if plan.implementation == "mosaic_gpu":
         padded = jnp.pad(x, ((0, -x.shape[0] % 8), (0, 0)))
-        y = run(padded, values, scale, tiles=plan.tiles, **options)[: x.shape[0]]
-    else:
-        coding = streamed.Coding(kind=kind, table=plan.table, arranged=plan.arranged)
-        options |= {"tiles": plan.tiles, "coding": coding}
-        y = streamed.run(x, values, scale, out_dtype=narrow, **options)
-    if offset is None:
+        y = run(padded, values, scale, offset, tiles=plan.tiles, **options)[: x.shape[0]]
         return y.astype(plan.out_dtype)
-    # An offset adds itself times the sum of its group's inputs: a product as narrow as the scales.
-    sums = jnp.sum(x.astype(jnp.float32).reshape(x.shape[0], scale.shape[1], -1), axis=2)
-    highest = jax.lax.Precision.HIGHEST
-    more = jnp.matmul(sums, offset.astype(jnp.float32).T, precision=highest)
-    return (y + more).astype(plan.out_dtype)
+    coding = streamed.Coding(kind=kind, table=plan.table, arranged=plan.arranged)
+    options |= {"tiles": plan.tiles, "coding": coding}
+    return streamed.run(x, values, scale, offset, out_dtype=plan.out_dtype, **options)
 
 
 def _forward(x, values, scale, offset, plan: Plan):

@@ -106,7 +106,7 @@ class Experts:
         scales = scale.at[owner, outputs]
 
         def step(at, w_smem, x_smem, total):
-            return product.products(w_smem, x_smem, total, scales, at[0], stage)
+            return product.products(w_smem, x_smem, total, (scales, None, None), at[0], stage)
 
         pipeline = plgpu.emit_pipeline(
             step,

@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.once import lowered_once
-from pallas_kernels.warpgroups import ROW, along, multiply
+from pallas_kernels.warpgroups import COLUMN, ROW, along, multiply
 
 __all__ = ["Tiles", "run"]
 
@@ -64,9 +64,15 @@ class Product:
     bits: int
     interpret: bool
 
-    def step(self, at, w_smem, x_smem, total, *, scale_of, stage=None):
+    def step(self, at, w_smem, x_smem, total, *, scale_of, shift_of, stage=None):
         """Adds what one tile of inputs gives to the sums [64, rows]."""
-        scale = plgpu.load(scale_of(at[0]), layout=None if self.interpret else ROW, optimized=False)
+        row, column = (None, None) if self.interpret else (ROW, COLUMN)
+        scale = plgpu.load(scale_of(at[0]), layout=row, optimized=False)
+        if shift_of is not None:
+            offset, sums = shift_of(at[0])
+            offset = plgpu.load(offset, layout=row, optimized=False).astype(jnp.float32)
+            sums = plgpu.load(sums, layout=column, optimized=False)
+            total += along(offset, total.shape, 0) * along(sums, total.shape, 1)
         w = plgpu.load(w_smem, layout=None if self.interpret else _UPCAST[self.bits])
         if not self.interpret and self.bits == 4:  # values move between lanes while they are small
             w = plgpu.layout_cast(w, plgpu.Layout.WGMMA)
@@ -82,7 +88,8 @@ class Product:
         part = pl.run_scoped(product, plgpu.ACC((OUTPUTS, self.rows), jnp.float32))
         return total + part * along(scale.astype(jnp.float32), part.shape, 0)
 
-    def body(self, values, scale, x, out, out_smem, stage=None):
+    def body(self, values, scale, x, *refs, out_smem, stage=None):
+        *shift, out = refs
         tile, split = lax.axis_index("tile"), lax.axis_index("split")
         width, tiles = self.tiles.inputs, self.tiles
         steps = x.shape[1] // width // tiles.splits
@@ -90,9 +97,14 @@ class Product:
         start = split * steps
         rows = pl.ds(tile * OUTPUTS, OUTPUTS)
         # A number of each row; the sectors they come with hold those of the next steps.
-        scale_of = lambda k: scale.at[rows, lax.div(start + k, per_group)]  # noqa: E731
+        scale_at = lambda ref, k: ref.at[rows, lax.div(start + k, per_group)]  # noqa: E731
+        scale_of = functools.partial(scale_at, scale)
+        shift_of = None
+        if shift:
+            offset, sums = shift
+            shift_of = lambda k: (scale_at(offset, k), sums.at[start + k])  # noqa: E731
         pipeline = plgpu.emit_pipeline(
-            functools.partial(self.step, scale_of=scale_of, stage=stage),
+            functools.partial(self.step, scale_of=scale_of, shift_of=shift_of, stage=stage),
             grid=(steps,),
             in_specs=[
                 plgpu.BlockSpec(
@@ -123,11 +135,12 @@ def run(
     x: jax.Array,
     values: jax.Array,
     scale: jax.Array,
+    offset: jax.Array | None = None,
     *,
     tiles: Tiles = Tiles(),
     interpret: bool = False,
 ) -> jax.Array:
-    """float32 [M, O] of x [M, K] times values [O, K] under scales [O, G].
+    """float32 [M, O] of x [M, K] times values [O, K] under scales, and offsets if any, [O, G].
 
     O is a multiple of 64, M of 8 and at most 256; `tiles.inputs` divides the group, and the splits
     divide the steps.
@@ -142,6 +155,9 @@ def run(
         scratch["stage"] = plgpu.SMEM(
             (OUTPUTS, tiles.inputs), x.dtype, transforms=_swizzled(tiles.inputs, 16)
         )
+    shift = ()
+    if offset is not None:
+        shift = offset, jnp.sum(x.astype(jnp.float32).reshape(count, -1, tiles.inputs), axis=2).T
     sums = plgpu.kernel(
         kernel.body,
         out_type=out_type,
@@ -151,5 +167,5 @@ def run(
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name="quantized_matmul",
         interpret=plgpu.InterpretGPUParams() if interpret else False,
-    )(values, scale, x)
+    )(values, scale, x, *shift)
     return jnp.sum(sums, axis=0).T

@@ -27,7 +27,7 @@ from pallas_kernels.once import lowered_once
 from pallas_kernels.quantized_matmul.order import natural, stored
 from pallas_kernels.quantized_matmul.reference import numbers
 from pallas_kernels.quantized_matmul.widen import widen
-from pallas_kernels.warpgroups import ROW, along, multiply
+from pallas_kernels.warpgroups import COLUMN, ROW, along, multiply
 
 __all__ = ["MOST_ROWS", "Coding", "Share", "Tiles", "run", "tiles_for", "unfit"]
 
@@ -99,15 +99,15 @@ def unfit(*, dtype: str, rows: int, kind: str, sizes: tuple[int, int, int]) -> s
 
 
 def tiles_for(
-    count: int, inputs: int, outputs: int, *, bits: int = 4, processors: int = 132
+    count: int, inputs: int, outputs: int, *, bits: int = 4, group: int = 128, processors: int = 132
 ) -> Tiles:
     """How a product is cut: one program for every processor, with an equal share of all steps."""
-    width = 128 if inputs % 128 == 0 else (64 if inputs % 64 == 0 else 32)
+    wide = count <= 64 and (256 % group == 0 or group % 256 == 0)
     rows = min(-(-count // 8) * 8, 128)
+    width = next(n for n in (256 if wide else 128, 128, 64, 32) if inputs % n == 0)
     row_tiles = -(-count // rows)
-    most = 4 if rows <= 64 else 2
-    few = inputs // width * (outputs // 256) < 3 * processors
-    warpgroups = next(n for n in (4, 2, 1) if outputs % (64 * n) == 0 and n <= (2 if few else most))
+    # With four that compute the registers that Mosaic asks for are more than a program begins with.
+    warpgroups = 2 if outputs % 128 == 0 else 1
     steps = inputs // width
     total = steps * (outputs // (64 * warpgroups))
     each = -(-total * row_tiles // processors)
@@ -192,7 +192,7 @@ class Product:
 
     def step(self, at, w_smem, x_smem, total, *, refs, out_smem, stage=None):
         """Adds what one tile of inputs gives to the sums [64, rows]; hands them out when whole."""
-        scale, out = refs
+        scale, offset, sums, out = refs
         wg, program = lax.axis_index("wg"), lax.axis_index("program")
         here = program * self.share.each + at[0]
         tile, k = lax.div(here, self.share.steps), lax.rem(here, self.share.steps)
@@ -200,7 +200,9 @@ class Product:
         first = pl.multiple_of(first, OUTPUTS)
         own = w_smem.at[pl.ds(wg * OUTPUTS, OUTPUTS)]
         mine = None if stage is None else stage.at[wg]
-        total = self.products(own, x_smem, total, scale.at[pl.ds(first, OUTPUTS)], k, mine)
+        rows = pl.ds(first, OUTPUTS)
+        of = scale.at[rows], None if offset is None else offset.at[rows], sums
+        total = self.products(own, x_smem, total, of, k, mine)
         last = (k == self.share.steps - 1) | (at[0] == self.share.each - 1)
 
         @pl.when(last)
@@ -222,11 +224,23 @@ class Product:
 
         return lax.cond(last, self.zeros, lambda: total)
 
-    def products(self, w_smem, x_smem, total, scale, k, stage):
-        """The sums [64, rows] and what step k of one warpgroup's tile of values gives to them."""
-        inputs, count = self.tiles.inputs, self.tiles.rows
+    def products(self, w_smem, x_smem, total, of, k, stage):
+        """The sums [64, rows] and what step k of one warpgroup's tile of values gives to them.
+
+        of: the scales of its outputs, and offsets with the sums of x that they multiply, or None.
+        """
+        (scale, offset, sums), inputs, count = of, self.tiles.inputs, self.tiles.rows
         chunk = min(inputs, CHUNK)
         part = min(self.group, chunk)
+
+        def shifted(total, column):
+            """What the offsets of a group, or of a part of it, add to its products."""
+            index = lax.div(k * inputs + column, self.group)
+            those = pl.ds(lax.axis_index("rows") * count, count)
+            x = sums.at[lax.div(k * inputs + column, part), those]
+            x = plgpu.load(x, layout=None if self.interpret else COLUMN, optimized=False)
+            own = self.scales(offset.at[:, index])
+            return total + along(own, total.shape, 0) * along(x, total.shape, 1)
 
         def run(some, *accs):
             scales, w = [], {}
@@ -249,8 +263,11 @@ class Product:
         for i in range(0, len(pairs), at_once):
             some = pairs[i : i + at_once]
             found = pl.run_scoped(functools.partial(run, some), *[acc] * len(some))
-            for sums, one in zip(*found, strict=True):
-                total += sums * along(one, sums.shape, 0)
+            for product, one in zip(*found, strict=True):
+                total += product * along(one, product.shape, 0)
+            if offset is not None:
+                for c, g in some:
+                    total = shifted(total, c * chunk + g * part)
         return total
 
     def scales(self, column):
@@ -261,7 +278,9 @@ class Product:
             return lax.bitcast_convert_type(bits << 23, jnp.float32)
         return found.astype(jnp.float32)
 
-    def body(self, values, scale, x, out, out_smem, stage=None):
+    def body(self, values, scale, x, *refs, out_smem, stage=None):
+        *shift, out = refs
+        offset, sums = shift or (None, None)
         tiles, share, width = self.tiles, self.share, self.tiles.inputs
         start, rows = lax.axis_index("program") * share.each, lax.axis_index("rows")
 
@@ -273,7 +292,7 @@ class Product:
             pipeline(self.zeros())
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-        options = {"refs": (scale, out), "out_smem": out_smem, "stage": stage}
+        options = {"refs": (scale, offset, sums, out), "out_smem": out_smem, "stage": stage}
         pipeline = plgpu.emit_pipeline_warp_specialized(
             functools.partial(self.step, **options),
             grid=(share.each,),
@@ -307,22 +326,28 @@ def run(
     x: jax.Array,
     values: jax.Array,
     scale: jax.Array,
+    offset: jax.Array | None = None,
     *,
     tiles: Tiles,
     coding: Coding,
     out_dtype=jnp.float32,
     interpret: bool = False,
 ) -> jax.Array:
-    """[M, O] of x [M, K] times values [O, K] under scales [O, G].
+    """[M, O] of x [M, K] times values [O, K] under scales, and offsets if any, [O, G].
 
     O is a multiple of `tiles.outputs`, `tiles.rows` at most 128; `tiles.inputs` divides K, and the
     group or the other way round.
     """
     (count, inputs), outputs = x.shape, values.shape[0]
     group, width = inputs // scale.shape[1], tiles.inputs
+    row_tiles = -(-count // tiles.rows)
+    shift = ()
+    if offset is not None:
+        part = min(group, width, CHUNK)
+        sums = jnp.sum(x.astype(jnp.float32).reshape(count, -1, part), axis=2)
+        shift = offset, jnp.pad(sums.T, ((0, 0), (0, row_tiles * tiles.rows - count)))
     if interpret == coding.arranged:  # the interpreter widens codes where they are
         x = (stored if interpret else natural)(x, coding.kind)
-    row_tiles = -(-count // tiles.rows)
     if interpret:
         x = jnp.pad(x, ((0, row_tiles * tiles.rows - count), (0, 0)))
     elif count > 8 and count % 8:  # less than a tile of eight or whole ones are what TMA takes
@@ -356,7 +381,7 @@ def run(
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name="quantized_matmul",
         interpret=plgpu.InterpretGPUParams() if interpret else False,
-    )(values, scale, x)
+    )(values, scale, x, *shift)
     return found if turned else _gathered(found, share)[:count].astype(out_dtype)
 
 

@@ -60,9 +60,10 @@ def _nibbles(word: Word, magic: int, flip: int) -> list[Word]:
     """0x4300 is 128 in bfloat16, whose last four bits then count from it in ones."""
     found = []
     for i in range(4):
-        code = arith.andi(_shifted(word, 4 * i), _constant(_both(0xF)))
-        merge = arith.xori if flip else arith.ori
-        found.append(_sub(merge(code, _constant(_both(0x4300 | flip))), magic))
+        # One instruction, where the assembler makes two of an `and` and an `xor`.
+        masks = _constant(_both(0xF)), _constant(_both(0x4300 | flip))
+        code = _ptx("lop3.b32 $0, $1, $2, $3, 0x6a;", _shifted(word, 4 * i), *masks)
+        found.append(_sub(code, magic))
     return found
 
 

@@ -15,13 +15,18 @@ __all__ = ["BLOCK", "IMPLEMENTATIONS", "explain", "rounded", "scaled_matmul", "u
 
 IMPLEMENTATIONS = ("mosaic_gpu", "reference")
 TOP = 448.0  # the largest float8_e4m3fn
+WIDE = 192  # outputs of a program where there are many
 
 
 def tiles_for(rows: int, outputs: int, out_bytes: int = 2) -> Tiles:
     """How a product of so many rows and outputs is cut, whose results take `out_bytes`."""
-    if rows > 2 * BLOCK:
-        return Tiles(halves=2, stages=4 if out_bytes == 2 else 3, pair=outputs % (2 * BLOCK) == 0)
-    return Tiles(halves=1, stages=6 if out_bytes == 2 else 5)
+    piece = 128 // out_bytes
+    if rows <= 2 * BLOCK or outputs < 2048:
+        return Tiles(halves=1, piece=piece, buffers=3)
+    high, wide = -(-rows // BLOCK), -(-outputs // WIDE)
+    shared = "x" if high % 2 and wide % 2 == 0 else "values"
+    parts = BLOCK, WIDE - BLOCK
+    return Tiles(halves=1, parts=parts, ahead=2, shared=shared, piece=piece, buffers=3)
 
 
 def unfit(implementation: str, *, rows: int, out_dtype: str, platform: str) -> str | None:

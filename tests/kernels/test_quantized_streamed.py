@@ -117,6 +117,9 @@ class Words:
             picks = (words[2][..., None] >> (4 * np.arange(4, dtype=np.uint32))) & 0xF
             assert (picks < 8).all()  # the eighth bit would repeat a sign
             return np.take_along_axis(source, picks.astype(int), -1).view(np.uint32)[..., 0]
+        if text.startswith("lop3"):
+            assert text.endswith(" 0x6a;")  # (a & b) ^ c
+            return (words[0] & words[1]) ^ words[2]
         a, *rest = [pairs(word).astype(np.float32) for word in words]
         if text.startswith("sub"):
             found = a - rest[0]
@@ -188,6 +191,7 @@ def test_tiles():
         tiles = tiles_for(count, inputs, outputs)
         share = Share(outputs // tiles.outputs, inputs // tiles.inputs, tiles.steps)
         assert share.programs <= 132
+        assert tiles.warpgroups <= 2  # four and one that loads have 480 of the 504 registers asked
         assert share.programs * tiles.steps < 132 * (tiles.steps + 1)
         assert share.programs > 66
 

@@ -7,6 +7,8 @@ import pytest
 
 from pallas_kernels.errors import ShapeError, UnsupportedError
 from pallas_kernels.scaled_matmul import explain, rounded, scaled_matmul
+from pallas_kernels.scaled_matmul.api import tiles_for
+from pallas_kernels.scaled_matmul.mosaic_gpu import Tiles, run
 from pallas_kernels.target import targeting
 
 
@@ -29,9 +31,35 @@ def exact(x, x_scale, values, scale):
     return wide(x, x_scale, 1) @ wide(values, scale, 128).T
 
 
-@pytest.mark.parametrize(("count", "outputs"), [(1, 384), (130, 384), (300, 384), (300, 512)])
+FORMS = {
+    "two halves of the rows": Tiles(halves=2, piece=32, buffers=3),
+    "two halves, outputs in pairs": Tiles(halves=2, shared="x", stages=2),
+    "192 outputs in pairs of rows": Tiles(halves=1, parts=(192,), shared="values"),
+    "parts, begun together": Tiles(halves=1, parts=(128, 64), stages=5, buffers=2),
+    "parts, one ahead": Tiles(halves=1, parts=(96, 96), ahead=2, piece=32),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_all_forms_of_tiles_give_the_same(form):
+    """Edges in both dims: 300 rows and 512 outputs in tiles of 128 or 256, and 128 or 192."""
+    arguments = draw(300, 256, 512)
+    wanted = exact(*arguments)
+    with targeting("interpreter"):
+        found = run(*arguments, tiles=FORMS[form], out_dtype="float32")
+    assert np.abs(np.asarray(found) - wanted).max() < 1e-6 * np.abs(wanted).max()
+
+
+def test_tiles():
+    """Memory fits by the kernel's own lowering below; here what pairs share."""
+    assert not tiles_for(256, 28672).shared and tiles_for(4096, 28672).shared == "values"
+    assert tiles_for(3 * 128, 28672).shared == "x"  # rows would come in twos and a half
+    assert tiles_for(4096, 1024).outputs == 128
+
+
+@pytest.mark.parametrize(("count", "outputs"), [(1, 384), (130, 384)])
 def test_kernel_and_reference_are_exact_to_a_rounding(count, outputs):
-    """One and two tiles of rows for programs alone, and tiles for pairs of programs."""
+    """One and two tiles of rows."""
     arguments = draw(count, 256, outputs)
     wanted = exact(*arguments)
     with targeting("interpreter"):

@@ -214,8 +214,26 @@ def test_blocks_are_rounded_the_same_by_the_kernel():
     np.testing.assert_allclose(plain, jnp.concatenate(parts, 1), rtol=1e-6)
     codes, scale = rounded(x)
     with targeting("interpreter"):
-        found = scaled_matmul(codes, scale, whole.values, whole.scale, out_dtype="float32")
+        by_name = scaled_matmul(codes, scale, whole.values, whole.scale, out_dtype="float32")
+        assert quantized.blocks_obstacle(x, whole, jnp.float32) is None
+        found = quantized.quantized_product(x[:, None], whole, jnp.float32)[:, 0]
+    np.testing.assert_array_equal(found, by_name)
     np.testing.assert_allclose(found, plain, atol=1e-5 * float(jnp.abs(plain).max()))
+
+
+def test_where_blocks_are_not_the_kernel_s():
+    x, leaf = draw(3, 256), quantize_jit(draw(256, 128), BLOCKS)
+
+    def obstacle(leaf, out_dtype="bfloat16", name="gpu"):
+        with targeting(name):
+            return quantized.blocks_obstacle(x, leaf, out_dtype)
+
+    assert obstacle(leaf) is None
+    assert "this is tpu" in obstacle(leaf, name="tpu")
+    assert "not int8" in obstacle(leaf, "int8")
+    parts = [quantize_jit(draw(256, n), BLOCKS) for n in (100, 28)]
+    assert "in blocks of (1, 128)" in obstacle(join_rows(parts, (256, 128), 1))
+    assert "not (100, 256)" in obstacle(parts[0])
 
 
 def test_blocks_at_the_edges_are_rounded_too():
