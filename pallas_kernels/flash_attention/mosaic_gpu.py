@@ -28,9 +28,9 @@ from pallas_kernels.flash_attention.pieces import (
     Shape,
     Spare,
     along,
+    biases,
     capped,
     data_of_walk,
-    distances,
     drain,
     keeper,
     swizzled,
@@ -83,7 +83,7 @@ class Softmax:
     def of(cls, spec: Spec, dtype, names: tuple[str, ...], *, polynomial: int = 0) -> Softmax:
         """The form for a call with the extras of these names."""
         bounded = spec.softcap is not None and spec.softcap <= _BOUNDED
-        bounded = bounded and not {"sinks", "alibi_slopes"} & set(names)
+        bounded = bounded and spec.bias is None and not {"sinks", "alibi_slopes"} & set(names)
         return cls(spec, bounded and dtype == jnp.bfloat16, polynomial)
 
     def step(self, scores, peak, total, keep, bias=None):
@@ -100,10 +100,11 @@ class Softmax:
             scores = jnp.where(keep, scores, -jnp.inf)
         new_peak = jnp.maximum(peak, jnp.max(scores, axis=1) * factor)
         base = new_peak
-        if keep is not None:  # a row may have seen nothing yet
+        hidden = keep is not None or self.spec.bias is not None
+        if hidden:  # a row may have seen nothing yet
             base = jnp.where(new_peak == -jnp.inf, 0.0, new_peak)
         decay = jnp.exp2(peak - base)
-        weights = self.exp2(scores * factor - along(base, scores.shape, 0), keep is not None)
+        weights = self.exp2(scores * factor - along(base, scores.shape, 0), hidden)
         total = total * decay + jnp.sum(weights, axis=1)
         return weights, new_peak, total, decay
 
@@ -207,7 +208,7 @@ class Forward:
             bounds = walk.bounds(place, refs)
             low, high = bounds[0], bounds[-1]
             keep = keeper(walk, refs, batch, (first_row, tiles.block_q))
-            bias = distances(walk, refs, batch, (first_row, tiles.block_q))
+            bias = biases(walk, refs, batch, (first_row, tiles.block_q))
             slot_of = lambda i: lax.rem(step + i, tiles.stages)  # noqa: E731
             start = self.start(refs, batch, head, fixed=softmax.fixed)
 

@@ -29,9 +29,9 @@ from pallas_kernels.flash_attention.pieces import (
     Shape,
     Spare,
     along,
+    biases,
     capped,
     data_of_walk,
-    distances,
     drain,
     keeper,
     swizzled,
@@ -130,7 +130,7 @@ class KeyValueGradients:
         first_row = tile * walk.tile + wg * 64
         k_smem, v_smem = (smem[name].at[pl.ds(wg * 64, 64)] for name in ("k", "v"))
         keep = keeper(walk, refs, batch, (first_row, 64))
-        bias = distances(walk, refs, batch, (first_row, 64))
+        bias = biases(walk, refs, batch, (first_row, 64))
         for name in ("q", "do"):
             for slot in range(tiles.stages):
                 plgpu.barrier_arrive(free[name].at[slot])
@@ -282,7 +282,7 @@ class QueryGradients:
             bounds = walk.bounds(place, refs)
             low, high = bounds[0], bounds[-1]
             keep = keeper(walk, refs, batch, (first_row, 64))
-            bias = distances(walk, refs, batch, (first_row, 64))
+            bias = biases(walk, refs, batch, (first_row, 64))
             plgpu.barrier_wait(full["q"])
             lse = plgpu.load(smem["stats"].at[0, mine], layout=ROW)
             delta = plgpu.load(smem["stats"].at[1, mine], layout=ROW)
@@ -379,7 +379,7 @@ class SplitKeyValueGradients(KeyValueGradients):
             keep = bias = None  # layout inference does not end on what nobody uses
             if out_name == "dv":
                 keep = keeper(self.walk, refs, batch, (tile * 64, 64))
-                bias = distances(self.walk, refs, batch, (tile * 64, 64))
+                bias = biases(self.walk, refs, batch, (tile * 64, 64))
 
             def sums(acc):
                 def head_steps(member, step):

@@ -14,6 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.flash_attention.bias import Bias, evaluate
 from pallas_kernels.flash_attention.padding import pad
 from pallas_kernels.flash_attention.problem import Extras, Spec
 from pallas_kernels.flash_attention.ranges import BOTH, HIGH, LOW, Walk, runs
@@ -39,9 +40,9 @@ __all__ = [
     "Shape",
     "Spare",
     "along",
+    "biases",
     "capped",
     "data_of_walk",
-    "distances",
     "drain",
     "iota",
     "keeper",
@@ -112,15 +113,46 @@ def keeper(walk: Walk, refs, batch, rows):
     return keep
 
 
-def distances(walk: Walk, refs, batch, rows):
-    """bias(place, position)(): what distances add to a block's scores, in units of log2 e, or None.
+def biases(walk: Walk, refs, batch, rows):
+    """bias(place, position)(): what is added to a block's scores, in units of log2 e, or None.
 
     Args:
       batch: number of the sequence.
       rows: first row and number of rows.
     """
-    if "alibi_slopes" not in walk.names:
-        return lambda *_: lambda: None
+    parts = []
+    if "alibi_slopes" in walk.names:
+        parts.append(_distances(walk, refs, batch, rows))
+    if walk.spec.bias is not None:
+        parts.append(_by_function(walk.spec.bias, walk, refs, batch, rows))
+
+    def bias(place, position):
+        those = [part(place, position) for part in parts]
+        return lambda: functools.reduce(operator.add, [x() for x in those]) if those else None
+
+    return bias
+
+
+def _by_function(function: Bias, walk: Walk, refs, batch, rows):
+    (first_row, count), offset = rows, walk.facts(batch, refs)[0]
+    shape = (count, walk.block)
+
+    def bias(place, position):
+        first_column = walk.block_at(place, position, refs) * walk.block
+        firsts, dims = (first_row + offset, first_column), (0, 1)
+        if walk.transposed:
+            firsts, dims = (first_column + offset, first_row), (1, 0)
+
+        def added():
+            at = [lambda i=i: iota(shape, dims[i]) + firsts[i] for i in range(2)]
+            return evaluate(function, shape, (*at, lambda: place[2])) * LOG2E
+
+        return added
+
+    return bias
+
+
+def _distances(walk: Walk, refs, batch, rows):
     first_row, count = rows
     shape, offset = (count, walk.block), walk.facts(batch, refs)[0]
     first = first_row - offset if walk.transposed else first_row + offset

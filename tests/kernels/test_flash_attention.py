@@ -21,10 +21,13 @@ from pallas_kernels.target import targeting
 from tests.kernels.attention import (
     FEATURES,
     LENGTHS,
+    Sloped,
     arguments,
     both,
+    bucketed,
     by_name,
     case,
+    chunked,
     errors,
     failures,
     interpreted,
@@ -64,6 +67,25 @@ INTERPRETED = {
         BackwardTiles(),
     ),
     "alibi, split": (case(130, causal=True, arrays=("alibi_slopes",), **SMALL), Tiles(), SPLIT),
+    "bias": (
+        case(130, 170, bias=chunked, **SMALL),
+        Tiles(block_kv=64, polynomial=16),
+        BackwardTiles(),
+    ),
+    "bias, everything": (
+        case(
+            130,
+            causal=True,
+            window=(70, 0),
+            softcap=5.0,
+            arrays=("segment_ids", "sinks"),
+            bias=bucketed,
+            **SMALL,
+        ),
+        Tiles(block_kv=64),
+        BackwardTiles(),
+    ),
+    "bias, split": (case(130, causal=True, bias=Sloped(), **SMALL), Tiles(), SPLIT),
     "soft-cap without a peak": (case(160, causal=True, softcap=5.0, **SMALL), Tiles(), SPLIT),
 }
 
@@ -100,6 +122,12 @@ def by_hand(one, qkv, options) -> np.ndarray:
             scores = options["softcap"] * np.tanh(scores / options["softcap"])
         if "alibi_slopes" in options:
             scores = scores - float(options["alibi_slopes"][n]) * np.abs(at - np.asarray(seen))
+        if "bias" in options:
+            pairs = jnp.full((len(seen),), at, jnp.int32), jnp.asarray(seen, jnp.int32)
+            added = np.asarray(options["bias"](*pairs, jnp.int32(n)), np.float64)
+            scores = scores + added
+        if np.isneginf(scores).all():
+            continue
         weights = np.exp(scores)
         total = weights.sum() + (np.exp(options["sinks"][n]) if one.sinks else 0.0)
         out[b, t, n] = weights @ v[b, seen, head] / total
