@@ -82,7 +82,7 @@ def dense(
     """
     batch, queries, heads, width = q.shape
     kv_heads = k.shape[2]
-    wide = jnp.promote_types(q.dtype, jnp.float32)
+    wide = jnp.float64 if q.dtype == jnp.float64 else jnp.float32
     exact = jax.lax.Precision.HIGHEST
     # Past the lengths there may be anything, NaN too; 0 * NaN would reach the sums.
     used = jnp.any(seen, axis=(1, 2))[:, :, None, None]
