@@ -18,7 +18,6 @@ from pallas_kernels.flash_attention.mosaic_gpu_gradients import (
 from pallas_kernels.flash_attention.mosaic_gpu_gradients_ahead import (
     KeyValueGradientsAhead,
     KeyValueGradientsRunning,
-    QueryGradientsAhead,
     SplitAhead,
 )
 from pallas_kernels.flash_attention.padding import pad
@@ -82,7 +81,7 @@ def launch(
     if tiles.delta:
         outputs["delta"] = like(inputs["lse"])
     dq, *made = run_kernel(
-        (QueryGradientsAhead if tiles.ahead else QueryGradients)(shape, by_queries, tiles, ctas),
+        QueryGradients(shape, by_queries, tiles, ctas),
         inputs | of_rows | data[0] | shape.turns(by_queries, ctas),
         outputs,
         name="flash_attention_dq",

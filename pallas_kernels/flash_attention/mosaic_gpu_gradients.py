@@ -70,7 +70,6 @@ class BackwardTiles:
     share: bool = False
     delta: bool = False
     opaque: bool = False
-    ahead: bool = False
     running: bool = False
     keys_ahead: bool = False
 

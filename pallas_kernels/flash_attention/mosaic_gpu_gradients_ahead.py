@@ -14,7 +14,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.flash_attention.mosaic_gpu_gradients import (
     KeyValueGradients,
-    QueryGradients,
     SplitKeyValueGradients,
     exponents,
 )
@@ -30,113 +29,10 @@ from pallas_kernels.flash_attention.pieces import (
     keeper,
     swizzled,
 )
-from pallas_kernels.flash_attention.ranges import BOTH, HIGH
 
-__all__ = ["KeyValueGradientsRunning", "QueryGradientsAhead"]
-
-
-@dataclasses.dataclass(frozen=True)
-class QueryGradientsAhead(QueryGradients):
-    """The kernel for dq, whose scores are a block ahead."""
-
-    def compute(self, refs, smem, full, free):
-        walk, tiles, spec = self.walk, self.tiles, self.walk.spec
-        dtype = self.shape.dtype
-        wg = lax.axis_index("wg")
-        spare = Spare.of(smem, wg)
-        mine = pl.ds(wg * 64, 64)
-        q_smem, do_smem = smem["q"].at[mine], smem["do"].at[mine]
-        square = plgpu.ACC((64, walk.block), jnp.float32)
-        for name, stages in self.stages.items():
-            for slot in range(stages):
-                plgpu.barrier_arrive(free[name].at[slot])
-        plgpu.barrier_arrive(free["q"])
-
-        def tile(index, step):
-            batch, row, head = self.shape.tile(walk, index)
-            first_row = row * walk.tile + wg * 64
-            place = (batch, row, head)
-            bounds = walk.bounds(place, refs)
-            low, high = bounds[0], bounds[-1]
-            keep = keeper(walk, refs, batch, (first_row, 64))
-            bias = biases(walk, refs, batch, (first_row, 64))
-            plgpu.barrier_wait(full["q"])
-            lse, delta = self.statistics(refs, smem, mine, (batch, head, pl.ds(first_row, 64)))
-            slots = lambda i: (  # noqa: E731
-                lax.rem(step + i - low, tiles.dq_stages),
-                lax.rem(step + i - low, tiles.dq_value_stages),
-            )
-
-            def await_block(i):
-                @pl.when(i < high)
-                def _():
-                    plgpu.barrier_wait(full["k"].at[slots(i)[0]])
-                    plgpu.barrier_wait(full["v"].at[slots(i)[1]])
-
-            def products(i, scores, rise):
-                plgpu.wgmma(scores, q_smem, smem["k"].at[slots(i)[0]].T)
-                plgpu.wgmma(rise, do_smem, smem["v"].at[slots(i)[1]].T)
-
-            def begin(scores, rise):
-                products(low, scores, rise)
-                rise = plgpu.wgmma_accumulator_load(rise, wait_n=0)
-                return plgpu.wgmma_accumulator_load(scores, wait_n=0), rise
-
-            def prepared(i, scores, rise, ends):
-                visible = (lambda: None) if ends is None else keep(place, i, ends)
-                powers, slope = exponents(scores, lse, spec, visible(), 0, bias(place, i)())
-                rise = rise - along(delta, rise.shape, 0)
-                if slope is not None:
-                    rise = rise * slope
-                return lax.optimization_barrier((powers, rise))
-
-            def sums(dq):
-                def one(i, carry, ends):
-                    powers, rise = prepared(i, *carry, ends)
-
-                    def run(scores, next_rise):
-                        products(i + 1, scores, next_rise)
-                        await_block(i + 2)
-                        dscores = lax.optimization_barrier((jnp.exp2(powers) * rise).astype(dtype))
-                        spare.add(dq, dscores, smem["k"].at[slots(i)[0]])
-                        found = plgpu.wgmma_accumulator_load(next_rise, wait_n=0)
-                        return plgpu.wgmma_accumulator_load(scores, wait_n=0), found
-
-                    carry = pl.run_scoped(run, square, square)
-                    plgpu.barrier_arrive(free["v"].at[slots(i + 1)[1]])
-                    plgpu.barrier_arrive(free["k"].at[slots(i)[0]])
-                    return carry
-
-                await_block(low)
-                carry = pl.run_scoped(begin, square, square)
-                plgpu.barrier_arrive(free["v"].at[slots(low)[1]])
-                await_block(low + 1)
-                for start, end, ends in walk.parts(bounds):
-                    end = jnp.minimum(end, high - 1)
-                    carry = lax.fori_loop(start, end, functools.partial(one, ends=ends), carry)
-                ends = (HIGH if walk.last_is_high else BOTH) if walk.masked else None
-                powers, rise = prepared(high - 1, *carry, ends)
-                if not tiles.share:
-                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of delta
-                    plgpu.barrier_arrive(free["q"])
-                slot = slots(high - 1)[0]
-                spare.add(dq, (jnp.exp2(powers) * rise).astype(dtype), smem["k"].at[slot])
-                plgpu.wgmma_wait(0)
-                plgpu.barrier_arrive(free["k"].at[slot])
-                return dq[...] * spec.scale
-
-            dq = spare.zeroed(sums, (64, self.shape.width))
-            dq_smem = q_smem if tiles.share else smem["dq"].at[wg]
-            dq_smem[...] = dq.astype(dtype)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(dq_smem, refs["dq"].at[batch, pl.ds(first_row, 64), head])
-            if tiles.share:
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                plgpu.barrier_arrive(free["q"])
-            return step + (high - low)
-
-        self.shape.for_tiles(refs, walk, self.ctas, tile, jnp.int32(0))
-        plgpu.wait_smem_to_gmem(0)
+__all__ = [
+    "KeyValueGradientsRunning",
+]
 
 
 @dataclasses.dataclass(frozen=True)

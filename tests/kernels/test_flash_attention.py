@@ -88,7 +88,7 @@ INTERPRETED = {
     "ahead": (
         case(300, causal=True, **SMALL),
         Tiles(block_kv=64, stages=3, ahead=True),
-        BackwardTiles(ahead=True, running=True, keys_ahead=True, dq_stages=4, stages=4),
+        BackwardTiles(delta=True, running=True, keys_ahead=True, stages=4),
     ),
     "ahead, everything": (
         case(
@@ -101,12 +101,12 @@ INTERPRETED = {
             **SMALL,
         ),
         Tiles(stages=3, ahead=True),
-        BackwardTiles(ahead=True, running=True, keys_ahead=True, dq_stages=4, stages=4),
+        BackwardTiles(delta=True, running=True, keys_ahead=True, stages=4),
     ),
     "split, ahead": (
         case(128, 100, causal=True, softcap=5.0, **SMALL),
         Tiles(block_kv=64),
-        dataclasses.replace(SPLIT, keys_ahead=True),
+        dataclasses.replace(SPLIT, keys_ahead=True, opaque=True),
     ),
     "bias, split": (case(130, causal=True, bias=Sloped(), **SMALL), Tiles(), SPLIT),
     "soft-cap without a peak": (case(160, causal=True, softcap=5.0, **SMALL), Tiles(), SPLIT),
