@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +46,17 @@ class Walks:
             make(tile=CONSUMERS * 64, block=tiles.dq_block_kv, transposed=False),
             make(tile=of_keys, block=tiles.block_q, transposed=True),
         )
+
+
+def _of_keys(shape: Shape, walk: Walk, tiles: BackwardTiles, processors: int):
+    """The kernel for dk and dv, its grid, and which tiles each program takes."""
+    grid = {"batch": shape.batch, "tile": walk.tiles, "head": shape.kv_heads}
+    if not tiles.running:
+        kind = SplitAhead if tiles.keys_ahead else SplitKeyValueGradients
+        return (kind if tiles.split else KeyValueGradients)(shape, walk, tiles), grid, {}
+    kind = KeyValueGradientsAhead if tiles.keys_ahead else KeyValueGradientsRunning
+    kernel = kind(shape, walk, tiles, min(processors, math.prod(grid.values())))
+    return kernel, {"cta": kernel.ctas}, kernel.by_keys.turns(walk, kernel.ctas)
 
 
 def launch(
@@ -90,17 +102,7 @@ def launch(
     )
     if made:
         (inputs["delta"],) = made
-    turns = {}
-    kernel = (SplitKeyValueGradients if tiles.split else KeyValueGradients)(shape, by_keys, tiles)
-    if tiles.split and tiles.keys_ahead:
-        kernel = SplitAhead(shape, by_keys, tiles)
-    grid = {"batch": shape.batch, "tile": by_keys.tiles, "head": shape.kv_heads}
-    if tiles.running:
-        count = shape.batch * by_keys.tiles * shape.kv_heads
-        kernel = (KeyValueGradientsAhead if tiles.keys_ahead else KeyValueGradientsRunning)(
-            shape, by_keys, tiles, min(processors, count)
-        )
-        grid, turns = {"cta": kernel.ctas}, kernel.by_keys.turns(by_keys, kernel.ctas)
+    kernel, grid, turns = _of_keys(shape, by_keys, tiles, processors)
     dk, dv = run_kernel(
         kernel,
         inputs | data[1] | turns,

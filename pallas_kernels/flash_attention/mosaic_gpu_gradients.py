@@ -58,6 +58,13 @@ class BackwardTiles:
         and of values in flight.
       persistent: dq runs as many programs as processors.
       share: dq leaves through q's memory.
+      delta: dq also makes delta, the sum over a row of out times its gradient, for dk and dv; else
+        XLA does before both.
+      opaque: dq finds where q lies anew in each step, so that wide heads' descriptors need no
+        registers.
+      running: dk and dv run as many programs as processors; for heads of up to 64.
+      keys_ahead: their scores are multiplied a block before their weights are made; with `running`,
+        or with `split`.
     """
 
     block_q: int = 64

@@ -74,4 +74,4 @@ def backward_tiles(q: tuple[int, ...], v: tuple[int, ...], spec: Spec) -> Backwa
         return BackwardTiles(split=True, keys_ahead=True, **wide)
     if width > 64:
         return BackwardTiles(dq_value_stages=2, delta=True)
-    return BackwardTiles(stages=4, running=True, delta=True)
+    return BackwardTiles(stages=4, running=True, keys_ahead=True, delta=True)
