@@ -12,11 +12,29 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-__all__ = ["relative_errors", "seconds", "time_scans", "with_gradients"]
+__all__ = [
+    "compiled",
+    "normal",
+    "relative_errors",
+    "seconds",
+    "time_scans",
+    "timed",
+    "with_gradients",
+]
 
 _COPY = 3.0e12  # bytes a second that an H100 copies
 _PRODUCT = 783e12  # an 8192^3 bf16 product of normal data on such a card
 _ROTATED = 200e6
+
+
+def normal(shapes: tuple[tuple[int, ...], ...], sets: int) -> list[tuple[jax.Array, ...]]:
+    """So many sets of normal bfloat16 arrays of these shapes."""
+    draw = jax.jit(jax.random.normal, static_argnums=(1, 2))
+    keys = (jax.random.split(jax.random.key(i), len(shapes)) for i in range(sets))
+    return [
+        tuple(draw(key, shape, jnp.bfloat16) for key, shape in zip(each, shapes, strict=True))
+        for each in keys
+    ]
 
 
 def with_gradients(function):
@@ -53,11 +71,24 @@ def seconds(
       calls: at least so many in the program, by going through `arguments` again: for calls so short
         that starting a program takes as long.
     """
+    arguments = arguments * -(-calls // len(arguments))
+    return timed(compiled(function, arguments[0], len(arguments)), arguments, rounds=rounds)
+
+
+def compiled(function, arguments: tuple, calls: int) -> Any:
+    """The program of `calls` calls of a function, which `timed` takes.
+
+    Args:
+      arguments: arrays of one call, or their shapes and dtypes.
+    """
     inner = jax.jit(function)
     # The same arrays again are other parameters to XLA, which so takes no call for one it has made.
-    arguments = arguments * -(-calls // len(arguments))
     program = jax.jit(lambda many: [inner(*one) for one in many])
-    run = program.lower(arguments).compile()
+    return program.lower([arguments] * calls).compile()
+
+
+def timed(run, arguments: list[tuple], *, rounds: int = 12) -> tuple[float, float]:
+    """`seconds` of a program that `compiled` made for as many calls as there are `arguments`."""
     for _ in range(2):
         jax.block_until_ready(run(arguments))
     times = []

@@ -13,6 +13,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -35,10 +36,19 @@ class ListWalk(MapWalk):
     """Tiles over lists of blocks; a place between `bounds` is one in the list.
 
     Attributes:
-      per_head: every query head has lists of its own.
+      map: who sees whom.
     """
 
-    per_head: bool = False
+    map: BlockMap
+
+    @property
+    def per_head(self) -> bool:
+        """Whether every query head has lists of its own."""
+        return self.map.classes.shape[0] > 1
+
+    def visits(self) -> np.ndarray:
+        """How many blocks each tile visits: int32 [1 or N, tiles]."""
+        return self.map.lists(self.tile, self.block, self.transposed).counts[..., 1]
 
     def _at(self, place) -> tuple:
         return (place[2] if self.per_head else 0, place[1])
@@ -85,7 +95,7 @@ def _walk(q, k, extras: Extras, *, spec: Spec, blocks: BlockMap, **cut) -> ListW
         queries=q.shape[1],
         keys=k.shape[1],
         names=extras.names,
-        per_head=blocks.classes.shape[0] > 1,
+        map=blocks,
         **cut,
     )
 

@@ -28,6 +28,13 @@ class Shaped:
         """Of a dense forward; times the density for what is visible."""
         return 4.0 * self.batch * self.heads * self.length**2 * self.width
 
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Of q, k, v and the gradient of the result."""
+        q = (self.batch, self.length, self.heads, self.width)
+        k = (self.batch, self.length, self.kv_heads, self.width)
+        return q, k, k, q
+
 
 def _longformer(length: int, heads: int) -> BlockMap:
     """256 tokens to each side, and one that sees and is seen by all."""

@@ -8,6 +8,7 @@ import jax
 
 from pallas_kernels.choice import Choice, choose
 from pallas_kernels.flash_attention import cudnn, hopper, tpu
+from pallas_kernels.flash_attention.bias import Bias
 from pallas_kernels.flash_attention.problem import Extras, Spec, Window, pose
 from pallas_kernels.flash_attention.reference import reference
 from pallas_kernels.target import target
@@ -91,6 +92,7 @@ def flash_attention(
     scale: float | None = None,
     sinks: jax.Array | None = None,
     alibi_slopes: jax.Array | None = None,
+    bias: Bias | None = None,
     query_lengths: jax.Array | None = None,
     key_lengths: jax.Array | None = None,
     query_offset: int | jax.Array | None = None,
@@ -117,6 +119,12 @@ def flash_attention(
       sinks: [N], a logit a head that joins the softmax's sum and gives nothing.
       alibi_slopes: [N], constants without a gradient: a score, capped, loses its head's slope times
         the distance between the key and the query's position. Source: arXiv 2108.12409 (ALiBi).
+      bias: a function of (query_position, key_position, head) that gives what is added to a score
+        after the soft-cap; -inf hides the pair. Positions are int32 arrays of one shape, head is an
+        int32 scalar, 0 <= head < N; the result is float32 of the positions' shape. It may hold
+        plain numbers, no arrays, and has no gradient. Kernels compute it element by element. A
+        program is traced anew for each function object: define it once, or as a frozen dataclass
+        with __call__, whose equals share a program.
       query_lengths: integers [B]; rows from there on give zeros.
       key_lengths: integers [B]; what lies from there on is never seen and may be NaN.
       query_offset: int or integers [B]; default: the last query stands at the last key (of the
@@ -143,6 +151,7 @@ def flash_attention(
         scale=scale,
         sinks=sinks,
         alibi_slopes=alibi_slopes,
+        bias=bias,
         query_lengths=query_lengths,
         key_lengths=key_lengths,
         query_offset=query_offset,

@@ -22,6 +22,8 @@ def obstacle(q, k, v, extras: Extras, spec: Spec) -> str | None:
         return f"it takes equal head widths, multiples of 8 up to 256, not {widths}"
     if spec.softcap is not None:
         return "it has no soft-cap"
+    if spec.bias is not None:
+        return "it has no bias by function"
     names = set(extras.names) - {"query_lengths", "key_lengths"}
     if names:
         return f"it has no {', '.join(sorted(names))}"

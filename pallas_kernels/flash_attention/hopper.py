@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 
+from pallas_kernels.flash_attention.bias import unserved
 from pallas_kernels.flash_attention.differentiable import Plan, clean, run
 from pallas_kernels.flash_attention.mosaic_gpu import forward
 from pallas_kernels.flash_attention.mosaic_gpu_backward import backward
@@ -27,9 +28,11 @@ def unfit(*, dtype: str, widths: tuple[int, int], platform: str) -> str | None:
 
 def obstacle(q, k, v, extras: Extras, spec: Spec) -> str | None:
     """Why these kernels cannot serve a call, or None."""
-    del extras, spec
+    del extras
     if 0 in (*q.shape, *k.shape):
         return "it takes no empty arrays"
+    if reason := unserved(spec.bias):
+        return reason
     return unfit(dtype=str(q.dtype), widths=(q.shape[-1], v.shape[-1]), platform=target())
 
 

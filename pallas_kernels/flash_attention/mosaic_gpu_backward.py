@@ -1,487 +1,34 @@
-# Types of jax's Mosaic GPU objects are not public.
-# pyright: reportPrivateImportUsage=false, reportAbstractUsage=false, reportIndexIssue=false, reportAttributeAccessIssue=false, reportCallIssue=false
-"""The Hopper backward: one kernel for dk and dv, one for dq (Pallas, Mosaic GPU backend).
-
-Both recompute the softmax from the forward's log-sum, so nothing of size T x S is ever stored. The
-first owns a tile of keys and walks over the queries (of every query head of the kv head, so that
-no sum over heads is left); the second owns a tile of queries and walks over the keys. Each output
-has one owner and one order of sums: the result is the same bits in every run.
-"""
+"""The Hopper backward: which kernels run, and on what (Pallas, Mosaic GPU backend)."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.flash_attention.padding import pad
-from pallas_kernels.flash_attention.pieces import (
-    COLUMN,
-    CONSUMERS,
-    LOG2E,
-    ROW,
-    SQUARE,
-    Shape,
-    Spare,
-    along,
-    capped,
-    data_of_walk,
-    distances,
-    drain,
-    keeper,
-    swizzled,
+from pallas_kernels.flash_attention.mosaic_gpu_gradients import (
+    BackwardTiles,
+    KeyValueGradients,
+    QueryGradients,
+    SplitKeyValueGradients,
 )
+from pallas_kernels.flash_attention.mosaic_gpu_gradients_ahead import (
+    KeyValueGradientsAhead,
+    KeyValueGradientsRunning,
+    SplitAhead,
+)
+from pallas_kernels.flash_attention.padding import pad
+from pallas_kernels.flash_attention.pieces import CONSUMERS, LOG2E, Shape, data_of_walk
 from pallas_kernels.flash_attention.problem import Extras, Spec
 from pallas_kernels.flash_attention.ranges import Walk
 from pallas_kernels.once import lowered_once
-from pallas_kernels.warpgroups import roles, run_kernel
+from pallas_kernels.warpgroups import run_kernel
 
 __all__ = ["BackwardTiles", "Walks", "backward", "launch"]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class BackwardTiles:
-    """How the two kernels are cut.
-
-    Attributes:
-      block_q, stages: of the kernel for dk and dv: queries of a step, steps in flight.
-      split: dk and dv of one tile of keys belong to one warpgroup each, which pass the softmax's
-        weights between them; for heads too wide for the registers of one.
-      dq_block_kv, dq_stages, dq_value_stages: of the kernel for dq: keys of a step, blocks of keys
-        and of values in flight.
-      persistent: dq runs as many programs as processors.
-      share: dq leaves through q's memory.
-    """
-
-    block_q: int = 64
-    stages: int = 2
-    dq_block_kv: int = 64
-    dq_stages: int = 3
-    dq_value_stages: int = 3
-    persistent: bool = True
-    split: bool = False
-    share: bool = False
-
-
-def _weights(scores, lse, spec: Spec, keep, dim: int, bias=None):
-    """(softmax weights, d score / d capped score or None) of a block."""
-    scores, factor = capped(scores, spec)
-    powers = scores * factor if bias is None else scores * factor + bias
-    weights = jnp.exp2(powers - along(lse, scores.shape, dim))
-    if keep is not None:
-        weights = jnp.where(keep, weights, 0.0)
-    slope = None if spec.softcap is None else 1.0 - scores * scores
-    return weights, slope
-
-
-@dataclasses.dataclass(frozen=True)
-class KeyValueGradients:
-    """The kernel for dk and dv; a program owns CONSUMERS * 64 keys of one kv head."""
-
-    shape: Shape
-    walk: Walk  # transposed
-    tiles: BackwardTiles
-
-    def place(self):
-        """(sequence, tile of keys, kv head)."""
-        return lax.axis_index("batch"), lax.axis_index("tile"), lax.axis_index("head")
-
-    def load(self, refs, smem, full, free):
-        batch, tile, kv_head = self.place()
-        walk, group = self.walk, self.shape.group
-        keys = pl.ds(tile * walk.tile, walk.tile)
-        for name in ("k", "v"):
-            plgpu.copy_gmem_to_smem(refs[name].at[batch, keys, kv_head], smem[name], full[name])
-
-        def head_steps(member, step):
-            head = kv_head * group + member
-            place = (batch, tile, head)
-            low, _, _, high = walk.bounds(place, refs)
-
-            def one(i, _):
-                slot = lax.rem(step + i - low, self.tiles.stages)
-                queries = pl.ds(walk.block_at(place, i, refs) * walk.block, walk.block)
-                plgpu.barrier_wait(free["q"].at[slot])
-                where = refs["stats"].at[batch, head, :, queries]
-                plgpu.copy_gmem_to_smem(where, smem["stats"].at[slot], full["q"].at[slot])
-                for name in ("q", "do"):
-                    if name == "do":
-                        plgpu.barrier_wait(free["do"].at[slot])
-                    where = refs[name].at[batch, queries, head]
-                    plgpu.copy_gmem_to_smem(where, smem[name].at[slot], full[name].at[slot])
-
-            lax.fori_loop(low, high, one, None)
-            return step + (high - low)
-
-        lax.fori_loop(0, group, head_steps, jnp.int32(0))
-        drain({name: free[name] for name in ("q", "do")})
-
-    def compute(self, refs, smem, full, free):
-        walk, tiles, spec = self.walk, self.tiles, self.walk.spec
-        dtype = self.shape.dtype
-        batch, tile, kv_head = self.place()
-        wg = lax.axis_index("wg")
-        spare = Spare.of(smem, wg)
-        first_row = tile * walk.tile + wg * 64
-        k_smem, v_smem = (smem[name].at[pl.ds(wg * 64, 64)] for name in ("k", "v"))
-        keep = keeper(walk, refs, batch, (first_row, 64))
-        bias = distances(walk, refs, batch, (first_row, 64))
-        for name in ("q", "do"):
-            for slot in range(tiles.stages):
-                plgpu.barrier_arrive(free[name].at[slot])
-        for name in ("k", "v"):
-            plgpu.barrier_wait(full[name])
-
-        def sums(dk, dv):
-            def one(position, step, ends, place):
-                slot = lax.rem(step, tiles.stages)
-                q_smem, do_smem = smem["q"].at[slot], smem["do"].at[slot]
-                visible = (lambda: None) if ends is None else keep(place, position, ends)
-                added = bias(place, position)
-                plgpu.barrier_wait(full["q"].at[slot])
-
-                def products(scores, dweights):
-                    plgpu.wgmma(scores, k_smem, q_smem.T)
-                    plgpu.barrier_wait(full["do"].at[slot])
-                    plgpu.wgmma(dweights, v_smem, do_smem.T)
-                    lse = plgpu.load(smem["stats"].at[slot, 0], layout=COLUMN)
-                    scores = plgpu.wgmma_accumulator_load(scores, wait_n=1)
-                    weights, slope = _weights(scores, lse, spec, visible(), 1, added())
-                    spare.add(dv, weights.astype(dtype), do_smem)
-                    delta = plgpu.load(smem["stats"].at[slot, 1], layout=COLUMN)
-                    rise = plgpu.wgmma_accumulator_load(dweights, wait_n=1)
-                    dscores = weights * (rise - along(delta, rise.shape, 1))
-                    if slope is not None:
-                        dscores = dscores * slope
-                    spare.add(dk, dscores.astype(dtype), q_smem)
-                    plgpu.wgmma_wait(1)
-                    plgpu.barrier_arrive(free["do"].at[slot])
-                    plgpu.wgmma_wait(0)
-                    plgpu.barrier_arrive(free["q"].at[slot])
-
-                square = plgpu.ACC((64, walk.block), jnp.float32)
-                pl.run_scoped(products, square, square)
-                return step + 1
-
-            def head_steps(member, step):
-                place = (batch, tile, kv_head * self.shape.group + member)
-                for start, end, ends in walk.parts(walk.bounds(place, refs)):
-                    body = functools.partial(one, ends=ends, place=place)
-                    step = lax.fori_loop(start, end, body, step)
-                return step
-
-            lax.fori_loop(0, self.shape.group, head_steps, jnp.int32(0))
-            return dk[...] * spec.scale, dv[...]
-
-        widths = (self.shape.width, self.shape.value_width)
-        dk, dv = spare.zeroed(sums, *((64, x) for x in widths))
-        rows = pl.ds(first_row, 64)
-        k_smem[...] = dk.astype(dtype)
-        v_smem[...] = dv.astype(dtype)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(k_smem, refs["dk"].at[batch, rows, kv_head])
-        plgpu.copy_smem_to_gmem(v_smem, refs["dv"].at[batch, rows, kv_head])
-        plgpu.wait_smem_to_gmem(0)
-
-    def memory(self):
-        """(shared memory, barriers of what came, barriers of what may be overwritten)."""
-        shape, stages, block = self.shape, self.tiles.stages, self.walk.block
-        smem = {
-            "k": swizzled((self.walk.tile, shape.width), shape.dtype),
-            "v": swizzled((self.walk.tile, shape.value_width), shape.dtype),
-            "q": swizzled((stages, block, shape.width), shape.dtype),
-            "do": swizzled((stages, block, shape.value_width), shape.dtype),
-            "stats": plgpu.SMEM((stages, 2, block), jnp.float32),
-        }
-        sums = ((64, shape.width), (64, shape.value_width))
-        smem |= Spare.kinds(shape, (64, block), *sums)
-        full = {
-            "k": plgpu.Barrier(),
-            "v": plgpu.Barrier(),
-            "q": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-            "do": plgpu.Barrier(num_barriers=stages),
-        }
-        ring = plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=stages)
-        return smem, full, {"q": ring, "do": ring}
-
-    def body(self, refs):
-        roles(self, refs, *self.memory())
-
-
-@dataclasses.dataclass(frozen=True)
-class QueryGradients:
-    """The kernel for dq; a tile is CONSUMERS * 64 queries of one head."""
-
-    shape: Shape
-    walk: Walk
-    tiles: BackwardTiles
-    ctas: int
-
-    @property
-    def stages(self) -> dict[str, int]:
-        return {"k": self.tiles.dq_stages, "v": self.tiles.dq_value_stages}
-
-    def load(self, refs, smem, full, free):
-        walk = self.walk
-
-        def tile(index, step):
-            batch, row, head = self.shape.tile(walk, index)
-            kv_head = lax.div(head, self.shape.group)
-            place = (batch, row, head)
-            low, _, _, high = walk.bounds(place, refs)
-
-            def bring(name, block, slot):
-                slot = lax.rem(slot, self.stages[name])
-                plgpu.barrier_wait(free[name].at[slot])
-                where = refs[name].at[batch, pl.ds(block * walk.block, walk.block), kv_head]
-                plgpu.copy_gmem_to_smem(where, smem[name].at[slot], full[name].at[slot])
-
-            def one(i, _):
-                block = walk.block_at(place, i, refs)
-                bring("k", block, step + i - low)
-
-                @pl.when(i == low)
-                def _():
-                    plgpu.barrier_wait(free["q"])
-                    queries = pl.ds(row * walk.tile, walk.tile)
-                    for name in ("q", "do"):
-                        where = refs[name].at[batch, queries, head]
-                        plgpu.copy_gmem_to_smem(where, smem[name], full["q"])
-                    where = refs["stats"].at[batch, head, :, queries]
-                    plgpu.copy_gmem_to_smem(where, smem["stats"], full["q"])
-
-                bring("v", block, step + i - low)
-
-            lax.fori_loop(low, high, one, None)
-            return step + (high - low)
-
-        self.shape.for_tiles(walk, self.ctas, tile, jnp.int32(0))
-        drain(free)
-
-    def compute(self, refs, smem, full, free):
-        walk, tiles, spec = self.walk, self.tiles, self.walk.spec
-        dtype = self.shape.dtype
-        wg = lax.axis_index("wg")
-        spare = Spare.of(smem, wg)
-        mine = pl.ds(wg * 64, 64)
-        q_smem, do_smem = smem["q"].at[mine], smem["do"].at[mine]
-        for name, stages in self.stages.items():
-            for slot in range(stages):
-                plgpu.barrier_arrive(free[name].at[slot])
-        plgpu.barrier_arrive(free["q"])
-
-        def tile(index, step):
-            batch, row, head = self.shape.tile(walk, index)
-            first_row = row * walk.tile + wg * 64
-            place = (batch, row, head)
-            bounds = walk.bounds(place, refs)
-            low, high = bounds[0], bounds[-1]
-            keep = keeper(walk, refs, batch, (first_row, 64))
-            bias = distances(walk, refs, batch, (first_row, 64))
-            plgpu.barrier_wait(full["q"])
-            lse = plgpu.load(smem["stats"].at[0, mine], layout=ROW)
-            delta = plgpu.load(smem["stats"].at[1, mine], layout=ROW)
-
-            def sums(dq):
-                def one(i, _, ends):
-                    slot = lax.rem(step + i - low, tiles.dq_stages)
-                    v_slot = lax.rem(step + i - low, tiles.dq_value_stages)
-                    k_smem, v_smem = smem["k"].at[slot], smem["v"].at[v_slot]
-                    visible = (lambda: None) if ends is None else keep(place, i, ends)
-                    added = bias(place, i)
-                    plgpu.barrier_wait(full["k"].at[slot])
-
-                    def products(scores, dweights):
-                        plgpu.wgmma(scores, q_smem, k_smem.T)
-                        plgpu.barrier_wait(full["v"].at[v_slot])
-                        plgpu.wgmma(dweights, do_smem, v_smem.T)
-                        scores = plgpu.wgmma_accumulator_load(scores, wait_n=1)
-                        weights, slope = _weights(scores, lse, spec, visible(), 0, added())
-                        rise = plgpu.wgmma_accumulator_load(dweights, wait_n=0)
-                        plgpu.barrier_arrive(free["v"].at[v_slot])
-                        dscores = weights * (rise - along(delta, rise.shape, 0))
-                        if slope is not None:
-                            dscores = dscores * slope
-                        spare.add(dq, dscores.astype(dtype), k_smem)
-                        plgpu.wgmma_wait(0)
-                        plgpu.barrier_arrive(free["k"].at[slot])
-
-                    square = plgpu.ACC((64, walk.block), jnp.float32)
-                    pl.run_scoped(products, square, square)
-
-                for start, end, ends in walk.parts(bounds):
-                    lax.fori_loop(start, end, functools.partial(one, ends=ends), None)
-                if not tiles.share:
-                    plgpu.barrier_arrive(free["q"])
-                return dq[...] * spec.scale
-
-            dq = spare.zeroed(sums, (64, self.shape.width))
-            dq_smem = q_smem if tiles.share else smem["dq"].at[wg]
-            if not tiles.share:  # the tile before may still be on its way out
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            dq_smem[...] = dq.astype(dtype)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(dq_smem, refs["dq"].at[batch, pl.ds(first_row, 64), head])
-            if tiles.share:
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                plgpu.barrier_arrive(free["q"])
-            return step + (high - low)
-
-        self.shape.for_tiles(walk, self.ctas, tile, jnp.int32(0))
-        plgpu.wait_smem_to_gmem(0)
-
-    def body(self, refs):
-        shape, stages, walk = self.shape, self.stages, self.walk
-        smem = {
-            "q": swizzled((walk.tile, shape.width), shape.dtype),
-            "do": swizzled((walk.tile, shape.value_width), shape.dtype),
-            "stats": plgpu.SMEM((2, walk.tile), jnp.float32),
-            "k": swizzled((stages["k"], walk.block, shape.width), shape.dtype),
-            "v": swizzled((stages["v"], walk.block, shape.value_width), shape.dtype),
-        }
-        sums = (64, shape.width)
-        smem |= Spare.kinds(shape, (64, walk.block), sums)
-        if not self.tiles.share:
-            smem["dq"] = swizzled((CONSUMERS, 64, shape.width), shape.dtype)
-        full = {"q": plgpu.Barrier(num_arrivals=3)}
-        free = {"q": plgpu.Barrier(num_arrivals=CONSUMERS)}
-        for name, count in stages.items():
-            full[name] = plgpu.Barrier(num_barriers=count)
-            free[name] = plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=count)
-        roles(self, refs, smem, full, free)
-
-
-@dataclasses.dataclass(frozen=True)
-class SplitKeyValueGradients(KeyValueGradients):
-    """The kernel for dk and dv of wide heads; a program owns 64 keys of one kv head.
-
-    One warpgroup holds dv and computes the weights; the other holds dk and the weights' gradient.
-    The weights (times the soft-cap's slope) pass from the first to the second in shared memory.
-    """
-
-    def compute(self, refs, smem, full, free):
-        batch, tile, kv_head = self.place()
-        wg = lax.axis_index("wg")
-        spare = Spare.of(smem, wg)
-        for name in ("q", "do"):
-            for slot in range(self.tiles.stages):
-                plgpu.barrier_arrive(free[name].at[slot])
-        for name in ("k", "v"):
-            plgpu.barrier_wait(full[name])
-        rows = pl.ds(tile * 64, 64)
-
-        def of(role, operand, out_name, width):
-            keep = bias = None  # layout inference does not end on what nobody uses
-            if out_name == "dv":
-                keep = keeper(self.walk, refs, batch, (tile * 64, 64))
-                bias = distances(self.walk, refs, batch, (tile * 64, 64))
-
-            def sums(acc):
-                def head_steps(member, step):
-                    place = (batch, tile, kv_head * self.shape.group + member)
-                    for start, end, ends in self.walk.parts(self.walk.bounds(place, refs)):
-                        seen = keep and ends and functools.partial(keep, place, ends=ends)
-                        added = bias and functools.partial(bias, place)
-                        memory = (smem, full, free, spare)
-                        body = functools.partial(role, acc, memory, (seen, added))
-                        step = lax.fori_loop(start, end, body, step)
-                    return step
-
-                lax.fori_loop(0, self.shape.group, head_steps, jnp.int32(0))
-                return acc[...]
-
-            out = spare.zeroed(sums, (64, width))
-            if out_name == "dk":
-                out = out * self.walk.spec.scale
-            # dk leaves through K's memory, which the other side reads to its end; dv through V's.
-            plgpu.barrier_arrive(full["done"])
-            plgpu.barrier_wait(full["done"])
-            smem[operand][...] = out.astype(self.shape.dtype)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(smem[operand], refs[out_name].at[batch, rows, kv_head])
-            plgpu.wait_smem_to_gmem(0)
-
-        @pl.when(wg == 0)
-        def _():
-            of(self.values, "v", "dv", self.shape.value_width)
-            drain({"weights": free["weights"]})
-
-        @pl.when(wg == 1)
-        def _():
-            for slot in range(2):
-                plgpu.barrier_arrive(free["weights"].at[slot])
-            of(self.keys, "k", "dk", self.shape.width)
-
-    def values(self, dv, memory, pairs, position, step):
-        """One step of the side that holds dv; `pairs` say who sees whom, and what is added."""
-        smem, full, free, spare = memory
-        spec, dtype = self.walk.spec, self.shape.dtype
-        slot, way = lax.rem(step, self.tiles.stages), lax.rem(step, 2)
-        q_smem, do_smem = smem["q"].at[slot], smem["do"].at[slot]
-        shape = (64, self.walk.block)
-        keep, bias = pairs
-        visible, added = (lambda: None) if keep is None else keep(position), bias(position)
-        plgpu.barrier_wait(full["q"].at[slot])
-
-        def product(scores):
-            plgpu.wgmma(scores, smem["k"], q_smem.T)
-            return scores[...]
-
-        scores = pl.run_scoped(product, plgpu.ACC(shape, jnp.float32))
-        lse = plgpu.load(smem["stats"].at[slot, 0], layout=COLUMN)
-        weights, slope = _weights(scores, lse, spec, visible(), 1, added())
-        plgpu.barrier_arrive(free["q"].at[slot])
-        plgpu.barrier_wait(free["weights"].at[way])
-        passed = weights if slope is None else weights * slope
-        smem["weights"].at[way][...] = passed.astype(dtype)
-        plgpu.commit_smem()
-        plgpu.barrier_arrive(full["weights"].at[way])
-        plgpu.barrier_wait(full["do"].at[slot])
-        spare.add(dv, weights.astype(dtype), do_smem)
-        plgpu.wgmma_wait(0)
-        plgpu.barrier_arrive(free["do"].at[slot])
-        return step + 1
-
-    def keys(self, dk, memory, pairs, position, step):
-        """One step of the side that holds dk."""
-        del pairs, position
-        smem, full, free, spare = memory
-        slot, way = lax.rem(step, self.tiles.stages), lax.rem(step, 2)
-        q_smem, do_smem = smem["q"].at[slot], smem["do"].at[slot]
-        shape = (64, self.walk.block)
-        plgpu.barrier_wait(full["do"].at[slot])
-
-        def product(dweights):
-            plgpu.wgmma(dweights, smem["v"], do_smem.T)
-            return dweights[...]
-
-        rise = pl.run_scoped(product, plgpu.ACC(shape, jnp.float32))
-        plgpu.barrier_arrive(free["do"].at[slot])
-        plgpu.barrier_wait(full["q"].at[slot])
-        delta = plgpu.load(smem["stats"].at[slot, 1], layout=COLUMN)
-        plgpu.barrier_wait(full["weights"].at[way])
-        weights = plgpu.load(smem["weights"].at[way], layout=SQUARE).astype(jnp.float32)
-        plgpu.barrier_arrive(free["weights"].at[way])
-        dscores = weights * (rise - along(delta, rise.shape, 1))
-        dscores = dscores.astype(self.shape.dtype)
-        spare.add(dk, dscores, q_smem)
-        plgpu.wgmma_wait(0)
-        plgpu.barrier_arrive(free["q"].at[slot])
-        return step + 1
-
-    def memory(self):
-        smem, full, free = super().memory()
-        shape = self.shape
-        smem["weights"] = swizzled((2, 64, self.walk.block), shape.dtype)
-        full["weights"] = plgpu.Barrier(num_barriers=2)
-        full["done"] = plgpu.Barrier(num_arrivals=CONSUMERS)
-        free["weights"] = plgpu.Barrier(num_barriers=2)
-        return smem, full, free
 
 
 @dataclasses.dataclass(frozen=True)
@@ -501,6 +48,17 @@ class Walks:
         )
 
 
+def _of_keys(shape: Shape, walk: Walk, tiles: BackwardTiles, processors: int):
+    """The kernel for dk and dv, its grid, and which tiles each program takes."""
+    grid = {"batch": shape.batch, "tile": walk.tiles, "head": shape.kv_heads}
+    if not tiles.running:
+        kind = SplitAhead if tiles.keys_ahead else SplitKeyValueGradients
+        return (kind if tiles.split else KeyValueGradients)(shape, walk, tiles), grid, {}
+    kind = KeyValueGradientsAhead if tiles.keys_ahead else KeyValueGradientsRunning
+    kernel = kind(shape, walk, tiles, min(processors, math.prod(grid.values())))
+    return kernel, {"cta": kernel.ctas}, kernel.by_keys.turns(walk, kernel.ctas)
+
+
 def launch(
     walks: Walks, qkv, data, passed, *, tiles: BackwardTiles, processors: int, interpret: bool
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
@@ -513,36 +71,47 @@ def launch(
     (q, k, v), ((out, lse), (dout, dlse)) = qkv, passed
     queries, keys, tile = q.shape[1], k.shape[1], CONSUMERS * 64
     shape = Shape.of(q, v, interpret)
-    wide = dout.astype(jnp.float32) * out.astype(jnp.float32)
-    # The barrier keeps the sum over H a kernel of its own: fused into the stacking below it took
-    # over four times as long on an H100.
-    delta = lax.optimization_barrier(jnp.sum(wide, axis=-1)).transpose(0, 2, 1) - dlse
     # exp2(x - inf) is 0: rows that see nothing, and rows past the end, count for nothing.
     log_sum = jnp.where(lse == -jnp.inf, jnp.inf, lse * LOG2E)
-    stats = jnp.stack([pad(log_sum, 2, tile, jnp.inf), pad(delta, 2, tile)], axis=2)  # [B, N, 2, T]
     inputs = {"q": pad(q, 1, 8), "k": pad(k, 1, 8), "v": pad(v, 1, 8), "do": pad(dout, 1, 8)}
-    inputs["stats"] = stats
+    inputs["lse"] = pad(log_sum, 2, tile, jnp.inf)
+    if tiles.delta:
+        of_rows = {"o": pad(out, 1, 8), "dlse": pad(dlse, 2, tile)}
+    else:
+        wide = dout.astype(jnp.float32) * out.astype(jnp.float32)
+        # The barrier keeps the sum over H a kernel of its own: fused into what follows it took over
+        # four times as long on an H100.
+        delta = lax.optimization_barrier(jnp.sum(wide, axis=-1)).transpose(0, 2, 1) - dlse
+        inputs["delta"] = pad(delta, 2, tile)
+        of_rows = {}
     like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)  # noqa: E731
     by_queries, by_keys = walks.by_queries, walks.by_keys
-    dk, dv = run_kernel(
-        (SplitKeyValueGradients if tiles.split else KeyValueGradients)(shape, by_keys, tiles),
-        inputs | data[1],
-        {"dk": like(inputs["k"]), "dv": like(inputs["v"])},
-        name="flash_attention_dkv",
-        grid={"batch": shape.batch, "tile": by_keys.tiles, "head": shape.kv_heads},
-        interpret=interpret,
-    )
+
     count = shape.batch * by_queries.tiles * shape.heads
     ctas = min(processors, count) if tiles.persistent else count
-    (dq,) = run_kernel(
+    outputs = {"dq": like(inputs["q"])}
+    if tiles.delta:
+        outputs["delta"] = like(inputs["lse"])
+    dq, *made = run_kernel(
         QueryGradients(shape, by_queries, tiles, ctas),
-        inputs | data[0],
-        {"dq": like(inputs["q"])},
+        inputs | of_rows | data[0] | shape.turns(by_queries, ctas),
+        outputs,
         name="flash_attention_dq",
         grid={"cta": ctas},
         interpret=interpret,
     )
-    return dq[:, :queries], dk[:, :keys], dv[:, :keys], delta
+    if made:
+        (inputs["delta"],) = made
+    kernel, grid, turns = _of_keys(shape, by_keys, tiles, processors)
+    dk, dv = run_kernel(
+        kernel,
+        inputs | data[1] | turns,
+        {"dk": like(inputs["k"]), "dv": like(inputs["v"])},
+        name="flash_attention_dkv",
+        grid=grid,
+        interpret=interpret,
+    )
+    return dq[:, :queries], dk[:, :keys], dv[:, :keys], inputs["delta"][:, :, :queries]
 
 
 @lowered_once("spec", "tiles", "processors", "interpret")

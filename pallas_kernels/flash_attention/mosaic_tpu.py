@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.flash_attention.bias import evaluate
 from pallas_kernels.flash_attention.padding import pad
 from pallas_kernels.flash_attention.problem import Extras, Spec
 from pallas_kernels.flash_attention.ranges import Walk
@@ -77,8 +79,8 @@ class Kernel:
         bent = jnp.tanh(scores * (spec.scale / spec.softcap))
         return bent * spec.softcap, 1.0 - bent * bent
 
-    def distances(self, refs, place, first):
-        """What distances add to a block's scores.
+    def bias(self, refs, place, first):
+        """What distances and a function add to a block's scores.
 
         Args:
           place: sequence, query head.
@@ -86,10 +88,16 @@ class Kernel:
         """
         walk, shape = self.walk, (self.walk.tile, self.walk.block)
         offset = walk.facts(place[0], refs)[0]
-        begin = first[0] - first[1] + (-offset if walk.transposed else offset)
-        rows, columns = (lax.broadcasted_iota(jnp.int32, shape, dim) for dim in range(2))
-        away = jnp.abs((rows - columns + begin).astype(jnp.float32))
-        return away * -refs["alibi_slopes"][place[0], place[1]]
+        at = [lax.broadcasted_iota(jnp.int32, shape, dim) + first[dim] for dim in range(2)]
+        query, key = at[::-1] if walk.transposed else at
+        query, added = query + offset, []
+        if "alibi_slopes" in refs:
+            away = jnp.abs((query - key).astype(jnp.float32))
+            added.append(away * -refs["alibi_slopes"][place[0], place[1]])
+        if walk.spec.bias is not None:
+            inputs = (lambda: query, lambda: key, lambda: place[1])
+            added.append(evaluate(walk.spec.bias, shape, inputs))
+        return functools.reduce(operator.add, added)
 
     def keep(self, refs, batch, first, shape):
         """Which pairs of a block see each other; rows are the walk's tile.
@@ -116,9 +124,9 @@ class Kernel:
         low, full_low, full_high, high = (refs["bounds"][batch, tile * 4 + i] for i in range(4))
         block = low + step
         visits = block < high
-        if "alibi_slopes" in refs:
+        if "alibi_slopes" in refs or walk.spec.bias is not None:
             corner = (tile * walk.tile, block * walk.block)
-            added = functools.partial(self.distances, refs, place, corner)
+            added = functools.partial(self.bias, refs, place, corner)
             body = functools.partial(body, bias=added)
         if not walk.masked:
             pl.when(visits)(functools.partial(body, None))

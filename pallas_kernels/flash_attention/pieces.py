@@ -6,14 +6,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import heapq
 import operator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.flash_attention.bias import Bias, evaluate
 from pallas_kernels.flash_attention.padding import pad
 from pallas_kernels.flash_attention.problem import Extras, Spec
 from pallas_kernels.flash_attention.ranges import BOTH, HIGH, LOW, Walk, runs
@@ -39,9 +43,9 @@ __all__ = [
     "Shape",
     "Spare",
     "along",
+    "biases",
     "capped",
     "data_of_walk",
-    "distances",
     "drain",
     "iota",
     "keeper",
@@ -50,6 +54,7 @@ __all__ = [
 ]
 
 SECTION_BYTES = 24 << 20  # keys and values that are read again and again: half of an H100's L2
+TILE_COSTS = 192  # what a tile costs beside its blocks, in keys
 
 
 def capped(scores: jax.Array, spec: Spec) -> tuple[jax.Array, float]:
@@ -112,15 +117,46 @@ def keeper(walk: Walk, refs, batch, rows):
     return keep
 
 
-def distances(walk: Walk, refs, batch, rows):
-    """bias(place, position)(): what distances add to a block's scores, in units of log2 e, or None.
+def biases(walk: Walk, refs, batch, rows):
+    """bias(place, position)(): what is added to a block's scores, in units of log2 e, or None.
 
     Args:
       batch: number of the sequence.
       rows: first row and number of rows.
     """
-    if "alibi_slopes" not in walk.names:
-        return lambda *_: lambda: None
+    parts = []
+    if "alibi_slopes" in walk.names:
+        parts.append(_distances(walk, refs, batch, rows))
+    if walk.spec.bias is not None:
+        parts.append(_by_function(walk.spec.bias, walk, refs, batch, rows))
+
+    def bias(place, position):
+        those = [part(place, position) for part in parts]
+        return lambda: functools.reduce(operator.add, [x() for x in those]) if those else None
+
+    return bias
+
+
+def _by_function(function: Bias, walk: Walk, refs, batch, rows):
+    (first_row, count), offset = rows, walk.facts(batch, refs)[0]
+    shape = (count, walk.block)
+
+    def bias(place, position):
+        first_column = walk.block_at(place, position, refs) * walk.block
+        firsts, dims = (first_row + offset, first_column), (0, 1)
+        if walk.transposed:
+            firsts, dims = (first_column + offset, first_row), (1, 0)
+
+        def added():
+            at = [lambda i=i: iota(shape, dims[i]) + firsts[i] for i in range(2)]
+            return evaluate(function, shape, (*at, lambda: place[2])) * LOG2E
+
+        return added
+
+    return bias
+
+
+def _distances(walk: Walk, refs, batch, rows):
     first_row, count = rows
     shape, offset = (count, walk.block), walk.facts(batch, refs)[0]
     first = first_row - offset if walk.transposed else first_row + offset
@@ -204,29 +240,67 @@ class Shape:
         whole = self.batch * self.kv_heads
         return self.group * max(n for n in range(1, min(most, whole) + 1) if whole % n == 0)
 
-    def tile(self, walk: Walk, index):
+    def tile(self, walk: Walk, index: Any) -> tuple[Any, Any, Any]:
         """(sequence, tile of queries, head): a section's tiles with most blocks come first."""
+        host = isinstance(index, np.ndarray)
+        div, rem = (np.floor_divide, np.remainder) if host else (lax.div, lax.rem)
         pairs = self.section(walk)
-        section, rest = lax.div(index, pairs * walk.tiles), lax.rem(index, pairs * walk.tiles)
-        row = lax.div(rest, pairs)
+        section, rest = div(index, pairs * walk.tiles), rem(index, pairs * walk.tiles)
+        row = div(rest, pairs)
         if walk.heavy_last:
             row = walk.tiles - 1 - row
-        pair = section * pairs + lax.rem(rest, pairs)
-        return lax.div(pair, self.heads), row, lax.rem(pair, self.heads)
+        pair = section * pairs + rem(rest, pairs)
+        return div(pair, self.heads), row, rem(pair, self.heads)
 
-    def for_tiles(self, walk: Walk, ctas: int, body, start):
-        """Runs body(index, carry) over this program's share of all tiles.
+    def turns(self, walk: Walk, ctas: int) -> dict[str, jax.Array]:
+        """Which tiles each program takes, as an array for the kernel; none where each takes one.
 
-        Programs take tiles in turns, there and back, so that none has the longest of every turn.
+        Made on the host as if a program that is done took the next tile: int32 [ctas, 2 + most],
+        the number of its tiles, and their indices.
         """
-        count = self.batch * walk.tiles * self.heads
+        if ctas >= self.batch * walk.tiles * self.heads:
+            return {}
+        return {"turns": jnp.asarray(_turns(self, walk, ctas))}
+
+    def for_tiles(self, refs, walk: Walk, ctas: int, body, start):
+        """Runs body(index, carry) over this program's share of all tiles."""
         cta = lax.axis_index("cta")
-        if ctas >= count:
+        if ctas >= self.batch * walk.tiles * self.heads:
             return body(cta, start)
-        place = lambda i: jnp.where(lax.rem(i, 2) == 0, cta, ctas - 1 - cta)  # noqa: E731
-        turns, left = divmod(count, ctas)
-        mine = turns + jnp.where(place(jnp.int32(turns)) < left, 1, 0)
-        return lax.fori_loop(0, mine, lambda i, carry: body(i * ctas + place(i), carry), start)
+
+        def one(i, carry):
+            index, carry = carry
+            following = refs["turns"][cta, i + 2]  # it comes while this tile is worked on
+            return following, body(index, carry)
+
+        return lax.fori_loop(0, refs["turns"][cta, 0], one, (refs["turns"][cta, 1], start))[1]
+
+    def share(self, refs, walk: Walk, ctas: int):
+        """How many tiles are this program's."""
+        if ctas >= self.batch * walk.tiles * self.heads:
+            return jnp.int32(1)
+        return refs["turns"][lax.axis_index("cta"), 0]
+
+
+@functools.lru_cache(maxsize=64)
+def _turns(shape: Shape, walk: Walk, ctas: int) -> np.ndarray:
+    count = shape.batch * walk.tiles * shape.heads
+    _, row, head = shape.tile(walk, np.arange(count))
+    visits = walk.visits()
+    if len(visits) > shape.heads:  # heads of a group take turns in one program
+        visits = visits.reshape(shape.heads, -1, walk.tiles).sum(axis=1)
+    visits = np.broadcast_to(visits, (shape.heads, walk.tiles))
+    cost = visits[head, row] * walk.block + TILE_COSTS
+    lists: list[list[int]] = [[] for _ in range(ctas)]
+    free = [(0, cta) for cta in range(ctas)]
+    for index in range(count):
+        time, cta = heapq.heappop(free)
+        lists[cta].append(index)
+        heapq.heappush(free, (time + int(cost[index]), cta))
+    out = np.zeros((ctas, 2 + max(len(x) for x in lists)), np.int32)
+    for cta, mine in enumerate(lists):
+        out[cta, : 1 + len(mine)] = [len(mine), *mine]
+    return out
 
 
 def data_of_walk(walk: Walk, extras: Extras, *, rows: int, columns: int) -> dict:

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.errors import ShapeError
+from pallas_kernels.flash_attention import bias as by_function
+from pallas_kernels.flash_attention.bias import Bias
 
 __all__ = ["Extras", "Spec", "Window", "pose"]
 
@@ -33,6 +35,7 @@ class Spec:
       softcap: scores become softcap * tanh(scores / softcap).
       offset: position of query 0 among the keys; None: `Extras.offset` holds one a sequence.
       packed: queries and keys are the same tokens, at offset 0, and each segment is one run.
+      bias: what is added to a score, by a function of positions and head.
     """
 
     scale: float
@@ -41,6 +44,7 @@ class Spec:
     softcap: float | None = None
     offset: int | None = 0
     packed: bool = False
+    bias: Bias | None = None
 
     @property
     def banded(self) -> bool:
@@ -172,6 +176,7 @@ def pose(
     key_lengths,
     query_offset,
     alibi_slopes=None,
+    bias: Bias | None = None,
 ) -> tuple[Spec, Extras]:
     """Checks the arguments of `flash_attention` and sorts them into static facts and arrays.
 
@@ -195,8 +200,10 @@ def pose(
     if alibi_slopes is not None:
         slopes = _each_head("alibi_slopes", alibi_slopes, heads)
         extras["alibi_slopes"] = jax.lax.stop_gradient(slopes)
+    if bias is not None:
+        by_function.check(bias)
     offset = 0
-    if left is not None or right is not None or alibi_slopes is not None:
+    if any(x is not None for x in (left, right, alibi_slopes, bias)):
         offset = _offset(query_offset, extras, queries=queries, keys=keys, batch=batch)
     scale = 1.0 / math.sqrt(width) if scale is None else float(scale)
     for name, value in (("scale", scale), ("softcap", softcap)):
@@ -207,5 +214,5 @@ def pose(
             "flash_attention: packed says that one array of segment_ids [B, T] serves queries and "
             "keys, which are the same tokens at offset 0, and that each segment is one run"
         )
-    spec = Spec(scale=scale, left=left, right=right, softcap=softcap, offset=offset, packed=packed)
-    return spec, Extras(**extras)
+    band = {"left": left, "right": right, "offset": offset, "packed": packed}
+    return Spec(scale=scale, softcap=softcap, bias=bias, **band), Extras(**extras)

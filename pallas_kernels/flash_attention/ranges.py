@@ -15,6 +15,7 @@ import operator
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from pallas_kernels.flash_attention.problem import Extras, Spec
@@ -241,6 +242,22 @@ class Walk:
         if info is None:
             info = jnp.zeros((self.batch, 4), jnp.int32)
         return jax.vmap(lambda one: jnp.stack(self._bands(one), axis=1).reshape(-1))(info)
+
+    def visits(self) -> np.ndarray:
+        """How many blocks each tile visits, as far as the spec alone says: int32 [1, tiles]."""
+        spec, block = self.spec, self.block
+        shift = self.keys - self.queries if spec.offset is None else spec.offset
+        before, after = spec.left, spec.right
+        if self.transposed:
+            shift, before, after = -shift, after, before
+        first = np.arange(self.tiles) * self.tile
+        last = np.minimum(first + self.tile, self.rows) - 1
+        low, high = np.zeros_like(first), np.full_like(first, self.blocks)
+        if before is not None:
+            low = np.clip((first + shift - before) // block, 0, self.blocks - 1)
+        if after is not None:
+            high = np.minimum(high, -(-np.maximum(last + shift + after + 1, 0) // block))
+        return np.maximum(high - low, 1)[None]
 
     def info(self, extras: Extras) -> jax.Array | None:
         """What `facts` reads: int32 [B, 4]."""

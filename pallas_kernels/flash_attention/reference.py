@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.flash_attention.bias import dense as by_function
 from pallas_kernels.flash_attention.problem import Extras, Spec
 
 __all__ = ["dense", "reference", "visible"]
@@ -44,18 +45,23 @@ def reference(
     """
     seen = visible(spec, extras, batch=q.shape[0], queries=q.shape[1], keys=k.shape[1])
     given = {"scale": spec.scale, "softcap": spec.softcap, "sinks": extras.sinks}
-    return dense(q, k, v, seen[:, None], **given, bias=_distances(q, k, extras, spec))
+    return dense(q, k, v, seen[:, None], **given, bias=_biases(q, k, extras, spec))
 
 
-def _distances(q: jax.Array, k: jax.Array, extras: Extras, spec: Spec) -> jax.Array | None:
-    """What distances add to the scores, float32 [B or 1, N, T, S]."""
-    if extras.alibi_slopes is None:
+def _biases(q: jax.Array, k: jax.Array, extras: Extras, spec: Spec) -> jax.Array | None:
+    """What distances and a function add to the scores, float32 [B or 1, N, T, S]."""
+    if extras.alibi_slopes is None and spec.bias is None:
         return None
     rows = jnp.arange(q.shape[1], dtype=jnp.int32)[None, :, None]
     columns = jnp.arange(k.shape[1], dtype=jnp.int32)[None, None, :]
     offset = extras.offset[:, None, None] if spec.offset is None else spec.offset
-    away = jnp.abs(columns - rows - offset).astype(jnp.float32)
-    return -extras.alibi_slopes[None, :, None, None] * away[:, None]
+    added = jnp.zeros((), jnp.float32)
+    if spec.bias is not None:
+        added = by_function(spec.bias, rows + offset, columns, q.shape[2])
+    if extras.alibi_slopes is not None:
+        away = jnp.abs(columns - rows - offset).astype(jnp.float32)
+        added = added - extras.alibi_slopes[None, :, None, None] * away[:, None]
+    return added
 
 
 def dense(
@@ -76,7 +82,7 @@ def dense(
     """
     batch, queries, heads, width = q.shape
     kv_heads = k.shape[2]
-    wide = jnp.promote_types(q.dtype, jnp.float32)
+    wide = jnp.float64 if q.dtype == jnp.float64 else jnp.float32
     exact = jax.lax.Precision.HIGHEST
     # Past the lengths there may be anything, NaN too; 0 * NaN would reach the sums.
     used = jnp.any(seen, axis=(1, 2))[:, :, None, None]

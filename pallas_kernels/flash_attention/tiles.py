@@ -57,7 +57,7 @@ def forward_tiles(q: tuple[int, ...], v: tuple[int, ...], spec: Spec) -> Tiles:
         return Tiles(block_kv=64, share=q[-1] == v[-1])
     if width > 128:
         return Tiles(block_kv=64)
-    return Tiles(stages=4 if width <= 64 else 2)
+    return Tiles(stages=4, ahead=True) if width <= 64 else Tiles()
 
 
 def backward_tiles(q: tuple[int, ...], v: tuple[int, ...], spec: Spec) -> BackwardTiles:
@@ -67,7 +67,11 @@ def backward_tiles(q: tuple[int, ...], v: tuple[int, ...], spec: Spec) -> Backwa
         return BackwardTiles(**found)
     width = max(q[-1], v[-1])
     if width > 192:
-        return BackwardTiles(split=True, dq_stages=2, dq_value_stages=1, share=True)
+        wide = {"dq_stages": 2, "dq_value_stages": 1, "share": True, "opaque": True}
+        return BackwardTiles(split=True, keys_ahead=True, **wide)
     if width > 128:
-        return BackwardTiles(split=True, dq_stages=2, dq_value_stages=2, share=True)
-    return BackwardTiles()
+        wide = {"dq_stages": 2, "dq_value_stages": 2, "share": True, "opaque": True}
+        return BackwardTiles(split=True, keys_ahead=True, **wide)
+    if width > 64:
+        return BackwardTiles(dq_value_stages=2, delta=True)
+    return BackwardTiles(stages=4, running=True, keys_ahead=True, delta=True)

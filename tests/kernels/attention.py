@@ -1,6 +1,7 @@
 """Cases of flash attention, drawn inputs, and the rule that a low-precision kernel is held to."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +33,31 @@ class Case:
     @property
     def sinks(self) -> bool:
         return "sinks" in self.arrays
+
+
+@dataclasses.dataclass(frozen=True)
+class Sloped:
+    """ALiBi as a function; equal ones are one key of jit's caches."""
+
+    slopes: tuple[float, float] = (0.02, 0.5)  # of head 0, and the ratio to the next
+
+    def __call__(self, query, key, head):
+        slope = self.slopes[0] * jnp.exp2(head.astype(jnp.float32) * math.log2(self.slopes[1]))
+        return jnp.abs(query - key).astype(jnp.float32) * -slope
+
+
+def bucketed(query, key, head):
+    """Distances in buckets that grow with their logarithm, another curve for each head."""
+    away = jnp.maximum(query - key, 0)
+    wide = jnp.log2(jnp.maximum(away, 1).astype(jnp.float32)).astype(jnp.int32) + 8
+    bucket = jnp.where(away < 8, away, jnp.minimum(wide, 15)).astype(jnp.float32)
+    return jnp.cos(bucket * 0.7 + head.astype(jnp.float32))
+
+
+def chunked(query, key, head):
+    """Tokens see those of their own chunk of 48, and those of head 0 all keys of even places."""
+    seen = (query // 48 == key // 48) | ((head == 0) & (key % 2 == 0))
+    return jnp.where(seen, 0.0, -jnp.inf)
 
 
 def case(queries: int = 256, keys: int | None = None, **more) -> Case:
@@ -99,6 +125,18 @@ FEATURES = {
         64, 300, causal=True, window=(90, 0), arrays=("query_offset", "alibi_slopes", "sinks")
     ),
     "alibi, width 256": case(200, causal=True, width=256, arrays=("alibi_slopes",)),
+    "bias": case(300, causal=True, bias=bucketed),
+    "bias that hides": case(200, 260, bias=chunked),
+    "bias, everything": case(
+        300,
+        causal=True,
+        window=(130, 0),
+        softcap=5.0,
+        arrays=("segment_ids", "sinks", "alibi_slopes"),
+        bias=bucketed,
+    ),
+    "bias, offsets": case(64, 300, bias=Sloped(), arrays=("query_offset",)),
+    "bias, width 256": case(200, causal=True, width=256, bias=bucketed),
     "many heads": case(256, causal=True, heads=8, kv_heads=8, batch=3),
     "one kv head": case(256, causal=True, heads=8, kv_heads=1),
     "width 64": case(256, causal=True, width=64),
@@ -177,11 +215,13 @@ def plain(q, k, v, options):
     scores = scores * spec.scale
     if spec.softcap is not None:
         scores = spec.softcap * jnp.tanh(scores / spec.softcap)
+    offset = jnp.zeros((1,), jnp.int32) + spec.offset if spec.offset is not None else extras.offset
+    at = jnp.arange(queries)[None, :, None] + offset[:, None, None]
+    if spec.bias is not None:
+        pairs = jnp.broadcast_arrays(at, jnp.arange(k.shape[1])[None, None])
+        added = [spec.bias(*pairs, jnp.int32(head)) for head in range(heads)]
+        scores = scores + jnp.stack(added, axis=1)
     if extras.alibi_slopes is not None:
-        offset = (
-            jnp.zeros((1,), jnp.int32) + spec.offset if spec.offset is not None else extras.offset
-        )
-        at = jnp.arange(queries)[None, :, None] + offset[:, None, None]
         away = jnp.abs(at - jnp.arange(k.shape[1])[None, None]).astype(jnp.float32)
         scores = scores - extras.alibi_slopes[None, :, None, None] * away[:, None]
     scores = jnp.where(seen[:, None], scores, -1e30)

@@ -1,6 +1,7 @@
 """Flash attention on the CPU: the reference, the arguments, the Hopper kernels interpreted and
 lowered."""
 
+import dataclasses
 import functools
 
 import jax
@@ -10,21 +11,23 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.errors import ShapeError, UnsupportedError
-from pallas_kernels.flash_attention import explain, flash_attention
+from pallas_kernels.flash_attention import explain, flash_attention, tiles
 from pallas_kernels.flash_attention.mosaic_gpu import Tiles
 from pallas_kernels.flash_attention.mosaic_gpu_backward import BackwardTiles
 from pallas_kernels.flash_attention.pieces import Shape
-from pallas_kernels.flash_attention.problem import Spec
+from pallas_kernels.flash_attention.problem import Extras, Spec
 from pallas_kernels.flash_attention.ranges import Walk, runs
-from pallas_kernels.flash_attention.tiles import forward_tiles, measured
 from pallas_kernels.target import targeting
 from tests.kernels.attention import (
     FEATURES,
     LENGTHS,
+    Sloped,
     arguments,
     both,
+    bucketed,
     by_name,
     case,
+    chunked,
     errors,
     failures,
     interpreted,
@@ -64,6 +67,48 @@ INTERPRETED = {
         BackwardTiles(),
     ),
     "alibi, split": (case(130, causal=True, arrays=("alibi_slopes",), **SMALL), Tiles(), SPLIT),
+    "bias": (
+        case(130, 170, bias=chunked, **SMALL),
+        Tiles(block_kv=64, polynomial=16),
+        BackwardTiles(),
+    ),
+    "bias, everything": (
+        case(
+            130,
+            causal=True,
+            window=(70, 0),
+            softcap=5.0,
+            arrays=("segment_ids", "sinks"),
+            bias=bucketed,
+            **SMALL,
+        ),
+        Tiles(block_kv=64),
+        BackwardTiles(),
+    ),
+    "ahead": (
+        case(300, causal=True, **SMALL),
+        Tiles(block_kv=64, stages=3, ahead=True),
+        BackwardTiles(delta=True, running=True, keys_ahead=True, stages=4),
+    ),
+    "ahead, everything": (
+        case(
+            130,
+            causal=True,
+            window=(70, 0),
+            softcap=5.0,
+            arrays=("segment_ids", "sinks"),
+            bias=bucketed,
+            **SMALL,
+        ),
+        Tiles(stages=3, ahead=True),
+        BackwardTiles(delta=True, running=True, keys_ahead=True, stages=4),
+    ),
+    "split, ahead": (
+        case(128, 100, causal=True, softcap=5.0, **SMALL),
+        Tiles(block_kv=64),
+        dataclasses.replace(SPLIT, keys_ahead=True, opaque=True),
+    ),
+    "bias, split": (case(130, causal=True, bias=Sloped(), **SMALL), Tiles(), SPLIT),
     "soft-cap without a peak": (case(160, causal=True, softcap=5.0, **SMALL), Tiles(), SPLIT),
 }
 
@@ -100,6 +145,12 @@ def by_hand(one, qkv, options) -> np.ndarray:
             scores = options["softcap"] * np.tanh(scores / options["softcap"])
         if "alibi_slopes" in options:
             scores = scores - float(options["alibi_slopes"][n]) * np.abs(at - np.asarray(seen))
+        if "bias" in options:
+            pairs = jnp.full((len(seen),), at, jnp.int32), jnp.asarray(seen, jnp.int32)
+            added = np.asarray(options["bias"](*pairs, jnp.int32(n)), np.float64)
+            scores = scores + added
+        if np.isneginf(scores).all():
+            continue
         weights = np.exp(scores)
         total = weights.sum() + (np.exp(options["sinks"][n]) if one.sinks else 0.0)
         out[b, t, n] = weights @ v[b, seen, head] / total
@@ -227,6 +278,20 @@ def test_every_pair_of_lengths_is_served() -> None:
         assert out.shape == qkv[0].shape
 
 
+@pytest.mark.parametrize(
+    "spec", [{"right": 0}, {"left": 200, "right": 0}, {"left": 70, "right": 33}, {}]
+)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_visits_are_those_of_the_bounds(spec, transposed) -> None:
+    for queries, keys, offset in ((1000, 1000, 0), (300, 900, 600), (700, 90, -610)):
+        facts = {"batch": 1, "queries": queries, "keys": keys, "tile": 128, "block": 64}
+        walk = Walk(
+            spec=Spec(scale=1.0, offset=offset, **spec), names=(), transposed=transposed, **facts
+        )
+        low, _, _, high = np.asarray(walk.every(Extras())).reshape(-1, 4).T
+        np.testing.assert_array_equal(walk.visits()[0], high - low)
+
+
 @pytest.mark.parametrize("sizes", [(3, 1000, 8, 2), (2, 130, 6, 6), (1, 128, 1, 1)])
 def test_programs_share_out_every_tile_once(sizes) -> None:
     batch, length, heads, kv_heads = sizes
@@ -236,12 +301,14 @@ def test_programs_share_out_every_tile_once(sizes) -> None:
     shape = Shape.of(*arrays, interpret=False)
     count = batch * walk.tiles * heads
 
-    def program(_, ctas):
+    def program(_, refs, ctas):
         mark = lambda index, seen: seen.at[index].add(1)  # noqa: E731
-        return shape.for_tiles(walk, ctas, mark, jnp.zeros((count,), jnp.int32))
+        return shape.for_tiles(refs, walk, ctas, mark, jnp.zeros((count,), jnp.int32))
 
     for ctas in (1, 5, count - 1 or 1, count):
-        seen = jax.vmap(functools.partial(program, ctas=ctas), axis_name="cta")(jnp.arange(ctas))
+        refs = shape.turns(walk, ctas)
+        run = functools.partial(program, refs=refs, ctas=ctas)
+        seen = jax.vmap(run, axis_name="cta")(jnp.arange(ctas))
         assert (np.asarray(seen).sum(0) == 1).all()
     places = np.stack([np.asarray(x) for x in shape.tile(walk, jnp.arange(count))])
     assert np.unique(places, axis=1).shape == (3, count)
@@ -257,14 +324,28 @@ def test_runs_of_ids() -> None:
         assert last[at] == min(same[same > at], default=ids.shape[1]) - 1
 
 
-def test_tiles_are_the_first_entry_that_fits_or_what_fits_the_chip() -> None:
+def test_tiles_are_the_first_entry_that_fits_or_what_fits_the_chip(monkeypatch) -> None:
+    entries = [
+        {"device": "H100", "width": 128, "packed": True, "tiles": {"persistent": False}},
+        {"device": "H100", "width": 128, "tiles": {}},
+    ]
+    monkeypatch.setattr(tiles, "_table", lambda: {"forward": entries})
     call = {"device": "NVIDIA H100 80GB HBM3", "width": 128, "queries": 4096, "packed": False}
-    assert measured("forward", **call) == {}
-    assert measured("forward", **call | {"packed": True}) == {"persistent": False}
-    assert measured("forward", **call | {"width": 256}) is None
-    assert measured("forward", **call | {"device": "NVIDIA H800"}) is None
-    wide = forward_tiles((1, 64, 4, 256), (1, 64, 4, 256), Spec(scale=1.0))
+    assert tiles.measured("forward", **call) == {}
+    assert tiles.measured("forward", **call | {"packed": True}) == {"persistent": False}
+    assert tiles.measured("forward", **call | {"width": 256}) is None
+    assert tiles.measured("forward", **call | {"device": "NVIDIA H800"}) is None
+    wide = tiles.forward_tiles((1, 64, 4, 256), (1, 64, 4, 256), Spec(scale=1.0))
     assert (wide.block_kv, wide.share) == (64, True)
+    with pytest.raises(ValueError, match="need three stages"):
+        Tiles(stages=2, ahead=True)
+
+
+def test_every_entry_of_the_table_names_tiles() -> None:
+    for kind, made in (("forward", Tiles), ("backward", BackwardTiles)):
+        for entry in tiles._table()[kind]:
+            assert made(**entry["tiles"]) is not None
+            assert entry["device"].startswith("H")
 
 
 def test_packed_says_what_it_needs() -> None:

@@ -34,7 +34,15 @@ LARGE = {
 }
 COMPILED = {
     name: FEATURES[name]
-    for name in (*QUICK, "window", "width 80", "width 192, 128", "alibi, offsets")
+    for name in (
+        *QUICK,
+        "window",
+        "width 80",
+        "width 192, 128",
+        "alibi, offsets",
+        "bias, everything",
+        "bias, width 256",
+    )
 }
 COMPILED |= LARGE
 
