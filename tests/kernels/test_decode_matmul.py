@@ -1,0 +1,154 @@
+"""Products of a few rows: the kernel interpreted against float64, its forms, lowering, refusals."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.decode_matmul import decode_matmul, explain
+from pallas_kernels.decode_matmul.api import tiles_for
+from pallas_kernels.decode_matmul.mosaic_gpu import Part, Tiles, run
+from pallas_kernels.decode_matmul.shapes import CASES
+from pallas_kernels.errors import ShapeError, UnsupportedError
+from pallas_kernels.target import targeting
+from tests.kernels.lowered import kernel_calls
+
+
+def draw(rows, inputs, outputs, *, norm=False, gate=None, residual=False):
+    """(x, w, options) in bfloat16."""
+    random = np.random.default_rng(0)
+    normal = lambda *s: jnp.asarray(random.standard_normal(s), jnp.bfloat16)  # noqa: E731
+    options = {"norm": 1 + normal(inputs) / 3 if norm else None, "eps": 1e-2, "gate": gate}
+    options["residual"] = normal(rows, outputs) if residual else None
+    w = normal(*([2] if gate else []), outputs, inputs) * jnp.bfloat16(0.125)
+    return normal(rows, inputs), w, options
+
+
+def exact(x, w, *, norm, eps, gate, residual):
+    """In float64, with no rounding between."""
+    x, w = (np.asarray(a, np.float64) for a in (x, w))
+    if norm is not None:
+        x = x / np.sqrt(np.mean(x * x, axis=1, keepdims=True) + eps) * np.asarray(norm, np.float64)
+    if gate is None:
+        y = x @ w.T
+    else:
+        a, b = x @ w[0].T, x @ w[1].T
+        y = b * {"silu": a / (1 + np.exp(-a)), "relu": np.maximum(a, 0)}[gate]
+    return y if residual is None else y + np.asarray(residual, np.float64)
+
+
+def error(found, wanted):
+    return np.abs(np.asarray(found, np.float64) - wanted).max() / np.abs(wanted).max()
+
+
+FORMS = [
+    (1, 1024, 64, {}),
+    (1, 512, 192, {"norm": True, "residual": True}),
+    (3, 1024, 64, {"residual": True}),
+    (2, 512, 64, {"norm": True, "gate": "silu"}),
+    (8, 512, 64, {"norm": True, "gate": "relu", "residual": True}),
+]
+
+
+@pytest.mark.parametrize(("rows", "inputs", "outputs", "form"), FORMS)
+def test_kernel_and_reference_are_as_near_as_bfloat16_allows(rows, inputs, outputs, form):
+    x, w, options = draw(rows, inputs, outputs, **form)
+    wanted = exact(x, w, **options)
+    with targeting("interpreter"):
+        found = decode_matmul(x, w, **options, out_dtype="float32")
+        assert explain(x, w, norm=options["norm"], residual=options["residual"]).name != "reference"
+    plain = decode_matmul(x, w, **options, implementation="reference")
+    # Of the two only the reference rounds between its steps, and its result.
+    assert error(found, wanted) < (4e-3 if form.get("norm") else 1e-6)
+    assert error(plain, wanted) < 1.2e-2
+    assert found.dtype == jnp.float32 and plain.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("rows", "outputs", "changes"),
+    [
+        (2, 96, {"fold": 4}),
+        (8, 64, {"fold": 1}),
+        (8, 96, {"fold": 2, "held": False}),
+        (1, 64, {"fold": 1, "vector": True}),
+        (1, 24, {"width": 128, "stages": 5}),
+    ],
+)
+def test_other_cuts_give_the_same(rows, outputs, changes):
+    x, w, options = draw(rows, 1024, outputs, residual=True)
+    part = Part(inputs=1024, outputs=outputs, residual="given")
+    tiles = Tiles(**({"width": 64, "stages": 2} | changes))
+    with targeting("interpreter"):
+        (found,) = run(
+            x, (w,), (None,), options["residual"], parts=(part,), tiles=tiles, out_dtype="float32"
+        )
+    assert error(found, exact(x, w, **options)) < 1e-6
+
+
+def test_a_row_does_not_depend_on_others():
+    x, w, options = draw(4, 512, 64, norm=True)
+    spoilt = x.at[2].set(jnp.nan)
+    with targeting("interpreter"):
+        found = decode_matmul(x, w, **options)
+        other = decode_matmul(spoilt, w, **options)
+    keep = np.array([0, 1, 3])
+    np.testing.assert_array_equal(np.asarray(found)[keep], np.asarray(other)[keep])
+    assert np.isnan(np.asarray(other, np.float32)[2]).all()
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if "1B gate" in name or "8B" in name])
+def test_lowers_for_cuda_as_one_kernel(name):
+    """Shared memory fits, and nothing else is launched."""
+    case = CASES[name]
+    kind = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)  # noqa: E731
+    w = kind(*([2] if case.gate else []), case.outputs, case.inputs)
+    options = {"norm": kind(case.inputs)} if case.norm else {}
+    options |= {"residual": kind(case.rows, case.outputs)} if case.residual else {}
+    with targeting("gpu"):
+        call = jax.jit(lambda x, w, o: decode_matmul(x, w, gate=case.gate, **o))
+        lowered = call.trace(kind(case.rows, case.inputs), w, options)
+        text = lowered.lower(lowering_platforms=("cuda",)).as_text()
+    assert kernel_calls(text) == 1
+    assert "stablehlo.dot" not in text and "stablehlo.reduce" not in text
+
+
+def test_tiles_keep_weights_in_flight():
+    for case in CASES.values():
+        eps = 1e-6 if case.norm else None
+        part = Part(inputs=case.inputs, outputs=case.outputs, eps=eps)
+        tiles = tiles_for(case.rows, (part,))
+        assert tiles.stages * tiles.width * 128 >= 65_536, case
+        assert part.inputs // tiles.fold % tiles.width == 0
+        assert tiles.held or eps is None
+
+
+def test_refusals():
+    x, w, _ = draw(2, 512, 64)
+    with pytest.raises(UnsupportedError, match="needs a CUDA device, this is cpu; use 'auto'"):
+        decode_matmul(x, w, implementation="mosaic_gpu")
+    with targeting("tpu"):
+        assert "XLA's own fusions" in explain(x, w).why
+    with targeting("gpu"):
+        wide = dataclasses.replace(explain(x.astype(jnp.float32), w), name="")
+        assert "bfloat16, not float32" in wide.why
+        assert "1 to 8 rows, not 9" in explain(jnp.zeros((9, 512), jnp.bfloat16), w).why
+        odd = jnp.zeros((64, 768), jnp.bfloat16)
+        assert "multiple of 512" in explain(x[:, :1].repeat(768, 1), odd).why
+        many = jax.ShapeDtypeStruct((8, 16384), jnp.bfloat16)
+        heavy = jax.ShapeDtypeStruct((64, 16384), jnp.bfloat16)
+        assert "norms" in explain(many, heavy, norm=jnp.zeros(16384)).why
+        assert explain(many, heavy).name == "mosaic_gpu"
+    with pytest.raises(ShapeError, match=r"x \[M, K\] and w \[O, K\]"):
+        decode_matmul(x, w[None])
+    with pytest.raises(ShapeError, match=r"w \[2, O, K\]"):
+        decode_matmul(x, w, gate="silu")
+    with pytest.raises(ShapeError, match="as many inputs"):
+        decode_matmul(x[:, :256], w)
+    with pytest.raises(ShapeError, match=r"weight is \[K\]"):
+        decode_matmul(x, w, norm=jnp.ones(64))
+    with pytest.raises(ShapeError, match=r"residual is \[M, O\] = \(2, 64\)"):
+        decode_matmul(x, w, residual=x)
+    with pytest.raises(UnsupportedError, match="silu, gelu_tanh, relu, not 'swish'"):
+        decode_matmul(x, jnp.stack([w, w]), gate="swish")
