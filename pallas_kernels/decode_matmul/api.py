@@ -52,7 +52,7 @@ def unfit(
       implementation: one of `IMPLEMENTATIONS`.
       rows: M.
       sizes: inputs and outputs of a half.
-      dtypes: of x, the weights and, where there are, the residual.
+      dtypes: of x, the weights and, where there are, the norm's weight and the residual.
       platform: of `pallas_kernels.target`.
     """
     if implementation == "reference":
@@ -95,7 +95,7 @@ def _check(x, w, norm, residual, gate) -> None:
 
 
 def _choose(implementation: str, x, w, norm, residual) -> Choice:
-    given = [x, w] + ([] if residual is None else [residual])
+    given = [x, w, *(a for a in (norm, residual) if a is not None)]
 
     def obstacle(name: str) -> str | None:
         (rows, inputs), outputs = x.shape, w.shape[-2]

@@ -401,7 +401,7 @@ def run(
     for index, (part, w, norm) in enumerate(zip(parts, weights, norms, strict=True)):
         given[f"w{index}"] = w.reshape(-1, part.inputs)
         if norm is not None:
-            given[f"norm{index}"] = norm.astype(jnp.bfloat16).reshape(fold, -1)
+            given[f"norm{index}"] = norm.reshape(fold, -1)
         last = index == len(parts) - 1
         shape = (rows, part.outputs) if last else (rows * fold, part.outputs // fold)
         kinds.append(jax.ShapeDtypeStruct(shape, out_dtype if last else jnp.bfloat16))

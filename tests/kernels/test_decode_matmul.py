@@ -138,7 +138,7 @@ def test_refusals():
         assert "multiple of 512" in explain(x[:, :1].repeat(768, 1), odd).why
         many = jax.ShapeDtypeStruct((8, 16384), jnp.bfloat16)
         heavy = jax.ShapeDtypeStruct((64, 16384), jnp.bfloat16)
-        assert "norms" in explain(many, heavy, norm=jnp.zeros(16384)).why
+        assert "norms" in explain(many, heavy, norm=jnp.zeros(16384, jnp.bfloat16)).why
         assert explain(many, heavy).name == "mosaic_gpu"
     with pytest.raises(ShapeError, match=r"x \[M, K\] and w \[O, K\]"):
         decode_matmul(x, w[None])

@@ -1,0 +1,125 @@
+"""Decoding steps in fused kernels: the model's logits and tokens, how many kernels, refusals."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxllm.core.choices import taken
+from jaxllm.core.policy import Policy
+from jaxllm.errors import UnsupportedError
+from jaxllm.infer.open import run_policy, run_segments
+from jaxllm.infer.programs import Setup
+from jaxllm.infer.steps import decode_steps
+from jaxllm.nn import api
+from jaxllm.ops.fused import fused, obstacle
+from jaxllm.spec.model import Head
+from jaxllm.spec.ops import MLP
+from jaxllm.state.step import dense_step
+from pallas_kernels import decode_matmul
+from pallas_kernels.target import targeting
+from tests.contracts.specs import heads, model, pre
+from tests.kernels.lowered import kernel_calls
+
+WIDE = heads(8, 2, head_dim=64)
+SPECS = {
+    # All products of a layer and the head fuse; the head's norm goes with it.
+    "llama": (model(pre("G", WIDE, MLP(width=512, gated=True)), layers="G*2", head=Head(tied=True),
+                    width=512, vocab=128), 9, 0),
+    # Biases part a product from its residual, an activation that kernels lack from its gate; 80
+    # outputs and 48 inputs are none of the kernel's: fewer kernels, the same numbers.
+    "odd": (model(pre("G", heads(6, 2, head_dim=8, qkv_bias=True, out_bias=True),
+                      MLP(width=512, gated=True, activation="relu2")), layers="G*2",
+                  head=Head(softcap=5.0), width=512, vocab=192), 5, 2),
+}  # fmt: skip
+POLICY = run_policy("bfloat16", platform="gpu", attention="reference")
+
+
+def setup_of(name: str, **changes) -> tuple[Setup, dict]:
+    spec = SPECS[name][0]
+    policy = dataclasses.replace(POLICY, **changes)
+    segments = run_segments(spec, policy)
+    drawn = api.init(spec, jax.random.key(0), dtype=jnp.bfloat16, segments=segments, fused=True)
+    params = api.hold(spec, drawn, policy)
+    setup = Setup(spec=spec, policy=policy, params=params, segments=segments, mesh=None, options=())
+    return setup, params
+
+
+@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("rows", [1, 3])
+def test_steps_in_fused_kernels_are_the_models(name, rows, monkeypatch):
+    """Our kernel's stand-in is its reference: itself it is tested where it lives."""
+    whole, calls = decode_matmul.decode_matmul, []
+
+    def stand_in(*args, **options):
+        calls.append(sorted(k for k, v in options.items() if v is not None))
+        return whole(*args, implementation="reference", **options)
+
+    monkeypatch.setattr(decode_matmul, "decode_matmul", stand_in)
+    setup, params = setup_of(name)
+    spec, policy = setup.spec, setup.policy
+    ids = jnp.arange(rows, dtype=jnp.int32)[:, None] * 7
+
+    def step(params, positions, state):
+        hidden, state, _ = api.apply(
+            spec, params, ids, dense_step(positions, 1), state, policy=policy
+        )
+        return api.unembed(spec, params, hidden, policy=policy), state
+
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), setup.state(rows, 8))
+    arguments = params, jnp.zeros(rows, jnp.int32), zeros
+    plain, plain_state = jax.jit(step)(*arguments)
+    with targeting("interpreter"), taken() as heard:
+        call = fused(step, policy=policy, rows=rows)
+        found, state = jax.jit(call)(*arguments)
+    assert heard["decode"] == {"fused"} and len(calls) == SPECS[name][1]
+    if name == "llama":
+        assert sum("residual" in call for call in calls) == 4
+        assert sum("norm" in call for call in calls) == 5
+        assert sum("gate" in call for call in calls) == 2
+    scale = np.abs(np.asarray(plain)).max()
+    assert np.abs(np.asarray(found) - np.asarray(plain)).max() < 0.03 * scale
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(
+            np.asarray(a, np.float32), np.asarray(b, np.float32), atol=0.05, rtol=0.05
+        ),
+        state,
+        plain_state,
+    )
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_a_step_lowers_to_few_kernels(name):
+    setup, params = setup_of(name)
+    state, tail = setup.state(1, 64), setup.tail(1, "greedy")
+
+    def text(decode: str) -> str:
+        other = dataclasses.replace(setup, policy=dataclasses.replace(setup.policy, decode=decode))
+        with targeting("gpu"):
+            traced = jax.jit(decode_steps(other, mode="greedy", tokens=2))
+            lowered = traced.trace(params, state, tail, None).lower(lowering_platforms=("cuda",))
+        return lowered.as_text()
+
+    few, plain = text("auto"), text("plain")
+    assert kernel_calls(few) == SPECS[name][1] and kernel_calls(plain) == 0
+    assert plain.count("stablehlo.rsqrt") == 5
+    assert few.count("stablehlo.rsqrt") == SPECS[name][2]
+
+
+def test_what_does_not_fit_runs_op_by_op_and_a_name_is_refused():
+    same = lambda x: x  # noqa: E731
+    assert fused(same, policy=POLICY, rows=1) is same  # this is a CPU
+    named = dataclasses.replace(POLICY, decode="fused")
+    with pytest.raises(UnsupportedError, match="for Hopper GPUs, this is cpu; use 'auto'"):
+        fused(same, policy=named, rows=1)
+    with targeting("gpu"):
+        assert obstacle(POLICY, 8) is None
+        assert "1 to 8 tokens, not 9" in str(obstacle(POLICY, 9))
+        assert "bfloat16, not float32" in str(obstacle(Policy(), 1))
+        stacked = dataclasses.replace(POLICY, layout="scan")
+        assert "array a layer" in str(obstacle(stacked, 1))
+        plain = dataclasses.replace(POLICY, decode="plain")
+        assert fused(same, policy=plain, rows=1) is same
+        assert fused(same, policy=POLICY, rows=8) is not same
