@@ -79,7 +79,7 @@ def _run(function: Callable[..., Any], *args: Any) -> Any:
 
     with marking():
         closed = jax.make_jaxpr(inner)(*flat)
-    return trees[-1].unflatten(_evaluate(closed, flat))
+    return trees[-1].unflatten(list(map(_value, _evaluate(closed, flat))))
 
 
 @dataclasses.dataclass(eq=False)
@@ -125,14 +125,18 @@ def _evaluate(closed: Any, flat: list[Any]) -> list[Any]:
     known.update(zip(jaxpr.invars, flat, strict=True))
     for equation in jaxpr.eqns:
         given = [read(v) for v in equation.invars]
-        found = _later(equation, given)
+        inner = equation.params.get("jaxpr") if equation.primitive.name == "jit" else None
+        if inner is not None and any(e.primitive is MARK for e in inner.eqns):
+            found = _evaluate(inner, given)  # a layer that is traced once for all alike
+        else:
+            found = _later(equation, given)
         if found is None:
             params = equation.primitive.get_bind_params(equation.params)
             with equation.ctx.manager:
                 found = equation.primitive.bind(*map(_value, given), **params)
             found = found if equation.primitive.multiple_results else [found]
         known.update(zip(equation.outvars, found, strict=True))
-    return [_value(read(v)) for v in jaxpr.outvars]
+    return [read(v) for v in jaxpr.outvars]
 
 
 def _later(equation: Any, given: list[Any]) -> list[Any] | None:

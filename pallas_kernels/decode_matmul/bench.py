@@ -48,7 +48,7 @@ def _call(case: Shaped, implementation: str):
 def _error(case: Shaped, arguments: tuple, function) -> float:
     """Root mean square error against float32, as part of the values'."""
     found = function(*arguments).astype(jnp.float32)
-    twice = [None if a is None else a.astype(jnp.float32) for a in arguments]
+    twice: list = [None if a is None else a.astype(jnp.float32) for a in arguments]
     for i in (0, 3):  # two rows: a product of one would be summed in another way
         twice[i] = None if twice[i] is None else jnp.concatenate([twice[i]] * 2)
     want = jax.jit(_call(case, "reference"))(*twice)[: case.rows]

@@ -15,6 +15,7 @@ from jaxllm.infer.programs import Setup
 from jaxllm.infer.steps import decode_steps
 from jaxllm.nn import api
 from jaxllm.ops.fused import fused, obstacle
+from jaxllm.serve.programs import Memory, Shape, step
 from jaxllm.spec.model import Head
 from jaxllm.spec.ops import MLP
 from jaxllm.state.step import dense_step
@@ -123,3 +124,15 @@ def test_what_does_not_fit_runs_op_by_op_and_a_name_is_refused():
         plain = dataclasses.replace(POLICY, decode="plain")
         assert fused(same, policy=plain, rows=1) is same
         assert fused(same, policy=POLICY, rows=8) is not same
+
+
+@pytest.mark.parametrize(("tokens", "kernels"), [(2, 11), (16, 2)])  # two of attention
+def test_a_serving_step_of_few_tokens_lowers_to_few_kernels(tokens, kernels):
+    setup, _ = setup_of("llama")
+    memory = Memory(page_size=64, pages={"all": 4}, windows={"all": None}, slots=tokens)
+    shape = Shape(tokens=tokens, rows=tokens, longest=1, context=128)
+    program = step(setup, memory, shape)
+    with targeting("gpu"):
+        traced = jax.jit(program.build()).trace(*program.args)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert kernel_calls(text) == kernels
