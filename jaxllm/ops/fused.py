@@ -1,9 +1,8 @@
 """A decoding step in few kernels: norm, product, activation and residual become one.
 
 The step is traced with marks on its ops; then its equations are run one by one, and what is marked
-waits until it is needed: by the addition of a residual, as the input of another product, or by
-anything else. So a product goes to our kernel with the norm before it and what comes after it, and
-modules know nothing of that.
+waits until something else needs it. So a product goes to our kernel with the norm before it and
+the residual after it, or with the products before it as well, and modules know nothing of that.
 """
 
 from __future__ import annotations
@@ -54,21 +53,22 @@ def fused(function: Callable[..., Any], *, policy: Policy, rows: int) -> Callabl
       rows: tokens of the step.
 
     Raises:
-      UnsupportedError: the policy names `fused`, which cannot serve the step.
+      UnsupportedError: the policy names a way that cannot serve the step.
     """
     if policy.decode == "plain":
         return function
     reason = obstacle(policy, rows)
     if reason is None:
-        took("decode", "fused")
-        return functools.partial(_run, function)
-    if policy.decode == "fused":
-        raise UnsupportedError(f"decode 'fused': {reason}; use 'auto'")
+        name = "fused" if policy.decode == "auto" else policy.decode
+        took("decode", name)
+        return functools.partial(_run, function, name == "chained")
+    if policy.decode != "auto":
+        raise UnsupportedError(f"decode {policy.decode!r}: {reason}; use 'auto'")
     took("decode", "plain")
     return function
 
 
-def _run(function: Callable[..., Any], *args: Any) -> Any:
+def _run(function: Callable[..., Any], chained: bool, *args: Any) -> Any:
     flat, tree = jax.tree.flatten(args)
     trees: list[Any] = []
 
@@ -79,7 +79,7 @@ def _run(function: Callable[..., Any], *args: Any) -> Any:
 
     with marking():
         closed = jax.make_jaxpr(inner)(*flat)
-    return trees[-1].unflatten(list(map(_value, _evaluate(closed, flat))))
+    return trees[-1].unflatten(list(map(_value, _evaluate(closed, flat, chained))))
 
 
 @dataclasses.dataclass(eq=False)
@@ -88,33 +88,81 @@ class Waiting:
 
     Attributes:
       shape: of the array.
-      make: computes it in some shape.
       kind: what it is: `norm`, `product`, `half`, `hidden` or `sum`.
       args: what that is made of.
+      make: computes it in some shape.
+      root: what this is a view of in another shape, or None.
+      made: the array, when it is computed.
     """
 
     shape: tuple[int, ...]
     kind: str
+    args: Any
     make: Callable[[], Any]
-    args: Any = None
+    root: Waiting | None = None
     made: Any = None
+
+    @property
+    def origin(self) -> Waiting:
+        """This, or what it is a view of."""
+        return self if self.root is None else self.root
+
+    @property
+    def known(self) -> bool:
+        """Whether it is computed."""
+        return self.origin.made is not None
 
     def value(self) -> Any:
         """The array, computed once for all views."""
-        if self.made is None:
-            self.made = self.make()
-        return self.made.reshape(self.shape)
+        origin = self.origin
+        if origin.made is None:
+            origin.made = origin.make()
+        return origin.made.reshape(self.shape)
 
     def view(self, shape: tuple[int, ...]) -> Waiting:
         """The same in another shape."""
-        return Waiting(shape, self.kind, self.value, self.args)
+        return dataclasses.replace(self, shape=shape, root=self.origin)
+
+
+@dataclasses.dataclass(eq=False)
+class Product:
+    """What a product is made of.
+
+    Attributes:
+      x: [R, I]; waiting or not.
+      w: [O, I].
+      out_dtype: of the result.
+      plain: computes it without our kernel.
+      gate: activation of the first half of the outputs, which multiplies the second, or None.
+      residual: what is added, of any shape; waiting or not.
+      chained: it may be made with the products before it.
+    """
+
+    x: Any
+    w: Any
+    out_dtype: Any
+    plain: Callable[[], Any]
+    gate: str | None = None
+    residual: Any = None
+    chained: bool = False
+
+    @property
+    def norm(self) -> Waiting | None:
+        """The norm of `x` that the kernel makes."""
+        x = self.x
+        return x if isinstance(x, Waiting) and x.kind == "norm" and not x.known else None
+
+    @property
+    def source(self) -> Any:
+        """What is multiplied, before the norm; of any shape."""
+        return self.x if self.norm is None else self.norm.args[0]
 
 
 def _value(x: Any) -> Any:
     return x.value() if isinstance(x, Waiting) else x
 
 
-def _evaluate(closed: Any, flat: list[Any]) -> list[Any]:
+def _evaluate(closed: Any, flat: list[Any], chained: bool) -> list[Any]:
     """The results of a trace, its marked equations as late as they can be."""
     jaxpr, known = closed.jaxpr, {}
 
@@ -127,9 +175,9 @@ def _evaluate(closed: Any, flat: list[Any]) -> list[Any]:
         given = [read(v) for v in equation.invars]
         inner = equation.params.get("jaxpr") if equation.primitive.name == "jit" else None
         if inner is not None and any(e.primitive is MARK for e in inner.eqns):
-            found = _evaluate(inner, given)  # a layer that is traced once for all alike
+            found = _evaluate(inner, given, chained)  # a layer that is traced once for all alike
         else:
-            found = _later(equation, given)
+            found = _later(equation, given, chained)
         if found is None:
             params = equation.primitive.get_bind_params(equation.params)
             with equation.ctx.manager:
@@ -139,12 +187,13 @@ def _evaluate(closed: Any, flat: list[Any]) -> list[Any]:
     return [read(v) for v in jaxpr.outvars]
 
 
-def _later(equation: Any, given: list[Any]) -> list[Any] | None:
+def _later(equation: Any, given: list[Any], chained: bool) -> list[Any] | None:
     """What an equation gives, to be computed later, or None if it is computed now."""
     name, params = equation.primitive.name, equation.params
     if equation.primitive is MARK:
-        return [_marked(params["kind"], params["function"], dict(params["static"]), given)]
-    if not any(isinstance(x, Waiting) for x in given):
+        function, static = params["function"], dict(params["static"])
+        return [_marked(params["kind"], function, static, given, chained)]
+    if not any(isinstance(x, Waiting) and not x.known for x in given):
         return None
     first = given[0]
     if name == "name":
@@ -170,40 +219,49 @@ def _halves(product: Waiting, sizes: Any, axis: int) -> list[Any] | None:
         return jax.lax.slice_in_dim(product.value(), start, start + width, axis=last)
 
     return [
-        Waiting(shape, "half", functools.partial(half, index), (product, index)) for index in (0, 1)
+        Waiting(shape, "half", (product.args, index), functools.partial(half, index))
+        for index in (0, 1)
     ]
 
 
 def _sum(left: Any, right: Any) -> list[Any] | None:
-    """A product and what it is added to, computed in one."""
+    """A product and what it is added to."""
     for y, other in ((right, left), (left, right)):
-        if not isinstance(y, Waiting) or y.kind != "product" or isinstance(other, Waiting):
+        if not isinstance(y, Waiting) or y.kind != "product" or y.known:
             continue
-        if jnp.shape(other) == y.shape and other.dtype == y.args["out_dtype"]:
-            return [_product(y.args, other).reshape(y.shape)]
+        if isinstance(other, Waiting) and other.kind != "sum":
+            other = other.value()
+        dtype = other.args.out_dtype if isinstance(other, Waiting) else other.dtype
+        if tuple(other.shape) == y.shape and dtype == y.args.out_dtype:
+            args = dataclasses.replace(y.args, residual=other, plain=y.value)
+            return [_waiting(y.shape, "sum", args)]
     return None
 
 
-def _marked(kind: str, function: Any, static: dict[str, Any], given: list[Any]) -> Any:
+def _waiting(shape: tuple[int, ...], kind: str, args: Product) -> Waiting:
+    """A product that waits."""
+    found = Waiting(shape, kind, args, lambda: _made(found))
+    return found
+
+
+def _marked(
+    kind: str, function: Any, static: dict[str, Any], given: list[Any], chained: bool
+) -> Any:
     def plain() -> Any:
         return function(*map(_value, given), **static)
 
     if kind == "norm" and not static.get("offset"):
-        x, scale = given
-        x = _value(x)
-        return Waiting(x.shape, "norm", lambda: function(x, scale, **static), (x, scale, static))
-    if kind == "hidden" and _gated(given, static["mlp"]):
-        (product, _), mlp = given[0].args, static["mlp"]
-        args = product.args | {"gate": mlp.activation}
-        make = functools.partial(_product, args, None)
-        if _choose(args, None) is not None:
-            return Waiting(given[0].shape, "hidden", make, args)
+        return Waiting(tuple(given[0].shape), "norm", (*given, static), plain)
     if kind == "product":
-        x, w = given
-        out = jnp.dtype(static["out_dtype"])
-        args = {"x": x, "w": w, "out_dtype": out, "gate": None, "plain": function}
-        make = functools.partial(_product, args, None)
-        return Waiting((x.shape[0], w.shape[0]), "product", make, args)
+        (x, w), out = given, jnp.dtype(static["out_dtype"])
+        args = Product(x, w, out, plain, chained=chained)
+        return _waiting((x.shape[0], w.shape[0]), "product", args)
+    if kind == "hidden" and _gated(given, static["mlp"]):
+        args = dataclasses.replace(
+            given[0].args[0], gate=static["mlp"].activation, plain=plain, residual=None
+        )
+        found = _waiting(given[0].shape, "hidden", args)
+        return found if _links([found]) is not None else plain()
     return plain()
 
 
@@ -213,46 +271,73 @@ def _gated(given: list[Any], mlp: Any) -> bool:
         return False
     (up, one), (gate, zero) = given[0].args, given[1].args
     simple = mlp.gate_scale == 1.0 and mlp.clamp is None and mlp.gain == 1 and not mlp.up_offset
-    same = up.args is gate.args and (one, zero) == (1, 0)
-    return same and simple and mlp.activation in _ACTIVATIONS
+    return up is gate and (one, zero) == (1, 0) and simple and mlp.activation in _ACTIVATIONS
 
 
-def _pieces(args: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
-    """(x, w, norm) of a product as the kernel takes them."""
-    x, w = args["x"], args["w"]
-    if args["gate"] is not None:
-        w = w.reshape(2, -1, w.shape[-1])
-    if isinstance(x, Waiting) and x.kind == "norm":
-        wide, scale, static = x.args
-        return wide.reshape(x.shape), w, {"norm": scale, "eps": static["eps"]}
-    return x, w, {}
+def _chain(last: Waiting) -> list[Waiting]:
+    """A product with those before it that nothing else has needed so far."""
+    chain = [last]
+    while chain[0].args.chained:
+        source = chain[0].args.source
+        if not isinstance(source, Waiting) or source.known or source.kind not in ("hidden", "sum"):
+            break
+        chain.insert(0, source.origin)
+    return chain
 
 
-def _choose(args: dict[str, Any], residual: Any) -> Any:
-    """What our kernel is called with, or None where it cannot serve the product."""
-    from pallas_kernels.decode_matmul import explain
+def _links(chain: list[Waiting]) -> Any:
+    """(links, residual, x) of products for our kernel, or None where it cannot serve them."""
+    from pallas_kernels.decode_matmul import Link, explain
 
-    x, w, norm = _pieces(args)
-    if not jnp.issubdtype(w.dtype, jnp.floating):
+    links, residual = [], None
+    for index, waiting in enumerate(chain):
+        args, kept = waiting.args, None
+        origins = [other.origin for other in chain[:index]]
+        if isinstance(args.residual, Waiting) and args.residual.origin in origins:
+            kept = origins.index(args.residual.origin)
+        elif args.residual is not None:
+            kept = "given"
+            if residual is not None and residual is not args.residual:
+                return None
+            residual = args.residual
+        w = args.w if args.gate is None else args.w.reshape(2, -1, args.w.shape[-1])
+        norm = {}
+        if args.norm is not None:
+            _, scale, static = args.norm.args
+            norm = {"norm": scale, "eps": static["eps"]}
+        links.append(Link(w=w, gate=args.gate, residual=kept, **norm))
+        if index < len(chain) - 1 and args.out_dtype != jnp.bfloat16:
+            return None
+    first = chain[0].args
+    rows, inputs = first.x.shape
+    waits = isinstance(first.source, Waiting)
+    x = jax.ShapeDtypeStruct((rows, inputs), jnp.bfloat16 if waits else first.source.dtype)
+    outputs = (rows, chain[-1].args.w.shape[0])
+    kind = None if residual is None else jax.ShapeDtypeStruct(outputs, jnp.bfloat16)
+    if explain(x, tuple(links), residual=kind).name == "reference":
         return None
-    kind = jax.ShapeDtypeStruct(tuple(x.shape), jnp.bfloat16 if isinstance(x, Waiting) else x.dtype)
-    options = {} if not norm else {"norm": norm["norm"]}
-    if explain(kind, w, residual=residual, **options).name == "reference":
-        return None
-    return x, w, norm
+    return links, residual, first.source
 
 
-def _product(args: dict[str, Any], residual: Any) -> Any:
-    """A product with a norm before and a residual after it: [R, O]."""
-    from pallas_kernels.decode_matmul import decode_matmul
+def _made(last: Waiting) -> Any:
+    """A product, [R, O] or in the shape of its residual."""
+    from pallas_kernels.decode_matmul import decode_chain
 
-    rows, outputs = args["x"].shape[0], args["w"].shape[0]
+    chain = _chain(last)
+    found = _links(chain)
+    while found is None and len(chain) > 1:
+        chain = chain[1:]
+        found = _links(chain)
+    args = last.args
+    if found is None:
+        y = args.plain()
+        return y if args.residual is None else y + _value(args.residual)
+    links, residual, source = found
+    rows, inputs = chain[0].args.x.shape
+    x = _value(source).reshape(rows, inputs)
     if residual is not None:
-        residual = residual.reshape(rows, outputs)
-    chosen = _choose(args, residual)
-    if chosen is None:
-        y = args["plain"](_value(args["x"]), args["w"], out_dtype=args["out_dtype"])
-        return y if residual is None else y + residual
-    x, w, norm = chosen
-    options = norm | {"gate": args["gate"], "residual": residual}
-    return decode_matmul(_value(x), w, out_dtype=args["out_dtype"], **options)
+        residual = _value(residual).reshape(rows, -1)
+    *before, y = decode_chain(x, tuple(links), residual=residual, out_dtype=args.out_dtype)
+    for waiting, array in zip(chain, before, strict=False):
+        waiting.made = array
+    return y

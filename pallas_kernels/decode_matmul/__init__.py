@@ -3,9 +3,19 @@
 from pallas_kernels.decode_matmul.api import (
     IMPLEMENTATIONS,
     MOST_ROWS,
+    Link,
+    decode_chain,
     decode_matmul,
     explain,
     unfit,
 )
 
-__all__ = ["IMPLEMENTATIONS", "MOST_ROWS", "decode_matmul", "explain", "unfit"]
+__all__ = [
+    "IMPLEMENTATIONS",
+    "MOST_ROWS",
+    "Link",
+    "decode_chain",
+    "decode_matmul",
+    "explain",
+    "unfit",
+]

@@ -49,16 +49,16 @@ def setup_of(name: str, **changes) -> tuple[Setup, dict]:
 
 
 @pytest.mark.parametrize("name", SPECS)
-@pytest.mark.parametrize("rows", [1, 3])
-def test_steps_in_fused_kernels_are_the_models(name, rows, monkeypatch):
+@pytest.mark.parametrize(("rows", "decode"), [(1, "fused"), (3, "chained")])
+def test_steps_in_fused_kernels_are_the_models(name, rows, decode, monkeypatch):
     """Our kernel's stand-in is its reference: itself it is tested where it lives."""
-    whole, calls = decode_matmul.decode_matmul, []
+    whole, links = decode_matmul.decode_chain, []
 
-    def stand_in(*args, **options):
-        calls.append(sorted(k for k, v in options.items() if v is not None))
-        return whole(*args, implementation="reference", **options)
+    def stand_in(x, given, **options):
+        links.append(given)
+        return whole(x, given, implementation="reference", **options)
 
-    monkeypatch.setattr(decode_matmul, "decode_matmul", stand_in)
+    monkeypatch.setattr(decode_matmul, "decode_chain", stand_in)
     setup, params = setup_of(name)
     spec, policy = setup.spec, setup.policy
     ids = jnp.arange(rows, dtype=jnp.int32)[:, None] * 7
@@ -73,13 +73,18 @@ def test_steps_in_fused_kernels_are_the_models(name, rows, monkeypatch):
     arguments = params, jnp.zeros(rows, jnp.int32), zeros
     plain, plain_state = jax.jit(step)(*arguments)
     with targeting("interpreter"), taken() as heard:
-        call = fused(step, policy=policy, rows=rows)
+        other = dataclasses.replace(policy, decode=decode)
+        call = fused(step, policy=other, rows=rows)
         found, state = jax.jit(call)(*arguments)
-    assert heard["decode"] == {"fused"} and len(calls) == SPECS[name][1]
+    assert heard["decode"] == {decode}
+    made = [link for some in links for link in some]
+    assert len(made) == SPECS[name][1]
     if name == "llama":
-        assert sum("residual" in call for call in calls) == 4
-        assert sum("norm" in call for call in calls) == 5
-        assert sum("gate" in call for call in calls) == 2
+        # Queries first; then a layer's other products, with the queries of the next or the head.
+        assert [len(some) for some in links] == ([1] * 9 if decode == "fused" else [1, 4, 4])
+        assert sum(link.residual is not None for link in made) == 4
+        assert sum(link.norm is not None for link in made) == 5
+        assert sum(link.gate is not None for link in made) == 2
     scale = np.abs(np.asarray(plain)).max()
     assert np.abs(np.asarray(found) - np.asarray(plain)).max() < 0.03 * scale
     jax.tree.map(

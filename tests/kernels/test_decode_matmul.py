@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.decode_matmul import decode_matmul, explain
+from pallas_kernels.decode_matmul import Link, decode_chain, decode_matmul, explain
 from pallas_kernels.decode_matmul.api import tiles_for
 from pallas_kernels.decode_matmul.mosaic_gpu import Part, Tiles, run
 from pallas_kernels.decode_matmul.shapes import CASES
@@ -58,7 +58,6 @@ def test_kernel_and_reference_are_as_near_as_bfloat16_allows(rows, inputs, outpu
     wanted = exact(x, w, **options)
     with targeting("interpreter"):
         found = decode_matmul(x, w, **options, out_dtype="float32")
-        assert explain(x, w, norm=options["norm"], residual=options["residual"]).name != "reference"
     plain = decode_matmul(x, w, **options, implementation="reference")
     # Of the two only the reference rounds between its steps, and its result.
     assert error(found, wanted) < (4e-3 if form.get("norm") else 1e-6)
@@ -124,22 +123,72 @@ def test_tiles_keep_weights_in_flight():
         assert tiles.held or eps is None
 
 
+def links_of(width, inner, outputs, kind):
+    """Of a layer: output, gate and up, down, and the next queries, keys and values."""
+    w = {"o": (width, width), "gate": (2, inner, width), "down": (width, inner)}
+    w = {name: kind(*shape) for name, shape in (w | {"qkv": (outputs, width)}).items()}
+    return (
+        Link(w=w["o"], residual="given"),
+        Link(w=w["gate"], norm=kind(width), gate="silu"),
+        Link(w=w["down"], residual=0),
+        Link(w=w["qkv"], norm=kind(width)),
+    )
+
+
+def test_a_chain_is_its_links_one_by_one():
+    """The interpreter makes a kernel of each, whose waiting for each other it does not know."""
+    random = np.random.default_rng(1)
+
+    def normal(*s):
+        return jnp.asarray(random.standard_normal(s) / np.sqrt(s[-1]), jnp.bfloat16)
+
+    links = links_of(512, 512, 64, normal)
+    x, residual = normal(2, 512), normal(2, 512)
+    plain = decode_chain(x, links, residual=residual, implementation="reference")
+    wanted = exact(x, links[0].w, norm=None, eps=0, gate=None, residual=residual)
+    assert error(plain[0], wanted) < 1e-2
+    with targeting("interpreter"):
+        found = decode_chain(x, links, residual=residual)
+    assert [y.shape for y in found] == [(2, 512), (2, 512), (2, 512), (2, 64)]
+    for y, other in zip(found, plain, strict=True):
+        assert error(y, np.asarray(other, np.float64)) < 2e-2
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_a_chain_lowers_for_cuda_as_one_kernel(rows):
+    kind = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)  # noqa: E731
+    links = links_of(2048, 8192, 3072, kind)
+    names = ("w", "norm")
+    arrays = [[getattr(link, name) for name in names] for link in links]
+
+    def call(x, residual, arrays):
+        pairs = zip(links, arrays, strict=True)
+        given = [dataclasses.replace(one, w=w, norm=norm) for one, (w, norm) in pairs]
+        return decode_chain(x, tuple(given), residual=residual)
+
+    with targeting("gpu"):
+        traced = jax.jit(call).trace(kind(rows, 2048), kind(rows, 2048), arrays)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert kernel_calls(text) == 1
+
+
 def test_refusals():
     x, w, _ = draw(2, 512, 64)
+    why = lambda x, w, **more: explain(x, (Link(w=w, **more),)).why  # noqa: E731
     with pytest.raises(UnsupportedError, match="needs a CUDA device, this is cpu; use 'auto'"):
         decode_matmul(x, w, implementation="mosaic_gpu")
     with targeting("tpu"):
-        assert "XLA's own fusions" in explain(x, w).why
+        assert "XLA's own fusions" in why(x, w)
     with targeting("gpu"):
-        wide = dataclasses.replace(explain(x.astype(jnp.float32), w), name="")
-        assert "bfloat16, not float32" in wide.why
-        assert "1 to 8 rows, not 9" in explain(jnp.zeros((9, 512), jnp.bfloat16), w).why
+        assert "bfloat16, not float32" in why(x.astype(jnp.float32), w)
+        assert "1 to 8 rows, not 9" in why(jnp.zeros((9, 512), jnp.bfloat16), w)
         odd = jnp.zeros((64, 768), jnp.bfloat16)
-        assert "multiple of 512" in explain(x[:, :1].repeat(768, 1), odd).why
+        assert "multiple of 512" in why(x[:, :1].repeat(768, 1), odd)
         many = jax.ShapeDtypeStruct((8, 16384), jnp.bfloat16)
         heavy = jax.ShapeDtypeStruct((64, 16384), jnp.bfloat16)
-        assert "norms" in explain(many, heavy, norm=jnp.zeros(16384, jnp.bfloat16)).why
-        assert explain(many, heavy).name == "mosaic_gpu"
+        assert "norms" in why(many, heavy, norm=jnp.zeros(16384, jnp.bfloat16))
+        assert explain(many, (Link(w=heavy),)).name == "mosaic_gpu"
+        assert "a chain's rows" in explain(many, (Link(w=heavy), Link(w=heavy))).why
     with pytest.raises(ShapeError, match=r"x \[M, K\] and w \[O, K\]"):
         decode_matmul(x, w[None])
     with pytest.raises(ShapeError, match=r"w \[2, O, K\]"):
