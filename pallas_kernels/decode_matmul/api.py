@@ -79,7 +79,9 @@ def tiles_for(rows: int, parts: tuple[Part, ...]) -> Tiles:
     room = _ROOM - (held if in_place else 0)
     width = math.gcd(256 if room > 150_000 else 128, *(part.inputs // fold for part in parts))
     step = 2 * width * (HIGH + (0 if in_place else columns))
-    return Tiles(fold=fold, width=width, stages=min(room // step, 16), held=in_place)
+    return Tiles(
+        fold=fold, width=width, stages=min(room // step, 16), held=in_place, woven=in_place
+    )
 
 
 def unfit(

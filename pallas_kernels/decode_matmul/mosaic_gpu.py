@@ -13,6 +13,7 @@ bytes.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -45,6 +46,8 @@ class Tiles:
       held: x is kept in shared memory, and does not come with each step.
       programs: for each processor.
       vector: one row is multiplied in registers instead of by the tensor cores; fold is 1.
+      woven: neighbouring steps of `fold` x `width` inputs are cut into the pieces, instead of all
+        inputs at once, so that a step reads them in one go; fold is 8, and x is held.
       early: the weights are asked for before the kernel before has ended.
     """
 
@@ -54,6 +57,7 @@ class Tiles:
     held: bool = True
     programs: int = 1
     vector: bool = False
+    woven: bool = False
     early: bool = False
 
     @property
@@ -105,6 +109,10 @@ class Kernel:
     def steps(self, part: Part) -> int:
         return self.piece(part) // self.tiles.width
 
+    def grain(self, part: Part) -> int:
+        """Neighbouring inputs that lie in one piece."""
+        return self.tiles.width if self.tiles.woven else self.piece(part)
+
     def x_name(self, part: Part) -> str:
         """Its rows' place in shared memory, which parts of as many inputs share."""
         return f"x of {part.inputs}"
@@ -134,7 +142,8 @@ class Kernel:
             first += lax.rem(tile, part.halves) * part.outputs
             plgpu.barrier_wait(free.at[slot])
             for c in range(tiles.fold):
-                deep = pl.ds(c * self.piece(part) + k * tiles.width, tiles.width)
+                start = (k * tiles.fold + c) if tiles.woven else c * steps + k
+                deep = pl.ds(start * tiles.width, tiles.width)
                 source = refs[f"w{index}"].at[pl.ds(first, high), deep]
                 target = smem["w"].at[slot, pl.ds(c * high, high)]
                 plgpu.copy_gmem_to_smem(source, target, full["w"].at[slot])
@@ -156,7 +165,7 @@ class Kernel:
         for index, part in enumerate(self.parts):
             if part.eps is not None and not self.tiles.vector:
                 norm = f"norm{index}"
-                plgpu.copy_gmem_to_smem(refs[norm], smem[norm], full[norm])
+                self.bring(refs[norm], smem[norm], full[norm], part)
         if self.tiles.early and not self.interpret:
             plgpu.griddepcontrol_wait()
             plgpu.griddepcontrol_launch_dependents()
@@ -175,9 +184,9 @@ class Kernel:
         steps = self.steps(part)
         held = smem[self.x_name(part)]
         if tiles.held and not tiles.vector:
-            source = refs[f"out{index - 1}" if index else "x0"].at[pl.ds(0, self.columns)]
-            plgpu.copy_gmem_to_smem(source, held, full["x"])
-            plgpu.barrier_wait(full["x"])
+            ready = full[self.x_name(part)]
+            self.bring(refs[f"out{index - 1}" if index else "x0"], held, ready, part)
+            plgpu.barrier_wait(ready)
         scales = [None] * rows
         if tiles.vector:
             scales = [self.copied(refs, held, index, part)]
@@ -210,6 +219,18 @@ class Kernel:
         lax.fori_loop(0, count, tile, None)
         return before + count * part.halves * steps
 
+    def bring(self, source, target, ready, part: Part):
+        """Rows [rows x pieces, inputs of a piece] to shared memory, begun and not waited for."""
+        rows, width = target.shape[0], self.tiles.width
+        if not self.tiles.woven:
+            plgpu.copy_gmem_to_smem(source.at[pl.ds(0, rows)], target, ready)
+            return
+        for m in range(rows // 8):
+            for k in range(self.steps(part)):
+                own = pl.ds((m * self.steps(part) + k) * 8, 8)
+                to = target.at[pl.ds(m * 8, 8), pl.ds(k * width, width)]
+                plgpu.copy_gmem_to_smem(source.at[own], to, ready)
+
     def place(self, ref, m, first):
         """A tile's outputs in a row of [rows x pieces, outputs of a piece]."""
         width = ref.shape[1]
@@ -222,7 +243,7 @@ class Kernel:
 
     def scaled(self, x, norm, part: Part) -> list[jax.Array]:
         """Multiplies x by the norm's weight where it lies; 1 / the root mean square of each row."""
-        fold, deep = self.tiles.fold, min(self.piece(part), 256)
+        fold, deep = self.tiles.fold, math.gcd(self.piece(part), 256)
         scales = []
         for m in range(self.rows):
             own = x.at[pl.ds(m * fold, fold)]
@@ -333,17 +354,18 @@ class Kernel:
         tiles, stages = self.tiles, self.tiles.stages
         columns, dtype = self.columns, jnp.bfloat16
         smem: dict[str, Any] = {"w": swizzled((stages, HIGH, tiles.width), dtype)}
-        for part in self.parts:
-            x = (columns, self.piece(part)) if tiles.held else (stages, columns, tiles.width)
-            smem[self.x_name(part)] = plgpu.SMEM(x, dtype) if tiles.vector else swizzled(x, dtype)
         full: dict[str, Any] = {
-            "w": plgpu.Barrier(num_arrivals=tiles.fold + (not tiles.held), num_barriers=stages),
-            "x": plgpu.Barrier(),
+            "w": plgpu.Barrier(num_arrivals=tiles.fold + (not tiles.held), num_barriers=stages)
         }
         for index, part in enumerate(self.parts):
+            copies = self.steps(part) if tiles.woven else 1
+            name, piece = self.x_name(part), self.piece(part)
+            x = (columns, piece) if tiles.held else (stages, columns, tiles.width)
+            smem[name] = plgpu.SMEM(x, dtype) if tiles.vector else swizzled(x, dtype)
+            full[name] = plgpu.Barrier(num_arrivals=copies * self.rows if tiles.woven else 1)
             if part.eps is not None and not tiles.vector:
-                smem[f"norm{index}"] = swizzled((tiles.fold, self.piece(part)), dtype)
-                full[f"norm{index}"] = plgpu.Barrier()
+                smem[f"norm{index}"] = swizzled((tiles.fold, piece), dtype)
+                full[f"norm{index}"] = plgpu.Barrier(num_arrivals=copies)
         free = plgpu.Barrier(num_barriers=stages)
         done = pl.get_global(plgpu.SemaphoreType.REGULAR) if len(self.parts) > 1 else None
 
@@ -394,16 +416,17 @@ def run(
     interpret = interpreting()
     ctas = min(processors() * tiles.programs, most)
     kernel = Kernel(rows=rows, parts=parts, tiles=tiles, ctas=ctas, interpret=interpret)
-    given = {"x0": x.reshape(rows * fold, -1)}
-    if interpret:  # TMA reads zeros where the array ends
+    given = {"x0": x.reshape(-1, kernel.grain(parts[0]))}
+    if interpret and rows * fold % 8:  # TMA reads zeros where the array ends
         given["x0"] = jnp.pad(given["x0"], ((0, kernel.columns - rows * fold), (0, 0)))
     kinds = []
     for index, (part, w, norm) in enumerate(zip(parts, weights, norms, strict=True)):
         given[f"w{index}"] = w.reshape(-1, part.inputs)
         if norm is not None:
-            given[f"norm{index}"] = norm.reshape(fold, -1)
+            given[f"norm{index}"] = norm.reshape(-1, kernel.grain(part))
         last = index == len(parts) - 1
-        shape = (rows, part.outputs) if last else (rows * fold, part.outputs // fold)
+        grain = part.outputs if last else kernel.grain(parts[index + 1])
+        shape = (rows * (part.outputs // grain), grain)
         kinds.append(jax.ShapeDtypeStruct(shape, out_dtype if last else jnp.bfloat16))
     if residual is not None:
         given["residual"] = residual
