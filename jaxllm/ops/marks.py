@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from jax.core import ShapedArray
 from jax.extend.core import Primitive
-from jax.interpreters import mlir
+from jax.interpreters import batching, mlir
 
 __all__ = ["MARK", "marked", "marking"]
 
@@ -27,6 +27,13 @@ def _call(*arrays: Any, kind: str, function: Any, static: Any) -> Any:
 
 
 MARK.def_impl(_call)
+
+
+def _batched(arrays: Any, dims: Any, **params: Any) -> Any:
+    return jax.vmap(functools.partial(_call, **params), dims)(*arrays), 0
+
+
+batching.primitive_batchers[MARK] = _batched
 
 
 @MARK.def_abstract_eval

@@ -148,9 +148,10 @@ def _choose(implementation: str, x, links: tuple[Link, ...], residual) -> Choice
         if name == "mosaic_gpu" and _held(rows, parts) > _HELD:
             if len(parts) > 1:
                 return f"it holds {_HELD} bytes of a chain's rows, not {_held(rows, parts)}"
-            if parts[0].eps is not None:
-                inputs = parts[0].inputs
-                return f"it norms {_HELD // 2} inputs of all rows together, not {rows} of {inputs}"
+            for part in parts:
+                if part.eps is not None:
+                    most = f"it norms {_HELD // 2} inputs of all rows together"
+                    return f"{most}, not {rows} of {part.inputs}"
         for link, part in zip(links, parts, strict=True):
             given = (x, link.w, link.norm, residual)
             reason = unfit(
