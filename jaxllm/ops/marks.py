@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from contextvars import ContextVar
 from typing import Any
 
 import jax
@@ -18,7 +17,7 @@ __all__ = ["MARK", "marked", "marking"]
 MARK = Primitive("mark")
 """An op of arrays as one equation: `kind`, the `function` and its `static` arguments."""
 
-_marking: ContextVar[bool] = ContextVar("marking", default=False)
+_marking = jax.make_user_context(False)  # part of jit's cache keys: no trace is used for another
 
 
 def _call(*arrays: Any, kind: str, function: Any, static: Any) -> Any:
@@ -38,12 +37,9 @@ batching.primitive_batchers[MARK] = _batched
 
 @MARK.def_abstract_eval
 def _abstract(*arrays: Any, **params: Any) -> Any:
-    token = _marking.set(False)
-    try:
-        kinds = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays]
+    kinds = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays]
+    with _marking(False):
         found = jax.eval_shape(functools.partial(_call, **params), *kinds)
-    finally:
-        _marking.reset(token)
     return ShapedArray(found.shape, found.dtype)
 
 
@@ -53,11 +49,8 @@ mlir.register_lowering(MARK, mlir.lower_fun(_call, multiple_results=False))
 @contextlib.contextmanager
 def marking() -> Iterator[None]:
     """Ops that are traced inside of the scope leave their marks."""
-    token = _marking.set(True)
-    try:
+    with _marking(True):
         yield
-    finally:
-        _marking.reset(token)
 
 
 def marked(kind: str) -> Callable[..., Any]:
@@ -67,7 +60,7 @@ def marked(kind: str) -> Callable[..., Any]:
     def wrap(function: Any) -> Any:
         @functools.wraps(function)
         def run(*arrays: Any, **static: Any) -> Any:
-            if not _marking.get():
+            if not _marking.value:
                 return function(*arrays, **static)
             options = tuple(sorted(static.items()))
             return MARK.bind(*arrays, kind=kind, function=function, static=options)
