@@ -47,7 +47,14 @@ def opened(given: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
             model = model.quantize(given.quantize)
         jax.block_until_ready(model.params)
     loaded = time.perf_counter()
-    names = ("context", "max_sequences", "max_batch_tokens", "cache_tokens", "decode_steps")
+    names = (
+        "context",
+        "max_sequences",
+        "max_batch_tokens",
+        "cache_tokens",
+        "decode_steps",
+        "kv_dtype",
+    )
     engine = Engine(model, EngineConfig(**{name: getattr(given, name) for name in names}))
     jax.block_until_ready(engine.runner.state)
     made = list(engine.runner.executables.values())
@@ -152,7 +159,9 @@ def one(given: argparse.Namespace, model: Any, engine: Any, clock: Clock) -> dic
     }
 
 
-def least_seconds(model: Any, lengths: list[list[int]], rows: int) -> dict[str, float]:
+def least_seconds(
+    given: argparse.Namespace, model: Any, lengths: list[list[int]]
+) -> dict[str, float]:
     """The least time by bytes and by FLOPs: weights once a step, cache once a token drawn."""
     import jax
 
@@ -162,11 +171,12 @@ def least_seconds(model: Any, lengths: list[list[int]], rows: int) -> dict[str, 
     from jaxllm.spec.cost import num_params
     from jaxllm.state.paged import page_bytes
 
-    token = sum(page_bytes(model.spec, page_size=1, dtype=model.policy.compute_dtype).values())
+    pages = {"dtype": model.policy.compute_dtype, "kv_dtype": given.kv_dtype}
+    token = sum(page_bytes(model.spec, page_size=1, **pages).values())
     weights = model.nbytes
     cache = sum(token * sum(range(p, p + n)) for p, n in lengths)
     drawn = sum(n for _, n in lengths)
-    steps = max(max(n for _, n in lengths), drawn / rows)
+    steps = max(max(n for _, n in lengths), drawn / given.max_sequences)
     flops = 2 * num_params(model.spec) * sum(p + n for p, n in lengths)
     return {"bytes_s": (weights * steps + cache) / limit[0], "matmul_s": flops / limit[1]}
 
@@ -181,8 +191,8 @@ def many(
 
     random = np.random.default_rng(0)
     lengths = random.integers(100, 1025, (count, 2)).tolist()
-    if given.short:
-        lengths = [[16, given.tokens] for _ in range(count)]
+    if given.lengths:
+        lengths = [given.lengths for _ in range(count)]
     requests = [
         Request(
             prompt_ids=tuple(random.integers(0, model.spec.vocab, p).tolist()),
@@ -204,10 +214,12 @@ def many(
                 break
     took, after = time.perf_counter() - begin, engine.stats()
     drawn = after.drawn_tokens - before.drawn_tokens
-    least = least_seconds(model, lengths, given.max_sequences)
+    least = least_seconds(given, model, lengths)
     limit = sum(n for _, n in lengths) / max(least.values()) if least else None
     return {
-        "bench": f"{count} requests at once" + ", 16 tokens in" * given.short,
+        "bench": f"{count} requests at once",
+        "source": given.source,
+        "lengths": given.lengths or "100 to 1,024 in and out",
         "cut": cut,
         "seconds": round(took, 2),
         "output_tokens": drawn,
@@ -242,7 +254,8 @@ def options() -> argparse.Namespace:
     parser.add_argument("--shapes", nargs="*", default=[""], help="parts of programs' names")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--requests", type=int, nargs="*", default=[256])
-    parser.add_argument("--short", action="store_true", help="prompts of 16, --tokens each")
+    parser.add_argument("--lengths", type=int, nargs=2, help="tokens in and out of every request")
+    parser.add_argument("--kv-dtype", default="auto", help="int8 or fp8 pages")
     parser.add_argument("--tokens", type=int, default=512, help="of one answer")
     parser.add_argument("--prompt", type=int, default=600, help="tokens of one answer's prompt")
     parser.add_argument("--rounds", type=int, default=3)
@@ -267,8 +280,7 @@ def main() -> None:
         child(given)
         return
     stamp = {"commit": given.commit, "date": datetime.date.today().isoformat()}
-    if given.quantize:
-        stamp["quantize"] = given.quantize
+    stamp |= {"quantize": given.quantize, "kv_dtype": given.kv_dtype}
 
     def say(make: Any, *args: Any, **more: Any) -> None:
         if time.perf_counter() - began > given.seconds:
@@ -295,7 +307,7 @@ def main() -> None:
         say(prepare, given, model)
     with contextlib.ExitStack() as stack:
         stack.callback(engine.close)
-        if "start" in given.parts:
+        for _ in range(given.parts.count("start")):
             with alone(given.lock):
                 say(start)
         clock = Clock(engine)

@@ -221,10 +221,11 @@ def model_flops(spec: Any, rows: int, length: int) -> float:
     return 6 * num_active_params(spec) * rows * length + 6 * pairs
 
 
-def measure(shape: str, changes: dict[str, Any]) -> dict[str, Any]:
-    """Time the steps of one case in this process."""
+def measure(shape: str, changes: dict[str, Any], given: argparse.Namespace) -> dict[str, Any]:
+    """Time the steps of one case in this process, or only store its programs."""
     options = changes.pop("options", None)
-    return time_steps(run_config(shape, changes), options)[0]
+    config = run_config(shape, changes)
+    return time_steps(config, options, count=given.steps, rounds=given.rounds)[0]
 
 
 def time_steps(
@@ -248,6 +249,8 @@ def time_steps(
     step = program.load(store)
     ready = time.perf_counter() - start
     init = planned.init.load(store)
+    if not rounds:
+        return {"compile_s": round(step.report.compile_seconds, 1)}, None
     state = init(np.uint32(0))
     ids = np.random.default_rng(0).integers(0, config.spec.vocab, (2, rows, length + 1))
     ids = ids.astype(np.int32)
@@ -296,7 +299,7 @@ def run_python(arguments: list[str], cache: str, timeout_s: float, **more: str) 
         | more
         | {
             "JAXLLM_CACHE": cache,
-            "PYTHONPATH": str(Path(__file__).parents[1]),
+            "PYTHONPATH": f"{Path(__file__).parents[1]}:{os.environ.get('PYTHONPATH', '')}",
             "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95",
         }
     )
@@ -324,12 +327,15 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="cases to measure")
     parser.add_argument("--commit", default="")
     parser.add_argument("--timeout", type=float, default=150)
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="0: only compile and store")
+    parser.add_argument("--cache", help="where programs are stored; a new folder by default")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     options = parser.parse_args()
     every = CASES | MESHES | KERNELS | ABLATIONS
     if options.case:
         shape, changes = every[options.case]
-        print(json.dumps(measure(shape, dict(changes))))
+        print(json.dumps(measure(shape, dict(changes), options)))
         return
     stamp = {"commit": options.commit, "date": datetime.date.today().isoformat()}
 
@@ -338,15 +344,17 @@ def main() -> None:
         with options.out.open("a") as file:
             file.write(json.dumps(line | stamp) + "\n")
 
-    cache = tempfile.mkdtemp()
+    cache = options.cache or tempfile.mkdtemp()
     chosen = options.only if options.only is not None else [*CASES, *PEERS]
     for name in chosen + (list(ABLATIONS) if options.ablate else []):
         if name in PEERS:
             numbers = [str(n) for n in SHAPES[PEERS[name]]]
-            code = PEER.replace("STEPS", str(STEPS)).replace("ROUNDS", str(ROUNDS))
+            code = PEER.replace("STEPS", str(options.steps))
+            code = code.replace("ROUNDS", str(options.rounds))
             arguments = ["-c", code, PEERS[name], *numbers]
         else:
             arguments = [__file__, "--out", "-", "--case", name]
+            arguments += ["--steps", str(options.steps), "--rounds", str(options.rounds)]
         twice = "float32" in name or name in MESHES
         for start in ("cold", "from the store") if twice else ("cold",):
             found = run_python(arguments, cache, options.timeout)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -78,9 +79,26 @@ def unembed(
     return decoder.logits(spec, params, hidden, policy, adapter_ids)
 
 
-def _draw(path: str, definition: ParamDef, key: Array, dtype: Any) -> Array:
+_UNROLLED = 8
+"""Layers of a stack that are drawn each by itself; XLA for GPUs takes minutes to fuse the draws of
+48 into one stack, where a loop over them is compiled in no time."""
+
+
+def _number(path: str) -> int:
+    return zlib.crc32(path.encode())
+
+
+def _stack(paths: Sequence[str], definition: ParamDef, key: Array, dtype: Any) -> Array:
+    """The leaves of several layers, each what it would be by itself."""
+    if len(paths) <= _UNROLLED:
+        return jnp.stack([_draw(_number(path), definition, key, dtype) for path in paths])
+    numbers = jnp.asarray([_number(path) for path in paths], jnp.uint32)
+    return jax.lax.map(lambda number: _draw(number, definition, key, dtype), numbers)
+
+
+def _draw(number: Any, definition: ParamDef, key: Array, dtype: Any) -> Array:
     dtype = jnp.float32 if definition.wide else dtype
-    key = jax.random.fold_in(key, zlib.crc32(path.encode()))
+    key = jax.random.fold_in(key, number)
     if definition.draw is not None:
         return _special(definition.draw, key, definition.shape).astype(dtype)
     if definition.std == 0:
@@ -126,9 +144,8 @@ def init(
 
     def leaf(path: str, definition: ParamDef) -> Array:
         if definition.axes[0] != "layers":
-            return _draw(path, definition, key, dtype)
-        one = definition.unstack()
-        return jnp.stack([_draw(name, one, key, dtype) for name in unstacked_paths(path)])
+            return _draw(_number(path), definition, key, dtype)
+        return _stack(unstacked_paths(path), definition.unstack(), key, dtype)
 
     return map_leaves(leaf, model_table(spec, segments, fused))
 

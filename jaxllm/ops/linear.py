@@ -23,6 +23,7 @@ from jaxllm.core.weights import (
 from jaxllm.errors import ShapeError
 from jaxllm.ops.grouped import grouped_product
 from jaxllm.ops.marks import marked
+from jaxllm.ops.packed_experts import packed_obstacle, packed_product
 from jaxllm.ops.quantized import quantized_product
 from jaxllm.typing import AnyArray
 
@@ -284,6 +285,9 @@ def grouped(
       equal: promises that all groups have T / E rows: one batched product.
       implementation: of the product otherwise; see `jaxllm.ops.grouped`.
     """
+    if isinstance(leaf, QArray) and implementation == "auto":
+        if packed_obstacle(x.shape[0], str(jnp.dtype(dtype)), leaf) is None:
+            return packed_product(x.astype(dtype), leaf, group_sizes)
     w = expanded(leaf, dtype)
     if equal:
         rows = x.astype(dtype).reshape(w.shape[0], -1, x.shape[-1])

@@ -15,7 +15,7 @@ from jaxllm.core.qarray import CODES, QArray, dequantize_rows, half_rows, halves
 from jaxllm.core.qrows import row_blocks
 from pallas_kernels.target import target
 
-__all__ = ["kernel_obstacle", "quantized_product", "rounded", "unfit"]
+__all__ = ["KINDS", "kernel_obstacle", "quantized_product", "rounded", "unfit"]
 
 _TILE = 2**19
 """Values that a CPU unpacks at a time: what its second cache level holds in float32."""
@@ -90,7 +90,7 @@ def _whole(x: Array, leaf: QArray, out_dtype: Any) -> Array:
     return _product(x, rows.astype(x.dtype), out_dtype)
 
 
-_KINDS = {"fp8": "float8_e4m3fn"} | dict.fromkeys(("nf4", "fp4", "mxfp4", "bnb_fp4"), "table")
+KINDS = {"fp8": "float8_e4m3fn"} | dict.fromkeys(("nf4", "fp4", "mxfp4", "bnb_fp4"), "table")
 """What our kernel calls formats that have other names there."""
 
 
@@ -118,7 +118,7 @@ def unfit(
         return f"it needs a CUDA device or a TPU, this is {platform}"
     from pallas_kernels import quantized_matmul  # Pallas takes a third of a second to import
 
-    options = {"dtype": dtype, "rows": rows, "kind": _KINDS.get(kind, kind), "sizes": sizes}
+    options = {"dtype": dtype, "rows": rows, "kind": KINDS.get(kind, kind), "sizes": sizes}
     return quantized_matmul.unfit(_kernel(version), platform=platform, **options)
 
 

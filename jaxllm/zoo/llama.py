@@ -242,26 +242,19 @@ FAMILY = Family(
     ignored=("*.rotary_emb.inv_freq",),
 )
 
+
+def _llama_3(*, factor: float, **values: Any) -> ModelSpec:
+    """A shape of Llama 3: positions past 8,192 tokens by its own scaling."""
+    scaling = Llama3Scaling(
+        factor=factor, low_freq_factor=1.0, high_freq_factor=4.0, original_context=8192
+    )
+    rope = Rope(theta=5e5, scaling=scaling)
+    attn = Attention(heads=32, kv_heads=8, head_dim=values["width"] // 32, rope=rope)
+    return _spec(vocab=128_256, context=131_072, eps=1e-5, attn=attn, **values)
+
+
 PRESETS: dict[str, ModelSpec] = {
-    "llama-3.2-1b": _spec(
-        vocab=128_256,
-        width=2048,
-        layers=16,
-        context=131_072,
-        eps=1e-5,
-        attn=Attention(
-            heads=32,
-            kv_heads=8,
-            head_dim=64,
-            rope=Rope(
-                theta=5e5,
-                scaling=Llama3Scaling(
-                    factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=8192
-                ),
-            ),
-        ),
-        mlp=MLP(width=8192),
-        tied=True,
-    ),
+    "llama-3.2-1b": _llama_3(factor=32.0, width=2048, layers=16, mlp=MLP(width=8192), tied=True),
+    "llama-3.1-8b": _llama_3(factor=8.0, width=4096, layers=32, mlp=MLP(width=14_336), tied=False),
 }
 """Shapes for benchmarks and random-weight runs."""

@@ -198,7 +198,9 @@ class Product:
         tile, k = lax.div(here, self.share.steps), lax.rem(here, self.share.steps)
         first = jnp.minimum(tile, self.share.tiles - 1) * self.tiles.outputs + wg * OUTPUTS
         first = pl.multiple_of(first, OUTPUTS)
-        total = self.products(w_smem, x_smem, total, scale.at[pl.ds(first, OUTPUTS)], k, stage)
+        own = w_smem.at[pl.ds(wg * OUTPUTS, OUTPUTS)]
+        mine = None if stage is None else stage.at[wg]
+        total = self.products(own, x_smem, total, scale.at[pl.ds(first, OUTPUTS)], k, mine)
         last = (k == self.share.steps - 1) | (at[0] == self.share.each - 1)
 
         @pl.when(last)
@@ -221,7 +223,8 @@ class Product:
         return lax.cond(last, self.zeros, lambda: total)
 
     def products(self, w_smem, x_smem, total, scale, k, stage):
-        inputs, count, wg = self.tiles.inputs, self.tiles.rows, lax.axis_index("wg")
+        """The sums [64, rows] and what step k of one warpgroup's tile of values gives to them."""
+        inputs, count = self.tiles.inputs, self.tiles.rows
         chunk = min(inputs, CHUNK)
         part = min(self.group, chunk)
 
@@ -232,11 +235,9 @@ class Product:
                 index = lax.div(k * inputs + column, self.group)
                 scales.append(self.scales(scale.at[:, index]))
                 if c not in w:
-                    held = w_smem.at[pl.ds(wg * OUTPUTS, OUTPUTS), pl.ds(c * chunk, chunk)]
-                    w[c] = self.widened(held, x_smem.dtype)
+                    w[c] = self.widened(w_smem.at[:, pl.ds(c * chunk, chunk)], x_smem.dtype)
                 left = w[c] if part == chunk else w[c][:, g * part : (g + 1) * part]
-                on_stage = None if stage is None else stage.at[wg]
-                multiply(acc, left, x_smem.at[:, pl.ds(column, part)].T, on_stage)
+                multiply(acc, left, x_smem.at[:, pl.ds(column, part)].T, stage)
                 if stage is not None:
                     plgpu.wgmma_wait(0)
             plgpu.wgmma_wait(0)

@@ -51,15 +51,7 @@ def unfit(
         return f"it takes a multiple of {unit} channels, not {channels}"
     if state not in _STATES:
         return f"it takes {', '.join(map(str, _STATES))} states a channel, not {state}"
-    return (not_hopper(platform) or _unproven(platform)) if gpu else None
-
-
-def _unproven(platform: str) -> str | None:
-    """Why the device at hand may not run these kernels: a place in shared memory that no copy may
-    go to was mended after a run had failed, and `tests/device/test_scans.py` has not passed."""
-    if platform == jax.default_backend() == "gpu":
-        return "it failed on an H200, and what was mended since has not run on a device"
-    return None
+    return not_hopper(platform) if gpu else None
 
 
 def obstacle(implementation: str, x, a) -> str | None:

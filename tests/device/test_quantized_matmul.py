@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.quantized_matmul import quantized_matmul
+from pallas_kernels.quantized_matmul import grouped_quantized_matmul, quantized_matmul
 from pallas_kernels.quantized_matmul.order import kind_of, stored
+from tests.kernels.test_quantized_experts import CASES as EXPERTS
+from tests.kernels.test_quantized_experts import SIZES, packed, wanted
 from tests.kernels.test_quantized_matmul import TABLES, draw, exact
 
 pytestmark = [
@@ -73,3 +75,22 @@ def test_streamed(name, sizes, arranged):
     assert error <= 2 * allowed
     np.testing.assert_array_equal(np.asarray(found), np.asarray(again))
     assert found.dtype == more.get("out_dtype", jnp.float32)
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_experts(name):
+    """At most twice the error of the unpacked product beside a rounding; the same twice."""
+    options = {"table": (), "arranged": False, "out_dtype": "float32"} | EXPERTS[name]
+    table, arranged, out_dtype = (options.pop(k) for k in ("table", "arranged", "out_dtype"))
+    x, given = packed(512, 2048, **options)
+    want, held = wanted(x, given, SIZES, table), given
+    if arranged:
+        held = (stored(given[0], kind_of(given[0].dtype, table)), *given[1:])
+    how = {"table": table, "out_dtype": out_dtype, "arranged": arranged}
+    call = jax.jit(lambda *a: grouped_quantized_matmul(*a, implementation="mosaic_gpu", **how))
+    arguments = x, held, jnp.asarray(SIZES)
+    found, again = call(*arguments), call(*arguments)
+    plain = grouped_quantized_matmul(*arguments, **how)
+    error, allowed = (np.abs(np.asarray(y, np.float64) - want).max() for y in (found, plain))
+    assert error <= 2 * allowed + (2**-8 * np.abs(want).max() if out_dtype == "bfloat16" else 0)
+    np.testing.assert_array_equal(np.asarray(found), np.asarray(again))

@@ -9,7 +9,6 @@ import pytest
 from pallas_kernels.linear_attention import explain
 from pallas_kernels.linear_attention.shapes import CASES as TIMED
 from pallas_kernels.selective_scan import selective_scan
-from pallas_kernels.selective_scan.kernels import run as by_kernel
 from tests.kernels.linear_attention import CASES, Case, arguments, exact, failures, named, results
 
 pytestmark = [
@@ -70,12 +69,8 @@ def test_selective_scan(state: int, length: int) -> None:
     marks[:, 3::70] = 1
     ids = jnp.asarray(np.cumsum(marks, axis=1, dtype=np.int32))
 
-    keep = jnp.asarray(1 - marks, jnp.float32)
-
     def both(how, x):
         def run(*z):
-            if how == "mosaic_gpu":  # by itself: until this passes, nobody may name it on a device
-                return by_kernel(*z, keep, how, False)
             return selective_scan(*z[:5], initial=z[5], segment_ids=ids, implementation=how)
 
         out, back = jax.vjp(run, x, dt, a, b, c, initial)

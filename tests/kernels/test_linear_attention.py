@@ -143,7 +143,13 @@ def test_what_can_be_named() -> None:
     with pytest.raises(UnsupportedError, match="needs a TPU"):
         scan("mosaic_tpu")
     with targeting("gpu"):
-        assert scan("mosaic_gpu").name == "mosaic_gpu"
+        assert scan("mosaic_gpu").name == scan("auto").name == "mosaic_gpu"
+        narrow = ssm.choose_selective("auto", tokens=8, dtype="float32", shape=(64, 16))
+        assert narrow.name == "chunked"
+        assert "not mosaic_gpu: it takes bfloat16" in narrow.why
+    for name in ("cpu", "tpu"):
+        with targeting(name):
+            assert scan("auto").name == "chunked"  # no kernel is taken before it was timed
 
 
 def test_wrong_arguments_are_named() -> None:

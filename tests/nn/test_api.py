@@ -1,5 +1,6 @@
 """Initialisation, logical axes and dtypes of the verb."""
 
+import dataclasses
 import functools
 
 import jax
@@ -42,6 +43,17 @@ def test_init_does_not_depend_on_the_layout():
         found = fresh(segments)
         assert [s.key for s in segments] == list(found["layers"])
         assert_equal(unstack(found), wanted)
+
+
+def test_many_layers_are_drawn_in_a_loop_each_as_by_itself():
+    spec = dataclasses.replace(SMALL, layers=f"{SMALL.blocks[0].name}*12")
+    make = quick(lambda key: api.init(spec, key))
+    stacked = make(jax.random.key(3))
+    assert list(stacked["layers"]) == ["0:12"]
+    assert "while" in jax.jit(lambda key: api.init(spec, key)).lower(jax.random.key(3)).as_text()
+    alone = tuple(Segment(i, i + 1, 1, False) for i in range(12))
+    wanted = quick(lambda key: api.init(spec, key, segments=alone))(jax.random.key(3))
+    assert_equal(unstack(stacked), unstack(wanted))
 
 
 def test_init_draws_as_the_table_says():

@@ -40,9 +40,10 @@ def test_num_params_is_what_init_makes(name):
     assert weight_bytes(spec, 2) == 2 * count
 
 
-def test_num_params_of_a_published_model():
-    """Llama 3.2 1B has 1,235,814,400 parameters (its model card: 1.23B)."""
+def test_num_params_of_published_models():
+    """Of their model cards: 1.23B and 8.03B."""
     assert num_params(PRESETS["llama-3.2-1b"]) == 1_235_814_400
+    assert num_params(PRESETS["llama-3.1-8b"]) == 8_030_261_248
 
 
 def pairs(mask, tokens, past):
