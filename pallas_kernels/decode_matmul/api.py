@@ -29,7 +29,8 @@ __all__ = [
 IMPLEMENTATIONS = ("mosaic_gpu", "reference")
 MOST_ROWS = 8
 FOLD = 8
-_ROOM = 232_448 - 8_192 - 2_048  # bytes of shared memory less what sums and barriers take
+_ROOM = 232_448 - 3_072  # bytes of shared memory less what barriers and sums of warps take
+_ROW = 1_536  # bytes of a row's scale and sums
 _HELD = 150_000  # bytes of x and norms, which leave room for enough weights in flight
 
 
@@ -76,7 +77,7 @@ def tiles_for(rows: int, parts: tuple[Part, ...]) -> Tiles:
     if not in_place:
         fold = next(n for n in (2, 4, 8) if rows * n % 8 == 0)
     columns = -(-rows * fold // 8) * 8
-    room = _ROOM - (held if in_place else 0)
+    room = _ROOM - _ROW * rows - (held if in_place else 0)
     width = math.gcd(256 if room > 150_000 else 128, *(part.inputs // fold for part in parts))
     step = 2 * width * (HIGH + (0 if in_place else columns))
     return Tiles(

@@ -13,7 +13,9 @@ bytes.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+import operator
 from typing import Any
 
 import jax
@@ -31,6 +33,7 @@ from pallas_kernels.warpgroups import COLUMN, SQUARE, along, swizzled
 __all__ = ["Part", "Tiles", "run"]
 
 HIGH = 64  # rows of an instruction
+SPREAD = 128  # times that a number stands beside itself, one for each thread
 PLAIN = 1024  # inputs that a warpgroup has in registers, eight a thread
 TURNED = plgpu.Layout.WGMMA_TRANSPOSED
 
@@ -45,6 +48,7 @@ class Tiles:
       stages: steps in flight.
       held: x is kept in shared memory, and does not come with each step.
       programs: for each processor.
+      consumers: warpgroups that multiply, a tile each in turn.
       vector: one row is multiplied in registers instead of by the tensor cores; fold is 1.
       woven: neighbouring steps of `fold` x `width` inputs are cut into the pieces, instead of all
         inputs at once, so that a step reads them in one go; fold is 8, and x is held.
@@ -56,6 +60,7 @@ class Tiles:
     stages: int = 6
     held: bool = True
     programs: int = 1
+    consumers: int = 2
     vector: bool = False
     woven: bool = False
     early: bool = False
@@ -159,43 +164,84 @@ class Kernel:
         return before + total
 
     def compute(self, refs, smem, full, free, done):
-        """The multiplying warpgroup's part."""
+        """A multiplying warpgroup's part."""
+        wg = lax.axis_index("wg")
         for slot in range(self.tiles.stages):
             plgpu.barrier_arrive(free.at[slot])
-        for index, part in enumerate(self.parts):
-            if part.eps is not None and not self.tiles.vector:
-                norm = f"norm{index}"
-                self.bring(refs[norm], smem[norm], full[norm], part)
+
+        @pl.when(wg == 0)
+        def _():
+            for index, part in enumerate(self.parts):
+                if part.eps is not None and not self.tiles.vector:
+                    norm = f"norm{index}"
+                    self.bring(refs[norm], smem[norm], full[norm], part)
+
         if self.tiles.early and not self.interpret:
             plgpu.griddepcontrol_wait()
             plgpu.griddepcontrol_launch_dependents()
         before = jnp.int32(0)
         for index, part in enumerate(self.parts):
-            if index:  # all programs have what all of them have made
+            if index:
                 fence()
-                plgpu.semaphore_signal(done, memory_scope="gpu")
-                wanted = index * self.ctas
-                plgpu.semaphore_wait(done, wanted, decrement=False, memory_scope="gpu")
-                fence()
+                self.meet(full)
+
+            @pl.when(wg == 0)
+            def _(index=index, part=part):
+                if index:  # all programs have what all of them have made
+                    plgpu.semaphore_signal(done, memory_scope="gpu")
+                    wanted = index * self.ctas
+                    plgpu.semaphore_wait(done, wanted, decrement=False, memory_scope="gpu")
+                    fence()
+                self.prepare(refs, smem, full, index, part)
+
+            self.meet(full)
             before = self.compute_part(refs, smem, full, free, (index, part, before))
+
+    def meet(self, full):
+        """Multiplying warpgroups wait for each other."""
+        if self.tiles.consumers > 1:
+            plgpu.barrier_arrive(full["met"])
+            plgpu.barrier_wait(full["met"])
+
+    def prepare(self, refs, smem, full, index, part: Part):
+        """One warpgroup's part for all: x in shared memory, and the scales of its rows."""
+        held, source = smem[self.x_name(part)], refs[f"out{index - 1}" if index else "x0"]
+        scales = []
+        if self.tiles.vector:
+            scales = self.copied(refs, held, index, part)
+        elif self.tiles.held:
+            ready = full[self.x_name(part)]
+            self.bring(source, held, ready, part)
+            plgpu.barrier_wait(ready)
+            if part.eps is not None:
+                plgpu.barrier_wait(full[f"norm{index}"])
+                scales = self.scaled(held, smem[f"norm{index}"], part)
+        for m, scale in enumerate(scales):
+            smem["scale"][m] = jnp.full((SPREAD,), scale)
+        plgpu.commit_smem()
 
     def compute_part(self, refs, smem, full, free, at):
         (index, part, before), tiles, rows = at, self.tiles, self.rows
-        steps = self.steps(part)
-        held = smem[self.x_name(part)]
-        if tiles.held and not tiles.vector:
-            ready = full[self.x_name(part)]
-            self.bring(refs[f"out{index - 1}" if index else "x0"], held, ready, part)
-            plgpu.barrier_wait(ready)
+        steps, wg, some = self.steps(part), lax.axis_index("wg"), pl.ds(0, tiles.outputs)
+        (begin, count), held = self.mine(part), smem[self.x_name(part)]
         scales = [None] * rows
-        if tiles.vector:
-            scales = [self.copied(refs, held, index, part)]
-        elif part.eps is not None:
-            plgpu.barrier_wait(full[f"norm{index}"])
-            scales = self.scaled(held, smem[f"norm{index}"], part)
-        begin, count = self.mine(part)
+        if part.eps is not None:
+            scales = [self.loaded(smem["scale"].at[m, some]) for m in range(rows)]
 
         def tile(i, _):
+            own = lax.rem(i, tiles.consumers) == wg
+            pl.when(own)(lambda: multiplied(i))
+
+            @pl.when(~own)
+            def _():  # another's; all of them count what has come, and no one runs ahead
+                def one(k, _):
+                    slot = lax.rem(before + i * part.halves * steps + k, tiles.stages)
+                    plgpu.barrier_wait(full["w"].at[slot])
+                    plgpu.barrier_arrive(free.at[slot])
+
+                lax.fori_loop(0, part.halves * steps, one, None)
+
+        def multiplied(i):
             first, added = (begin + i) * tiles.outputs, []
             if part.residual is not None:
                 kept = part.residual
@@ -204,7 +250,9 @@ class Kernel:
             found = []
             for half in range(part.halves):
                 begun = before + (i * part.halves + half) * steps
-                found.append(self.product((smem["w"], held), full, free, begun, steps))
+                turn = lax.rem(lax.div(i, tiles.consumers) * part.halves + half, 2)
+                sums = smem["sums"].at[wg, turn]
+                found.append(self.product((smem["w"], held, sums), full, free, begun, steps))
             for m in range(rows):
                 y, *more = (one[m] for one in found)
                 if scales[m] is not None:
@@ -261,7 +309,6 @@ class Kernel:
             squares = lax.fori_loop(0, self.piece(part) // deep, some, empty)
             total = jnp.sum(jnp.sum(squares, axis=0))
             scales.append(self.scale(total, part))
-        plgpu.commit_smem()
         return scales
 
     def scale(self, squares, part: Part):
@@ -281,8 +328,7 @@ class Kernel:
                 weight = refs[f"norm{index}"][0, here]
                 values = (wide * weight.astype(jnp.float32)).astype(values.dtype)
             x[0, here] = values
-        plgpu.commit_smem()
-        return self.scale(sum(squares), part) if squares else None
+        return [self.scale(sum(squares), part)] if squares else []
 
     def turned(self, ref):
         """[inputs, 8] of shared memory [8, inputs]."""
@@ -292,7 +338,7 @@ class Kernel:
 
     def product(self, smem, full, free, begun, steps) -> list[jax.Array]:
         """A tile's outputs of each row."""
-        tiles, (w_smem, x_smem) = self.tiles, smem
+        tiles, (w_smem, x_smem, between) = self.tiles, smem
 
         def of_x(k, slot):
             if tiles.held:
@@ -324,9 +370,10 @@ class Kernel:
             empty = jnp.zeros((HIGH, 64), jnp.float32)
             if not self.interpret:
                 empty = plgpu.layout_cast(empty, SQUARE)
-            return self.outputs([jnp.sum(lax.fori_loop(0, steps, add, empty), axis=1)])
+            parts = [jnp.sum(lax.fori_loop(0, steps, add, empty), axis=1)]
+            return self.outputs(parts, between)
         sums = pl.run_scoped(run, plgpu.ACC((HIGH, self.columns), jnp.float32))
-        return self.outputs([self.diagonal(sums, m) for m in range(self.rows)])
+        return self.outputs([self.diagonal(sums, m) for m in range(self.rows)], between)
 
     def squared(self, ref):
         return ref[...] if self.interpret else plgpu.load(ref, layout=SQUARE)
@@ -340,15 +387,17 @@ class Kernel:
         sums = jnp.where(column == m * fold + lax.div(row, high), sums, 0.0)
         return jnp.sum(sums, axis=1)
 
-    def outputs(self, rows: list[jax.Array]) -> list[jax.Array]:
-        """Sums [outputs of a tile] of the pieces [64] of each row."""
-        high = self.tiles.outputs
-        shape = (HIGH, high)
-        row, column = (iota(shape, dim) for dim in (0, 1))
-        own = lax.rem(row, high) == column
-        spread = [jnp.where(own, along(part, shape, 0), 0.0) for part in rows]
-        found = jnp.sum(jnp.concatenate(spread, axis=1), axis=0)  # at once: one wait for all warps
-        return [found[m * high : (m + 1) * high] for m in range(self.rows)]
+    def outputs(self, rows: list[jax.Array], between) -> list[jax.Array]:
+        """Sums [outputs of a tile] of the pieces [64] of each row, by way of shared memory, which
+        the next but one product may use again: all warps meet once in each."""
+        fold, high, found = self.tiles.fold, self.tiles.outputs, []
+        for m, part in enumerate(rows):
+            between[m] = part
+        plgpu.commit_smem()
+        for m in range(self.rows):
+            pieces = [self.loaded(between.at[m, pl.ds(c * high, high)]) for c in range(fold)]
+            found.append(functools.reduce(operator.add, pieces))
+        return found
 
     def body(self, refs):
         tiles, stages = self.tiles, self.tiles.stages
@@ -366,17 +415,22 @@ class Kernel:
             if part.eps is not None and not tiles.vector:
                 smem[f"norm{index}"] = swizzled((tiles.fold, piece), dtype)
                 full[f"norm{index}"] = plgpu.Barrier(num_arrivals=copies)
-        free = plgpu.Barrier(num_barriers=stages)
+        if tiles.consumers > 1:
+            full["met"] = plgpu.Barrier(num_arrivals=tiles.consumers)
+        if any(part.eps is not None for part in self.parts):
+            smem["scale"] = plgpu.SMEM((self.rows, SPREAD), jnp.float32)
+        smem["sums"] = plgpu.SMEM((tiles.consumers, 2, self.rows, HIGH), jnp.float32)
+        free = plgpu.Barrier(num_arrivals=tiles.consumers, num_barriers=stages)
         done = pl.get_global(plgpu.SemaphoreType.REGULAR) if len(self.parts) > 1 else None
 
         def scoped(smem, full, free):
             wg = lax.axis_index("wg")
 
-            @pl.when(wg == 0)
+            @pl.when(wg < tiles.consumers)
             def _():
                 self.compute(refs, smem, full, free, done)
 
-            @pl.when(wg == 1)
+            @pl.when(wg == tiles.consumers)
             def _():
                 self.load(refs, smem, full, free)
 
@@ -436,10 +490,10 @@ def run(
         out_type=tuple(kinds),
         grid=(ctas,),
         grid_names=("cta",),
-        num_threads=2,
+        num_threads=tiles.consumers + 1,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(
-            approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=8192
+            approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=2048
         ),
         kernel_name="decode_matmul",
         interpret=plgpu.InterpretGPUParams() if interpret else False,
