@@ -224,9 +224,6 @@ class Kernel:
         (index, part, before), tiles, rows = at, self.tiles, self.rows
         steps, wg, some = self.steps(part), lax.axis_index("wg"), pl.ds(0, tiles.outputs)
         (begin, count), held = self.mine(part), smem[self.x_name(part)]
-        scales = [None] * rows
-        if part.eps is not None:
-            scales = [self.loaded(smem["scale"].at[m, some]) for m in range(rows)]
 
         def tile(i, _):
             own = lax.rem(i, tiles.consumers) == wg
@@ -242,27 +239,37 @@ class Kernel:
                 lax.fori_loop(0, part.halves * steps, one, None)
 
         def multiplied(i):
-            first, added = (begin + i) * tiles.outputs, []
+            first = (begin + i) * tiles.outputs
+            kept = None
             if part.residual is not None:
-                kept = part.residual
-                kept = "residual" if kept == "given" else f"out{kept}"
-                added = [self.loaded(self.place(refs[kept], m, first)) for m in range(rows)]
-            found = []
+                name = "residual" if part.residual == "given" else f"out{part.residual}"
+                kept = [self.loaded(self.place(refs[name], m, first)) for m in range(rows)]
+                kept = [values.astype(jnp.float32) for values in kept]
+            turn = lax.rem(lax.div(i, tiles.consumers), 2)
+            sums = smem["sums"].at[wg, turn]
             for half in range(part.halves):
                 begun = before + (i * part.halves + half) * steps
-                turn = lax.rem(lax.div(i, tiles.consumers) * part.halves + half, 2)
-                sums = smem["sums"].at[wg, turn]
-                found.append(self.product((smem["w"], held, sums), full, free, begun, steps))
-            for m in range(rows):
-                y, *more = (one[m] for one in found)
-                if scales[m] is not None:
-                    y, more = y * scales[m], [x * scales[m] for x in more]
+                found = self.product((smem["w"], held), full, free, begun, steps)
+                for m, own in enumerate(found):
+                    sums[half, m] = own
+            if kept is not None and rows > 1:  # by way of shared memory, like the sums
+                for m, values in enumerate(kept):
+                    smem["kept"][wg, turn, m, some] = values
+            plgpu.commit_smem()
+
+            def row(m, _):
+                y, *more = (self.joined(sums.at[half, m]) for half in range(part.halves))
+                if part.eps is not None:
+                    scale = self.loaded(smem["scale"].at[m, some])
+                    y, more = y * scale, [x * scale for x in more]
                 if part.gate is not None:
                     y = ACTIVATIONS[part.gate](y) * more[0]
-                if part.residual is not None:
-                    y = y + added[m].astype(jnp.float32)
+                if kept is not None:
+                    y += kept[0] if rows == 1 else self.loaded(smem["kept"].at[wg, turn, m, some])
                 place = self.place(refs[f"out{index}"], m, first)
                 place[...] = y.astype(place.dtype)
+
+            lax.fori_loop(0, rows, row, None) if rows > 1 else row(0, None)
 
         lax.fori_loop(0, count, tile, None)
         return before + count * part.halves * steps
@@ -337,8 +344,8 @@ class Kernel:
         return plgpu.load(ref.T, layout=TURNED)
 
     def product(self, smem, full, free, begun, steps) -> list[jax.Array]:
-        """A tile's outputs of each row."""
-        tiles, (w_smem, x_smem, between) = self.tiles, smem
+        """A tile's sums [64] of an output's piece with the same piece of x, for each row."""
+        tiles, (w_smem, x_smem) = self.tiles, smem
 
         def of_x(k, slot):
             if tiles.held:
@@ -370,10 +377,9 @@ class Kernel:
             empty = jnp.zeros((HIGH, 64), jnp.float32)
             if not self.interpret:
                 empty = plgpu.layout_cast(empty, SQUARE)
-            parts = [jnp.sum(lax.fori_loop(0, steps, add, empty), axis=1)]
-            return self.outputs(parts, between)
+            return [jnp.sum(lax.fori_loop(0, steps, add, empty), axis=1)]
         sums = pl.run_scoped(run, plgpu.ACC((HIGH, self.columns), jnp.float32))
-        return self.outputs([self.diagonal(sums, m) for m in range(self.rows)], between)
+        return [self.diagonal(sums, m) for m in range(self.rows)]
 
     def squared(self, ref):
         return ref[...] if self.interpret else plgpu.load(ref, layout=SQUARE)
@@ -387,17 +393,11 @@ class Kernel:
         sums = jnp.where(column == m * fold + lax.div(row, high), sums, 0.0)
         return jnp.sum(sums, axis=1)
 
-    def outputs(self, rows: list[jax.Array], between) -> list[jax.Array]:
-        """Sums [outputs of a tile] of the pieces [64] of each row, by way of shared memory, which
-        the next but one product may use again: all warps meet once in each."""
-        fold, high, found = self.tiles.fold, self.tiles.outputs, []
-        for m, part in enumerate(rows):
-            between[m] = part
-        plgpu.commit_smem()
-        for m in range(self.rows):
-            pieces = [self.loaded(between.at[m, pl.ds(c * high, high)]) for c in range(fold)]
-            found.append(functools.reduce(operator.add, pieces))
-        return found
+    def joined(self, sums) -> jax.Array:
+        """Outputs of a tile: the sums [64] of their pieces, in shared memory, added."""
+        high = self.tiles.outputs
+        pieces = [self.loaded(sums.at[pl.ds(c * high, high)]) for c in range(self.tiles.fold)]
+        return functools.reduce(operator.add, pieces)
 
     def body(self, refs):
         tiles, stages = self.tiles, self.tiles.stages
@@ -419,7 +419,11 @@ class Kernel:
             full["met"] = plgpu.Barrier(num_arrivals=tiles.consumers)
         if any(part.eps is not None for part in self.parts):
             smem["scale"] = plgpu.SMEM((self.rows, SPREAD), jnp.float32)
-        smem["sums"] = plgpu.SMEM((tiles.consumers, 2, self.rows, HIGH), jnp.float32)
+        # Of two tiles, so that all warps meet once in each; likewise what is added.
+        halves = max(part.halves for part in self.parts)
+        smem["sums"] = plgpu.SMEM((tiles.consumers, 2, halves, self.rows, HIGH), jnp.float32)
+        if self.rows > 1 and any(part.residual is not None for part in self.parts):
+            smem["kept"] = plgpu.SMEM((tiles.consumers, 2, self.rows, HIGH), jnp.float32)
         free = plgpu.Barrier(num_arrivals=tiles.consumers, num_barriers=stages)
         done = pl.get_global(plgpu.SemaphoreType.REGULAR) if len(self.parts) > 1 else None
 
