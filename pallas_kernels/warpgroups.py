@@ -194,9 +194,14 @@ def run_kernel(kernel, inputs, outputs, *, name: str, grid: dict[str, int], inte
       inputs: arrays by name.
       outputs: `jax.ShapeDtypeStruct`s by name.
       name: in profiles.
-      grid: programs along each axis, by the axis' name; those along `pair` are one cluster.
+      grid: programs along each axis, by the axis' name; the two along `pair` are one cluster.
       interpret: on a CPU.
+
+    Raises:
+      ValueError: more or fewer than two along `pair`.
     """
+    if grid.get(PAIR, 2) != 2:
+        raise ValueError(f"kernel {name}: programs along {PAIR!r} are two, not {grid[PAIR]}")
 
     def run(*refs):
         kernel.body(dict(zip((*inputs, *outputs), refs, strict=True)))

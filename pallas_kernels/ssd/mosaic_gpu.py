@@ -147,7 +147,7 @@ class Forward:
     names: frozenset[str]
 
     def load(self, refs, smem, full, free):
-        batch, pair = lax.axis_index("batch"), lax.axis_index("pair")
+        batch, pair = lax.axis_index("batch"), lax.axis_index("heads")
         group = self.sizes.group(pair)
 
         def one(i, _):
@@ -175,7 +175,7 @@ class Forward:
 
     def compute(self, refs, smem, full, free):
         wg, sizes = lax.axis_index("wg"), self.sizes
-        batch, head = lax.axis_index("batch"), lax.axis_index("pair") * CONSUMERS + wg
+        batch, head = lax.axis_index("batch"), lax.axis_index("heads") * CONSUMERS + wg
         spare = Spare.of(smem, wg)
         for slot in range(sizes.stages):
             plgpu.barrier_arrive(free.at[slot])
@@ -326,6 +326,6 @@ def forward(
         "y": jax.ShapeDtypeStruct(inputs["x"].shape, x.dtype),
         "final": jax.ShapeDtypeStruct((batch, heads, state, width), jnp.float32),
     }
-    grid = {"batch": batch, "pair": sizes.pairs}
+    grid = {"batch": batch, "heads": sizes.pairs}
     y, final = run_kernel(kernel, inputs, outputs, name="ssd", grid=grid, interpret=interpret)
     return y[:, :length], final

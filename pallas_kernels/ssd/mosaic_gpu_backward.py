@@ -62,7 +62,7 @@ class Walk:
         return self.sizes.chunks - 1 - i if self.reverse else i
 
     def load(self, refs, smem, full, free):
-        batch, pair = lax.axis_index("batch"), lax.axis_index("pair")
+        batch, pair = lax.axis_index("batch"), lax.axis_index("heads")
         group = self.sizes.group(pair)
 
         def one(i, _):
@@ -91,7 +91,7 @@ class Walk:
 
     def compute(self, refs, smem, full, free):
         wg, sizes = lax.axis_index("wg"), self.sizes
-        batch, head = lax.axis_index("batch"), lax.axis_index("pair") * CONSUMERS + wg
+        batch, head = lax.axis_index("batch"), lax.axis_index("heads") * CONSUMERS + wg
         spare = Spare.of(smem, wg)
         for slot in range(sizes.stages):
             plgpu.barrier_arrive(free.at[slot])
@@ -406,7 +406,7 @@ def backward(
         }
         inputs = present(inputs)
         kernel = Walk(sizes, frozenset(inputs), reverse)
-        grid = {"batch": batch, "pair": sizes.pairs}
+        grid = {"batch": batch, "heads": sizes.pairs}
         name = "ssd_states_back" if reverse else "ssd_states"
         how = {"name": name, "grid": grid, "interpret": interpret}
         return run_kernel(kernel, inputs, {"states": states, "final": last}, **how)

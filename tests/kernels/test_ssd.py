@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import warpgroups
 from pallas_kernels.errors import ShapeError, UnsupportedError
 from pallas_kernels.ssd import explain, ssd, tpu
 from pallas_kernels.ssd.chunks import numbers
@@ -187,3 +188,31 @@ def test_wrong_arguments_are_named() -> None:
         assert explain(x16, b16).name == "mosaic_gpu"
     with targeting("tpu"):
         assert explain(x16, b16).name == "mosaic_tpu"
+
+
+def test_programs_are_no_clusters(monkeypatch) -> None:
+    """32 pairs of heads are more than the programs that a device lets into one."""
+    asked = []
+    real = warpgroups.plgpu.kernel
+
+    def spy(*args, **options):
+        asked.append((options["kernel_name"], options.get("cluster")))
+        return real(*args, **options)
+
+    monkeypatch.setattr(warpgroups.plgpu, "kernel", spy)
+    wide = jax.ShapeDtypeStruct((2, 192, 64, 64), jnp.bfloat16)
+    shared = jax.ShapeDtypeStruct((2, 192, 1, 128), jnp.bfloat16)
+    dt, a = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((2, 192, 64), (64,)))
+
+    def both(x, dt, a, b, c, dy):
+        def run(x, dt, a, b, c):
+            return named("mosaic_gpu", "gpu")(x, dt, a, b, c, None, None)[0]
+
+        y, back = jax.vjp(run, x, dt, a, b, c)
+        return y, *back(dy)
+
+    jax.jit(both).trace(wide, dt, a, shared, shared, wide).lower(lowering_platforms=("cuda",))
+    assert {cluster for _, cluster in asked} == {None}
+    assert len(asked) >= 3
+    with pytest.raises(ValueError, match="programs along 'pair' are two, not 3"):
+        warpgroups.run_kernel(None, {}, {}, name="any", grid={"pair": 3}, interpret=False)
