@@ -22,14 +22,17 @@ from jaxllm.errors import UnsupportedError
 from jaxllm.ops.marks import MARK, marking
 from pallas_kernels.target import not_hopper, target
 
-__all__ = ["fused", "obstacle"]
+__all__ = ["AUTO_ROWS", "fused", "obstacle"]
 
 MOST_ROWS = 8
+AUTO, AUTO_ROWS = "fused", 1
+"""What `auto` takes, and up to how many tokens: more were not measured."""
+
 _ACTIVATIONS = ("silu", "gelu_tanh", "relu")
 
 
-def obstacle(policy: Policy, rows: int) -> str | None:
-    """Why no step of so many tokens runs in fused kernels under a policy, or None."""
+def obstacle(policy: Policy) -> str | None:
+    """Why no step of few tokens runs in fused kernels under a policy, or None."""
     platform = target()
     if platform not in ("gpu", "interpreter"):
         return f"they are for Hopper GPUs, this is {platform}"
@@ -39,8 +42,6 @@ def obstacle(policy: Policy, rows: int) -> str | None:
         return f"they compute in bfloat16, not {policy.compute_dtype}"
     if policy.matrices != "out_in" or policy.layout != "unrolled":
         return "they take an array a layer, outputs first"
-    if rows > MOST_ROWS:
-        return f"they take 1 to {MOST_ROWS} tokens, not {rows}"
     return not_hopper(platform)
 
 
@@ -50,16 +51,16 @@ def fused(function: Callable[..., Any], *, policy: Policy, rows: int) -> Callabl
     Args:
       function: of a step.
       policy: how it runs.
-      rows: tokens of the step.
+      rows: tokens of the step; with more than `MOST_ROWS` it is no step of few tokens.
 
     Raises:
-      UnsupportedError: the policy names a way that cannot serve the step.
+      UnsupportedError: the policy names a way that this device or layout does not have.
     """
-    if policy.decode == "plain":
+    if policy.decode == "plain" or rows > MOST_ROWS:
         return function
-    reason = obstacle(policy, rows)
-    if reason is None:
-        name = "fused" if policy.decode == "auto" else policy.decode
+    reason = obstacle(policy)
+    if reason is None and (policy.decode != "auto" or rows <= AUTO_ROWS):
+        name = AUTO if policy.decode == "auto" else policy.decode
         took("decode", name)
         return functools.partial(_run, function, name == "chained")
     if policy.decode != "auto":

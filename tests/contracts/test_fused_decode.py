@@ -14,7 +14,7 @@ from jaxllm.infer.open import run_policy, run_segments
 from jaxllm.infer.programs import Setup
 from jaxllm.infer.steps import decode_steps
 from jaxllm.nn import api
-from jaxllm.ops.fused import fused, obstacle
+from jaxllm.ops.fused import AUTO_ROWS, fused, obstacle
 from jaxllm.serve.programs import Memory, Shape, step
 from jaxllm.spec.model import Head
 from jaxllm.spec.ops import MLP
@@ -121,19 +121,21 @@ def test_what_does_not_fit_runs_op_by_op_and_a_name_is_refused():
     with pytest.raises(UnsupportedError, match="for Hopper GPUs, this is cpu; use 'auto'"):
         fused(same, policy=named, rows=1)
     with targeting("gpu"):
-        assert obstacle(POLICY, 8) is None
-        assert "1 to 8 tokens, not 9" in str(obstacle(POLICY, 9))
-        assert "bfloat16, not float32" in str(obstacle(Policy(), 1))
+        assert obstacle(POLICY) is None
+        assert "bfloat16, not float32" in str(obstacle(Policy()))
         stacked = dataclasses.replace(POLICY, layout="scan")
-        assert "array a layer" in str(obstacle(stacked, 1))
+        assert "array a layer" in str(obstacle(stacked))
         plain = dataclasses.replace(POLICY, decode="plain")
         assert fused(same, policy=plain, rows=1) is same
-        assert fused(same, policy=POLICY, rows=8) is not same
+        assert fused(same, policy=POLICY, rows=AUTO_ROWS) is not same
+        assert fused(same, policy=POLICY, rows=AUTO_ROWS + 1) is same
+        assert fused(same, policy=named, rows=8) is not same
+        assert fused(same, policy=named, rows=9) is same  # no step of few tokens
 
 
 @pytest.mark.parametrize(("tokens", "kernels"), [(2, 11), (16, 2)])  # two of attention
 def test_a_serving_step_of_few_tokens_lowers_to_few_kernels(tokens, kernels):
-    setup, _ = setup_of("llama")
+    setup, _ = setup_of("llama", decode="fused")
     memory = Memory(page_size=64, pages={"all": 4}, windows={"all": None}, slots=tokens)
     shape = Shape(tokens=tokens, rows=tokens, longest=1, context=128)
     program = step(setup, memory, shape)
