@@ -25,8 +25,8 @@ from pallas_kernels.target import not_hopper, target
 __all__ = ["AUTO_ROWS", "fused", "obstacle"]
 
 MOST_ROWS = 8
-AUTO, AUTO_ROWS = "fused", 1
-"""What `auto` takes, and up to how many tokens: more were not measured."""
+AUTO, AUTO_ROWS = "fused", 0
+"""What `auto` takes, and up to how many tokens: none before the kernel's last form is timed."""
 
 _ACTIVATIONS = ("silu", "gelu_tanh", "relu")
 

@@ -108,7 +108,7 @@ def test_a_step_lowers_to_few_kernels(name):
             lowered = traced.trace(params, state, tail, None).lower(lowering_platforms=("cuda",))
         return lowered.as_text()
 
-    few, plain = text("auto"), text("plain")
+    few, plain = text("fused"), text("plain")
     assert kernel_calls(few) == SPECS[name][1] and kernel_calls(plain) == 0
     assert plain.count("stablehlo.rsqrt") == 5
     assert few.count("stablehlo.rsqrt") == SPECS[name][2]
@@ -127,7 +127,6 @@ def test_what_does_not_fit_runs_op_by_op_and_a_name_is_refused():
         assert "array a layer" in str(obstacle(stacked))
         plain = dataclasses.replace(POLICY, decode="plain")
         assert fused(same, policy=plain, rows=1) is same
-        assert fused(same, policy=POLICY, rows=AUTO_ROWS) is not same
         assert fused(same, policy=POLICY, rows=AUTO_ROWS + 1) is same
         assert fused(same, policy=named, rows=8) is not same
         assert fused(same, policy=named, rows=9) is same  # no step of few tokens
