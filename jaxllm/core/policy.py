@@ -12,6 +12,7 @@ from jaxllm.core.sharding import DEFAULT_RULES, Rules
 __all__ = [
     "AttentionKind",
     "Codes",
+    "DecodeKind",
     "ExpertsKind",
     "Layout",
     "Matrices",
@@ -27,6 +28,7 @@ Remat = Literal["none", "save_dots", "save_attention", "offload", "full"]
 AttentionKind = Literal["auto", "reference", "cudnn", "mosaic_gpu", "mosaic_tpu"]
 LatentKind = Literal["auto", "plain", "absorbed"]
 ScanKind = Literal["auto", "reference", "chunked", "mosaic_gpu", "mosaic_tpu"]
+DecodeKind = Literal["auto", "plain", "fused", "chained"]
 ExpertsKind = Literal["auto", "blocked", "ragged_dot", "mosaic_gpu", "mosaic_tpu"]
 
 
@@ -45,6 +47,9 @@ class Policy:
       experts: implementation of the products of experts: block by block of rows (`blocked`, for
         CPUs), XLA's own (`ragged_dot`), or our kernels for Hopper GPUs and TPUs (`mosaic_gpu`,
         `mosaic_tpu`).
+      decode: how a step of few tokens runs: op by op (`plain`), or norms, products, activations and
+        residuals together in our kernel for Hopper GPUs where it serves (`fused`), or as many
+        products of layers as can be in one (`chained`).
       remat: what a backward pass recomputes inside a layer: nothing (`none`), all but the results
         of matrix products and of attention (`save_dots`), all but those of attention
         (`save_attention`), as `save_dots` with what is kept held in the host's memory (`offload`),
@@ -75,6 +80,7 @@ class Policy:
     attention: AttentionKind = "auto"
     scan: ScanKind = "auto"
     experts: ExpertsKind = "auto"
+    decode: DecodeKind = "auto"
     remat: Remat = "none"
     layout: Layout = "scan"
     fused: bool = False

@@ -121,6 +121,7 @@ def _policy(options: Options, platform: str, mesh: Any) -> Policy:
         scan="chunked",
         attention=choice(options.attention, "reference"),
         experts=choice(options.experts, "auto" if platform == "cpu" else "ragged_dot"),
+        decode="plain",
     )
 
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxllm.infer.programs import Setup, Tail
 from jaxllm.infer.sampling import Mode
 from jaxllm.nn import api
+from jaxllm.ops.fused import fused
 from jaxllm.ops.sampling import History, penalize, remember, sample
 from jaxllm.spec.model import Pooling
 from jaxllm.state.step import Step, dense_step, training_step
@@ -80,12 +81,15 @@ def prefill_step(setup: Setup, *, capacity: int, mode: Mode, fresh: bool) -> Cal
 def decode_steps(setup: Setup, *, mode: Mode, tokens: int) -> Callable[..., Any]:
     """See `programs.decode`."""
 
+    def answer(params: Any, ids: jax.Array, positions: jax.Array, state: Any) -> Any:
+        hidden, state, _ = _forward(setup, params, ids, dense_step(positions, 1), state)
+        return api.unembed(setup.spec, params, hidden, policy=setup.policy)[:, 0], state
+
     def run(params: Any, state: Any, tail: Tail, rows: Any) -> Any:
         def one(carry: Any, _: None) -> Any:
             state, tail = carry
-            step = dense_step(tail.positions, 1)
-            hidden, state, _ = _forward(setup, params, tail.tokens[:, None], step, state)
-            logits = api.unembed(setup.spec, params, hidden, policy=setup.policy)[:, 0]
+            forward = fused(answer, policy=setup.policy, rows=tail.tokens.shape[0])
+            logits, state = forward(params, tail.tokens[:, None], tail.positions, state)
             tail = _next(logits, tail.history, rows, tail.positions + 1, mode)
             return (state, tail), tail.tokens
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxllm.ops.marks import marked
 from jaxllm.spec.mlp import MLP
 
 __all__ = ["ACTIVATIONS", "activation", "mlp_hidden"]
@@ -33,6 +34,11 @@ def mlp_hidden(
 
     Before, the clamp bounds the activation's input from above and a gated `up` on both sides.
     """
+    return _hidden(up, mlp=mlp) if gate is None else _hidden(up, gate, mlp=mlp)
+
+
+@marked("hidden")
+def _hidden(up: Array, gate: Array | None = None, *, mlp: MLP) -> Array:
     x = up if gate is None else gate
     x = x if gate is None or mlp.gate_scale == 1.0 else x * mlp.gate_scale
     if mlp.clamp is not None:

@@ -22,6 +22,7 @@ from jaxllm.core.weights import (
 )
 from jaxllm.errors import ShapeError
 from jaxllm.ops.grouped import grouped_product
+from jaxllm.ops.marks import marked
 from jaxllm.ops.packed_experts import packed_obstacle, packed_product
 from jaxllm.ops.quantized import quantized_product
 from jaxllm.typing import AnyArray
@@ -98,8 +99,9 @@ def _widened_backward(equation: str, out_dtype: Any, kept: Any, cotangent: Array
 _widened.defvjp(_widened_forward, _widened_backward)
 
 
+@marked("product")
 def _rows_times(
-    x: Float[Array, "rows I"], w: Float[AnyArray, "O I"], out_dtype: Any
+    x: Float[Array, "rows I"], w: Float[AnyArray, "O I"], *, out_dtype: Any
 ) -> Float[Array, "rows O"]:
     """x times w transposed.
 
@@ -127,7 +129,7 @@ def _matrix(x: Array, leaf: Any, inputs: int, out_dtype: Any) -> Array:
         return jnp.reshape(quantized_product(x, leaf, out_dtype), (*batch, *outputs))
     if isinstance(leaf, OutputsFirst):
         w = leaf.values.reshape(-1, width).astype(x.dtype)
-        y = _rows_times(x.reshape(-1, width), w, out_dtype)
+        y = _rows_times(x.reshape(-1, width), w, out_dtype=out_dtype)
     else:
         w = dense(leaf, x.dtype).reshape(width, -1)
         # On a mesh tokens stay a dim of their own, which a sum over devices can be scattered on.

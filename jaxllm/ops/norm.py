@@ -7,12 +7,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxllm.ops.linear import align
+from jaxllm.ops.marks import marked
 from jaxllm.spec.ops import QKNorm
 from jaxllm.typing import AnyArray
 
 __all__ = ["layer_norm", "qk_norm", "rms_norm"]
 
 
+@marked("norm")
 def rms_norm(
     x: Float[Array, "*dims D"], scale: Float[AnyArray, "D"], *, eps: float, offset: float = 0.0
 ) -> Float[Array, "*dims D"]:

@@ -13,10 +13,11 @@ from jaxtyping import Array
 from jaxllm.infer.programs import Setup
 from jaxllm.nn import api
 from jaxllm.ops.flat import Flat
+from jaxllm.ops.fused import fused
 from jaxllm.ops.pages import PageTable
 from jaxllm.ops.sampling import History, penalize, sample
 from jaxllm.serve.programs import TOP, Carry, Drawn, Memory, Options, Shape, unpack
-from jaxllm.state.step import flat_step
+from jaxllm.state.step import Step, flat_step
 
 __all__ = ["serve_step"]
 
@@ -171,11 +172,18 @@ def _logits(setups: Setups, shape: Shape, params: Any, state: Any, batch: Any) -
     step = flat_step(flat, shape.tokens, table)
     if draft is not None and not shape.drafts:
         _, other, _ = api.apply(draft.spec, others, ids[None], step, other, policy=draft.policy)
-    hidden, state, _ = api.apply(setup.spec, params, ids[None], step, state, policy=setup.policy)
-    if shape.longest > 1 and not shape.every:
-        ends = jnp.clip(flat.firsts + flat.counts - 1, 0, shape.tokens - 1)
-        hidden = hidden[:, ends]
-    logits = api.unembed(setup.spec, params, hidden, policy=setup.policy)[0]
+
+    def answer(params: Any, state: Any, ids: Array, step: Step) -> tuple[Array, Any]:
+        hidden, state, _ = api.apply(
+            setup.spec, params, ids[None], step, state, policy=setup.policy
+        )
+        if shape.longest > 1 and not shape.every:
+            ends = jnp.clip(flat.firsts + flat.counts - 1, 0, shape.tokens - 1)
+            hidden = hidden[:, ends]
+        return api.unembed(setup.spec, params, hidden, policy=setup.policy)[0], state
+
+    forward = fused(answer, policy=setup.policy, rows=shape.tokens)
+    logits, state = forward(params, state, ids, step)
     return logits.astype(jnp.float32), (state, other)
 
 
