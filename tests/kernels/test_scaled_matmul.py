@@ -88,7 +88,7 @@ def test_rounding_keeps_zeros_and_seven_percent():
 
 
 @pytest.mark.parametrize("out_dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("count", [5, 4096])
+@pytest.mark.parametrize("count", [5, 130, 4096])
 def test_lowers_for_cuda(count, out_dtype):
     kinds = jnp.float8_e4m3fn, jnp.float32, jnp.float8_e4m3fn, jnp.float32
     shapes = (count, 8192), (count, 64), (28672, 8192), (224, 64)
