@@ -49,37 +49,28 @@ class Few(Whole):
         return self.tiles.splits > 1
 
     def held(self):
-        """What is used in turn shares its place: queries that come, a step's operands, results."""
-        step = {"weights": swizzled((self.rows, self.keys), self.dtype)}
-        if self.codes is not None:
-            step["wide"] = swizzled((self.keys, self.value_width), self.dtype)
-        last = {
+        smem = {
+            "q": swizzled((self.rows, self.pool[3]), self.dtype),
+            "weights": swizzled((self.rows, self.keys), self.dtype),
             "out": plgpu.SMEM((self.rows, self.value_width), self.dtype),
             "lse": plgpu.SMEM((self.rows,), jnp.float32),
         }
+        if self.parts or self.pool[3] != self.value_width:
+            smem["asked"] = plgpu.SMEM((self.rows, self.pool[3]), self.dtype)
         if self.parts:
-            last["out"] = plgpu.SMEM((self.value_width, self.rows), jnp.float32)
-        asked = {"asked": plgpu.SMEM((self.rows, self.pool[3]), self.dtype)}
-        smem = {
-            "q": swizzled((self.rows, self.pool[3]), self.dtype),
-            "turns": plgpu.RefUnion(asked, step, last),
-        }
-        if self.interpret and self.codes is not None:
-            smem["stage"] = swizzled((self.keys, self.pool[3]), self.dtype)
+            smem["out"] = plgpu.SMEM((self.value_width, self.rows), jnp.float32)
+        if self.codes is not None:
+            smem["wide"] = swizzled((self.keys, self.value_width), self.dtype)
+            if self.interpret:
+                smem["stage"] = swizzled((self.keys, self.pool[3]), self.dtype)
         return smem
-
-    def program(self, refs, smem, full, asked):
-        smem = dict(smem)
-        for some in smem.pop("turns"):
-            smem |= some
-        super().program(refs, smem, full, asked)
 
     def places(self, refs, block, tile):
         row = plgpu.broadcasted_iota(jnp.int32, (self.rows,), 0, layout=COLUMN)
         return self.place_of(refs, block, row, 0)
 
     def arrived(self, smem):
-        came = smem["asked"]
+        came = self.arriving(smem)
         if self.interpret:
             smem["q"][...] = came[...]
         else:
