@@ -33,8 +33,18 @@ def test_the_reference(name):
     check(case, found, by_hand(case, *given), jnp.float32)
 
 
-@pytest.mark.parametrize("splits", [1, 4])
-@pytest.mark.parametrize("name", CASES)
+def pairs(names, seconds, often=()):
+    """Each name with each of `seconds`; but for the first of these and names of `often` slow."""
+    return [
+        pytest.param(
+            name, one, marks=[] if one == seconds[0] or name in often else pytest.mark.slow
+        )
+        for name in names
+        for one in seconds
+    ]
+
+
+@pytest.mark.parametrize(("name", "splits"), pairs(CASES, [1, 4], ("verified", "latent, verified")))
 def test_interpreted(name, splits, monkeypatch):
     """The parts of a sequence, some of them empty, are merged exactly."""
     monkeypatch.setattr(api, "splits_for", lambda *_: splits)
@@ -46,8 +56,10 @@ def test_interpreted(name, splits, monkeypatch):
     check(case, found, by_hand(case, *given), jnp.bfloat16)
 
 
-@pytest.mark.parametrize("splits", [1, 4])
-@pytest.mark.parametrize("name", ["verified", "parts of a prompt", "latent, verified", *FLAT])
+@pytest.mark.parametrize(
+    ("name", "splits"),
+    pairs(["verified", "parts of a prompt", "latent, verified", *FLAT], [1, 4], FLAT),
+)
 def test_all_queries_one_after_another(name, splits, monkeypatch):
     """What a block does not have is not written: it belongs to the next."""
     monkeypatch.setattr(api, "splits_for", lambda *_: splits)
@@ -111,8 +123,7 @@ def test_other_tiles(name, dtype, tiles, monkeypatch):
     assert "mosaic_gpu" in lowered.as_text()
 
 
-@pytest.mark.parametrize("dtype", EIGHT)
-@pytest.mark.parametrize("name", CODED)
+@pytest.mark.parametrize(("name", "dtype"), pairs(CODED, EIGHT, ("pages of 64",)))
 def test_pages_of_8_bits_are_what_their_codes_stand_for(name, dtype):
     """In the reference and in the interpreted kernel; poisoned where nobody wrote."""
     case = CASES[name]
@@ -142,8 +153,7 @@ def test_what_8_bits_cost(dtype):
     assert 1e-4 < error < {"int8": 0.02, "float8_e4m3fn": 0.05}[dtype]
 
 
-@pytest.mark.parametrize("dtype", EIGHT)
-@pytest.mark.parametrize("name", CODED)
+@pytest.mark.parametrize(("name", "dtype"), pairs(CODED, EIGHT, ("pages of 64",)))
 def test_lowering_of_8_bits(name, dtype):
     case = CASES[name]
     given, scales, _ = coded(arguments(case, jnp.bfloat16), dtype)
@@ -153,8 +163,9 @@ def test_lowering_of_8_bits(name, dtype):
     assert "mosaic_gpu" in lowered.as_text()
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "dtype"), pairs(CASES, ["bfloat16", "float16"], ("verified", "window"))
+)
 def test_lowering(name, dtype):
     case = CASES[name]
     given = arguments(case, jnp.dtype(dtype))
