@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +38,7 @@ from pallas_kernels.warpgroups import (
     swizzled,
 )
 
-__all__ = ["ROWS", "UNIT", "Kernel", "Tiles", "attend", "folded"]
+__all__ = ["ROWS", "UNIT", "Kernel", "Tiles", "attend", "folded", "known_of"]
 
 ROWS = 64  # of a program: what a warpgroup's instruction has
 UNIT = 8  # rows that leave together
@@ -411,6 +412,21 @@ def folded(kernel: Kernel, q, k, places, begin, statistics, scales=None):
     return weights, decay, higher, total
 
 
+def known_of(q, pools, pages) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(what a kernel is told of its pools, its inputs by name) of a call's q, pools and pages."""
+    (k, v, scales), (table, firsts, blocks) = pools, pages
+    facts = {
+        "pool": k.shape,
+        "value_width": v.shape[3],
+        "table_width": table.shape[1],
+        "dtype": jnp.dtype(q.dtype),
+        "codes": None if scales is None else jnp.dtype(k.dtype),
+    }
+    names = dict(zip(("rows", "starts", "counts", "begins"), blocks, strict=False))
+    inputs = {"q": q, "k": k, "v": v, "table": table, "firsts": firsts} | names
+    return facts, inputs | ({} if scales is None else {"scales": scales})
+
+
 @lowered_once("problem", "tiles", "interpret")
 def attend(
     q: jax.Array,
@@ -435,22 +451,15 @@ def attend(
     """
     heads, group = k.shape[2], q.shape[2] // k.shape[2]
     q = rows_of(q, heads, unit=UNIT, most=ROWS)
+    facts, inputs = known_of(q, (k, v, scales), (table, firsts, blocks))
     kernel = Kernel(
         problem=problem,
         rows=q.shape[2],
         group=group,
-        pool=k.shape,
-        value_width=v.shape[3],
-        table_width=table.shape[1],
-        dtype=jnp.dtype(q.dtype),
         tiles=tiles,
         interpret=interpret,
-        codes=None if scales is None else jnp.dtype(k.dtype),
+        **facts,
     )
-    names = dict(zip(("rows", "starts", "counts"), blocks, strict=True))
-    inputs = {"q": q, "k": k, "v": v, "table": table, "firsts": firsts} | names
-    if scales is not None:
-        inputs["scales"] = scales
     lead = (tiles.splits, *q.shape[:3])
     outputs = {
         "out": jax.ShapeDtypeStruct((*lead, v.shape[3]), jnp.float32),

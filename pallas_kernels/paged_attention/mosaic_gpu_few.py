@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.once import lowered_once
-from pallas_kernels.paged_attention.mosaic_gpu import UNIT, Tiles
+from pallas_kernels.paged_attention.mosaic_gpu import UNIT, Tiles, known_of
 from pallas_kernels.paged_attention.mosaic_gpu_whole import Blocks, Whole
 from pallas_kernels.paged_attention.problem import Problem
 from pallas_kernels.warpgroups import COLUMN, LOG2E, ROW, along, iota, multiply, swizzled
@@ -207,25 +207,18 @@ def attend_few(
       pages: its table, firsts, and (rows, starts, counts) of blocks, (…, begins) of flat ones.
       shape: of the blocks; Q G is at most `MOST`.
     """
-    (k, v, scales), (table, firsts, blocks) = pools, pages
+    (k, v, _), blocks = pools, pages[2]
+    facts, inputs = known_of(q, pools, pages)
     heads, rows = k.shape[2], shape.queries * shape.group
     kernel = Few(
         problem=problem,
         rows=-(-rows // UNIT) * UNIT,
         group=shape.group,
-        pool=k.shape,
-        value_width=v.shape[3],
-        table_width=table.shape[1],
-        dtype=jnp.dtype(q.dtype),
         tiles=tiles,
         interpret=interpret,
-        codes=None if scales is None else jnp.dtype(k.dtype),
         shape=shape,
+        **facts,
     )
-    names = dict(zip(("rows", "starts", "counts", "begins"), blocks, strict=False))
-    inputs = {"q": q, "k": k, "v": v, "table": table, "firsts": firsts} | names
-    if scales is not None:
-        inputs["scales"] = scales
     count = blocks[0].shape[0]
     if kernel.parts:
         lead = (tiles.splits, count, heads, kernel.rows)

@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.once import lowered_once
-from pallas_kernels.paged_attention.mosaic_gpu import ROWS, UNIT, Kernel, Tiles
+from pallas_kernels.paged_attention.mosaic_gpu import ROWS, UNIT, Kernel, Tiles, known_of
 from pallas_kernels.paged_attention.problem import Problem
 from pallas_kernels.warpgroups import ROW, swizzled
 
@@ -221,24 +221,17 @@ def attend_whole(
       pages: its table, firsts, and (rows, starts, counts) of blocks, (…, begins) of flat ones.
       shape: of the blocks.
     """
-    (k, v, scales), (table, firsts, blocks) = pools, pages
+    (k, v, _), blocks = pools, pages[2]
+    facts, inputs = known_of(q, pools, pages)
     kernel = Whole(
         problem=problem,
         rows=shape.queries * shape.group,
         group=shape.group,
-        pool=k.shape,
-        value_width=v.shape[3],
-        table_width=table.shape[1],
-        dtype=jnp.dtype(q.dtype),
         tiles=tiles,
         interpret=interpret,
-        codes=None if scales is None else jnp.dtype(k.dtype),
         shape=shape,
+        **facts,
     )
-    names = dict(zip(("rows", "starts", "counts", "begins"), blocks, strict=False))
-    inputs = {"q": q, "k": k, "v": v, "table": table, "firsts": firsts} | names
-    if scales is not None:
-        inputs["scales"] = scales
     count, heads = blocks[0].shape[0], k.shape[2]
     outputs = {
         "out": jax.ShapeDtypeStruct((*q.shape[:2], v.shape[3]), q.dtype),
