@@ -38,35 +38,11 @@ class ForwardAhead(Forward):
     """One compiled kernel, whose scores are a block ahead of its softmax."""
 
     def load(self, refs, smem, full, free):
-        rows, keys = self.walk.tile, self.walk.block
-
         def tile(index, carry):
             step, turn = carry
-            batch, row, head = self.shape.tile(self.walk, index)
-            kv_head = lax.div(head, self.shape.group)
-            place = (batch, row, head)
-            low, _, _, high = self.walk.bounds(place, refs)
-
-            def bring(name, block, slot):
-                plgpu.barrier_wait(free[name].at[slot])
-                where = refs[name].at[batch, pl.ds(block * keys, keys), kv_head]
-                plgpu.copy_gmem_to_smem(where, smem[name].at[slot], full[name].at[slot])
-
-            def one(i, _):
-                slot = lax.rem(step + i, self.tiles.stages)
-                block = self.walk.block_at(place, high - 1 - i, refs)
-                bring("k", block, slot)
-
-                @pl.when(i == 0)
-                def _():
-                    plgpu.barrier_wait(free["q"].at[turn])
-                    where = refs["q"].at[batch, pl.ds(row * rows, rows), head]
-                    plgpu.copy_gmem_to_smem(where, smem["q"].at[turn], full["q"].at[turn])
-
-                bring("v", block, slot)
-
-            lax.fori_loop(0, high - low, one, None)
-            return step + (high - low), 1 - turn
+            place, q = self.shape.tile(self.walk, index), (smem["q"], full["q"], free["q"])
+            q = tuple(x.at[turn] for x in q)
+            return self.bring(refs, (smem, full, free), place, q, step), 1 - turn
 
         self.shape.for_tiles(refs, self.walk, self.ctas, tile, (jnp.int32(0), jnp.int32(0)))
         drain(free)

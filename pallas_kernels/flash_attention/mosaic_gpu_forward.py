@@ -156,37 +156,42 @@ class Forward:
     # ---- the warpgroup that loads -------------------------------------------------------------
 
     def load(self, refs, smem, full, free):
-        rows, keys = self.walk.tile, self.walk.block
-
         def tile(index, step):
-            batch, row, head = self.shape.tile(self.walk, index)
-            kv_head = lax.div(head, self.shape.group)
-            place = (batch, row, head)
-            low, _, _, high = self.walk.bounds(place, refs)
-
-            def bring(name, block, slot):
-                plgpu.barrier_wait(free[name].at[slot])
-                where = refs[name].at[batch, pl.ds(block * keys, keys), kv_head]
-                plgpu.copy_gmem_to_smem(where, smem[name].at[slot], full[name].at[slot])
-
-            def one(i, _):
-                slot = lax.rem(step + i, self.tiles.stages)
-                block = self.walk.block_at(place, high - 1 - i, refs)
-                bring("k", block, slot)
-
-                @pl.when(i == 0)
-                def _():
-                    plgpu.barrier_wait(free["q"])
-                    where = refs["q"].at[batch, pl.ds(row * rows, rows), head]
-                    plgpu.copy_gmem_to_smem(where, smem["q"], full["q"])
-
-                bring("v", block, slot)
-
-            lax.fori_loop(0, high - low, one, None)
-            return step + (high - low)
+            place, q = self.shape.tile(self.walk, index), (smem["q"], full["q"], free["q"])
+            return self.bring(refs, (smem, full, free), place, q, step)
 
         self.shape.for_tiles(refs, self.walk, self.ctas, tile, jnp.int32(0))
         drain(free)
+
+    def bring(self, refs, memory, place, q, step):
+        """Copies the queries of a tile, to `q` with its barriers, and its keys; the step after."""
+        (smem, full, free), (batch, row, head) = memory, place
+        rows, keys = self.walk.tile, self.walk.block
+        kv_head = lax.div(head, self.shape.group)
+        place = (batch, row, head)
+        low, _, _, high = self.walk.bounds(place, refs)
+        q_smem, q_full, q_free = q
+
+        def bring(name, block, slot):
+            plgpu.barrier_wait(free[name].at[slot])
+            where = refs[name].at[batch, pl.ds(block * keys, keys), kv_head]
+            plgpu.copy_gmem_to_smem(where, smem[name].at[slot], full[name].at[slot])
+
+        def one(i, _):
+            slot = lax.rem(step + i, self.tiles.stages)
+            block = self.walk.block_at(place, high - 1 - i, refs)
+            bring("k", block, slot)
+
+            @pl.when(i == 0)
+            def _():
+                plgpu.barrier_wait(q_free)
+                where = refs["q"].at[batch, pl.ds(row * rows, rows), head]
+                plgpu.copy_gmem_to_smem(where, q_smem, q_full)
+
+            bring("v", block, slot)
+
+        lax.fori_loop(0, high - low, one, None)
+        return step + (high - low)
 
     # ---- the warpgroups that compute ----------------------------------------------------------
 

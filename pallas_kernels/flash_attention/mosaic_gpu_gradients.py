@@ -111,10 +111,17 @@ class KeyValueGradients:
 
     def load(self, refs, smem, full, free):
         batch, tile, kv_head = self.place()
-        walk, group = self.walk, self.shape.group
-        keys = pl.ds(tile * walk.tile, walk.tile)
+        keys = pl.ds(tile * self.walk.tile, self.walk.tile)
         for name in ("k", "v"):
             plgpu.copy_gmem_to_smem(refs[name].at[batch, keys, kv_head], smem[name], full[name])
+        self.bring_queries(refs, (smem, full, free), (batch, tile, kv_head), jnp.int32(0))
+        drain({name: free[name] for name in ("q", "do")})
+
+    def bring_queries(self, refs, memory, place, step):
+        """Copies the queries of a tile of keys, of all heads of its kv head; the step after."""
+        smem, full, free = memory
+        batch, tile, kv_head = place
+        walk, group = self.walk, self.shape.group
 
         def head_steps(member, step):
             head = kv_head * group + member
@@ -137,65 +144,43 @@ class KeyValueGradients:
             lax.fori_loop(low, high, one, None)
             return step + (high - low)
 
-        lax.fori_loop(0, group, head_steps, jnp.int32(0))
-        drain({name: free[name] for name in ("q", "do")})
+        return lax.fori_loop(0, group, head_steps, step)
 
-    def compute(self, refs, smem, full, free):
-        walk, tiles, spec = self.walk, self.tiles, self.walk.spec
-        dtype = self.shape.dtype
-        batch, tile, kv_head = self.place()
-        wg = lax.axis_index("wg")
-        spare = Spare.of(smem, wg)
-        first_row = tile * walk.tile + wg * 64
-        k_smem, v_smem = (smem[name].at[pl.ds(wg * 64, 64)] for name in ("k", "v"))
-        keep = keeper(walk, refs, batch, (first_row, 64))
-        bias = biases(walk, refs, batch, (first_row, 64))
+    def begin(self, full, free):
+        """All slots of queries are free; waits for the keys and values."""
         for name in ("q", "do"):
-            for slot in range(tiles.stages):
+            for slot in range(self.tiles.stages):
                 plgpu.barrier_arrive(free[name].at[slot])
         for name in ("k", "v"):
             plgpu.barrier_wait(full[name])
 
+    def after(self, refs, place, step):
+        """The step after those of a tile of keys (sequence, tile, kv head)."""
+        batch, tile, kv_head = place
+
+        def more(member, step):
+            head = kv_head * self.shape.group + member
+            bounds = self.walk.bounds((batch, tile, head), refs)
+            return step + bounds[-1] - bounds[0]
+
+        return lax.fori_loop(0, self.shape.group, more, step)
+
+    def compute(self, refs, smem, full, free):
+        dtype = self.shape.dtype
+        batch, tile, kv_head = place = self.place()
+        wg = lax.axis_index("wg")
+        spare = Spare.of(smem, wg)
+        first_row = tile * self.walk.tile + wg * 64
+        k_smem, v_smem = (smem[name].at[pl.ds(wg * 64, 64)] for name in ("k", "v"))
+        keep = keeper(self.walk, refs, batch, (first_row, 64))
+        bias = biases(self.walk, refs, batch, (first_row, 64))
+        self.begin(full, free)
+
         def sums(dk, dv):
-            def one(position, step, ends, place):
-                slot = lax.rem(step, tiles.stages)
-                q_smem, do_smem = smem["q"].at[slot], smem["do"].at[slot]
-                visible = (lambda: None) if ends is None else keep(place, position, ends)
-                added = bias(place, position)
-                plgpu.barrier_wait(full["q"].at[slot])
-
-                def products(scores, dweights):
-                    plgpu.wgmma(scores, k_smem, q_smem.T)
-                    plgpu.barrier_wait(full["do"].at[slot])
-                    plgpu.wgmma(dweights, v_smem, do_smem.T)
-                    lse = plgpu.load(smem["stats"].at[slot, 0], layout=COLUMN)
-                    scores = plgpu.wgmma_accumulator_load(scores, wait_n=1)
-                    weights, slope = weighted(scores, lse, spec, visible(), 1, added())
-                    spare.add(dv, weights.astype(dtype), do_smem)
-                    delta = plgpu.load(smem["stats"].at[slot, 1], layout=COLUMN)
-                    rise = plgpu.wgmma_accumulator_load(dweights, wait_n=1)
-                    dscores = weights * (rise - along(delta, rise.shape, 1))
-                    if slope is not None:
-                        dscores = dscores * slope
-                    spare.add(dk, dscores.astype(dtype), q_smem)
-                    plgpu.wgmma_wait(1)
-                    plgpu.barrier_arrive(free["do"].at[slot])
-                    plgpu.wgmma_wait(0)
-                    plgpu.barrier_arrive(free["q"].at[slot])
-
-                square = plgpu.ACC((64, walk.block), jnp.float32)
-                pl.run_scoped(products, square, square)
-                return step + 1
-
-            def head_steps(member, step):
-                place = (batch, tile, kv_head * self.shape.group + member)
-                for start, end, ends in walk.parts(walk.bounds(place, refs)):
-                    body = functools.partial(one, ends=ends, place=place)
-                    step = lax.fori_loop(start, end, body, step)
-                return step
-
-            lax.fori_loop(0, self.shape.group, head_steps, jnp.int32(0))
-            return dk[...] * spec.scale, dv[...]
+            pairs, memory = (keep, bias), (smem, full, free, spare)
+            keys = (k_smem, v_smem, *pairs)
+            self.over_queries(refs, memory, place, keys, (dk, dv), jnp.int32(0))
+            return dk[...] * self.walk.spec.scale, dv[...]
 
         widths = (self.shape.width, self.shape.value_width)
         dk, dv = spare.zeroed(sums, *((64, x) for x in widths))
@@ -206,6 +191,55 @@ class KeyValueGradients:
         plgpu.copy_smem_to_gmem(k_smem, refs["dk"].at[batch, rows, kv_head])
         plgpu.copy_smem_to_gmem(v_smem, refs["dv"].at[batch, rows, kv_head])
         plgpu.wait_smem_to_gmem(0)
+
+    def over_queries(self, refs, memory, place, keys, sums, step):
+        """Adds to the sums (dk, dv) of 64 keys what all their queries give; the step after.
+
+        keys: their shared memory, their values', who sees them, and what is added to the scores.
+        """
+        smem, full, free, spare = memory
+        k_smem, v_smem, keep, bias = keys
+        (batch, tile, kv_head), (dk, dv) = place, sums
+        walk, tiles, spec, dtype = self.walk, self.tiles, self.walk.spec, self.shape.dtype
+
+        def one(position, step, ends, place):
+            slot = lax.rem(step, tiles.stages)
+            q_smem, do_smem = smem["q"].at[slot], smem["do"].at[slot]
+            visible = (lambda: None) if ends is None else keep(place, position, ends)
+            added = bias(place, position)
+            plgpu.barrier_wait(full["q"].at[slot])
+
+            def products(scores, dweights):
+                plgpu.wgmma(scores, k_smem, q_smem.T)
+                plgpu.barrier_wait(full["do"].at[slot])
+                plgpu.wgmma(dweights, v_smem, do_smem.T)
+                lse = plgpu.load(smem["stats"].at[slot, 0], layout=COLUMN)
+                scores = plgpu.wgmma_accumulator_load(scores, wait_n=1)
+                weights, slope = weighted(scores, lse, spec, visible(), 1, added())
+                spare.add(dv, weights.astype(dtype), do_smem)
+                delta = plgpu.load(smem["stats"].at[slot, 1], layout=COLUMN)
+                rise = plgpu.wgmma_accumulator_load(dweights, wait_n=1)
+                dscores = weights * (rise - along(delta, rise.shape, 1))
+                if slope is not None:
+                    dscores = dscores * slope
+                spare.add(dk, dscores.astype(dtype), q_smem)
+                plgpu.wgmma_wait(1)
+                plgpu.barrier_arrive(free["do"].at[slot])
+                plgpu.wgmma_wait(0)
+                plgpu.barrier_arrive(free["q"].at[slot])
+
+            square = plgpu.ACC((64, walk.block), jnp.float32)
+            pl.run_scoped(products, square, square)
+            return step + 1
+
+        def head_steps(member, step):
+            place = (batch, tile, kv_head * self.shape.group + member)
+            for start, end, ends in walk.parts(walk.bounds(place, refs)):
+                body = functools.partial(one, ends=ends, place=place)
+                step = lax.fori_loop(start, end, body, step)
+            return step
+
+        return lax.fori_loop(0, self.shape.group, head_steps, step)
 
     def memory(self):
         """(shared memory, barriers of what came, barriers of what may be overwritten)."""
@@ -416,18 +450,11 @@ class SplitKeyValueGradients(KeyValueGradients):
         batch, tile, kv_head = self.place()
         wg = lax.axis_index("wg")
         spare = Spare.of(smem, wg)
-        for name in ("q", "do"):
-            for slot in range(self.tiles.stages):
-                plgpu.barrier_arrive(free[name].at[slot])
-        for name in ("k", "v"):
-            plgpu.barrier_wait(full[name])
+        self.begin(full, free)
         rows = pl.ds(tile * 64, 64)
 
-        def of(role, operand, out_name, width):
-            keep = bias = None  # layout inference does not end on what nobody uses
-            if out_name == "dv":
-                keep = keeper(self.walk, refs, batch, (tile * 64, 64))
-                bias = biases(self.walk, refs, batch, (tile * 64, 64))
+        def of(role, out_name, width):
+            keep, bias = self.pairs_of(refs, (batch, tile), out_name)
 
             def sums(acc):
                 def head_steps(member, step):
@@ -443,27 +470,43 @@ class SplitKeyValueGradients(KeyValueGradients):
                 lax.fori_loop(0, self.shape.group, head_steps, jnp.int32(0))
                 return acc[...]
 
-            out = spare.zeroed(sums, (64, width))
-            if out_name == "dk":
-                out = out * self.walk.spec.scale
-            # dk leaves through K's memory, which the other side reads to its end; dv through V's.
-            plgpu.barrier_arrive(full["done"])
-            plgpu.barrier_wait(full["done"])
-            smem[operand][...] = out.astype(self.shape.dtype)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(smem[operand], refs[out_name].at[batch, rows, kv_head])
-            plgpu.wait_smem_to_gmem(0)
+            found = spare.zeroed(sums, (64, width))
+            self.leave(refs, smem, full, found, out_name, (batch, rows, kv_head))
 
         @pl.when(wg == 0)
         def _():
-            of(self.values, "v", "dv", self.shape.value_width)
+            of(self.values, "dv", self.shape.value_width)
             drain({"weights": free["weights"]})
 
         @pl.when(wg == 1)
         def _():
             for slot in range(2):
                 plgpu.barrier_arrive(free["weights"].at[slot])
-            of(self.keys, "k", "dk", self.shape.width)
+            of(self.keys, "dk", self.shape.width)
+
+    def pairs_of(self, refs, place, out_name):
+        """Who sees the keys and what is added to the scores; only the side of dv asks, and layout
+        inference does not end on what nobody uses."""
+        if out_name != "dv":
+            return None, None
+        batch, tile = place
+        return (
+            keeper(self.walk, refs, batch, (tile * 64, 64)),
+            biases(self.walk, refs, batch, (tile * 64, 64)),
+        )
+
+    def leave(self, refs, smem, full, out, out_name, where):
+        """Stores a side's sums: dk through K's memory, which the other side reads to its end; dv
+        through V's."""
+        if out_name == "dk":
+            out = out * self.walk.spec.scale
+        plgpu.barrier_arrive(full["done"])
+        plgpu.barrier_wait(full["done"])
+        there = smem[out_name[1:]]
+        there[...] = out.astype(self.shape.dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(there, refs[out_name].at[where])
+        plgpu.wait_smem_to_gmem(0)
 
     def values(self, dv, memory, pairs, position, step):
         """One step of the side that holds dv; `pairs` say who sees whom, and what is added."""

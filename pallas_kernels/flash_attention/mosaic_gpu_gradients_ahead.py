@@ -46,7 +46,7 @@ class KeyValueGradientsRunning(KeyValueGradients):
         return dataclasses.replace(self.shape, heads=self.shape.kv_heads)
 
     def load(self, refs, smem, full, free):
-        walk, group = self.walk, self.shape.group
+        walk = self.walk
 
         def tile(index, carry):
             step, turn = carry
@@ -56,48 +56,39 @@ class KeyValueGradientsRunning(KeyValueGradients):
                 plgpu.barrier_wait(free[name].at[turn])
                 where = refs[name].at[batch, keys, kv_head]
                 plgpu.copy_gmem_to_smem(where, smem[name].at[turn], full[name].at[turn])
-
-            def head_steps(member, step):
-                head = kv_head * group + member
-                place = (batch, tile, head)
-                low, _, _, high = walk.bounds(place, refs)
-
-                def one(i, _):
-                    slot = lax.rem(step + i - low, self.tiles.stages)
-                    queries = pl.ds(walk.block_at(place, i, refs) * walk.block, walk.block)
-                    plgpu.barrier_wait(free["q"].at[slot])
-                    for i, name in enumerate(("lse", "delta")):
-                        where, there = (
-                            refs[name].at[batch, head, queries],
-                            smem["stats"].at[slot, i],
-                        )
-                        plgpu.copy_gmem_to_smem(where, there, full["q"].at[slot])
-                    for name in ("q", "do"):
-                        if name == "do":
-                            plgpu.barrier_wait(free["do"].at[slot])
-                        where = refs[name].at[batch, queries, head]
-                        plgpu.copy_gmem_to_smem(where, smem[name].at[slot], full[name].at[slot])
-
-                lax.fori_loop(low, high, one, None)
-                return step + (high - low)
-
-            return lax.fori_loop(0, group, head_steps, step), 1 - turn
+            place = (batch, tile, kv_head)
+            return self.bring_queries(refs, (smem, full, free), place, step), 1 - turn
 
         self.by_keys.for_tiles(refs, walk, self.ctas, tile, (jnp.int32(0), jnp.int32(0)))
         drain(free)
 
-    def compute(self, refs, smem, full, free):
-        walk, tiles, spec = self.walk, self.tiles, self.walk.spec
-        dtype = self.shape.dtype
-        wg = lax.axis_index("wg")
-        spare = Spare.of(smem, wg)
-        for name, count in {"q": tiles.stages, "do": tiles.stages, "k": 2, "v": 2}.items():
+    def all_free(self, free):
+        """All slots of queries and of keys are free."""
+        stages = self.tiles.stages
+        for name, count in {"q": stages, "do": stages, "k": 2, "v": 2}.items():
             for slot in range(count):
                 plgpu.barrier_arrive(free[name].at[slot])
 
+    def hand_out(self, refs, smem, dk, dv, where):
+        """Begins to store a consumer's sums."""
+        wg, batch, first_row, kv_head = where
+        rows = pl.ds(first_row, 64)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        smem["dk"].at[wg][...] = dk.astype(self.shape.dtype)
+        smem["dv"].at[wg][...] = dv.astype(self.shape.dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(smem["dk"].at[wg], refs["dk"].at[batch, rows, kv_head])
+        plgpu.copy_smem_to_gmem(smem["dv"].at[wg], refs["dv"].at[batch, rows, kv_head])
+
+    def compute(self, refs, smem, full, free):
+        walk = self.walk
+        wg = lax.axis_index("wg")
+        spare = Spare.of(smem, wg)
+        self.all_free(free)
+
         def tile_of_keys(index, carry):
             step, turn = carry
-            batch, tile, kv_head = self.by_keys.tile(walk, index)
+            batch, tile, kv_head = place = self.by_keys.tile(walk, index)
             first_row = tile * walk.tile + wg * 64
             k_smem, v_smem = (smem[name].at[turn, pl.ds(wg * 64, 64)] for name in ("k", "v"))
             keep = keeper(walk, refs, batch, (first_row, 64))
@@ -106,58 +97,15 @@ class KeyValueGradientsRunning(KeyValueGradients):
                 plgpu.barrier_wait(full[name].at[turn])
 
             def sums(dk, dv):
-                def one(position, step, ends, place):
-                    slot = lax.rem(step, tiles.stages)
-                    q_smem, do_smem = smem["q"].at[slot], smem["do"].at[slot]
-                    visible = (lambda: None) if ends is None else keep(place, position, ends)
-                    added = bias(place, position)
-                    plgpu.barrier_wait(full["q"].at[slot])
-
-                    def products(scores, dweights):
-                        plgpu.wgmma(scores, k_smem, q_smem.T)
-                        plgpu.barrier_wait(full["do"].at[slot])
-                        plgpu.wgmma(dweights, v_smem, do_smem.T)
-                        lse = plgpu.load(smem["stats"].at[slot, 0], layout=COLUMN)
-                        scores = plgpu.wgmma_accumulator_load(scores, wait_n=1)
-                        powers, slope = exponents(scores, lse, spec, visible(), 1, added())
-                        weights = jnp.exp2(powers)
-                        spare.add(dv, weights.astype(dtype), do_smem)
-                        delta = plgpu.load(smem["stats"].at[slot, 1], layout=COLUMN)
-                        rise = plgpu.wgmma_accumulator_load(dweights, wait_n=1)
-                        dscores = weights * (rise - along(delta, rise.shape, 1))
-                        if slope is not None:
-                            dscores = dscores * slope
-                        spare.add(dk, dscores.astype(dtype), q_smem)
-                        plgpu.wgmma_wait(1)
-                        plgpu.barrier_arrive(free["do"].at[slot])
-                        plgpu.wgmma_wait(0)
-                        plgpu.barrier_arrive(free["q"].at[slot])
-
-                    square = plgpu.ACC((64, walk.block), jnp.float32)
-                    pl.run_scoped(products, square, square)
-                    return step + 1
-
-                def head_steps(member, step):
-                    place = (batch, tile, kv_head * self.shape.group + member)
-                    for start, end, ends in walk.parts(walk.bounds(place, refs)):
-                        body = functools.partial(one, ends=ends, place=place)
-                        step = lax.fori_loop(start, end, body, step)
-                    return step
-
-                end = lax.fori_loop(0, self.shape.group, head_steps, step)
+                memory, keys = (smem, full, free, spare), (k_smem, v_smem, keep, bias)
+                end = self.over_queries(refs, memory, place, keys, (dk, dv), step)
                 for name in ("k", "v"):
                     plgpu.barrier_arrive(free[name].at[turn])
-                return dk[...] * spec.scale, dv[...], end
+                return dk[...] * walk.spec.scale, dv[...], end
 
             widths = (self.shape.width, self.shape.value_width)
             dk, dv, end = spare.zeroed(sums, *((64, x) for x in widths))
-            rows = pl.ds(first_row, 64)
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            smem["dk"].at[wg][...] = dk.astype(dtype)
-            smem["dv"].at[wg][...] = dv.astype(dtype)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(smem["dk"].at[wg], refs["dk"].at[batch, rows, kv_head])
-            plgpu.copy_smem_to_gmem(smem["dv"].at[wg], refs["dv"].at[batch, rows, kv_head])
+            self.hand_out(refs, smem, dk, dv, (wg, batch, first_row, kv_head))
             return end, 1 - turn
 
         start = (jnp.int32(0), jnp.int32(0))
@@ -187,9 +135,7 @@ class KeyValueGradientsAhead(KeyValueGradientsRunning):
         spare = Spare.of(smem, wg)
         square = plgpu.ACC((64, walk.block), jnp.float32)
         slot_of = lambda step: lax.rem(step, tiles.stages)  # noqa: E731
-        for name, count in {"q": tiles.stages, "do": tiles.stages, "k": 2, "v": 2}.items():
-            for slot in range(count):
-                plgpu.barrier_arrive(free[name].at[slot])
+        self.all_free(free)
 
         def products(step, turn, scores, rise):
             slot = slot_of(step)
@@ -206,18 +152,13 @@ class KeyValueGradientsAhead(KeyValueGradientsRunning):
 
         def tile_of_keys(index, carry):
             first, turn, after, scores, rise = carry
-            batch, tile, kv_head = self.by_keys.tile(walk, index)
+            batch, tile, kv_head = place = self.by_keys.tile(walk, index)
             first_row = tile * walk.tile + wg * 64
             keep = keeper(walk, refs, batch, (first_row, 64))
             bias = biases(walk, refs, batch, (first_row, 64))
             more = jnp.where(after > 0, 1, 0)
             place_of = lambda member: (batch, tile, kv_head * group + member)  # noqa: E731
-
-            def steps_of(member, total):
-                bounds = walk.bounds(place_of(member), refs)
-                return total + bounds[-1] - bounds[0]
-
-            end = lax.fori_loop(0, group, steps_of, first)
+            end = self.after(refs, place, first)
 
             def await_target(step):
                 """Waits for what the products of `step`, begun in the step before, read."""
@@ -281,13 +222,7 @@ class KeyValueGradientsAhead(KeyValueGradientsRunning):
 
             widths = (self.shape.width, self.shape.value_width)
             dk, dv, *ahead = spare.zeroed(sums, *((64, x) for x in widths))
-            rows = pl.ds(first_row, 64)
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            smem["dk"].at[wg][...] = dk.astype(dtype)
-            smem["dv"].at[wg][...] = dv.astype(dtype)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(smem["dk"].at[wg], refs["dk"].at[batch, rows, kv_head])
-            plgpu.copy_smem_to_gmem(smem["dv"].at[wg], refs["dv"].at[batch, rows, kv_head])
+            self.hand_out(refs, smem, dk, dv, (wg, batch, first_row, kv_head))
             return end, 1 - turn, after - 1, *ahead
 
         await_keys(0)
@@ -314,26 +249,14 @@ class SplitAhead(SplitKeyValueGradients):
         wg = lax.axis_index("wg")
         spare = Spare.of(smem, wg)
         square = plgpu.ACC((64, walk.block), jnp.float32)
-        for name in ("q", "do"):
-            for slot in range(self.tiles.stages):
-                plgpu.barrier_arrive(free[name].at[slot])
-        for name in ("k", "v"):
-            plgpu.barrier_wait(full[name])
+        self.begin(full, free)
         rows = pl.ds(tile * 64, 64)
         place_of = lambda member: (batch, tile, kv_head * group + member)  # noqa: E731
-
-        def steps_of(member, total):
-            bounds = walk.bounds(place_of(member), refs)
-            return total + bounds[-1] - bounds[0]
-
-        end = lax.fori_loop(0, group, steps_of, jnp.int32(0))
+        end = self.after(refs, (batch, tile, kv_head), jnp.int32(0))
 
         def of(role, operands, out_name, width):
             own, other = operands  # of the product that is ahead
-            keep = bias = None  # layout inference does not end on what nobody uses
-            if out_name == "dv":
-                keep = keeper(walk, refs, batch, (tile * 64, 64))
-                bias = biases(walk, refs, batch, (tile * 64, 64))
+            keep, bias = self.pairs_of(refs, (batch, tile), out_name)
 
             def multiply(step, acc):
                 slot = lax.rem(step, self.tiles.stages)
@@ -379,17 +302,8 @@ class SplitAhead(SplitKeyValueGradients):
                 lax.fori_loop(0, group, head_steps, carry)
                 return acc[...]
 
-            out = spare.zeroed(sums, (64, width))
-            if out_name == "dk":
-                out = out * walk.spec.scale
-            # dk leaves through K's memory, which the other side reads to its end; dv through V's.
-            plgpu.barrier_arrive(full["done"])
-            plgpu.barrier_wait(full["done"])
-            operand = out_name[1:]
-            smem[operand][...] = out.astype(self.shape.dtype)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(smem[operand], refs[out_name].at[batch, rows, kv_head])
-            plgpu.wait_smem_to_gmem(0)
+            found = spare.zeroed(sums, (64, width))
+            self.leave(refs, smem, full, found, out_name, (batch, rows, kv_head))
 
         @pl.when(wg == 0)
         def _():
