@@ -100,34 +100,41 @@ def choose_selective(
     Raises:
       UnsupportedError: no such implementation, or a kernel that cannot serve the call.
     """
-    _known(SELECTIVE, implementation)
-    if implementation in ("auto", "chunked") and tokens == 1:
+
+    def unfit(name: str) -> str | None:
+        from pallas_kernels.selective_scan import unfit  # Pallas takes a while to import
+
+        return unfit(name, dtype=dtype, channels=shape[0], state=shape[1])
+
+    gain = "fourteen times as fast as plain jnp on an H200"
+    return _choose(SELECTIVE, implementation, (tokens, target()), unfit, gain)
+
+
+def _choose(
+    table: dict[str, Callable[..., Any]],
+    implementation: str,
+    call: tuple[int, str],
+    unfit: Callable[[str], str | None],
+    gain: str,
+) -> Choice:
+    """What both choices have in common; a call has tokens and a platform."""
+    tokens, platform = call
+    _known(table, implementation)
+    if implementation in _KERNELS and (obstacle := unfit(implementation)):
+        raise UnsupportedError(f"scan {implementation!r}: {obstacle}; use 'chunked' or 'auto'")
+    if tokens == 1 and implementation in ("auto", "chunked"):
         return Choice("reference", "one token needs no chunks")
-    kind = {"dtype": dtype, "channels": shape[0], "state": shape[1]}
-    if implementation == "auto":
-        if target() != "gpu":
-            return Choice("chunked", "plain jnp")
-        obstacle = _selective_unfit("mosaic_gpu", **kind)
-        if obstacle is not None:
-            return Choice("chunked", f"plain jnp; not mosaic_gpu: {obstacle}")
-        return Choice("mosaic_gpu", "fourteen times as fast as plain jnp on an H200")
-    if implementation in _KERNELS:
-        obstacle = _selective_unfit(implementation, **kind)
-        if obstacle is not None:
-            raise UnsupportedError(f"scan {implementation!r}: {obstacle}; use 'chunked' or 'auto'")
-    return Choice(implementation, "named")
-
-
-def _selective_unfit(implementation: str, **kind: Any) -> str | None:
-    from pallas_kernels.selective_scan import unfit  # Pallas takes a third of a second to import
-
-    return unfit(implementation, **kind)
-
-
-def _unfit(implementation: str, **kind: Any) -> str | None:
-    from pallas_kernels.ssd import unfit  # Pallas takes a third of a second to import
-
-    return unfit(implementation, **kind)
+    if implementation != "auto":
+        return Choice(implementation, "named")
+    if platform in ("gpu", "tpu"):
+        kernel = f"mosaic_{platform}"
+        obstacle = unfit(kernel)
+        if platform == "tpu":
+            obstacle = obstacle or "it has not been timed on one"
+        if obstacle is None:
+            return Choice(kernel, gain)
+        return Choice("chunked", f"plain jnp; not {kernel}: {obstacle}")
+    return Choice("chunked", "plain jnp, the fastest on a CPU")
 
 
 def choose_dual(
@@ -153,22 +160,14 @@ def choose_dual(
       UnsupportedError: no such implementation, or a kernel that cannot serve the call.
     """
     kind = {"dtype": dtype, "heads": heads, "widths": widths, "platform": platform}
-    if implementation in _KERNELS and (obstacle := _unfit(implementation, **kind)):
-        raise UnsupportedError(f"scan {implementation!r}: {obstacle}; use 'chunked' or 'auto'")
-    _known(DUAL, implementation)
-    if tokens == 1 and implementation in ("auto", "chunked"):
-        return Choice("reference", "one token needs no chunks")
-    if implementation != "auto":
-        return Choice(implementation, "named")
-    if platform in ("gpu", "tpu"):
-        kernel = f"mosaic_{platform}"
-        obstacle = _unfit(kernel, **kind)
-        if platform == "tpu":
-            obstacle = obstacle or "it has not been timed on one"
-        if obstacle is None:
-            return Choice(kernel, "seven to nine times as fast as plain jnp on an H100")
-        return Choice("chunked", f"plain jnp; not {kernel}: {obstacle}")
-    return Choice("chunked", "plain jnp, the fastest on a CPU")
+
+    def unfit(name: str) -> str | None:
+        from pallas_kernels.ssd import unfit  # Pallas takes a third of a second to import
+
+        return unfit(name, **kind)
+
+    gain = "seven to nine times as fast as plain jnp on an H100"
+    return _choose(DUAL, implementation, (tokens, platform), unfit, gain)
 
 
 def _run(
