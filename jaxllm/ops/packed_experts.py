@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxllm.core.choices import took
-from jaxllm.core.qarray import CODES, QArray, scales
-from jaxllm.core.qrows import row_blocks
-from jaxllm.ops.quantized import KINDS
+from jaxllm.core.qarray import CODES, QArray
+from jaxllm.ops.quantized import KINDS, operands, product_sizes
 from pallas_kernels.target import target
 
 __all__ = ["packed_obstacle", "packed_product"]
@@ -29,18 +27,12 @@ def packed_obstacle(rows: int, dtype: str, leaf: QArray) -> str | None:
         return "it takes one stack of matrices in the first or third layout, inputs in order"
     if rows > ROWS * leaf.lead[0]:
         return f"it is for up to {ROWS} rows an expert, not {rows} of {leaf.lead[0]}"
-    groups = _per_block(leaf).shape[-1]
-    if groups != 1 and leaf.num_inputs != groups * leaf.group:
+    sizes = product_sizes(leaf)
+    if sizes is None:
         return "its groups have one size"
     from pallas_kernels.quantized_matmul import grouped_unfit  # Pallas takes a while to import
 
-    kind = KINDS.get(leaf.format, leaf.format)
-    sizes = (leaf.num_outputs, leaf.num_inputs, leaf.num_inputs // groups)
-    return grouped_unfit(dtype=dtype, kind=kind, sizes=sizes)
-
-
-def _per_block(leaf: QArray) -> Array:
-    return scales(leaf) if isinstance(leaf.scale, QArray) else jnp.asarray(leaf.scale)
+    return grouped_unfit(dtype=dtype, kind=KINDS.get(leaf.format, leaf.format), sizes=sizes)
 
 
 def packed_product(
@@ -56,15 +48,9 @@ def packed_product(
     from pallas_kernels.quantized_matmul import grouped_quantized_matmul
 
     took("experts", "packed")
-    outputs = leaf.num_outputs
-    scale = row_blocks(_per_block(leaf), outputs, leaf.rows)
-    offset = leaf.offset
-    if offset is not None:
-        offset = jnp.asarray(row_blocks(offset, outputs, leaf.rows))
-    packed = (jnp.asarray(leaf.values), jnp.asarray(scale), offset)
     return grouped_quantized_matmul(
         x,
-        packed,
+        operands(leaf),
         sizes,
         table=CODES.get(leaf.format, ()),
         arranged=leaf.version == 3,

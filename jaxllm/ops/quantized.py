@@ -19,6 +19,8 @@ __all__ = [
     "KINDS",
     "blocks_obstacle",
     "kernel_obstacle",
+    "operands",
+    "product_sizes",
     "quantized_product",
     "rounded",
     "unfit",
@@ -136,27 +138,40 @@ def kernel_obstacle(x: Any, leaf: QArray) -> str | None:
         return "it runs on one device"
     if leaf.version == 2 or leaf.order is not None or leaf.lead:
         return "it takes one matrix in the first or third layout, its inputs in order"
-    groups = leaf.scale.values if isinstance(leaf.scale, QArray) else leaf.scale
-    if groups.shape[-1] != 1 and leaf.num_inputs != groups.shape[-1] * leaf.group:
+    sizes = product_sizes(leaf)
+    if sizes is None:
         return "its groups have one size"
     if target() == "tpu" and (leaf.version == 3 or leaf.offset is not None):
         return "it takes the first layout on a TPU, and no offsets"
-    sizes = (leaf.num_outputs, leaf.num_inputs, leaf.num_inputs // groups.shape[-1])
     return unfit(str(x.dtype), leaf.format, sizes, math.prod(x.shape[:-1]), leaf.version)
 
 
-def _by_kernel(x: Array, leaf: QArray, out_dtype: Any) -> Array:
-    from pallas_kernels.quantized_matmul import quantized_matmul
+def product_sizes(leaf: QArray) -> tuple[int, int, int] | None:
+    """Outputs, inputs and inputs of a scale of a leaf's matrices; None where these differ."""
+    groups = leaf.scale.values if isinstance(leaf.scale, QArray) else leaf.scale
+    count = groups.shape[-1]
+    if count != 1 and leaf.num_inputs != count * leaf.group:
+        return None
+    return leaf.num_outputs, leaf.num_inputs, leaf.num_inputs // count
+
+
+def operands(leaf: QArray) -> tuple[Array, Array, Array | None]:
+    """Values, scales and offsets of a leaf as our kernels take them: a number for each row."""
 
     def per_row(array: Any) -> Array:
         return jnp.asarray(row_blocks(array, leaf.num_outputs, leaf.rows))
 
     scale = scales(leaf) if isinstance(leaf.scale, QArray) else leaf.scale
+    offset = None if leaf.offset is None else per_row(leaf.offset)
+    return jnp.asarray(leaf.values), per_row(scale), offset
+
+
+def _by_kernel(x: Array, leaf: QArray, out_dtype: Any) -> Array:
+    from pallas_kernels.quantized_matmul import quantized_matmul
+
     y = quantized_matmul(
         x.reshape(-1, x.shape[-1]),
-        jnp.asarray(leaf.values),
-        per_row(scale),
-        None if leaf.offset is None else per_row(leaf.offset),
+        *operands(leaf),
         table=CODES.get(leaf.format, ()),
         arranged=leaf.version == 3,
         out_dtype=str(jnp.dtype(out_dtype)),

@@ -26,8 +26,8 @@ from pallas_kernels.quantized_matmul.streamed import (
     Product,
     Share,
     Tiles,
-    _bits,
-    _swizzled,
+    bits_of,
+    layouts,
 )
 
 __all__ = ["Blocks", "blocks", "by_blocks", "rows_of_block"]
@@ -115,12 +115,12 @@ class Experts:
                 plgpu.BlockSpec(
                     (OUTPUTS, width),
                     lambda k: (0, k),
-                    transforms=_swizzled(min(width, CHUNK), product.bits),
+                    transforms=layouts(min(width, CHUNK), product.bits),
                 ),
                 plgpu.BlockSpec(
                     (tiles.rows, width),
                     lambda k: (0, k),
-                    transforms=_swizzled(min(width, product.group), 16),
+                    transforms=layouts(min(width, product.group), 16),
                 ),
             ],
             max_concurrent_steps=min(tiles.stages, self.steps),
@@ -159,14 +159,14 @@ def by_blocks(
     tiles = Tiles(inputs=width, stages=STAGES, steps=inputs // width, warpgroups=1, rows=rows)
     turned = jnp.dtype(out_dtype).itemsize == 2
     share = Share(outputs // OUTPUTS, inputs // width, inputs // width)
-    product = Product(group, tiles, share, coding, _bits(values.dtype), turned, interpret)
+    product = Product(group, tiles, share, coding, bits_of(values.dtype), turned, interpret)
     if interpret == coding.arranged:  # the interpreter widens codes where they are
         x = (stored if interpret else natural)(x, coding.kind)
     shape = (rows, OUTPUTS) if turned else (OUTPUTS, rows)
     scratch = {"out_smem": plgpu.SMEM(shape, out_dtype)}
     if interpret:
         part = min(group, width, CHUNK)
-        transforms = _swizzled(part, 16)
+        transforms = layouts(part, 16)
         scratch["stage"] = plgpu.SMEM((OUTPUTS, part), x.dtype, transforms=transforms)
     full = (count, rows, outputs) if turned else (count, outputs, rows)
     found = plgpu.kernel(

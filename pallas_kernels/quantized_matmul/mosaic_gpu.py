@@ -21,6 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.once import lowered_once
+from pallas_kernels.quantized_matmul.streamed import bits_of, layouts
 from pallas_kernels.warpgroups import COLUMN, ROW, along, multiply
 
 __all__ = ["Tiles", "run"]
@@ -42,16 +43,6 @@ class Tiles:
     inputs: int = 128
     stages: int = 4
     splits: int = 1
-
-
-def _bits(dtype) -> int:
-    return 4 if "4" in str(dtype) else 8
-
-
-def _swizzled(width: int, bits: int) -> tuple:
-    swizzle = plgpu.find_swizzle(width * bits)
-    tiling = plgpu.TilingTransform((8, 8 * swizzle // bits))
-    return tiling, plgpu.SwizzleTransform(swizzle)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,10 +101,10 @@ class Product:
                 plgpu.BlockSpec(
                     (OUTPUTS, width),
                     lambda k: (0, start + k),
-                    transforms=_swizzled(width, self.bits),
+                    transforms=layouts(width, self.bits),
                 ),
                 plgpu.BlockSpec(
-                    (self.rows, width), lambda k: (0, start + k), transforms=_swizzled(width, 16)
+                    (self.rows, width), lambda k: (0, start + k), transforms=layouts(width, 16)
                 ),
             ],
             max_concurrent_steps=min(tiles.stages, steps),
@@ -147,13 +138,13 @@ def run(
     """
     (count, inputs), outputs = x.shape, values.shape[0]
     group = inputs // scale.shape[1]
-    bits = _bits(values.dtype)
+    bits = bits_of(values.dtype)
     kernel = Product(count, group, tiles, bits, interpret)
     out_type = jax.ShapeDtypeStruct((tiles.splits, outputs, count), jnp.float32)
     scratch = {"out_smem": plgpu.SMEM((OUTPUTS, count), jnp.float32)}
     if interpret:
         scratch["stage"] = plgpu.SMEM(
-            (OUTPUTS, tiles.inputs), x.dtype, transforms=_swizzled(tiles.inputs, 16)
+            (OUTPUTS, tiles.inputs), x.dtype, transforms=layouts(tiles.inputs, 16)
         )
     shift = ()
     if offset is not None:

@@ -29,7 +29,18 @@ from pallas_kernels.quantized_matmul.reference import numbers
 from pallas_kernels.quantized_matmul.widen import widen
 from pallas_kernels.warpgroups import COLUMN, ROW, along, multiply
 
-__all__ = ["MOST_ROWS", "Coding", "Share", "Tiles", "run", "tiles_for", "unfit"]
+__all__ = [
+    "MOST_ROWS",
+    "Coding",
+    "Product",
+    "Share",
+    "Tiles",
+    "bits_of",
+    "layouts",
+    "run",
+    "tiles_for",
+    "unfit",
+]
 
 MOST_ROWS = 512
 TYPES = ("int4", "uint4", "int8", "float8_e4m3fn")
@@ -117,11 +128,13 @@ def tiles_for(
     return Tiles(inputs=width, stages=stages, steps=each, warpgroups=warpgroups, rows=rows)
 
 
-def _bits(dtype) -> int:
+def bits_of(dtype) -> int:
+    """Of a value."""
     return 4 if str(dtype) in ("int4", "uint4") else 8
 
 
-def _swizzled(width: int, bits: int) -> tuple:
+def layouts(width: int, bits: int) -> tuple:
+    """How a tile of so many columns lies in shared memory, as TMA and WGMMA agree on."""
     swizzle = plgpu.find_swizzle(width * bits)
     tiling = plgpu.TilingTransform((8, 8 * swizzle // bits))
     return tiling, plgpu.SwizzleTransform(swizzle)
@@ -300,12 +313,12 @@ class Product:
                 plgpu.BlockSpec(
                     (tiles.outputs, width),
                     of_values,
-                    transforms=_swizzled(min(width, CHUNK), self.bits),
+                    transforms=layouts(min(width, CHUNK), self.bits),
                 ),
                 plgpu.BlockSpec(
                     (tiles.rows, width),
                     lambda k: (rows, lax.rem(start + k, share.steps)),
-                    transforms=_swizzled(min(width, self.group), 16),
+                    transforms=layouts(min(width, self.group), 16),
                 ),
             ],
             max_concurrent_steps=min(tiles.stages, share.each),
@@ -356,7 +369,7 @@ def run(
     # Only values of 16 bits can be turned round on the way to shared memory.
     turned = share.whole and jnp.dtype(out_dtype).itemsize == 2
     turned = turned and (count < tiles.rows or count % tiles.rows == 0)
-    kernel = Product(group, tiles, share, coding, _bits(values.dtype), turned, interpret)
+    kernel = Product(group, tiles, share, coding, bits_of(values.dtype), turned, interpret)
     if turned:
         out_type = jax.ShapeDtypeStruct((count, outputs), out_dtype)
         held = plgpu.SMEM((tiles.warpgroups, tiles.rows, OUTPUTS), out_dtype)
@@ -368,7 +381,7 @@ def run(
     if interpret:
         part = min(group, width, CHUNK)
         scratch["stage"] = plgpu.SMEM(
-            (tiles.warpgroups, OUTPUTS, part), x.dtype, transforms=_swizzled(part, 16)
+            (tiles.warpgroups, OUTPUTS, part), x.dtype, transforms=layouts(part, 16)
         )
     found = plgpu.kernel(
         kernel.body,
