@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 __all__ = [
     "compiled",
+    "errors_of",
     "normal",
     "relative_errors",
     "seconds",
@@ -56,6 +57,20 @@ def relative_errors(found: tuple, want: tuple) -> list[float]:
         return float(jnp.sqrt(miss / jnp.mean(jnp.square(true))))
 
     return [round(ratio(*pair), 5) for pair in zip(found, want, strict=True)]
+
+
+def errors_of(function, exact, arguments: tuple) -> list[float]:
+    """Relative errors of a function's result and gradients against an exact one's in float32.
+
+    Args:
+      function, exact: of all arguments but the last, which is the gradient of the result.
+      arguments: arrays, or None for what is not there.
+    """
+    wide = [None if z is None else z.astype(jnp.float32) for z in arguments]
+    found = jax.jit(with_gradients(function))(*arguments)
+    want = jax.jit(with_gradients(exact))(*wide)
+    there = [i for i, z in enumerate(want) if z is not None]
+    return relative_errors(tuple(found[i] for i in there), tuple(want[i] for i in there))
 
 
 def seconds(

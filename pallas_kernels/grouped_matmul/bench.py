@@ -22,7 +22,7 @@ from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.grouped_matmul.shapes import CASES, Shaped
 from pallas_kernels.timing import seconds
 
-__all__ = ["main", "measure"]
+__all__ = ["drawn_sizes", "main", "measure"]
 
 CEILING_TFLOPS = 783.0  # an 8192^3 bf16 product of normal data on such a card
 BYTES_A_SECOND = 3.0e12  # a copy on such a card
@@ -36,10 +36,15 @@ def group_sizes(case: Shaped, kind: str) -> np.ndarray:
         sizes = np.full(case.groups, case.rows // case.groups)
         sizes[: case.rows % case.groups] += 1
         return sizes.astype(np.int32)
-    random = np.random.default_rng(3)
-    chances = np.exp(0.5 * random.standard_normal(case.groups))
-    chances[case.groups // 2] = 0
-    return random.multinomial(case.rows, chances / chances.sum()).astype(np.int32)
+    return drawn_sizes(case.rows, case.groups, 3)
+
+
+def drawn_sizes(rows: int, groups: int, seed: int) -> np.ndarray:
+    """Rows of each group by chances that differ by e^0.5 at one deviation, one group empty."""
+    random = np.random.default_rng(seed)
+    chances = np.exp(0.5 * random.standard_normal(groups))
+    chances[groups // 2] = 0
+    return random.multinomial(rows, chances / chances.sum()).astype(np.int32)
 
 
 def _draw(case: Shaped) -> list[tuple]:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.linear_attention import linear_attention
 from pallas_kernels.linear_attention.shapes import CASES, Shaped
-from pallas_kernels.timing import relative_errors, time_scans, with_gradients
+from pallas_kernels.timing import errors_of, time_scans
 
 __all__ = ["FORMS", "draw", "main"]
 
@@ -60,11 +60,7 @@ FORMS = {
 def _error(function, arguments: tuple) -> list[float]:
     """Relative errors of the result and of each gradient, on a short sequence."""
     short = [None if z is None else z[:1, :512] for z in arguments]
-    wide = [None if z is None else z.astype(jnp.float32) for z in short]
-    found = jax.jit(with_gradients(function))(*short)
-    want = jax.jit(with_gradients(_exact))(*wide)
-    there = [i for i, z in enumerate(want) if z is not None]
-    return relative_errors(tuple(found[i] for i in there), tuple(want[i] for i in there))
+    return errors_of(function, _exact, tuple(short))
 
 
 def main(words: list[str]) -> None:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.grouped_matmul import grouped_matmul
+from pallas_kernels.grouped_matmul.bench import drawn_sizes
 from pallas_kernels.quantized_matmul.grouped import grouped_quantized_matmul
 from pallas_kernels.quantized_matmul.reference import dequantized
 from pallas_kernels.quantized_matmul.shapes import E2M1
@@ -45,9 +46,7 @@ class Case:
 
     def sizes(self, seed: int) -> np.ndarray:
         """Rows of each expert."""
-        random = np.random.default_rng(seed)
-        chances = np.exp(0.5 * random.standard_normal(self.experts))
-        return random.multinomial(self.rows, chances / chances.sum()).astype(np.int32)
+        return drawn_sizes(self.rows, self.experts, seed)
 
     def nbytes(self, seed: int = 0) -> float:
         """Of the packed matrices that have rows, with their scales."""

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.selective_scan import selective_scan
 from pallas_kernels.selective_scan.shapes import CASES, Shaped
-from pallas_kernels.timing import relative_errors, time_scans, with_gradients
+from pallas_kernels.timing import errors_of, time_scans
 
 __all__ = ["FORMS", "draw", "main"]
 
@@ -58,9 +58,7 @@ FORMS = {
 def _error(function, arguments: tuple) -> list[float]:
     """Relative errors of the result and of each gradient, on a short sequence."""
     short = [z if i == 2 else z[:1, :512] for i, z in enumerate(arguments)]
-    wide = [z.astype(jnp.float32) for z in short]
-    found = jax.jit(with_gradients(function))(*short)
-    return relative_errors(found, jax.jit(with_gradients(_exact))(*wide))
+    return errors_of(function, _exact, tuple(short))
 
 
 def main(words: list[str]) -> None:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.ssd import ssd
 from pallas_kernels.ssd.shapes import CASES, Shaped
-from pallas_kernels.timing import relative_errors, time_scans, with_gradients
+from pallas_kernels.timing import errors_of, time_scans
 
 __all__ = ["main"]
 
@@ -63,9 +63,7 @@ FORMS = {"mosaic_gpu": kernel, "chunked, jnp": plain}
 def _error(function, arguments: tuple) -> list[float]:
     """Relative errors of y and of each gradient, on a short sequence."""
     short = [z[:1, :512] if z.ndim > 1 else z for z in arguments]
-    wide = [z.astype(jnp.float32) for z in short]
-    found = jax.jit(with_gradients(function))(*short)
-    return relative_errors(found, jax.jit(with_gradients(_exact))(*wide))
+    return errors_of(function, _exact, tuple(short))
 
 
 def main(words: list[str]) -> None:
