@@ -20,12 +20,9 @@ def test_cases_are_near_the_exact_sums_and_the_same_twice(name):
     case = CASES[name]
     form = {"norm": case.norm, "gate": case.gate, "residual": case.residual}
     x, w, options = draw(case.rows, case.inputs, case.outputs, **form)
-    call = jax.jit(
-        lambda x, w, o: decode_matmul(
-            x, w, gate=case.gate, out_dtype=jnp.float32, implementation="mosaic_gpu", **o
-        )
-    )
-    rest = {k: v for k, v in options.items() if k != "gate"}
+    fixed = {"gate": case.gate, "eps": options["eps"], "implementation": "mosaic_gpu"}
+    call = jax.jit(lambda x, w, o: decode_matmul(x, w, out_dtype=jnp.float32, **fixed, **o))
+    rest = {k: v for k, v in options.items() if k not in fixed}
     found, again = call(x, w, rest), call(x, w, rest)
     assert error(found, exact(x, w, **options)) < (4e-3 if case.norm else 1e-5)
     np.testing.assert_array_equal(np.asarray(found), np.asarray(again))
