@@ -24,10 +24,12 @@ class PageTable:
       pages: [R, W] int32; column j of a row holds the tokens of page number firsts + j of its
         sequence. Past the pool's end where there is none.
       firsts: [R] int32; above 0 where a window has left pages behind.
+      spare: the pool's last page is nobody's, and padding is written there rather than dropped.
     """
 
     pages: Slot
     firsts: Slot
+    spare: bool = dataclasses.field(default=False, metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
@@ -57,7 +59,7 @@ class Pool:
 def _places(
     shape: tuple[int, ...], table: PageTable, flat: Flat, length: int
 ) -> tuple[Array, Array]:
-    """(page, place in it) [T] of every new token; past the pool's end for padding.
+    """(page, place in it) [T] of every new token; past the pool's end, or spare, for padding.
 
     Args:
       shape: of a pool, whose first dims are P and Z.
@@ -69,7 +71,19 @@ def _places(
     column = position // size - jnp.take(table.firsts, row)
     inside = (owner < flat.counts.shape[0]) & (column >= 0) & (column < table.pages.shape[1])
     page = table.pages[row, jnp.clip(column, 0, table.pages.shape[1] - 1)]
+    if table.spare:
+        return jnp.where(inside & (page < count), page, count - 1), position % size
     return jnp.where(inside, page, count), position % size
+
+
+def _put(pool: Array, new: Array, where: tuple[Array, Array], table: PageTable) -> Array:
+    """new [T, ...] in its places of a pool [P, Z, ...]."""
+    new = new.astype(pool.dtype)
+    if table.spare and new.shape[0] == 1:
+        # A scatter of one that may be dropped reads what is there first: a kernel of its own.
+        start = (where[0][0], where[1][0], *[jnp.int32(0)] * (pool.ndim - 2))
+        return jax.lax.dynamic_update_slice(pool, new[None], start)
+    return pool.at[where].set(new, mode="drop")
 
 
 def write_pages(
@@ -78,10 +92,9 @@ def write_pages(
     table: PageTable,
     flat: Flat,
 ) -> Float[Array, "P Z *C"]:
-    """Put the new tokens' keys or values into their pages; padding is dropped."""
+    """Put the new tokens' keys or values into their pages; padding is dropped, or goes to waste."""
     pool = jnp.asarray(pool)
-    page, place = _places(pool.shape, table, flat, new.shape[1])
-    return pool.at[page, place].set(new[0].astype(pool.dtype), mode="drop")
+    return _put(pool, new[0], _places(pool.shape, table, flat, new.shape[1]), table)
 
 
 def write_coded(
@@ -92,13 +105,14 @@ def write_coded(
 ) -> Pool:
     """The same for keys and values in 8 bits: rounded, with scales of each token and head."""
     k, v, scales = jnp.asarray(pool.k), jnp.asarray(pool.v), jnp.asarray(pool.scales)
-    page, place = _places(k.shape, table, flat, new[0].shape[1])
+    page, place = where = _places(k.shape, table, flat, new[0].shape[1])
     (keys, of_keys), (values, of_values) = (
         rounded(x[0], old.dtype) for x, old in zip(new, (k, v), strict=True)
     )
     both = jnp.concatenate([of_keys, of_values], axis=-1)  # [T, K, 2]
-    return Pool(
-        k.at[page, place].set(keys, mode="drop"),
-        v.at[page, place].set(values, mode="drop"),
-        scales.at[page, :, :, place].set(both, mode="drop"),
-    )
+    if table.spare and both.shape[0] == 1:
+        start = (page[0], jnp.int32(0), jnp.int32(0), place[0])
+        scales = jax.lax.dynamic_update_slice(scales, both[..., None], start)
+    else:
+        scales = scales.at[page, :, :, place].set(both, mode="drop")
+    return Pool(_put(k, keys, where, table), _put(v, values, where, table), scales)

@@ -51,7 +51,7 @@ class Memory:
 
     Attributes:
       page_size: Z.
-      pages: of each group of layers.
+      pages: of each group of layers, beside a spare one for padding.
       windows: tokens before a query that each group sees, None for all.
       slots: sequences at once.
       kv_dtype: of keys and values; see `paged_state`.
@@ -303,7 +303,7 @@ def abstract_state(setup: Setup, memory: Memory, draft: Setup | None) -> tuple[A
     def one(setup: Setup) -> Any:
         return paged_state(
             setup.spec,
-            memory.pages,
+            {group: count + 1 for group, count in memory.pages.items()},  # one that is nobody's
             memory.slots,
             page_size=memory.page_size,
             dtype=dtype_of(setup.policy.compute_dtype),

@@ -158,7 +158,8 @@ def _unscored(tokens: Array) -> Drawn:
 
 def _tables(memory: Memory, new: dict[str, Array]) -> dict[str, PageTable]:
     return {
-        group: PageTable(new[f"pages:{group}"], new[f"firsts:{group}"]) for group in memory.windows
+        group: PageTable(new[f"pages:{group}"], new[f"firsts:{group}"], spare=True)
+        for group in memory.windows
     }
 
 
