@@ -28,7 +28,7 @@ Remat = Literal["none", "save_dots", "save_attention", "offload", "full"]
 AttentionKind = Literal["auto", "reference", "cudnn", "mosaic_gpu", "mosaic_tpu"]
 LatentKind = Literal["auto", "plain", "absorbed"]
 ScanKind = Literal["auto", "reference", "chunked", "mosaic_gpu", "mosaic_tpu"]
-DecodeKind = Literal["auto", "plain", "fused", "chained"]
+DecodeKind = Literal["auto", "plain", "folded", "fused", "chained"]
 ExpertsKind = Literal["auto", "blocked", "ragged_dot", "mosaic_gpu", "mosaic_tpu"]
 
 
@@ -47,7 +47,8 @@ class Policy:
       experts: implementation of the products of experts: block by block of rows (`blocked`, for
         CPUs), XLA's own (`ragged_dot`), or our kernels for Hopper GPUs and TPUs (`mosaic_gpu`,
         `mosaic_tpu`).
-      decode: how a step of few tokens runs: op by op (`plain`), or norms, products, activations and
+      decode: how a step of few tokens runs: op by op (`plain`), with the norms of one token's
+        products taken after them (`folded`), or norms, products, activations and
         residuals together in our kernel for Hopper GPUs where it serves (`fused`), or as many
         products of layers as can be in one (`chained`).
       remat: what a backward pass recomputes inside a layer: nothing (`none`), all but the results

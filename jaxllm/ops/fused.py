@@ -26,7 +26,7 @@ __all__ = ["AUTO_ROWS", "fused", "obstacle"]
 
 MOST_ROWS = 8
 AUTO, AUTO_ROWS = "fused", 0
-"""What `auto` takes, and up to how many tokens: none before the kernel's last form is timed."""
+"""What `auto` takes, and up to how many tokens: none before the ways' last forms are timed."""
 
 _ACTIVATIONS = ("silu", "gelu_tanh", "relu")
 
@@ -58,18 +58,25 @@ def fused(function: Callable[..., Any], *, policy: Policy, rows: int) -> Callabl
     """
     if policy.decode == "plain" or rows > MOST_ROWS:
         return function
+    if policy.decode == "folded":
+        if policy.matrices != "out_in":
+            raise UnsupportedError("decode 'folded' takes matrices with outputs first; use 'auto'")
+        if rows > 1:  # several rows are a product of matrices, which takes nothing along
+            return function
+        took("decode", "folded")
+        return functools.partial(_run, function, "folded")
     reason = obstacle(policy)
     if reason is None and (policy.decode != "auto" or rows <= AUTO_ROWS):
         name = AUTO if policy.decode == "auto" else policy.decode
         took("decode", name)
-        return functools.partial(_run, function, name == "chained")
+        return functools.partial(_run, function, name)
     if policy.decode != "auto":
         raise UnsupportedError(f"decode {policy.decode!r}: {reason}; use 'auto'")
     took("decode", "plain")
     return function
 
 
-def _run(function: Callable[..., Any], chained: bool, *args: Any) -> Any:
+def _run(function: Callable[..., Any], way: str, *args: Any) -> Any:
     flat, tree = jax.tree.flatten(args)
     trees: list[Any] = []
 
@@ -80,7 +87,7 @@ def _run(function: Callable[..., Any], chained: bool, *args: Any) -> Any:
 
     with marking():
         closed = jax.make_jaxpr(inner)(*flat)
-    return trees[-1].unflatten(list(map(_value, _evaluate(closed, flat, chained))))
+    return trees[-1].unflatten(list(map(_value, _evaluate(closed, flat, way))))
 
 
 @dataclasses.dataclass(eq=False)
@@ -133,10 +140,10 @@ class Product:
       x: [R, I]; waiting or not.
       w: [O, I].
       out_dtype: of the result.
-      plain: computes it without our kernel.
+      plain: computes it without our kernel, and without folding.
       gate: activation of the first half of the outputs, which multiplies the second, or None.
       residual: what is added, of any shape; waiting or not.
-      chained: it may be made with the products before it.
+      way: `fused`, `chained` or `folded`; see `Policy.decode`.
     """
 
     x: Any
@@ -145,7 +152,7 @@ class Product:
     plain: Callable[[], Any]
     gate: str | None = None
     residual: Any = None
-    chained: bool = False
+    way: str = "fused"
 
     @property
     def norm(self) -> Waiting | None:
@@ -163,7 +170,7 @@ def _value(x: Any) -> Any:
     return x.value() if isinstance(x, Waiting) else x
 
 
-def _evaluate(closed: Any, flat: list[Any], chained: bool) -> list[Any]:
+def _evaluate(closed: Any, flat: list[Any], way: str) -> list[Any]:
     """The results of a trace, its marked equations as late as they can be."""
     jaxpr, known = closed.jaxpr, {}
 
@@ -176,9 +183,9 @@ def _evaluate(closed: Any, flat: list[Any], chained: bool) -> list[Any]:
         given = [read(v) for v in equation.invars]
         inner = equation.params.get("jaxpr") if equation.primitive.name == "jit" else None
         if inner is not None and any(e.primitive is MARK for e in inner.eqns):
-            found = _evaluate(inner, given, chained)  # a layer that is traced once for all alike
+            found = _evaluate(inner, given, way)  # a layer that is traced once for all alike
         else:
-            found = _later(equation, given, chained)
+            found = _later(equation, given, way)
         if found is None:
             params = equation.primitive.get_bind_params(equation.params)
             with equation.ctx.manager:
@@ -188,12 +195,12 @@ def _evaluate(closed: Any, flat: list[Any], chained: bool) -> list[Any]:
     return [read(v) for v in jaxpr.outvars]
 
 
-def _later(equation: Any, given: list[Any], chained: bool) -> list[Any] | None:
+def _later(equation: Any, given: list[Any], way: str) -> list[Any] | None:
     """What an equation gives, to be computed later, or None if it is computed now."""
     name, params = equation.primitive.name, equation.params
     if equation.primitive is MARK:
         function, static = params["function"], dict(params["static"])
-        return [_marked(params["kind"], function, static, given, chained)]
+        return [_marked(params["kind"], function, static, given, way)]
     if not any(isinstance(x, Waiting) and not x.known for x in given):
         return None
     first = given[0]
@@ -245,9 +252,7 @@ def _waiting(shape: tuple[int, ...], kind: str, args: Product) -> Waiting:
     return found
 
 
-def _marked(
-    kind: str, function: Any, static: dict[str, Any], given: list[Any], chained: bool
-) -> Any:
+def _marked(kind: str, function: Any, static: dict[str, Any], given: list[Any], way: str) -> Any:
     def plain() -> Any:
         return function(*map(_value, given), **static)
 
@@ -255,9 +260,9 @@ def _marked(
         return Waiting(tuple(given[0].shape), "norm", (*given, static), plain)
     if kind == "product":
         (x, w), out = given, jnp.dtype(static["out_dtype"])
-        args = Product(x, w, out, plain, chained=chained)
+        args = Product(x, w, out, plain, way=way)
         return _waiting((x.shape[0], w.shape[0]), "product", args)
-    if kind == "hidden" and _gated(given, static["mlp"]):
+    if kind == "hidden" and way != "folded" and _gated(given, static["mlp"]):
         args = dataclasses.replace(
             given[0].args[0], gate=static["mlp"].activation, plain=plain, residual=None
         )
@@ -278,7 +283,7 @@ def _gated(given: list[Any], mlp: Any) -> bool:
 def _chain(last: Waiting) -> list[Waiting]:
     """A product with those before it that nothing else has needed so far."""
     chain = [last]
-    while chain[0].args.chained:
+    while chain[0].args.way == "chained":
         source = chain[0].args.source
         if not isinstance(source, Waiting) or source.known or source.kind not in ("hidden", "sum"):
             break
@@ -322,6 +327,9 @@ def _links(chain: list[Waiting]) -> Any:
 
 def _made(last: Waiting) -> Any:
     """A product, [R, O] or in the shape of its residual."""
+    if last.args.way == "folded":
+        y = _folded(last.args)
+        return y if last.args.residual is None else y + _value(last.args.residual)
     from pallas_kernels.decode_matmul import decode_chain
 
     chain = _chain(last)
@@ -342,3 +350,15 @@ def _made(last: Waiting) -> Any:
     for waiting, array in zip(chain, before, strict=False):
         waiting.made = array
     return y
+
+
+def _folded(args: Product) -> Any:
+    """One row's product of a norm: rstd * (W (x * weight)), so that the norm is no array of its own
+    and XLA makes one fusion of its weight and the product."""
+    if args.norm is None or args.residual is not None:
+        return args.plain()
+    _, scale, static = args.norm.args
+    wide = _value(args.source).reshape(args.x.shape).astype(jnp.float32)
+    rstd = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + static["eps"])
+    y = jnp.sum(wide * scale.astype(jnp.float32)[None] * args.w.astype(jnp.float32), axis=1)
+    return (y[None] * rstd).astype(args.out_dtype)
