@@ -115,11 +115,13 @@ class QueryBlocks:
 
 def _single(flat: Flat) -> QueryBlocks:
     """Every row is a block of one token."""
-    row = jnp.arange(flat.counts.shape[0], dtype=jnp.int32)
+    rows = flat.counts.shape[0]
+    row = jnp.arange(rows, dtype=jnp.int32)
     used, ones = flat.counts > 0, jnp.ones_like(row)
     starts = jnp.where(used, flat.starts, -1)
     return QueryBlocks(
-        row=row,
+        # As in longer steps. XLA would make a bare list of numbers for the kernel in every layer.
+        row=jnp.minimum(flat.owners(rows), rows - 1),
         token=row[:, None],
         real=used[:, None],
         positions=jnp.asarray(flat.starts)[:, None],

@@ -59,8 +59,9 @@ def fused(function: Callable[..., Any], *, policy: Policy, rows: int) -> Callabl
     if policy.decode == "plain" or rows > MOST_ROWS:
         return function
     if policy.decode == "folded":
-        if policy.matrices != "out_in":
-            raise UnsupportedError("decode 'folded' takes matrices with outputs first; use 'auto'")
+        if policy.matrices != "out_in" or policy.layout != "unrolled":
+            reason = "it takes an array a layer, outputs first"
+            raise UnsupportedError(f"decode 'folded': {reason}; use 'auto'")
         if rows > 1:  # several rows are a product of matrices, which takes nothing along
             return function
         took("decode", "folded")

@@ -131,13 +131,14 @@ def _draw(
     def punished(x: Array) -> Array:
         return jnp.where(penalized[:, None], penalize(x, rows, seen()), x)
 
-    has_bias = jnp.any((ids < logits.shape[-1]) & used[:, None])
-    changed = jax.lax.cond(has_bias, biased, lambda x: x, logits)
-    changed = jax.lax.cond(jnp.any(penalized), punished, lambda x: x, changed)
-    bits, masked = masks
-    changed = jax.lax.cond(
-        jnp.any(masked), lambda x: _allowed(x, bits, masked), lambda x: x, changed
-    )
+    def altered(x: Array) -> Array:
+        x = jax.lax.cond(jnp.any(penalized), punished, lambda x: x, biased(x))
+        return _allowed(x, *masks)
+
+    # One choice for all three: where it is not taken, a GPU copies the logits.
+    has_bias = jnp.any(ids < logits.shape[-1], axis=-1) & used
+    asked = jnp.any(has_bias | penalized | masks[1])
+    changed = jax.lax.cond(asked, altered, lambda x: x, logits)
     tokens = _chosen(changed, rows, places.positions, False, used)
 
     def scored(x: Array) -> Drawn:

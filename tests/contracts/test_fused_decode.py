@@ -125,8 +125,9 @@ def test_norms_folded_into_products_change_the_rounding_alone(name, dtype):
         a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
         assert np.abs(a - b).max() <= tolerance * max(1.0, np.abs(b).max())
     assert fused(step, policy=policy, rows=2) is step
-    with pytest.raises(UnsupportedError, match="outputs first"):
-        fused(step, policy=dataclasses.replace(policy, matrices="in_out"), rows=1)
+    for other in ({"matrices": "in_out"}, {"layout": "scan"}):
+        with pytest.raises(UnsupportedError, match="an array a layer, outputs first; use 'auto'"):
+            fused(step, policy=dataclasses.replace(policy, **other), rows=1)
 
 
 @pytest.mark.parametrize("name", SPECS)

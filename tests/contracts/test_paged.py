@@ -15,7 +15,7 @@ from jaxllm.ops.flat import Flat
 from jaxllm.ops.pages import PageTable
 from jaxllm.spec.mask import And, Causal, Full, Window
 from jaxllm.spec.table import model_table
-from jaxllm.state.paged import groups, page_bytes, paged_state
+from jaxllm.state.paged import groups, page_axes, page_bytes, paged_state
 from jaxllm.state.step import dense_step, flat_step
 from tests.contracts.specs import (
     DECODERS,
@@ -39,13 +39,17 @@ ORDER = [2, 0, 3, 1]  # rows are not in the order of slots
 SLOT = [4, 0, 5, 2]
 
 
-def poisoned(name: str, *, apart: bool = False, kv_dtype: str = "auto"):
+def worst(x: np.ndarray) -> float:
+    """What a page must not hold where it is read."""
+    return 127 if x.dtype == np.int8 else np.nan
+
+
+def poisoned(name: str, *, apart: bool = False, kv_dtype: str = "auto", spare: bool = False):
     """A state in which every page and slot holds NaN, or what comes next to it in whole numbers."""
-    number, spec = dict.fromkeys(groups(SPECS[name]), 4 * WIDTH), SPECS[name]
+    number, spec = dict.fromkeys(groups(SPECS[name]), 4 * WIDTH + spare), SPECS[name]
     segments = single_segments(spec.num_layers) if apart else None
     how = {"page_size": SIZE, "dtype": np.float32, "segments": segments, "kv_dtype": kv_dtype}
     shapes = paged_state(spec, number, SLOTS, **how)
-    worst = lambda x: 127 if x.dtype == np.int8 else np.nan  # noqa: E731
     return jax.tree.map(lambda x: np.full(x.shape, worst(x), x.dtype), shapes)
 
 
@@ -139,6 +143,44 @@ def test_pages_of_8_bits_are_nearly_the_full_forward(name, kv_dtype, monkeypatch
         errors.append(found - wanted[row, start : start + len(found)])
     error = np.sqrt(np.mean(np.concatenate(errors) ** 2) / np.mean(wanted**2))
     assert 1e-5 < error < {"int8": 0.02, "fp8": 0.08}[kv_dtype]
+
+
+CODED = [("gqa", "auto"), ("latent", "auto"), ("gqa", "int8")]
+
+
+@pytest.mark.parametrize(("name", "kv_dtype"), CODED)
+def test_a_spare_page_changes_no_bit(name, kv_dtype):
+    """One sequence token by token, with steps of padding: what has no place is written to a page
+    that nobody reads, and everything else is as where it is dropped."""
+    ids, found = tokens(name)[0], {}
+    for spare in (False, True):
+        run = program(name, 1, 1, f"{kv_dtype}, spare {spare}")
+        state, found[spare] = poisoned(name, kv_dtype=kv_dtype, spare=spare), []
+        for place, token in enumerate(ids):
+            starts, one = np.full(1, place, np.int32), np.ones(1, np.int32)
+            table = {
+                group: PageTable(whole.pages[:1], whole.firsts[:1], spare)
+                for group, whole in tables(name, starts, [0]).items()
+            }
+            for count in (0, 1):
+                fed = np.array([[token if count else 63]], np.int32)
+                logits, state = run(
+                    params(name), state, fed, count * one, starts, SLOT[0] * one, table
+                )
+            found[spare].append(np.asarray(logits)[0, 0])
+        if kv_dtype == "auto":
+            assert_close(np.stack(found[spare]), full(name)[0, : len(ids)])
+        found[spare] = np.stack(found[spare]), jax.tree.map(np.asarray, state)
+    assert found[True][0].tobytes() == found[False][0].tobytes()
+
+    def same(mark, dropped, wasted):
+        for old, new in zip(jax.tree.leaves(dropped), jax.tree.leaves(wasted), strict=True):
+            held, nobodys = np.split(np.moveaxis(new, mark[1], 0), [4 * WIDTH])
+            assert held.tobytes() == np.moveaxis(old, mark[1], 0).tobytes()
+            assert len(nobodys) == 1 and np.isfinite(nobodys).any()  # padding went there
+
+    is_mark = lambda m: isinstance(m, tuple)  # noqa: E731
+    jax.tree.map(same, page_axes(SPECS[name]), found[False][1], found[True][1], is_leaf=is_mark)
 
 
 def test_layers_alike_are_traced_once():
