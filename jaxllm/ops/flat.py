@@ -50,6 +50,13 @@ class Flat:
             return jnp.where(self.counts > 0, rows, length)
         return _place(jnp.cumsum(self.counts), length)
 
+    def positions(self, length: int) -> Int32[Array, "T"]:
+        """The place of each of `length` tokens in its sequence; of padding anything."""
+        if self.longest == 1:
+            return jnp.asarray(self.starts)
+        row = jnp.minimum(self.owners(length), self.counts.shape[0] - 1)
+        return jnp.take(self.starts - self.firsts, row) + jnp.arange(length, dtype=jnp.int32)
+
 
 def _place(ends: Int32[Array, "R"], length: int) -> Int32[Array, "T"]:
     """How many of the ends each of the places 0..length-1 is at or past."""

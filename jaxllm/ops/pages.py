@@ -67,13 +67,16 @@ def _places(
     count, size = shape[:2]
     owner = flat.owners(length)
     row = jnp.minimum(owner, flat.counts.shape[0] - 1)
-    position = jnp.take(flat.starts - flat.firsts, row) + jnp.arange(length, dtype=jnp.int32)
+    position = flat.positions(length)
     column = position // size - jnp.take(table.firsts, row)
     inside = (owner < flat.counts.shape[0]) & (column >= 0) & (column < table.pages.shape[1])
     page = table.pages[row, jnp.clip(column, 0, table.pages.shape[1] - 1)]
     if table.spare:
-        return jnp.where(inside & (page < count), page, count - 1), position % size
-    return jnp.where(inside, page, count), position % size
+        page = jnp.where(inside & (page < count), page, count - 1)
+    else:
+        page = jnp.where(inside, page, count)
+    # XLA would find the place anew for each number that is written, in every layer.
+    return jax.lax.optimization_barrier((page, position % size))
 
 
 def _put(pool: Array, new: Array, where: tuple[Array, Array], table: PageTable) -> Array:

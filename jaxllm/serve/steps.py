@@ -75,8 +75,7 @@ def _seen(history: History, new: dict[str, Array], flat: Flat, penalized: Array)
     owner = flat.owners(length)
     row = jnp.minimum(owner, slot.shape[0] - 1)
     real = owner < slot.shape[0]
-    position = jnp.take(flat.starts - flat.firsts, row) + jnp.arange(length, dtype=jnp.int32)
-    asked = position < jnp.take(new["prompts"], row)
+    asked = flat.positions(length) < jnp.take(new["prompts"], row)
     ids, place = new["ids"], jnp.take(slot, row)
     prompt = prompt.at[jnp.where(real & asked, place, slots), ids].set(True, mode="drop")
     answer = answer.at[jnp.where(real & ~asked, place, slots), ids].add(1, mode="drop")
@@ -158,8 +157,12 @@ def _unscored(tokens: Array) -> Drawn:
 
 
 def _tables(memory: Memory, new: dict[str, Array]) -> dict[str, PageTable]:
+    """Page tables of a step's integers, as arrays of their own: XLA would have every kernel that
+    reads them cut them out again, in a CUDA graph inside the step's, and outside before CUDA 12.9.
+    """
+    own = jax.lax.optimization_barrier
     return {
-        group: PageTable(new[f"pages:{group}"], new[f"firsts:{group}"], spare=True)
+        group: PageTable(own(new[f"pages:{group}"]), own(new[f"firsts:{group}"]), spare=True)
         for group in memory.windows
     }
 

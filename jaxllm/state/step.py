@@ -105,9 +105,8 @@ def flat_step(flat: Flat, length: int, page_table: Mapping[str, Any] | None = No
     owner = flat.owners(length)
     num_rows = flat.counts.shape[0]
     real, row = owner < num_rows, jnp.minimum(owner, num_rows - 1)
-    positions = jnp.take(flat.starts - flat.firsts, row) + jnp.arange(length, dtype=jnp.int32)
     return Step(
-        jnp.where(real, positions, 0)[None],
+        jnp.where(real, flat.positions(length), 0)[None],
         segment_ids=jnp.where(real, row + 1, 0)[None],
         flat=flat,
         page_table=page_table,

@@ -76,3 +76,15 @@ def test_what_has_no_page_never_reaches_another():
         given = dataclasses.replace(table, spare=spare)
         found = write_pages(pool, jnp.ones((1, 1, 2, 3)), given, beyond)
         assert not np.asarray(found)[:PAGES].any()
+
+
+def test_one_token_a_row_lies_where_it_would_among_more():
+    counts, starts = jnp.asarray([1, 1, 0]), jnp.asarray([6, 9, 3])
+    pages = jnp.asarray([[1, 3, 0], [2, 0, 4], [0, 2, 1]])
+    pool, new = jnp.full((PAGES + 1, SIZE, 2, 3), -1.0), jnp.arange(18.0).reshape(1, 3, 2, 3)
+    table = PageTable(pages, jnp.asarray([0, 0, 0]), spare=True)
+    single, more = (Flat(counts, starts, jnp.arange(3), longest) for longest in (1, 2))
+    assert single.positions(3)[:2].tolist() == more.positions(3)[:2].tolist() == [6, 9]
+    found = [np.asarray(write_pages(pool, new, table, flat))[:PAGES] for flat in (single, more)]
+    np.testing.assert_array_equal(found[0], found[1])
+    assert (found[0] != -1).sum() == 2 * 6
