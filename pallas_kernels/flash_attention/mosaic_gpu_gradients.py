@@ -65,6 +65,11 @@ class BackwardTiles:
       running: dk and dv run as many programs as processors; for heads of up to 64.
       keys_ahead: their scores are multiplied a block before their weights are made; with `running`,
         or with `split`.
+      one_pass: the kernel for dk and dv adds up dq too, in the order in which its programs come to
+        it, so that dq's last bits differ between runs; for heads of 128, without `delta`, `split`
+        and `running`.
+      dq_buffers: parts of dq on their way to device memory, in one pass.
+      by_heads: in one pass, programs go through all tiles of a head before those of the next.
     """
 
     block_q: int = 64
@@ -79,6 +84,9 @@ class BackwardTiles:
     opaque: bool = False
     running: bool = False
     keys_ahead: bool = False
+    one_pass: bool = False
+    dq_buffers: int = 1
+    by_heads: bool = False
 
 
 def exponents(scores, lse, spec: Spec, keep, dim: int, bias=None):
