@@ -72,7 +72,7 @@ def _in_one_pass(shape: Shape, walk: Walk, inputs: dict, tiles: BackwardTiles, i
     order = ("batch", "head", "tile") if tiles.by_heads else tuple(grid)
     dk, dv = run_kernel(
         AllGradients(shape, walk, tiles, sums),
-        inputs,
+        inputs | {"delta": -inputs["delta"]},  # what the weights' gradients are begun from
         {"dk": _like(inputs["k"]), "dv": _like(inputs["v"])},
         name="flash_attention_dqkv",
         grid={name: grid[name] for name in order},

@@ -69,6 +69,8 @@ class BackwardTiles:
         it, so that dq's last bits differ between runs; for heads of 128, without `delta`, `split`
         and `running`.
       dq_buffers: parts of dq on their way to device memory, in one pass.
+      late: in one pass, a step's last product is waited for in the next step, behind whose first
+        products it is then.
       by_heads: in one pass, programs go through all tiles of a head before those of the next.
     """
 
@@ -86,6 +88,7 @@ class BackwardTiles:
     keys_ahead: bool = False
     one_pass: bool = False
     dq_buffers: int = 1
+    late: bool = False
     by_heads: bool = False
 
 

@@ -17,7 +17,7 @@ INTERPRETED = {
     "causal": (case(66, 130, causal=True, **WIDE), BackwardTiles(one_pass=True)),
     "full": (
         case(70, 133, **WIDE),
-        BackwardTiles(one_pass=True, dq_buffers=2, by_heads=True),
+        BackwardTiles(one_pass=True, dq_buffers=2, by_heads=True, late=True),
     ),
 }
 SLOW = {
@@ -30,7 +30,7 @@ SLOW = {
             arrays=("segment_ids", "sinks"),
             **WIDE,
         ),
-        BackwardTiles(one_pass=True),
+        BackwardTiles(one_pass=True, late=True, stages=3),
     ),
 }
 
