@@ -85,7 +85,7 @@ class AllGradients(KeyValueGradients):
             late = tiles.late and ends is None
             slot = lax.rem(step, tiles.stages)
             q_smem, do_smem = smem["q"].at[slot], smem["do"].at[slot]
-            # Where K lies is found anew in each step: its descriptors need no registers.
+            # Where K and V lie is found anew in each step: no registers for their descriptors.
             mine = pl.ds((wg + lax.optimization_barrier(step - step)) * 64, 64)
             # Two, so that meeting once a step is enough: who writes the second time to one of them
             # has met, in the step between, someone who was done with it.
