@@ -202,17 +202,16 @@ def _automatic(call: Call) -> Choice:
     if call.platform == "tpu":
         return Choice("reference", "mosaic_tpu has never run on a TPU: it is there by name")
     cudnn = _cudnn_obstacle(call)
+    plain = cudnn is None and call.form == "plain"
     faster = call.head_dim > 128 or (call.head_dim <= 64 and call.queries <= _SHORT)
-    if cudnn is None and call.form == "plain" and not faster:
-        return Choice("cudnn", "fused on a CUDA device, reads only the filled part of a cache")
     # The kernels' walk over maps of blocks is slower than it may be: it is there by name.
-    if call.platform == "gpu" and call.queries >= _FEWEST_QUERIES and call.form != "blocks":
-        if _flash_obstacle("mosaic_gpu", call) is None:
-            found = "cudnn would read who sees whom pair by pair"
-            if call.form == "plain":
-                found = "faster than cudnn at such heads and lengths on an H200"
-            return Choice("mosaic_gpu", cudnn or found)
-    if cudnn is None and call.form == "plain":
+    fits = call.platform == "gpu" and call.queries >= _FEWEST_QUERIES and call.form != "blocks"
+    if fits and (faster or not plain) and _flash_obstacle("mosaic_gpu", call) is None:
+        why = "cudnn would read who sees whom pair by pair"
+        if plain:
+            why = "faster than cudnn at such heads and lengths on an H200"
+        return Choice("mosaic_gpu", cudnn or why)
+    if plain:
         return Choice("cudnn", "fused on a CUDA device, reads only the filled part of a cache")
     if cudnn is None:
         return Choice("cudnn", "fused on a CUDA device, with a mask that says pair by pair")
