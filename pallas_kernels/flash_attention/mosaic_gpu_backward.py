@@ -68,14 +68,12 @@ def _in_one_pass(shape: Shape, walk: Walk, inputs: dict, tiles: BackwardTiles, i
     """dq, dk and dv from one kernel, dq with rows to the end of the last block."""
     sizes = (shape.batch, walk.blocks * walk.block, shape.heads, shape.width)
     sums = jax.new_ref(jnp.zeros(sizes, jnp.float32))
-    grid = {"batch": shape.batch, "tile": walk.tiles, "head": shape.kv_heads}
-    order = ("batch", "head", "tile") if tiles.by_heads else tuple(grid)
     dk, dv = run_kernel(
         AllGradients(shape, walk, tiles, sums),
         inputs | {"delta": -inputs["delta"]},  # what the weights' gradients are begun from
         {"dk": _like(inputs["k"]), "dv": _like(inputs["v"])},
         name="flash_attention_dqkv",
-        grid={name: grid[name] for name in order},
+        grid={"batch": shape.batch, "tile": walk.tiles, "head": shape.kv_heads},
         interpret=interpret,
     )
     return (jax.freeze(sums) * walk.spec.scale).astype(shape.dtype), dk, dv

@@ -5,7 +5,8 @@
 Both recompute the softmax from the forward's log-sum, so nothing of size T x S is ever stored. The
 first owns a tile of keys and walks over the queries (of every query head of the kv head, so that
 no sum over heads is left); the second owns a tile of queries and walks over the keys. Each output
-has one owner and one order of sums: the result is the same bits in every run.
+has one owner and one order of sums: the result is the same bits in every run (of
+`mosaic_gpu_one_pass`, which makes all three in one kernel, dq's is not).
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BackwardTiles:
-    """How the two kernels are cut.
+    """How the kernels are cut: two, or one with `one_pass`.
 
     Attributes:
       block_q, stages: of the kernel for dk and dv: queries of a step, steps in flight.
@@ -68,10 +69,6 @@ class BackwardTiles:
       one_pass: the kernel for dk and dv adds up dq too, in the order in which its programs come to
         it, so that dq's last bits differ between runs; for heads of 128, without `delta`, `split`
         and `running`.
-      dq_buffers: parts of dq on their way to device memory, in one pass.
-      late: in one pass, a step's last product is waited for in the next step, behind whose first
-        products it is then.
-      by_heads: in one pass, programs go through all tiles of a head before those of the next.
     """
 
     block_q: int = 64
@@ -87,9 +84,6 @@ class BackwardTiles:
     running: bool = False
     keys_ahead: bool = False
     one_pass: bool = False
-    dq_buffers: int = 1
-    late: bool = False
-    by_heads: bool = False
 
 
 def exponents(scores, lse, spec: Spec, keep, dim: int, bias=None):

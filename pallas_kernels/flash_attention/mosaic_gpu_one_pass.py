@@ -52,17 +52,6 @@ class AllGradients(KeyValueGradients):
     def body(self, refs):
         super().body(refs | {"dq": self.dq})
 
-    def begin(self, full, free):
-        if not self.tiles.late:
-            super().begin(full, free)
-            return
-        # Each step lets go of the queries of the one before; the first does of the last slot's.
-        for name, count in {"q": self.tiles.stages - 1, "do": self.tiles.stages}.items():
-            for slot in range(count):
-                plgpu.barrier_arrive(free[name].at[slot])
-        for name in ("k", "v"):
-            plgpu.barrier_wait(full[name])
-
     def over_queries(self, refs, memory, place, keys, sums, step):
         smem, full, free, spare = memory
         keep, bias = keys[2:]
@@ -77,12 +66,7 @@ class AllGradients(KeyValueGradients):
             plgpu.barrier_arrive(full["dscores"])
             plgpu.barrier_wait(full["dscores"])
 
-        def release(step):
-            """Whoever loads may overwrite a step's queries."""
-            plgpu.barrier_arrive(free["q"].at[lax.rem(step, tiles.stages)])
-
         def one(position, step, ends, place):
-            late = tiles.late and ends is None
             slot = lax.rem(step, tiles.stages)
             q_smem, do_smem = smem["q"].at[slot], smem["do"].at[slot]
             # Where K and V lie is found anew in each step: no registers for their descriptors.
@@ -102,10 +86,6 @@ class AllGradients(KeyValueGradients):
                     dweights[...] = fall
                 plgpu.barrier_wait(full["do"].at[slot])
                 plgpu.wgmma(dweights, smem["v"].at[mine], do_smem.T)
-                if late:
-                    plgpu.wgmma_wait(2)
-                if tiles.late:
-                    release(step + tiles.stages - 1)  # of the step before, see `begin`
                 lse = plgpu.load(smem["stats"].at[slot, 0], layout=COLUMN)
                 scores = plgpu.wgmma_accumulator_load(scores, wait_n=1)
                 weights, slope = weighted(scores, lse, spec, visible(), 1, added())
@@ -125,15 +105,13 @@ class AllGradients(KeyValueGradients):
                 spare.add(dk, dscores, q_smem)
                 plgpu.wgmma_wait(2)
                 plgpu.barrier_arrive(free["do"].at[slot])
-                there = smem["dq"].at[lax.rem(step, tiles.dq_buffers), wg]
-                plgpu.wait_smem_to_gmem(tiles.dq_buffers - 1, wait_read_only=True)
+                there = smem["dq"].at[wg]
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 there[...] = plgpu.wgmma_accumulator_load(part, wait_n=1)
                 queries = pl.ds(walk.block_at(place, position, refs) * walk.block, walk.block)
                 self.add(there, refs["dq"].at[batch, queries, place[2], half])
-                if not late:
-                    plgpu.wgmma_wait(0)
-                if not tiles.late:
-                    release(step)
+                plgpu.wgmma_wait(0)
+                plgpu.barrier_arrive(free["q"].at[slot])
 
             pl.run_scoped(last, plgpu.ACC((walk.block, width), jnp.float32))
             return step + 1
@@ -143,13 +121,9 @@ class AllGradients(KeyValueGradients):
             for start, end, ends in walk.parts(walk.bounds(place, refs)):
                 body = functools.partial(one, ends=ends, place=place)
                 step = lax.fori_loop(start, end, body, step)
-                if tiles.late and ends is None:
-                    plgpu.wgmma_wait(0)
             return step
 
         end = lax.fori_loop(0, self.shape.group, head_steps, step)
-        if tiles.late:
-            release(end + tiles.stages - 1)
         meet()  # K's memory, which both read, is about to be written
         return end
 
@@ -167,7 +141,6 @@ class AllGradients(KeyValueGradients):
         smem, full, free = super().memory()
         walk, width = self.walk, self.shape.width // CONSUMERS
         smem["dscores"] = swizzled((2, walk.tile, walk.block), self.shape.dtype)
-        buffers = (self.tiles.dq_buffers, CONSUMERS, walk.block, width)
-        smem["dq"] = swizzled(buffers, jnp.float32)
+        smem["dq"] = swizzled((CONSUMERS, walk.block, width), jnp.float32)
         full["dscores"] = plgpu.Barrier(num_arrivals=CONSUMERS)
         return smem, full, free
