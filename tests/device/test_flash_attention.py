@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from pallas_kernels.flash_attention import tiles
 from tests.kernels.attention import FEATURES, LENGTHS, by_name, case, errors, failures
 
 pytestmark = [
@@ -13,6 +14,11 @@ pytestmark = [
 
 
 ONE_PASS = [name for name, one in FEATURES.items() if one.one_pass]
+
+
+@pytest.fixture(autouse=True)
+def short_rows_go_in_one_pass_too(monkeypatch) -> None:
+    monkeypatch.setattr(tiles, "TWO_KERNELS", 0)
 
 
 @pytest.mark.parametrize("name", FEATURES)

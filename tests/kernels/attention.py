@@ -36,7 +36,7 @@ class Case:
 
     @property
     def one_pass(self) -> bool:
-        """Whether Hopper's backward is one kernel, which adds up dq in no fixed order."""
+        """Whether Hopper's backward of long rows adds up dq in no fixed order, in one kernel."""
         fits = self.width == 128 and (self.value_width or 128) <= 128
         return fits and not dict(self.options).get("deterministic", False)
 

@@ -52,10 +52,10 @@ def test_features_in_one_pass(name: str) -> None:
     assert failures(one, found) == {}
 
 
-def arguments(width: int):
-    x = jax.ShapeDtypeStruct((1, 512, 4, width), jnp.bfloat16)
-    lse = jax.ShapeDtypeStruct((1, 4, 512), jnp.float32)
-    kv = jax.ShapeDtypeStruct((1, 512, 2, width), jnp.bfloat16)
+def arguments(width: int, length: int = 512):
+    x = jax.ShapeDtypeStruct((1, length, 4, width), jnp.bfloat16)
+    lse = jax.ShapeDtypeStruct((1, 4, length), jnp.float32)
+    kv = jax.ShapeDtypeStruct((1, length, 2, width), jnp.bfloat16)
     return x, kv, kv, Extras(), (x, lse), (x, lse)
 
 
@@ -75,9 +75,9 @@ def test_one_kernel_adds_to_zeros_in_place() -> None:
     assert kernel_calls(lowered(BackwardTiles())) == 2
 
 
-def kernels(**options) -> int:
+def kernels(length: int, **options) -> int:
     """How many kernels the forward and the gradient of heads of 128 are."""
-    q, _, v, *_ = arguments(128)
+    q, _, v, *_ = arguments(128, length)
 
     def loss(*qkv):
         out = flash_attention(*qkv, causal=True, **options)
@@ -89,17 +89,19 @@ def kernels(**options) -> int:
 
 
 def test_heads_of_128_take_one_pass_unless_it_must_be_deterministic() -> None:
-    assert kernels() == 2
-    assert kernels(deterministic=True) == 3
+    assert kernels(2048) == 2
+    assert kernels(2048, deterministic=True) == 3
+    assert kernels(1024) == 3
 
 
 def test_which_widths_take_one_pass() -> None:
-    def of(width: int, value_width: int, **more) -> BackwardTiles:
-        q, v = ((1, 512, 4, x) for x in (width, value_width))
+    def of(width: int, value_width: int, keys: int = 1025, **more) -> BackwardTiles:
+        q, v = ((1, keys, 4, x) for x in (width, value_width))
         return tiles.backward_tiles(q, v, Spec(scale=1.0, **more))
 
     for widths in ((128, 128), (128, 64)):
         assert of(*widths) == ONE_PASS and not of(*widths, deterministic=True).one_pass
+        assert not of(*widths, keys=1024).one_pass
     for widths in ((112, 112), (112, 128), (128, 144), (192, 128), (64, 64)):
         assert of(*widths) == of(*widths, deterministic=True) and not of(*widths).one_pass
 
@@ -107,7 +109,7 @@ def test_which_widths_take_one_pass() -> None:
 def test_a_measured_entry_in_one_pass_is_not_deterministic(monkeypatch) -> None:
     entry = {"device": "", "width": 256, "tiles": {"one_pass": True, "stages": 2}}
     monkeypatch.setattr(tiles, "_table", lambda: {"backward": [entry]})
-    of = functools.partial(tiles.backward_tiles, (1, 64, 4, 128), (1, 64, 4, 128))
+    of = functools.partial(tiles.backward_tiles, (1, 2048, 4, 128), (1, 2048, 4, 128))
     assert of(Spec(scale=1.0)) == BackwardTiles(one_pass=True, stages=2)
     assert not of(Spec(scale=1.0, deterministic=True)).one_pass
 
