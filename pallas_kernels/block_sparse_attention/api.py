@@ -15,6 +15,7 @@ from pallas_kernels.errors import ShapeError
 from pallas_kernels.flash_attention import hopper, tpu
 from pallas_kernels.flash_attention.differentiable import Plan, clean, run
 from pallas_kernels.flash_attention.mosaic_gpu import Tiles
+from pallas_kernels.flash_attention.mosaic_gpu_backward import BackwardTiles
 from pallas_kernels.flash_attention.mosaic_tpu import TpuTiles
 from pallas_kernels.flash_attention.problem import Extras, Spec, pose
 from pallas_kernels.flash_attention.tiles import backward_tiles, forward_tiles
@@ -39,12 +40,17 @@ def forward_cut(blocks: BlockMap, q: tuple[int, ...], v: tuple[int, ...], spec: 
     return tiles
 
 
+def backward_cut(q: tuple[int, ...], v: tuple[int, ...], spec: Spec) -> BackwardTiles:
+    """Tiles of the backward: two kernels, for over maps the one pass has not run on a device."""
+    return backward_tiles(q, v, dataclasses.replace(spec, deterministic=True))
+
+
 def _on_hopper(q, k, v, extras: Extras, *, spec: Spec, blocks: BlockMap):
     options = {"blocks": blocks, "processors": processors(), "interpret": interpreting()}
     plan = Plan(
         spec=spec,
         kernels=(mosaic_gpu.forward, mosaic_gpu.backward),
-        tiles=(forward_cut(blocks, q.shape, v.shape, spec), backward_tiles(q.shape, v.shape, spec)),
+        tiles=(forward_cut(blocks, q.shape, v.shape, spec), backward_cut(q.shape, v.shape, spec)),
         options=tuple(options.items()),
     )
     return run(*clean(q, k, v, extras), extras, plan)
