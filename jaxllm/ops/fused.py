@@ -36,13 +36,18 @@ def obstacle(policy: Policy) -> str | None:
     platform = target()
     if platform not in ("gpu", "interpreter"):
         return f"they are for Hopper GPUs, this is {platform}"
-    if not jax.sharding.get_abstract_mesh().empty:
-        return "they run on one device"
     if policy.compute_dtype != "bfloat16":
         return f"they compute in bfloat16, not {policy.compute_dtype}"
+    return _spread(policy) or not_hopper(platform)
+
+
+def _spread(policy: Policy) -> str | None:
+    """Why no products of a step are joined under a policy, on any platform, or None."""
+    if not jax.sharding.get_abstract_mesh().empty:
+        return "they run on one device"
     if policy.matrices != "out_in" or policy.layout != "unrolled":
         return "they take an array a layer, outputs first"
-    return not_hopper(platform)
+    return None
 
 
 def fused(function: Callable[..., Any], *, policy: Policy, rows: int) -> Callable[..., Any]:
@@ -59,8 +64,7 @@ def fused(function: Callable[..., Any], *, policy: Policy, rows: int) -> Callabl
     if policy.decode == "plain" or rows > MOST_ROWS:
         return function
     if policy.decode == "folded":
-        if policy.matrices != "out_in" or policy.layout != "unrolled":
-            reason = "it takes an array a layer, outputs first"
+        if (reason := _spread(policy)) is not None:
             raise UnsupportedError(f"decode 'folded': {reason}; use 'auto'")
         if rows > 1:  # several rows are a product of matrices, which takes nothing along
             return function

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jaxllm.core.choices import taken
+from jaxllm.core.mesh import make_mesh
 from jaxllm.core.policy import Policy
 from jaxllm.errors import UnsupportedError
 from jaxllm.infer.open import run_policy, run_segments
@@ -128,6 +129,11 @@ def test_norms_folded_into_products_change_the_rounding_alone(name, dtype):
     for other in ({"matrices": "in_out"}, {"layout": "scan"}):
         with pytest.raises(UnsupportedError, match="an array a layer, outputs first; use 'auto'"):
             fused(step, policy=dataclasses.replace(policy, **other), rows=1)
+    with (
+        jax.set_mesh(make_mesh({"tensor": 2})),
+        pytest.raises(UnsupportedError, match="one device"),
+    ):
+        fused(step, policy=policy, rows=1)
 
 
 @pytest.mark.parametrize("name", SPECS)
