@@ -15,6 +15,7 @@ from pallas_kernels.errors import ShapeError
 from pallas_kernels.flash_attention import hopper, tpu
 from pallas_kernels.flash_attention.differentiable import Plan, clean, run
 from pallas_kernels.flash_attention.mosaic_gpu import Tiles
+from pallas_kernels.flash_attention.mosaic_gpu_backward import BackwardTiles
 from pallas_kernels.flash_attention.mosaic_tpu import TpuTiles
 from pallas_kernels.flash_attention.problem import Extras, Spec, pose
 from pallas_kernels.flash_attention.tiles import backward_tiles, forward_tiles
@@ -25,18 +26,30 @@ __all__ = ["IMPLEMENTATIONS", "block_sparse_attention", "explain"]
 
 _TPU_TILES = TpuTiles(tile=256, block=256)
 _SHORT_STEP = 1.15  # what a key costs in steps of 64, over that in steps of 128
+_MASK = 0.3  # what a pattern adds to a block's cost
 
 
 def forward_cut(blocks: BlockMap, q: tuple[int, ...], v: tuple[int, ...], spec: Spec) -> Tiles:
-    """Tiles of the forward: blocks of 64 keys where those of 128 would hold much that is empty."""
+    """Tiles of the forward: lists for each consumer, in steps of 64 keys, where these visit so much
+    less that short steps pay."""
     tiles = forward_tiles(q, v, spec)
-    if tiles.block_kv == 64:
+    if tiles.block_q != 64 or max(q[-1], v[-1]) > 128:
         return tiles
-    rows = CONSUMERS * tiles.block_q
-    visited = [int(blocks.lists(rows, n).counts[..., 1].sum()) * n for n in (64, tiles.block_kv)]
-    if visited[0] * _SHORT_STEP < visited[1]:
-        return dataclasses.replace(tiles, block_kv=64, stages=4)
-    return tiles
+    tile, block = CONSUMERS * tiles.block_q, tiles.block_kv
+    partial, every = blocks.lists(tile, block).counts.sum(axis=(0, 1))
+    ends = blocks.halves(64).ends.sum(axis=(0, 1, 2))
+    masked = ends[2] - ends[1] + ends[0]
+    together = block * (every + _MASK * partial)
+    if 64 / CONSUMERS * _SHORT_STEP * (ends[2] + _MASK * masked) > together:
+        return tiles
+    stages = 8 if max(q[-1], v[-1]) <= 64 else 4
+    return dataclasses.replace(tiles, block_kv=64, stages=stages, ahead=False, own=True)
+
+
+def backward_cut(q: tuple[int, ...], v: tuple[int, ...], spec: Spec) -> BackwardTiles:
+    """Tiles of the backward: lists for each consumer where one holds whole rows."""
+    tiles = backward_tiles(q, v, spec)
+    return tiles if tiles.split else dataclasses.replace(tiles, own=True, keys_ahead=False)
 
 
 def _on_hopper(q, k, v, extras: Extras, *, spec: Spec, blocks: BlockMap):
@@ -44,7 +57,7 @@ def _on_hopper(q, k, v, extras: Extras, *, spec: Spec, blocks: BlockMap):
     plan = Plan(
         spec=spec,
         kernels=(mosaic_gpu.forward, mosaic_gpu.backward),
-        tiles=(forward_cut(blocks, q.shape, v.shape, spec), backward_tiles(q.shape, v.shape, spec)),
+        tiles=(forward_cut(blocks, q.shape, v.shape, spec), backward_cut(q.shape, v.shape, spec)),
         options=tuple(options.items()),
     )
     return run(*clean(q, k, v, extras), extras, plan)

@@ -48,7 +48,7 @@ class Walks:
         )
 
 
-def _of_keys(shape: Shape, walk: Walk, tiles: BackwardTiles, processors: int):
+def _of_keys(shape: Shape, walk: Walk, data: dict, tiles: BackwardTiles, processors: int):
     """The kernel for dk and dv, its grid, and which tiles each program takes."""
     grid = {"batch": shape.batch, "tile": walk.tiles, "head": shape.kv_heads}
     if not tiles.running:
@@ -56,7 +56,7 @@ def _of_keys(shape: Shape, walk: Walk, tiles: BackwardTiles, processors: int):
         return (kind if tiles.split else KeyValueGradients)(shape, walk, tiles), grid, {}
     kind = KeyValueGradientsAhead if tiles.keys_ahead else KeyValueGradientsRunning
     kernel = kind(shape, walk, tiles, min(processors, math.prod(grid.values())))
-    return kernel, {"cta": kernel.ctas}, kernel.by_keys.turns(walk, kernel.ctas)
+    return kernel, {"cta": kernel.ctas}, kernel.by_keys.turns(walk, kernel.ctas, data)
 
 
 def launch(
@@ -94,7 +94,7 @@ def launch(
         outputs["delta"] = like(inputs["lse"])
     dq, *made = run_kernel(
         QueryGradients(shape, by_queries, tiles, ctas),
-        inputs | of_rows | data[0] | shape.turns(by_queries, ctas),
+        inputs | of_rows | data[0] | shape.turns(by_queries, ctas, data[0]),
         outputs,
         name="flash_attention_dq",
         grid={"cta": ctas},
@@ -102,7 +102,7 @@ def launch(
     )
     if made:
         (inputs["delta"],) = made
-    kernel, grid, turns = _of_keys(shape, by_keys, tiles, processors)
+    kernel, grid, turns = _of_keys(shape, by_keys, data[1], tiles, processors)
     dk, dv = run_kernel(
         kernel,
         inputs | data[1] | turns,
