@@ -32,18 +32,18 @@ _MASK = 0.3  # what a pattern adds to a block's cost
 def forward_cut(blocks: BlockMap, q: tuple[int, ...], v: tuple[int, ...], spec: Spec) -> Tiles:
     """Tiles of the forward: lists for each consumer, in steps of 64 keys, where these visit so much
     less that short steps pay."""
-    tiles = forward_tiles(q, v, spec)
-    if tiles.block_q != 64 or max(q[-1], v[-1]) > 128:
+    tiles, width = forward_tiles(q, v, spec), max(q[-1], v[-1])
+    if width > 128:
         return tiles
+    tiles = dataclasses.replace(tiles, joined=not tiles.ahead)
+    own = Tiles(block_kv=64, stages=8 if width <= 64 else 4, own=True)
     tile, block = CONSUMERS * tiles.block_q, tiles.block_kv
     partial, every = blocks.lists(tile, block).counts.sum(axis=(0, 1))
-    ends = blocks.halves(64).ends.sum(axis=(0, 1, 2))
+    ends = blocks.halves(64, gap=own.stages // 2).ends.sum(axis=(0, 1, 2))
     masked = ends[2] - ends[1] + ends[0]
     together = block * (every + _MASK * partial)
-    if 64 / CONSUMERS * _SHORT_STEP * (ends[2] + _MASK * masked) > together:
-        return tiles
-    stages = 8 if max(q[-1], v[-1]) <= 64 else 4
-    return dataclasses.replace(tiles, block_kv=64, stages=stages, ahead=False, own=True)
+    apart = 64 / CONSUMERS * _SHORT_STEP * (ends[2] + _MASK * masked)
+    return own if apart < together else tiles
 
 
 def backward_cut(q: tuple[int, ...], v: tuple[int, ...], spec: Spec) -> BackwardTiles:

@@ -137,7 +137,7 @@ class BlockMap:
         """Visible pairs over all, as blocks of 64 count them."""
         return float(np.mean(self.classes != EMPTY))
 
-    @functools.lru_cache(maxsize=8)  # noqa: B019 - maps live as long as the programs that use them
+    @functools.lru_cache(maxsize=32)  # noqa: B019 - maps live as long as the programs that use them
     def lists(self, tile: int, block: int, transposed: bool = False) -> Lists:
         """The lists for tiles of `tile` rows over blocks of `block` columns, multiples of 64.
 
@@ -166,7 +166,7 @@ class BlockMap:
         words = bits.view("<i4").transpose(0, 2, 1)
         return Lists(*_listed(full, partial, which), np.ascontiguousarray(words))
 
-    @functools.lru_cache(maxsize=8)  # noqa: B019 - as above
+    @functools.lru_cache(maxsize=32)  # noqa: B019 - as above
     def halves(self, block: int, transposed: bool = False, gap: int = 1 << 16) -> Halves:
         """The lists of two warpgroups of 64 rows each; see `lists`.
 

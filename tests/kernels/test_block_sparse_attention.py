@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 
 from pallas_kernels.block_sparse_attention import BlockMap, block_sparse_attention, explain
+from pallas_kernels.block_sparse_attention.blocks import _halved
 from pallas_kernels.errors import ShapeError, UnsupportedError
 from pallas_kernels.target import targeting
 from tests.kernels.block_sparse import CASES, arguments, by_hand, compare
@@ -46,6 +47,40 @@ def test_lists_visit_every_pair_once(name, cut):
     np.testing.assert_array_equal(again[:, : seen.shape[1], : seen.shape[2]], seen)
     if not transposed:  # keys past the end; queries there have no weight anyway
         assert again[:, : seen.shape[1], seen.shape[2] :].sum() == 0
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("cut", [(64, False, 2), (64, True, 1 << 16), (128, False, 1)])
+def test_halves_visit_every_pair_of_their_own_once(name, cut):
+    case, (block, transposed, gap) = CASES[name], cut
+    halves, seen = case.map.halves(block, transposed, gap), case.map.dense()
+    seen = seen.transpose(0, 2, 1) if transposed else seen
+    again = np.zeros((len(seen), 1024, 1024), int)
+    for m, t, w in np.ndindex(*halves.own.shape[:3]):
+        masked, whole, end = halves.ends[m, t, w]
+        places = halves.own[m, t, w, :end] & 0xFFFF
+        patterns = halves.own[m, t, w, :end] >> 16
+        assert (patterns[masked:whole] == 0).all()
+        assert end > 0 and places[-1] < halves.counts[m, t]
+        assert ((np.diff(places) > 0) & (np.diff(places) <= gap)).all()
+        for place, pattern in zip(places, patterns, strict=True):
+            words = halves.words[pattern].view(np.uint32)
+            bits = (words[:, :, None] >> np.arange(32, dtype=np.uint32)) & 1
+            bits = bits.transpose(1, 0, 2).reshape(64, block)
+            row, column = t * 128 + w * 64, halves.blocks[m, t, place] * block
+            again[m, row : row + 64, column : column + block] += bits.astype(int)
+    np.testing.assert_array_equal(again[:, : seen.shape[1], : seen.shape[2]], seen)
+
+
+def test_a_warpgroup_looks_at_a_block_rather_than_skip_many():
+    kinds = np.full((2, 8), -1)
+    kinds[:, 0] = kinds[0] = 0  # the first one sees all but the last
+    kinds[:, 7] = -1, 3  # the second one a whole block and a pattern, the last that is visited
+    shared, (first, second) = _halved(kinds, gap=2)
+    assert shared == [7, 6, 5, 4, 3, 2, 1, 0]
+    assert first == ([1, 2, 3, 4, 5, 6, 7], [0, 7, 7])
+    unseen = [place + (1 << 16) for place in (1, 3, 5)]
+    assert second == ([3 << 16, *unseen, 7], [4, 5, 5])
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -103,6 +103,24 @@ INTERPRETED = {
         Tiles(stages=3, ahead=True),
         BackwardTiles(delta=True, running=True, keys_ahead=True, stages=4),
     ),
+    "joined, packed": (
+        case(300, causal=True, packed=True, arrays=("segment_ids",), **SMALL),
+        Tiles(block_kv=64, joined=True),
+        BackwardTiles(delta=True),
+    ),
+    "joined, everything": (
+        case(
+            130,
+            causal=True,
+            window=(70, 0),
+            softcap=5.0,
+            arrays=("segment_ids", "sinks"),
+            bias=bucketed,
+            **SMALL,
+        ),
+        Tiles(joined=True),
+        BackwardTiles(),
+    ),
     "split, ahead": (
         case(128, 100, causal=True, softcap=5.0, **SMALL),
         Tiles(block_kv=64),
@@ -313,6 +331,29 @@ def test_programs_share_out_every_tile_once(sizes) -> None:
     places = np.stack([np.asarray(x) for x in shape.tile(walk, jnp.arange(count))])
     assert np.unique(places, axis=1).shape == (3, count)
     assert (places.max(1) < (batch, walk.tiles, heads)).all()
+
+
+def test_tiles_of_packed_documents_are_dealt_out_by_their_length() -> None:
+    batch, length, heads = 2, 2048, 3
+    facts = {"batch": batch, "queries": length, "keys": length, "tile": 128, "block": 128}
+    names = ("query_segments", "key_segments")
+    walk = Walk(spec=Spec(scale=1.0, right=0, packed=True), names=names, **facts)
+    arrays = (jnp.zeros((batch, length, heads, 64), jnp.bfloat16) for _ in range(2))
+    shape = Shape.of(*arrays, interpret=False)
+    ids = np.repeat([[0, 1, 2], [0, 0, 1]], [1000, 24, 1024], axis=1).astype(np.int32)
+    table = walk.table(Extras(query_segments=jnp.asarray(ids), key_segments=jnp.asarray(ids)))
+    assert table is not None
+    ctas = 7
+    turns = np.asarray(shape.turns(walk, ctas, {"table": table})["turns"])
+    mine = [turns[cta, 1 : 1 + turns[cta, 0]] for cta in range(ctas)]
+    count = batch * walk.tiles * heads
+    assert sorted(np.concatenate(mine)) == list(range(count))
+    bounds = np.asarray(table).reshape(batch, walk.tiles, 4)
+    sequence, row, _ = shape.tile(walk, np.arange(count))
+    visits = (bounds[..., 3] - bounds[..., 0])[sequence, row]
+    work = [visits[one].sum() for one in mine]
+    assert max(work) <= 1.1 * min(work)
+    assert all((np.diff(visits[one]) <= 0).all() for one in mine)
 
 
 def test_runs_of_ids() -> None:
