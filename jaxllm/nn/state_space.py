@@ -15,9 +15,10 @@ from jaxllm.nn.aux import LayerAux
 from jaxllm.nn.leaf import Leaves, leaves_of
 from jaxllm.nn.remat import keep
 from jaxllm.ops.activation import activation
+from jaxllm.ops.gated_norm import gated_norm
 from jaxllm.ops.linear import align
 from jaxllm.ops.norm import rms_norm
-from jaxllm.ops.ssm import Dual, Selective, dual_scan, gated_norm, selective_scan
+from jaxllm.ops.ssm import Dual, Selective, dual_scan, selective_scan
 from jaxllm.spec import state_space as spec
 from jaxllm.state import recur
 from jaxllm.state.step import Step, real_tokens
@@ -114,15 +115,15 @@ class StateSpaceDual(nn.Module):
         dt = _steps(raw, leaves, step, (op.dt_min, op.dt_max))
         a = -jnp.exp(leaves["a_log"].astype(jnp.float32))
         x, b, c = convolved
+        how = {"implementation": self.policy.scan, "rules": self.policy.rules}
 
         def run(tokens: Any, initial: Any, starts: Any) -> Any:
             x, dt, b, c = tokens
-            inputs = Dual(x, dt, b, c, a, leaves["d"])
-            how = {"implementation": self.policy.scan, "rules": self.policy.rules}
-            return dual_scan(inputs, initial, starts=starts, **how)
+            return dual_scan(Dual(x, dt, b, c, a, None), initial, starts=starts, **how)
 
         y, scan = recur.recurrence(held.get("scan"), (x, dt, b, c), run, step=step)
-        y = gated_norm(y, z, None if op.norm is None else leaves["norm"], op.norm)
+        scale = None if op.norm is None else leaves["norm"]
+        y = gated_norm(y, z, scale, op.norm, skip=(x, leaves["d"]), **how)
         y = constrain(y, ("batch", "length", "heads", "head_dim"), self.policy.rules)
         out = keep(leaves.product("o", y, "BTNH,NHD->BTD"))
         if state is None:

@@ -192,6 +192,8 @@ _OBSTACLES = {
 }
 _FEWEST_QUERIES = 64
 """Below, a flash kernel's tile of rows is nearly empty."""
+_SHORT = 1024
+"""Queries, up to which our kernel is faster at narrow heads (docs/benchmarks.md)."""
 
 
 def _automatic(call: Call) -> Choice:
@@ -200,12 +202,18 @@ def _automatic(call: Call) -> Choice:
     if call.platform == "tpu":
         return Choice("reference", "mosaic_tpu has never run on a TPU: it is there by name")
     cudnn = _cudnn_obstacle(call)
-    if cudnn is None and call.form == "plain":
+    faster = call.head_dim > 128 or (call.head_dim <= 64 and call.queries <= _SHORT)
+    if cudnn is None and call.form == "plain" and not faster:
         return Choice("cudnn", "fused on a CUDA device, reads only the filled part of a cache")
-    # The kernels' walk over maps of blocks has not been timed yet: it is there by name.
+    # The kernels' walk over maps of blocks is slower than it may be: it is there by name.
     if call.platform == "gpu" and call.queries >= _FEWEST_QUERIES and call.form != "blocks":
         if _flash_obstacle("mosaic_gpu", call) is None:
-            return Choice("mosaic_gpu", cudnn or "cudnn would read who sees whom pair by pair")
+            found = "cudnn would read who sees whom pair by pair"
+            if call.form == "plain":
+                found = "faster than cudnn at such heads and lengths on an H200"
+            return Choice("mosaic_gpu", cudnn or found)
+    if cudnn is None and call.form == "plain":
+        return Choice("cudnn", "fused on a CUDA device, reads only the filled part of a cache")
     if cudnn is None:
         return Choice("cudnn", "fused on a CUDA device, with a mask that says pair by pair")
     return Choice("reference", cudnn)

@@ -36,7 +36,7 @@ class Dual:
       b: [B, T, K, M], into the state; head n reads group n // (N / K).
       c: [B, T, K, M], out of it.
       a: [N] float32, negative.
-      d: [N], what passes by the state.
+      d: [N], what passes by the state; None where something else adds it.
     """
 
     x: Slot

@@ -12,7 +12,6 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
@@ -26,7 +25,6 @@ from jaxllm.ops.selective import (
     selective_loop,
 )
 from jaxllm.ops.ssd import Dual, dual_chunked, dual_loop
-from jaxllm.spec.state_space import GatedNorm
 from jaxllm.typing import AnyArray
 from pallas_kernels.choice import Choice
 from pallas_kernels.target import target
@@ -39,7 +37,6 @@ __all__ = [
     "choose_dual",
     "choose_selective",
     "dual_scan",
-    "gated_norm",
     "selective_scan",
 ]
 
@@ -171,11 +168,13 @@ def choose_dual(
 
 
 def _run(
-    run: Callable[..., Any], inputs: Any, initial: Array, starts: Any, d: AnyArray
+    run: Callable[..., Any], inputs: Any, initial: Array, starts: Any, d: AnyArray | None
 ) -> tuple[Array, Array]:
     """(y with d x that passes by the state, in x's dtype; the final state)."""
     x = inputs.x
     y, final = run(inputs, initial, None if starts is None else jnp.asarray(starts))
+    if d is None:
+        return y.astype(x.dtype), final
     skip = x.astype(jnp.float32) * align(d.astype(jnp.float32), x)
     return (y + skip).astype(x.dtype), final
 
@@ -230,7 +229,7 @@ def dual_scan(
     """S <- exp(dt a) S + dt x b^T; y = S c + d x, token by token. Source: arXiv 2405.21060.
 
     Args:
-      inputs: of the scan.
+      inputs: of the scan; without d, y = S c.
       initial: the state before; zeros by default.
       starts: tokens before which nothing is remembered; None for none.
       implementation: `auto`, or a name in `DUAL`.
@@ -260,7 +259,8 @@ def dual_scan(
     run = DUAL[choice.name]
     if choice.name in _KERNELS:
         run = functools.partial(_on_each_device, run, rules=rules)
-    return _run(run, inputs, initial, starts, inputs.d[:, None])
+    d = None if inputs.d is None else inputs.d[:, None]
+    return _run(run, inputs, initial, starts, d)
 
 
 def _on_each_device(
@@ -299,28 +299,3 @@ def _in_parts(
 
     out = [(inputs.x.shape, results[0]), (initial.shape, results[1])]
     return island(one, arguments, names, out=out, rules=rules)
-
-
-def gated_norm(
-    y: Float[Array, "B T N H"],
-    z: Float[Array, "B T N H"],
-    scale: Float[AnyArray, "N H"] | None,
-    norm: GatedNorm | None,
-) -> Float[Array, "B T N H"]:
-    """norm(y silu(z)), or norm(y) silu(z), over groups of channels, in float32; y's dtype.
-
-    Args:
-      y: what the heads found.
-      z: the gate.
-      scale: of the norm.
-      norm: None for y silu(z).
-    """
-    wide, gate = y.astype(jnp.float32), jax.nn.silu(z.astype(jnp.float32))
-    if norm is None or scale is None:
-        return (wide * gate).astype(y.dtype)
-    wide = wide if norm.before_gate else wide * gate
-    parts = wide.reshape(*y.shape[:2], norm.groups, -1)
-    mean = jnp.mean(jnp.square(parts), axis=-1, keepdims=True)
-    wide = (parts * jax.lax.rsqrt(mean + norm.eps)).reshape(y.shape)
-    wide = wide * align(scale.astype(jnp.float32), wide)
-    return (wide * gate if norm.before_gate else wide).astype(y.dtype)

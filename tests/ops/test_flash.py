@@ -73,7 +73,7 @@ def on_gpu(implementation="auto", **changes):
 
 def test_choices():
     assert on_gpu(platform="cpu").name == "reference"
-    assert on_gpu().name == "cudnn"
+    assert on_gpu(head_dim=128).name == "cudnn"
     assert on_gpu(dtype="float32").name == "reference"
     assert on_gpu(head_dim=100).name == "reference"
     assert on_gpu("reference").name == "reference"
@@ -99,12 +99,29 @@ def test_auto_takes_the_kernel_where_cudnn_cannot_or_reads_pairs(more):
     assert on_gpu(queries=1, **more).name != "mosaic_gpu"  # its tiles would be empty
 
 
+@pytest.mark.parametrize(
+    ("head_dim", "queries", "name"),
+    [
+        (256, 4096, "mosaic_gpu"),
+        (64, 1024, "mosaic_gpu"),
+        (64, 1025, "cudnn"),
+        (64, 63, "cudnn"),
+        (128, 1024, "cudnn"),
+        (256, 1, "cudnn"),
+    ],
+)
+def test_auto_takes_what_was_faster_for_whole_causal_rows(head_dim, queries, name):
+    choice = on_gpu(head_dim=head_dim, queries=queries)
+    assert choice.name == name
+    assert "faster than cudnn" in choice.why or name == "cudnn"
+
+
 def test_what_the_kernel_refuses():
     assert on_gpu("mosaic_gpu").name == "mosaic_gpu"
     with pytest.raises(UnsupportedError, match="masks known before the step, or bands"):
         on_gpu("mosaic_gpu", form="dense")
     assert on_gpu("mosaic_gpu", form="blocks").name == "mosaic_gpu"
-    assert on_gpu(form="blocks").name == "cudnn"  # until the walk over blocks has run on a device
+    assert on_gpu(form="blocks").name == "cudnn"  # until it is fast enough
     with pytest.raises(UnsupportedError, match="CUDA device, this is cpu"):
         on_gpu("mosaic_gpu", platform="cpu")
     with pytest.raises(UnsupportedError, match="float32"):

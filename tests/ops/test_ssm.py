@@ -8,10 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxllm.core.choices import taken
 from jaxllm.errors import UnsupportedError
 from jaxllm.ops import selective, ssd
-from jaxllm.ops.ssm import DUAL, SELECTIVE, Dual, Selective, dual_scan, gated_norm, selective_scan
+from jaxllm.ops.gated_norm import gated_norm
+from jaxllm.ops.ssm import DUAL, SELECTIVE, Dual, Selective, dual_scan, selective_scan
 from jaxllm.spec.state_space import GatedNorm
+from pallas_kernels.target import targeting
 from tests.contracts.specs import assert_close, quick
 
 BATCH, LENGTH = 2, 8
@@ -223,14 +226,32 @@ def test_an_unknown_implementation_is_named(kind):
 @pytest.mark.parametrize("before", [False, True])
 @pytest.mark.parametrize("groups", [1, 3])
 def test_the_gated_norm(before, groups):
-    y, z, scale = draw(2, 3, 6, 4), draw(2, 3, 6, 4), draw(6, 4)
-    norm = GatedNorm(eps=1e-2, groups=groups, before_gate=before)
-    found = gated_norm(jnp.asarray(y), jnp.asarray(z), scale, norm)
-    wide, gate = y.astype(np.float64), z / (1 + np.exp(-z.astype(np.float64)))
-    wide = wide if before else wide * gate
+    y, z, x, scale, d = *draw(3, 2, 3, 6, 4), draw(6, 4), draw(6)
+    norm, skip = GatedNorm(eps=1e-2, groups=groups, before_gate=before), (jnp.asarray(x), d)
+    found = gated_norm(jnp.asarray(y), jnp.asarray(z), scale, norm, skip=skip)
+    u = y.astype(np.float64) + d[:, None] * x
+    gate = z / (1 + np.exp(-z.astype(np.float64)))
+    wide = u if before else u * gate
     for rows in np.split(np.arange(24), groups):
         part = wide.reshape(2, 3, 24)[..., rows]
         wide.reshape(2, 3, 24)[..., rows] = part / np.sqrt((part**2).mean(-1, keepdims=True) + 1e-2)
     wanted = wide * scale * (gate if before else 1)
     assert_close(found, wanted, 1e-6)
-    assert_close(gated_norm(jnp.asarray(y), jnp.asarray(z), None, None), y * gate, 1e-6)
+    u = y.astype(np.float64) + d[:, None] * x
+    assert_close(gated_norm(jnp.asarray(y), jnp.asarray(z), None, None, skip=skip), u * gate, 1e-6)
+
+
+def test_the_gated_norm_by_a_kernel():
+    y, z, x, scale, d = *draw(3, 2, 3, 4, 64), draw(4, 64), draw(4)
+    norm = GatedNorm(eps=1e-2, groups=1, before_gate=False)
+    y, z, x = (jnp.asarray(a, jnp.bfloat16) for a in (y, z, x))
+    call = functools.partial(gated_norm, y, z, scale, norm, skip=(x, d))
+    with targeting("interpreter"), taken() as heard:
+        found = call(implementation="mosaic_gpu")
+    assert heard == {"gated norm": {"mosaic_gpu"}}
+    assert_close(found.astype(jnp.float32), call().astype(jnp.float32), 1e-2)
+    part = (slice(None), slice(None), slice(3))  # heads that make no whole boxes: XLA's way
+    call = functools.partial(gated_norm, y[part], z[part], scale[:3], norm)
+    with targeting("interpreter"), taken() as heard:
+        call(skip=(x[part], d[:3]), implementation="mosaic_gpu")
+    assert not heard
