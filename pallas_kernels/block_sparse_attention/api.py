@@ -15,7 +15,6 @@ from pallas_kernels.errors import ShapeError
 from pallas_kernels.flash_attention import hopper, tpu
 from pallas_kernels.flash_attention.differentiable import Plan, clean, run
 from pallas_kernels.flash_attention.mosaic_gpu import Tiles
-from pallas_kernels.flash_attention.mosaic_gpu_backward import BackwardTiles
 from pallas_kernels.flash_attention.mosaic_tpu import TpuTiles
 from pallas_kernels.flash_attention.problem import Extras, Spec, pose
 from pallas_kernels.flash_attention.tiles import backward_tiles, forward_tiles
@@ -30,12 +29,21 @@ _MASK = 0.3  # what a pattern adds to a block's cost
 
 
 def forward_cut(blocks: BlockMap, q: tuple[int, ...], v: tuple[int, ...], spec: Spec) -> Tiles:
-    """Tiles of the forward: lists for each consumer, in steps of 64 keys, where these visit so much
-    less that short steps pay."""
-    tiles, width = forward_tiles(q, v, spec), max(q[-1], v[-1])
-    if width > 128:
+    """Tiles of the forward: blocks of 64 keys where those of 128 would hold much that is empty."""
+    tiles = forward_tiles(q, v, spec)
+    if tiles.block_kv == 64:
         return tiles
-    tiles = dataclasses.replace(tiles, joined=not tiles.ahead)
+    rows = CONSUMERS * tiles.block_q
+    visited = [int(blocks.lists(rows, n).counts[..., 1].sum()) * n for n in (64, tiles.block_kv)]
+    if visited[0] * _SHORT_STEP < visited[1]:
+        return dataclasses.replace(tiles, block_kv=64, stages=4)
+    return tiles
+
+
+def own_cut(blocks: BlockMap, q: tuple[int, ...], v: tuple[int, ...], spec: Spec) -> Tiles:
+    """Tiles of the forward: a list for each consumer, in steps of 64 keys, where these visit so
+    much less that short steps pay; else tiles that overlap where heads are wide."""
+    tiles, width = forward_tiles(q, v, spec), max(q[-1], v[-1])
     own = Tiles(block_kv=64, stages=8 if width <= 64 else 4, own=True)
     tile, block = CONSUMERS * tiles.block_q, tiles.block_kv
     partial, every = blocks.lists(tile, block).counts.sum(axis=(0, 1))
@@ -43,24 +51,31 @@ def forward_cut(blocks: BlockMap, q: tuple[int, ...], v: tuple[int, ...], spec: 
     masked = ends[2] - ends[1] + ends[0]
     together = block * (every + _MASK * partial)
     apart = 64 / CONSUMERS * _SHORT_STEP * (ends[2] + _MASK * masked)
-    return own if apart < together else tiles
+    if apart < together:
+        return own
+    return dataclasses.replace(tiles, joined=not (tiles.ahead or tiles.share))
 
 
-def backward_cut(q: tuple[int, ...], v: tuple[int, ...], spec: Spec) -> BackwardTiles:
-    """Tiles of the backward: lists for each consumer where one holds whole rows."""
-    tiles = backward_tiles(q, v, spec)
-    return tiles if tiles.split else dataclasses.replace(tiles, own=True, keys_ahead=False)
-
-
-def _on_hopper(q, k, v, extras: Extras, *, spec: Spec, blocks: BlockMap):
+def _on_hopper(q, k, v, extras: Extras, *, spec: Spec, blocks: BlockMap, own: bool = False):
     options = {"blocks": blocks, "processors": processors(), "interpret": interpreting()}
+    shapes = (q.shape, v.shape, spec)
+    tiles = ((own_cut if own else forward_cut)(blocks, *shapes), backward_tiles(*shapes))
+    if own:
+        tiles = (tiles[0], dataclasses.replace(tiles[1], own=True, keys_ahead=False))
     plan = Plan(
         spec=spec,
         kernels=(mosaic_gpu.forward, mosaic_gpu.backward),
-        tiles=(forward_cut(blocks, q.shape, v.shape, spec), backward_cut(q.shape, v.shape, spec)),
+        tiles=tiles,
         options=tuple(options.items()),
     )
     return run(*clean(q, k, v, extras), extras, plan)
+
+
+def _no_own(q, k, v, extras: Extras, spec: Spec) -> str | None:
+    width = max(q.shape[-1], v.shape[-1])
+    if width > 128:
+        return f"it takes heads of up to 128, not {width}"
+    return hopper.obstacle(q, k, v, extras, spec)
 
 
 def _on_tpu(q, k, v, extras: Extras, *, spec: Spec, blocks: BlockMap):
@@ -76,6 +91,7 @@ def _on_tpu(q, k, v, extras: Extras, *, spec: Spec, blocks: BlockMap):
 # name -> (run(q, k, v, extras, spec=..., blocks=...) -> (out, lse), obstacle as flash attention's)
 IMPLEMENTATIONS = {
     "mosaic_gpu": (_on_hopper, hopper.obstacle),
+    "mosaic_gpu_own": (functools.partial(_on_hopper, own=True), _no_own),
     "mosaic_tpu": (_on_tpu, tpu.obstacle),
     "reference": (reference, lambda *_: None),
 }
@@ -122,7 +138,8 @@ def block_sparse_attention(
       sinks: [N], a logit a head that joins the softmax's sum and gives nothing.
       key_lengths: integers [B]; keys from there on are not seen and may be NaN.
       return_lse: also return the log of each row's softmax sum.
-      implementation: `auto`, or a name of `IMPLEMENTATIONS`.
+      implementation: `auto`, or a name of `IMPLEMENTATIONS`; `mosaic_gpu_own` (Hopper, heads of up
+        to 128) gives each half of a tile's rows a list of its own, and has not run on a device.
 
     Returns:
       out [B, T, N, Hv] in v's dtype; with `return_lse` also lse [B, N, T], float32.

@@ -183,15 +183,15 @@ class BlockMap:
             seen = entries[entries >> 16 != 1]  # pattern 1 sees nothing
             kinds[at][seen & 0xFFFF] = seen >> 16
         kinds = kinds.reshape(maps, -1, 2, kinds.shape[-1])
-        found = [[_halved(kinds[m, t], gap) for t in range(kinds.shape[1])] for m in range(maps)]
-        blocks, own = ([[pair[i] for pair in line] for line in found] for i in range(2))
-        counts = np.array([[len(one) for one in line] for line in blocks], np.int32)
-        ends = np.array([[[mine[1] for mine in pair] for pair in line] for line in own], np.int32)
+        found = {at: _halved(kinds[at], gap) for at in np.ndindex(*kinds.shape[:2])}
+        counts = np.array([len(x[0]) for x in found.values()], np.int32).reshape(kinds.shape[:2])
+        ends = np.array([[ends for _, ends in x[1]] for x in found.values()], np.int32)
+        ends = ends.reshape(*counts.shape, 2, 3)
         shared = np.zeros((*counts.shape, int(counts.max())), np.int32)
         used = np.zeros((*counts.shape, 2, int(ends.max())), np.int32)
-        for at in np.ndindex(*counts.shape):
-            shared[at][: counts[at]] = blocks[at[0]][at[1]]
-            for i, (entries, _) in enumerate(own[at[0]][at[1]]):
+        for at, (blocks, own) in found.items():
+            shared[at][: len(blocks)] = blocks
+            for i, (entries, _) in enumerate(own):
                 used[at][i, : len(entries)] = entries
         return Halves(shared, counts, used, ends, lists.words)
 

@@ -33,7 +33,7 @@ def launch(
     kind = ForwardJoined if tiles.joined else kind
     kernel = kind(shape, walk, tiles, ctas)
     inputs = {"q": pad(q, 1, 8), "k": pad(k, 1, 8), "v": pad(v, 1, 8)} | data
-    inputs |= shape.turns(walk, ctas, data)
+    inputs |= shape.turns(walk, ctas, data.get("table") if tiles.by_data else None)
     outputs = {
         "o": jax.ShapeDtypeStruct((*inputs["q"].shape[:3], v.shape[-1]), q.dtype),
         "lse": jax.ShapeDtypeStruct((batch, heads, walk.tiles * walk.tile), jnp.float32),

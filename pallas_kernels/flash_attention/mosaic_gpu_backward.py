@@ -48,7 +48,7 @@ class Walks:
         )
 
 
-def _of_keys(shape: Shape, walk: Walk, data: dict, tiles: BackwardTiles, processors: int):
+def _of_keys(shape: Shape, walk: Walk, table, tiles: BackwardTiles, processors: int):
     """The kernel for dk and dv, its grid, and which tiles each program takes."""
     grid = {"batch": shape.batch, "tile": walk.tiles, "head": shape.kv_heads}
     if not tiles.running:
@@ -56,7 +56,7 @@ def _of_keys(shape: Shape, walk: Walk, data: dict, tiles: BackwardTiles, process
         return (kind if tiles.split else KeyValueGradients)(shape, walk, tiles), grid, {}
     kind = KeyValueGradientsAhead if tiles.keys_ahead else KeyValueGradientsRunning
     kernel = kind(shape, walk, tiles, min(processors, math.prod(grid.values())))
-    return kernel, {"cta": kernel.ctas}, kernel.by_keys.turns(walk, kernel.ctas, data)
+    return kernel, {"cta": kernel.ctas}, kernel.by_keys.turns(walk, kernel.ctas, table)
 
 
 def launch(
@@ -86,6 +86,7 @@ def launch(
         of_rows = {}
     like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)  # noqa: E731
     by_queries, by_keys = walks.by_queries, walks.by_keys
+    tables = [one.get("table") if tiles.by_data else None for one in data]
 
     count = shape.batch * by_queries.tiles * shape.heads
     ctas = min(processors, count) if tiles.persistent else count
@@ -94,7 +95,7 @@ def launch(
         outputs["delta"] = like(inputs["lse"])
     dq, *made = run_kernel(
         QueryGradients(shape, by_queries, tiles, ctas),
-        inputs | of_rows | data[0] | shape.turns(by_queries, ctas, data[0]),
+        inputs | of_rows | data[0] | shape.turns(by_queries, ctas, tables[0]),
         outputs,
         name="flash_attention_dq",
         grid={"cta": ctas},
@@ -102,7 +103,7 @@ def launch(
     )
     if made:
         (inputs["delta"],) = made
-    kernel, grid, turns = _of_keys(shape, by_keys, data[1], tiles, processors)
+    kernel, grid, turns = _of_keys(shape, by_keys, tables[1], tiles, processors)
     dk, dv = run_kernel(
         kernel,
         inputs | data[1] | turns,

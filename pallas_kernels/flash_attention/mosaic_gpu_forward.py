@@ -56,6 +56,7 @@ class Tiles:
       own: each consumer has a list of its own under a block map, in steps of 64 keys.
       joined: a tile's first scores are multiplied at the end of the tile before; for heads of up to
         128, not with `share`.
+      by_data: which programs take which tiles of packed documents is found on the device.
     """
 
     block_q: int = 64
@@ -67,6 +68,7 @@ class Tiles:
     ahead: bool = False
     own: bool = False
     joined: bool = False
+    by_data: bool = False
 
     def __post_init__(self):
         if self.ahead and (self.stages < 3 or self.share):  # fewer stages would wait for ever

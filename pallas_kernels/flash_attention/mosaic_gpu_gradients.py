@@ -68,6 +68,7 @@ class BackwardTiles:
         or with `split`.
       own: each consumer has a list of its own under a block map; neither with `split` nor with
         `keys_ahead`.
+      by_data: which programs take which tiles of packed documents is found on the device.
     """
 
     block_q: int = 64
@@ -83,6 +84,7 @@ class BackwardTiles:
     running: bool = False
     keys_ahead: bool = False
     own: bool = False
+    by_data: bool = False
 
 
 def exponents(scores, lse, spec: Spec, keep, dim: int, bias=None):

@@ -104,10 +104,10 @@ class ForwardJoined(ForwardAhead):
                     return peak, total, weights.astype(self.shape.dtype)
 
                 carry, done = first(), jnp.int32(1)
-                for low_block, _, ends in reversed(walk.parts(bounds)):
-                    end = jnp.maximum(high - low_block, done)
-                    carry = lax.fori_loop(done, end, functools.partial(other, ends=ends), carry)
-                    done = end
+                for begin, _end, ends in reversed(walk.parts(bounds)):
+                    stop = jnp.maximum(high - begin, done)
+                    carry = lax.fori_loop(done, stop, functools.partial(other, ends=ends), carry)
+                    done = stop
                 peak, total, weights = carry
                 slot, following = slot_of(step + count - 1), slot_of(step + count)
 

@@ -264,6 +264,10 @@ class Shape:
         whole = self.batch * self.kv_heads
         return self.group * max(n for n in range(1, min(most, whole) + 1) if whole % n == 0)
 
+    def in_section(self, walk: Walk) -> int:
+        """Tiles of a section."""
+        return self.section(walk) * walk.tiles
+
     def tile(self, walk: Walk, index: Any) -> tuple[Any, Any, Any]:
         """(sequence, tile of queries, head): a section's tiles with most blocks come first."""
         host = isinstance(index, np.ndarray)
@@ -276,19 +280,18 @@ class Shape:
         pair = section * pairs + rem(rest, pairs)
         return div(pair, self.heads), row, rem(pair, self.heads)
 
-    def turns(self, walk: Walk, ctas: int, data: dict | None = None) -> dict[str, jax.Array]:
+    def turns(self, walk: Walk, ctas: int, table: jax.Array | None = None) -> dict[str, jax.Array]:
         """Which tiles each program takes, as an array for the kernel; none where each takes one.
 
         Made on the host as if a program that is done took the next tile: int32 [ctas, 2 + most],
-        the number of its tiles, and their indices. Packed documents are known on the device alone.
+        the number of its tiles, and their indices.
 
         Args:
-          data: what the kernel reads to know who sees whom, by name.
+          table: bounds of tiles that are data, by which the device deals out; see `Walk.table`.
         """
         if ctas >= self.batch * walk.tiles * self.heads:
             return {}
-        table = (data or {}).get("table")
-        if table is not None and walk.packed and self.together(walk):
+        if table is not None and self.together(walk):
             return {"turns": _dealt(self, walk, ctas, table)}
         return {"turns": jnp.asarray(_turns(self, walk, ctas))}
 
@@ -332,11 +335,11 @@ def _turns(shape: Shape, walk: Walk, ctas: int) -> np.ndarray:
     cost = visits[head, row] * walk.block + TILE_COSTS
     lists: list[list[int]] = [[] for _ in range(ctas)]
     free = [(0, cta) for cta in range(ctas)]
-    # The longest of a section come first, or of all.
-    section = np.arange(count) // (shape.section(walk) * walk.tiles)
-    if walk.uneven and shape.together(walk):
-        section = np.zeros_like(section)
-    for index in np.lexsort((-cost, section)):
+    order = np.arange(count)
+    if walk.uneven:  # the longest of a section come first, or of all
+        section = order // count if shape.together(walk) else order // shape.in_section(walk)
+        order = np.lexsort((-cost, section))
+    for index in order:
         time, cta = heapq.heappop(free)
         lists[cta].append(int(index))
         heapq.heappush(free, (time + int(cost[index]), cta))

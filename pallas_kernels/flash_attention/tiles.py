@@ -57,7 +57,7 @@ def forward_tiles(q: tuple[int, ...], v: tuple[int, ...], spec: Spec) -> Tiles:
         return Tiles(block_kv=64, share=q[-1] == v[-1])
     if width > 128:
         return Tiles(block_kv=64)
-    return Tiles(stages=4, ahead=True) if width <= 64 else Tiles(joined=spec.packed)
+    return Tiles(stages=4, ahead=True) if width <= 64 else Tiles()
 
 
 def backward_tiles(q: tuple[int, ...], v: tuple[int, ...], spec: Spec) -> BackwardTiles:

@@ -10,7 +10,8 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 
 from pallas_kernels.block_sparse_attention import BlockMap, block_sparse_attention, explain
-from pallas_kernels.block_sparse_attention.blocks import _halved
+from pallas_kernels.block_sparse_attention.blocks import Halves, _halved
+from pallas_kernels.block_sparse_attention.shapes import CASES as SHAPES
 from pallas_kernels.errors import ShapeError, UnsupportedError
 from pallas_kernels.target import targeting
 from tests.kernels.block_sparse import CASES, arguments, by_hand, compare
@@ -101,19 +102,21 @@ def _loose():
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("_loose")
+@pytest.mark.parametrize("kernel", ["mosaic_gpu", "mosaic_gpu_own"])
 @pytest.mark.parametrize("name", CASES)
-def test_kernels_in_the_interpreter(name):
+def test_kernels_in_the_interpreter(name, kernel):
     with targeting("interpreter"):
-        compare(CASES[name], jnp.bfloat16)
+        compare(CASES[name], jnp.bfloat16, kernel)
 
 
+@pytest.mark.parametrize("kernel", ["mosaic_gpu", "mosaic_gpu_own"])
 @pytest.mark.parametrize("name", CASES)
-def test_forward_and_gradient_lower_for_cuda(name):
+def test_forward_and_gradient_lower_for_cuda(name, kernel):
     case = CASES[name]
     qkv, options = arguments(case, jnp.bfloat16)
 
     def loss(*qkv):
-        out = block_sparse_attention(*qkv, case.map, **options)
+        out = block_sparse_attention(*qkv, case.map, implementation=kernel, **options)
         return jnp.sum(out.astype(jnp.float32))
 
     with targeting("gpu"):
@@ -160,6 +163,77 @@ def test_they_compile_for_every_tpu(tpu, name, monkeypatch):
     assert compiled.memory_analysis() is not None
 
 
+def _goes_on(halves: Halves, at: tuple[int, int], stages: int) -> bool:
+    """Whether the loader and both consumers of `ForwardOwn` reach the end of a tile.
+
+    Nobody's choice depends on who comes first, so one order of events decides.
+    """
+    count = int(halves.counts[at])
+    brought = {"k": 0, "v": 0}  # blocks, in the order of visits
+    let_go: dict = {name: [set(), set()] for name in brought}
+
+    def consumer(w):
+        ends = halves.ends[(*at, w)]
+        mine = [count - 1 - int(e & 0xFFFF) for e in halves.own[(*at, w)][: ends[2]][::-1]]
+
+        def skip(first, end):
+            for i in range(first, end):
+                for name in brought:
+                    yield name, i
+                    let_go[name][w].add(i)
+
+        done = 0
+        for i, place in enumerate(mine):
+            yield from skip(done, place)
+            yield "k", place
+            if i > 1:
+                let_go["v"][w].add(mine[i - 2])
+            if i:
+                yield "v", mine[i - 1]
+            let_go["k"][w].add(place)
+            done = place + 1
+        yield "v", mine[-1]
+        let_go["v"][w] |= set(mine)
+        yield from skip(done, count)
+
+    consumers = [consumer(0), consumer(1)]
+    wanted = [next(one, None) for one in consumers]
+    moved = True
+    while moved:
+        moved = False
+        for i in range(2):
+            while wanted[i] is not None and brought[wanted[i][0]] > wanted[i][1]:
+                wanted[i], moved = next(consumers[i], None), True
+        name = "k" if brought["k"] == brought["v"] else "v"
+        before = brought[name] - stages
+        if brought[name] < count and (before < 0 or all(before in x for x in let_go[name])):
+            brought[name], moved = brought[name] + 1, True
+    return wanted == [None, None]
+
+
+def test_no_consumer_waits_for_ever():
+    maps = [case.map for case in CASES.values()]
+    maps += [shaped.make(shaped.length, shaped.heads) for shaped in list(SHAPES.values())[:2]]
+    random = np.random.default_rng(0)
+    maps += [BlockMap.even(random.random((2, 32, 32)) < p, 64, 2048, 2048) for p in (0.1, 0.4)]
+    for stages in (4, 8):
+        for one in maps:
+            halves = one.halves(64, gap=stages // 2)
+            assert all(_goes_on(halves, at, stages) for at in np.ndindex(*halves.counts.shape))
+
+    def lopsided(
+        rows, columns
+    ):  # the second half's pattern is visited after 30 blocks of the first
+        first = (rows < 64) & (columns < 31 * 64)
+        return (first | ((rows >= 64) & ((columns < 64) | (columns % 64 == 63))))[None] & ~(
+            (rows >= 64) & (columns >= 64) & (columns < 31 * 64)
+        )
+
+    one = BlockMap.of(lopsided, 128, 2048)
+    assert _goes_on(one.halves(64, gap=2), (0, 0), 4)
+    assert not _goes_on(one.halves(64), (0, 0), 4)
+
+
 def test_wrong_arguments_are_named():
     case = CASES["window and global"]
     (q, k, v), _ = arguments(case, jnp.bfloat16)
@@ -173,6 +247,9 @@ def test_wrong_arguments_are_named():
         BlockMap.even(np.ones((1, 4, 3), bool), 64, 200, 200)
     with pytest.raises(UnsupportedError, match="CUDA device, this is cpu"):
         block_sparse_attention(q, k, v, case.map, implementation="mosaic_gpu")
+    with targeting("gpu"), pytest.raises(UnsupportedError, match="heads of up to 128, not 256"):
+        wide = (jnp.zeros((*x.shape[:3], 256), x.dtype) for x in (q, k, v))
+        block_sparse_attention(*wide, case.map, implementation="mosaic_gpu_own")
     assert explain(q, k, v).name == "reference"
     with targeting("gpu"):
         assert explain(q, k, v).name == "mosaic_gpu"

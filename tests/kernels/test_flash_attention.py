@@ -105,8 +105,8 @@ INTERPRETED = {
     ),
     "joined, packed": (
         case(300, causal=True, packed=True, arrays=("segment_ids",), **SMALL),
-        Tiles(block_kv=64, joined=True),
-        BackwardTiles(delta=True),
+        Tiles(block_kv=64, joined=True, by_data=True),
+        BackwardTiles(delta=True, running=True, by_data=True),
     ),
     "joined, everything": (
         case(
@@ -344,7 +344,7 @@ def test_tiles_of_packed_documents_are_dealt_out_by_their_length() -> None:
     table = walk.table(Extras(query_segments=jnp.asarray(ids), key_segments=jnp.asarray(ids)))
     assert table is not None
     ctas = 7
-    turns = np.asarray(shape.turns(walk, ctas, {"table": table})["turns"])
+    turns = np.asarray(shape.turns(walk, ctas, table)["turns"])
     mine = [turns[cta, 1 : 1 + turns[cta, 0]] for cta in range(ctas)]
     count = batch * walk.tiles * heads
     assert sorted(np.concatenate(mine)) == list(range(count))
