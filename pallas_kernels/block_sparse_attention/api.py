@@ -25,7 +25,6 @@ __all__ = ["IMPLEMENTATIONS", "block_sparse_attention", "explain"]
 
 _TPU_TILES = TpuTiles(tile=256, block=256)
 _SHORT_STEP = 1.15  # what a key costs in steps of 64, over that in steps of 128
-_MASK = 0.3  # what a pattern adds to a block's cost
 
 
 def forward_cut(blocks: BlockMap, q: tuple[int, ...], v: tuple[int, ...], spec: Spec) -> Tiles:
@@ -49,8 +48,8 @@ def own_cut(blocks: BlockMap, q: tuple[int, ...], v: tuple[int, ...], spec: Spec
     partial, every = blocks.lists(tile, block).counts.sum(axis=(0, 1))
     ends = blocks.halves(64, gap=own.stages // 2).ends.sum(axis=(0, 1, 2))
     masked = ends[2] - ends[1] + ends[0]
-    together = block * (every + _MASK * partial)
-    apart = 64 / CONSUMERS * _SHORT_STEP * (ends[2] + _MASK * masked)
+    together = block * (every + mosaic_gpu.MASKED * partial)
+    apart = 64 / CONSUMERS * _SHORT_STEP * (ends[2] + mosaic_gpu.MASKED * masked)
     if apart < together:
         return own
     return dataclasses.replace(tiles, joined=not (tiles.ahead or tiles.share))

@@ -73,6 +73,10 @@ class Tiles:
     def __post_init__(self):
         if self.ahead and (self.stages < 3 or self.share):  # fewer stages would wait for ever
             raise ValueError(f"flash_attention: tiles ahead need three stages and no share: {self}")
+        if self.ahead + self.own + self.joined + (self.share and (self.own or self.joined)) > 1:
+            raise ValueError(
+                f"flash_attention: tiles are ahead, own or joined, not with share: {self}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

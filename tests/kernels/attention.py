@@ -1,11 +1,13 @@
 """Cases of flash attention, drawn inputs, and the rule that a low-precision kernel is held to."""
 
 import dataclasses
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.flash_attention import flash_attention
 from pallas_kernels.flash_attention.differentiable import Plan, clean, run
@@ -337,3 +339,20 @@ def failures(one: Case, found: dict[str, tuple]) -> dict[str, tuple]:
 
 def _slack(name: str) -> float:
     return 0.0 if "again" in name or name == "empty rows" else 1e-3
+
+
+def watched(monkeypatch) -> list:
+    """States of the interpreter's race detection, one for each kernel that runs from here on."""
+    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+
+    states: list = []
+    plain_state = gpu_callbacks.GPURaceDetectionState  # pyright: ignore[reportPrivateImportUsage]
+
+    def noted(**kwargs):
+        states.append(plain_state(**kwargs))
+        return states[-1]
+
+    checked = functools.partial(plgpu.InterpretGPUParams, detect_races=True)
+    monkeypatch.setattr(gpu_callbacks, "GPURaceDetectionState", noted)
+    monkeypatch.setattr(plgpu, "InterpretGPUParams", checked)
+    return states

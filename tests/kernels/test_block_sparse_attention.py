@@ -14,6 +14,7 @@ from pallas_kernels.block_sparse_attention.blocks import Halves, _halved
 from pallas_kernels.block_sparse_attention.shapes import CASES as SHAPES
 from pallas_kernels.errors import ShapeError, UnsupportedError
 from pallas_kernels.target import targeting
+from tests.kernels.attention import watched
 from tests.kernels.block_sparse import CASES, arguments, by_hand, compare
 from tests.kernels.tpus import TPUS, described
 
@@ -107,6 +108,16 @@ def _loose():
 def test_kernels_in_the_interpreter(name, kernel):
     with targeting("interpreter"):
         compare(CASES[name], jnp.bfloat16, kernel)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_loose")
+def test_no_races(monkeypatch):
+    """Where consumers skip blocks, by the interpreter's vector clocks."""
+    states = watched(monkeypatch)
+    with targeting("interpreter"):
+        compare(CASES["random blocks of each head"], jnp.bfloat16, "mosaic_gpu_own")
+    assert [state.races_found for state in states] == [False, False, False]
 
 
 @pytest.mark.parametrize("kernel", ["mosaic_gpu", "mosaic_gpu_own"])
