@@ -312,7 +312,12 @@ class Plan:
     """Keys and values in pages of 8 bits, as of `jaxllm serve`: says how many tokens fit."""
     remat: Literal["none", "save_dots", "save_attention", "full", "auto"] | None = None
     """What the backward pass computes again; `auto` takes the first policy that fits."""
-    attention: Literal["auto", "reference", "cudnn", "mosaic_gpu", "mosaic_tpu"] | None = None
+    attention: (
+        Literal[
+            "auto", "reference", "cudnn", "mosaic_gpu", "mosaic_gpu_deterministic", "mosaic_tpu"
+        ]
+        | None
+    ) = None
     """Implementation of softmax attention."""
     set: Many = ()
     """Another field of the run's config, NAME=VALUE; may be given several times."""

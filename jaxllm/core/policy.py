@@ -25,7 +25,9 @@ Layout = Literal["scan", "unrolled", "runs"]
 Matrices = Literal["canonical", "in_out", "out_in"]
 Codes = Literal["values", "planes", "operand"]
 Remat = Literal["none", "save_dots", "save_attention", "offload", "full"]
-AttentionKind = Literal["auto", "reference", "cudnn", "mosaic_gpu", "mosaic_tpu"]
+AttentionKind = Literal[
+    "auto", "reference", "cudnn", "mosaic_gpu", "mosaic_gpu_deterministic", "mosaic_tpu"
+]
 LatentKind = Literal["auto", "plain", "absorbed"]
 ScanKind = Literal["auto", "reference", "chunked", "mosaic_gpu", "mosaic_tpu"]
 DecodeKind = Literal["auto", "plain", "fused", "chained"]
@@ -40,7 +42,9 @@ class Policy:
       param_dtype: dtype of stored parameters.
       compute_dtype: dtype of activations and matmul inputs.
       logit_dtype: dtype of logits.
-      attention: implementation of softmax attention; `auto` chooses and says what it took.
+      attention: implementation of softmax attention; `auto` chooses and says what it took. With
+        heads of 128 the gradients of `mosaic_gpu` differ between runs in their last bits, those of
+        `mosaic_gpu_deterministic` do not.
       scan: implementation of recurrences (state space, linear attention): token by token
         (`reference`), in chunks (`chunked`), or by our kernels for Hopper GPUs and TPUs
         (`mosaic_gpu`, `mosaic_tpu`).

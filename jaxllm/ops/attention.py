@@ -160,6 +160,9 @@ IMPLEMENTATIONS = {
     "reference": reference,
     "cudnn": _cudnn,
     "mosaic_gpu": functools.partial(flash, implementation="mosaic_gpu"),
+    "mosaic_gpu_deterministic": functools.partial(
+        flash, implementation="mosaic_gpu", deterministic=True
+    ),
     "mosaic_tpu": functools.partial(flash, implementation="mosaic_tpu"),
 }
 
@@ -188,12 +191,15 @@ _OBSTACLES = {
     "reference": lambda call: None,
     "cudnn": _cudnn_obstacle,
     "mosaic_gpu": functools.partial(_flash_obstacle, "mosaic_gpu"),
+    "mosaic_gpu_deterministic": functools.partial(_flash_obstacle, "mosaic_gpu"),
     "mosaic_tpu": functools.partial(_flash_obstacle, "mosaic_tpu"),
 }
 _FEWEST_QUERIES = 64
 """Below, a flash kernel's tile of rows is nearly empty."""
 _SHORT = 1024
 """Queries, up to which our kernel is faster at narrow heads (docs/benchmarks.md)."""
+_MIDDLE = 96
+"""Head width, above which our kernel is faster at any length (measured: 128 and 256)."""
 
 
 def _automatic(call: Call) -> Choice:
@@ -202,17 +208,16 @@ def _automatic(call: Call) -> Choice:
     if call.platform == "tpu":
         return Choice("reference", "mosaic_tpu has never run on a TPU: it is there by name")
     cudnn = _cudnn_obstacle(call)
-    faster = call.head_dim > 128 or (call.head_dim <= 64 and call.queries <= _SHORT)
-    if cudnn is None and call.form == "plain" and not faster:
-        return Choice("cudnn", "fused on a CUDA device, reads only the filled part of a cache")
+    plain = cudnn is None and call.form == "plain"
+    faster = call.head_dim > _MIDDLE or (call.head_dim <= 64 and call.queries <= _SHORT)
     # The kernels' walk over maps of blocks is slower than it may be: it is there by name.
-    if call.platform == "gpu" and call.queries >= _FEWEST_QUERIES and call.form != "blocks":
-        if _flash_obstacle("mosaic_gpu", call) is None:
-            found = "cudnn would read who sees whom pair by pair"
-            if call.form == "plain":
-                found = "faster than cudnn at such heads and lengths on an H200"
-            return Choice("mosaic_gpu", cudnn or found)
-    if cudnn is None and call.form == "plain":
+    fits = call.platform == "gpu" and call.queries >= _FEWEST_QUERIES and call.form != "blocks"
+    if fits and (faster or not plain) and _flash_obstacle("mosaic_gpu", call) is None:
+        why = "cudnn would read who sees whom pair by pair"
+        if plain:
+            why = "faster than cudnn at such heads and lengths on an H200"
+        return Choice("mosaic_gpu", cudnn or why)
+    if plain:
         return Choice("cudnn", "fused on a CUDA device, reads only the filled part of a cache")
     if cudnn is None:
         return Choice("cudnn", "fused on a CUDA device, with a mask that says pair by pair")

@@ -88,6 +88,7 @@ def flash(
     *,
     scores: Any,
     implementation: str,
+    deterministic: bool = False,
 ) -> Float[Array, "B T N Hv"]:
     """Attention by a kernel; `see` must not be of the form `dense`.
 
@@ -96,6 +97,7 @@ def flash(
       see: who sees whom.
       scores: scale, soft-cap and sinks.
       implementation: a name of `pallas_kernels.flash_attention.IMPLEMENTATIONS`.
+      deterministic: gradients of the same bits in every run; over maps of blocks they always are.
     """
     from pallas_kernels.flash_attention import flash_attention
 
@@ -127,6 +129,7 @@ def flash(
         sinks=None if scores.sinks is None else jnp.asarray(scores.sinks),
         key_lengths=lengths,
         query_offset=offset,
+        deterministic=deterministic,
         implementation=implementation,
     )
     assert isinstance(out, jax.Array)

@@ -15,6 +15,7 @@ from pallas_kernels.errors import ShapeError
 from pallas_kernels.flash_attention import hopper, tpu
 from pallas_kernels.flash_attention.differentiable import Plan, clean, run
 from pallas_kernels.flash_attention.mosaic_gpu import Tiles
+from pallas_kernels.flash_attention.mosaic_gpu_backward import BackwardTiles
 from pallas_kernels.flash_attention.mosaic_tpu import TpuTiles
 from pallas_kernels.flash_attention.problem import Extras, Spec, pose
 from pallas_kernels.flash_attention.tiles import backward_tiles, forward_tiles
@@ -24,25 +25,16 @@ from pallas_kernels.warpgroups import CONSUMERS
 __all__ = ["IMPLEMENTATIONS", "block_sparse_attention", "explain"]
 
 _TPU_TILES = TpuTiles(tile=256, block=256)
+_WIDEST = 128  # of heads whose tiles have room to be cut for a map
 _SHORT_STEP = 1.15  # what a key costs in steps of 64, over that in steps of 128
 
 
 def forward_cut(blocks: BlockMap, q: tuple[int, ...], v: tuple[int, ...], spec: Spec) -> Tiles:
-    """Tiles of the forward: blocks of 64 keys where those of 128 would hold much that is empty."""
-    tiles = forward_tiles(q, v, spec)
-    if tiles.block_kv == 64:
-        return tiles
-    rows = CONSUMERS * tiles.block_q
-    visited = [int(blocks.lists(rows, n).counts[..., 1].sum()) * n for n in (64, tiles.block_kv)]
-    if visited[0] * _SHORT_STEP < visited[1]:
-        return dataclasses.replace(tiles, block_kv=64, stages=4)
-    return tiles
-
-
-def own_cut(blocks: BlockMap, q: tuple[int, ...], v: tuple[int, ...], spec: Spec) -> Tiles:
     """Tiles of the forward: a list for each consumer, in steps of 64 keys, where these visit so
     much less that short steps pay; else tiles that overlap where heads are wide."""
     tiles, width = forward_tiles(q, v, spec), max(q[-1], v[-1])
+    if width > _WIDEST:
+        return tiles
     own = Tiles(block_kv=64, stages=8 if width <= 64 else 4, own=True)
     tile, block = CONSUMERS * tiles.block_q, tiles.block_kv
     partial, every = blocks.lists(tile, block).counts.sum(axis=(0, 1))
@@ -55,26 +47,22 @@ def own_cut(blocks: BlockMap, q: tuple[int, ...], v: tuple[int, ...], spec: Spec
     return dataclasses.replace(tiles, joined=not (tiles.ahead or tiles.share))
 
 
-def _on_hopper(q, k, v, extras: Extras, *, spec: Spec, blocks: BlockMap, own: bool = False):
+def backward_cut(q: tuple[int, ...], v: tuple[int, ...], spec: Spec) -> BackwardTiles:
+    """Tiles of the backward: two kernels, for over maps the one pass has not run on a device; a
+    list for each consumer up to heads of 128, where scores ahead would have no room."""
+    tiles = backward_tiles(q, v, dataclasses.replace(spec, deterministic=True))
+    return tiles if tiles.split else dataclasses.replace(tiles, keys_ahead=False)
+
+
+def _on_hopper(q, k, v, extras: Extras, *, spec: Spec, blocks: BlockMap):
     options = {"blocks": blocks, "processors": processors(), "interpret": interpreting()}
-    shapes = (q.shape, v.shape, spec)
-    tiles = ((own_cut if own else forward_cut)(blocks, *shapes), backward_tiles(*shapes))
-    if own:
-        tiles = (tiles[0], dataclasses.replace(tiles[1], own=True, keys_ahead=False))
     plan = Plan(
         spec=spec,
         kernels=(mosaic_gpu.forward, mosaic_gpu.backward),
-        tiles=tiles,
+        tiles=(forward_cut(blocks, q.shape, v.shape, spec), backward_cut(q.shape, v.shape, spec)),
         options=tuple(options.items()),
     )
     return run(*clean(q, k, v, extras), extras, plan)
-
-
-def _no_own(q, k, v, extras: Extras, spec: Spec) -> str | None:
-    width = max(q.shape[-1], v.shape[-1])
-    if width > 128:
-        return f"it takes heads of up to 128, not {width}"
-    return hopper.obstacle(q, k, v, extras, spec)
 
 
 def _on_tpu(q, k, v, extras: Extras, *, spec: Spec, blocks: BlockMap):
@@ -90,7 +78,6 @@ def _on_tpu(q, k, v, extras: Extras, *, spec: Spec, blocks: BlockMap):
 # name -> (run(q, k, v, extras, spec=..., blocks=...) -> (out, lse), obstacle as flash attention's)
 IMPLEMENTATIONS = {
     "mosaic_gpu": (_on_hopper, hopper.obstacle),
-    "mosaic_gpu_own": (functools.partial(_on_hopper, own=True), _no_own),
     "mosaic_tpu": (_on_tpu, tpu.obstacle),
     "reference": (reference, lambda *_: None),
 }
@@ -137,8 +124,7 @@ def block_sparse_attention(
       sinks: [N], a logit a head that joins the softmax's sum and gives nothing.
       key_lengths: integers [B]; keys from there on are not seen and may be NaN.
       return_lse: also return the log of each row's softmax sum.
-      implementation: `auto`, or a name of `IMPLEMENTATIONS`; `mosaic_gpu_own` (Hopper, heads of up
-        to 128) gives each half of a tile's rows a list of its own, and has not run on a device.
+      implementation: `auto`, or a name of `IMPLEMENTATIONS`.
 
     Returns:
       out [B, T, N, Hv] in v's dtype; with `return_lse` also lse [B, N, T], float32.

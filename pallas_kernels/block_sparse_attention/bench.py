@@ -1,8 +1,7 @@
 """python -m pallas_kernels.block_sparse_attention.bench [part of a case's name …]
 
 One JSON line a case and pass: the time, that of the dense flash kernel on the same arrays, and
-time / (dense time x share of visible pairs), which is 1 where sparsity costs nothing; `own` is the
-kernel whose consumers have lists of their own.
+time / (dense time x share of visible pairs), which is 1 where sparsity costs nothing.
 """
 
 from __future__ import annotations
@@ -29,10 +28,10 @@ def _programs(name: str, pool: ThreadPoolExecutor) -> dict:
     """Futures of a case's programs, by pass and kernel, and its density."""
     case = CASES[name]
     blocks = case.make(case.length, case.heads)
-    sparse = functools.partial(block_sparse_attention, blocks=blocks)
     forms = {
-        "sparse": functools.partial(sparse, implementation="mosaic_gpu"),
-        "own": functools.partial(sparse, implementation="mosaic_gpu_own"),
+        "sparse": functools.partial(
+            block_sparse_attention, blocks=blocks, implementation="mosaic_gpu"
+        ),
         "dense": functools.partial(flash_attention, implementation="mosaic_gpu"),
     }
     shapes = tuple(jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in case.shapes)
@@ -56,12 +55,10 @@ def main(words: list[str]) -> None:
             line = {"case": name, "pass": way}
             line |= {"device": jax.devices()[0].device_kind, "density": round(density, 4)}
             try:
-                forms = ("dense", "sparse", "own")
-                runs = {form: programs[name][way, form].result() for form in forms}
+                runs = {form: programs[name][way, form].result() for form in ("sparse", "dense")}
                 times = {form: timed(run, arguments)[0] for form, run in runs.items()}
                 line |= {f"{form}_us": round(1e6 * time, 1) for form, time in times.items()}
-                for form, key in (("sparse", "ratio"), ("own", "own_ratio")):
-                    line[key] = round(times[form] / (times["dense"] * density), 3)
+                line["ratio"] = round(times["sparse"] / (times["dense"] * density), 3)
             except Exception as failure:  # one that fails is a line, not the end
                 line["failed"] = repr(failure)[:200]
             print(json.dumps(line), flush=True)

@@ -3,7 +3,8 @@
 """Block-sparse attention on Hopper: the flash kernels, whose tiles walk over lists of blocks.
 
 Full blocks of a list need no mask. The others name a pattern: a word of 32 bits for each row and 32
-columns, which is read while the block's scores are multiplied.
+columns, which is read while the block's scores are multiplied. The two consumers of a tile share
+one list, or each has one of its own in it.
 """
 
 from __future__ import annotations
@@ -224,7 +225,7 @@ def backward(
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Gradients by q, k, v, and d loss / d (score of a row's sink) as [B, N, T]."""
-    kind = ListWalk if tiles.split or not tiles.own else SharedWalk
+    kind = ListWalk if tiles.split else SharedWalk
     make = functools.partial(_walk, q, k, extras, spec=spec, map=blocks, kind=kind)
     walks = Walks.of(make, tiles)
     data = (_data(walks.by_queries, extras), _data(walks.by_keys, extras))

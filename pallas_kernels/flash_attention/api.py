@@ -97,6 +97,7 @@ def flash_attention(
     key_lengths: jax.Array | None = None,
     query_offset: int | jax.Array | None = None,
     return_lse: bool = False,
+    deterministic: bool = False,
     implementation: str = "auto",
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """softmax(cap(scale q kT) + bias + mask) v, row by row, with its gradient.
@@ -130,6 +131,11 @@ def flash_attention(
       query_offset: int or integers [B]; default: the last query stands at the last key (of the
         lengths, where given).
       return_lse: also return the log of each row's softmax sum, the sink's share included.
+      deterministic: the same bits in every run. Without it `mosaic_gpu` adds up the gradient of q,
+        where q and k have heads of 128 and v of at most 128, in the order in which its programs
+        come to it: its last bits differ between runs. All else of our kernels is the same bits
+        either way. `cudnn` refuses it, for nothing in a call tells it an order; the reference is
+        XLA's, whose own flag is --xla_gpu_exclude_nondeterministic_ops.
       implementation: `auto`, or a name of `IMPLEMENTATIONS`.
 
     Returns:
@@ -155,6 +161,7 @@ def flash_attention(
         query_lengths=query_lengths,
         key_lengths=key_lengths,
         query_offset=query_offset,
+        deterministic=deterministic,
     )
     choice = _choose(implementation, q, k, v, extras, spec, return_lse)
     run = IMPLEMENTATIONS[choice.name][0]

@@ -24,6 +24,8 @@ def obstacle(q, k, v, extras: Extras, spec: Spec) -> str | None:
         return "it has no soft-cap"
     if spec.bias is not None:
         return "it has no bias by function"
+    if spec.deterministic:
+        return "nothing tells it in which order to add up gradients"
     names = set(extras.names) - {"query_lengths", "key_lengths"}
     if names:
         return f"it has no {', '.join(sorted(names))}"

@@ -21,6 +21,7 @@ from pallas_kernels.flash_attention.mosaic_gpu_gradients_ahead import (
     KeyValueGradientsRunning,
     SplitAhead,
 )
+from pallas_kernels.flash_attention.mosaic_gpu_one_pass import AllGradients
 from pallas_kernels.flash_attention.padding import pad
 from pallas_kernels.flash_attention.pieces import CONSUMERS, LOG2E, Shape, data_of_walk
 from pallas_kernels.flash_attention.problem import Extras, Spec
@@ -59,6 +60,25 @@ def _of_keys(shape: Shape, walk: Walk, table, tiles: BackwardTiles, processors: 
     return kernel, {"cta": kernel.ctas}, kernel.by_keys.turns(walk, kernel.ctas, table)
 
 
+def _like(x: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+
+def _in_one_pass(shape: Shape, walk: Walk, inputs: dict, tiles: BackwardTiles, interpret: bool):
+    """dq, dk and dv from one kernel, dq with rows to the end of the last block."""
+    sizes = (shape.batch, walk.blocks * walk.block, shape.heads, shape.width)
+    sums = jax.new_ref(jnp.zeros(sizes, jnp.float32))
+    dk, dv = run_kernel(
+        AllGradients(shape, walk, tiles, sums),
+        inputs | {"delta": -inputs["delta"]},  # what the weights' gradients are begun from
+        {"dk": _like(inputs["k"]), "dv": _like(inputs["v"])},
+        name="flash_attention_dqkv",
+        grid={"batch": shape.batch, "tile": walk.tiles, "head": shape.kv_heads},
+        interpret=interpret,
+    )
+    return (jax.freeze(sums) * walk.spec.scale).astype(shape.dtype), dk, dv
+
+
 def launch(
     walks: Walks, qkv, data, passed, *, tiles: BackwardTiles, processors: int, interpret: bool
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
@@ -84,15 +104,17 @@ def launch(
         delta = lax.optimization_barrier(jnp.sum(wide, axis=-1)).transpose(0, 2, 1) - dlse
         inputs["delta"] = pad(delta, 2, tile)
         of_rows = {}
-    like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)  # noqa: E731
     by_queries, by_keys = walks.by_queries, walks.by_keys
+    if tiles.one_pass:
+        dq, dk, dv = _in_one_pass(shape, by_keys, inputs | data[1], tiles, interpret)
+        return dq[:, :queries], dk[:, :keys], dv[:, :keys], inputs["delta"][:, :, :queries]
     tables = [one.get("table") if tiles.by_data else None for one in data]
 
     count = shape.batch * by_queries.tiles * shape.heads
     ctas = min(processors, count) if tiles.persistent else count
-    outputs = {"dq": like(inputs["q"])}
+    outputs = {"dq": _like(inputs["q"])}
     if tiles.delta:
-        outputs["delta"] = like(inputs["lse"])
+        outputs["delta"] = _like(inputs["lse"])
     dq, *made = run_kernel(
         QueryGradients(shape, by_queries, tiles, ctas),
         inputs | of_rows | data[0] | shape.turns(by_queries, ctas, tables[0]),
@@ -107,7 +129,7 @@ def launch(
     dk, dv = run_kernel(
         kernel,
         inputs | data[1] | turns,
-        {"dk": like(inputs["k"]), "dv": like(inputs["v"])},
+        {"dk": _like(inputs["k"]), "dv": _like(inputs["v"])},
         name="flash_attention_dkv",
         grid=grid,
         interpret=interpret,

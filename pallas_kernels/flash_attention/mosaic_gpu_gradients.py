@@ -5,7 +5,8 @@
 Both recompute the softmax from the forward's log-sum, so nothing of size T x S is ever stored. The
 first owns a tile of keys and walks over the queries (of every query head of the kv head, so that
 no sum over heads is left); the second owns a tile of queries and walks over the keys. Each output
-has one owner and one order of sums: the result is the same bits in every run.
+has one owner and one order of sums: the result is the same bits in every run (of
+`mosaic_gpu_one_pass`, which makes all three in one kernel, dq's is not).
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BackwardTiles:
-    """How the two kernels are cut.
+    """How the kernels are cut: two, or one with `one_pass`.
 
     Attributes:
       block_q, stages: of the kernel for dk and dv: queries of a step, steps in flight.
@@ -66,9 +67,10 @@ class BackwardTiles:
       running: dk and dv run as many programs as processors; for heads of up to 64.
       keys_ahead: their scores are multiplied a block before their weights are made; with `running`,
         or with `split`.
-      own: each consumer has a list of its own under a block map; neither with `split` nor with
-        `keys_ahead`.
       by_data: which programs take which tiles of packed documents is found on the device.
+      one_pass: the kernel for dk and dv adds up dq too, in the order in which its programs come to
+        it, so that dq's last bits differ between runs; for heads of 128, without `delta`, `split`
+        and `running`.
     """
 
     block_q: int = 64
@@ -83,8 +85,8 @@ class BackwardTiles:
     opaque: bool = False
     running: bool = False
     keys_ahead: bool = False
-    own: bool = False
     by_data: bool = False
+    one_pass: bool = False
 
 
 def exponents(scores, lse, spec: Spec, keep, dim: int, bias=None):

@@ -36,6 +36,7 @@ class Spec:
       offset: position of query 0 among the keys; None: `Extras.offset` holds one a sequence.
       packed: queries and keys are the same tokens, at offset 0, and each segment is one run.
       bias: what is added to a score, by a function of positions and head.
+      deterministic: gradients are sums in an order that is the same in every run.
     """
 
     scale: float
@@ -45,6 +46,7 @@ class Spec:
     offset: int | None = 0
     packed: bool = False
     bias: Bias | None = None
+    deterministic: bool = False
 
     @property
     def banded(self) -> bool:
@@ -177,6 +179,7 @@ def pose(
     query_offset,
     alibi_slopes=None,
     bias: Bias | None = None,
+    deterministic=False,
 ) -> tuple[Spec, Extras]:
     """Checks the arguments of `flash_attention` and sorts them into static facts and arrays.
 
@@ -214,5 +217,10 @@ def pose(
             "flash_attention: packed says that one array of segment_ids [B, T] serves queries and "
             "keys, which are the same tokens at offset 0, and that each segment is one run"
         )
+    if not isinstance(deterministic, bool):
+        raise ShapeError(
+            f"flash_attention: deterministic must be True or False, not {deterministic!r}"
+        )
     band = {"left": left, "right": right, "offset": offset, "packed": packed}
-    return Spec(scale=scale, softcap=softcap, bias=bias, **band), Extras(**extras)
+    other = {"softcap": softcap, "bias": bias, "deterministic": deterministic}
+    return Spec(scale=scale, **other, **band), Extras(**extras)

@@ -12,7 +12,10 @@ from pallas_kernels.flash_attention.mosaic_gpu_backward import BackwardTiles
 from pallas_kernels.flash_attention.problem import Spec
 from pallas_kernels.target import device_name
 
-__all__ = ["backward_tiles", "forward_tiles", "measured"]
+__all__ = ["TWO_KERNELS", "backward_tiles", "forward_tiles", "measured"]
+
+TWO_KERNELS = 1024
+"""Keys up to which two backward kernels are faster than one pass: H200, heads of 128, NOTES.md."""
 
 
 @functools.cache
@@ -61,11 +64,13 @@ def forward_tiles(q: tuple[int, ...], v: tuple[int, ...], spec: Spec) -> Tiles:
 
 
 def backward_tiles(q: tuple[int, ...], v: tuple[int, ...], spec: Spec) -> BackwardTiles:
-    """Tiles of the backward for q's and v's shapes."""
+    """Tiles of the backward for q's and v's shapes; with `spec.deterministic` never in one pass."""
     found = _found("backward", q, v, spec)
-    if found is not None:
+    if found is not None and not (spec.deterministic and found.get("one_pass")):
         return BackwardTiles(**found)
     width = max(q[-1], v[-1])
+    if q[-1] == width == 128 and v[1] > TWO_KERNELS and not spec.deterministic:
+        return BackwardTiles(one_pass=True, stages=3)
     if width > 192:
         wide = {"dq_stages": 2, "dq_value_stages": 1, "share": True, "opaque": True}
         return BackwardTiles(split=True, keys_ahead=True, **wide)

@@ -20,10 +20,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.once import lowered_once
 from pallas_kernels.warpgroups import LOG2E
 
-__all__ = ["BOX", "LANES", "Tiles", "backward", "forward"]
+__all__ = ["BOX", "Tiles", "backward", "forward"]
 
 BOX = 256  # numbers of a dimension that TMA copies at once
-LANES = 128  # of a warpgroup
+_LANES = 128  # of a warpgroup
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,7 @@ class _Kernel:
         """A row in float32."""
         if self.interpret:
             return ref[...].astype(jnp.float32)
-        vector = next(n for n in (8, 4, 2) if self.width % (LANES * n) == 0)
+        vector = next(n for n in (8, 4, 2) if self.width % (_LANES * n) == 0)
         layout = plgpu.Layout.WG_STRIDED(self.part, vec_size=vector)
         found = plgpu.load(ref, layout=layout, optimized=False)
         return found.astype(jnp.float32)

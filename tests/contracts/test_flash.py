@@ -18,6 +18,7 @@ from jaxllm.spec.mask import And, Causal, Window
 from jaxllm.state.dense import dense_state
 from jaxllm.state.step import dense_step
 from jaxllm.train.step import batch_loss
+from pallas_kernels.flash_attention import tiles
 from pallas_kernels.target import targeting
 from tests.contracts.specs import MLP48, heads, model, pre
 from tests.kernels.lowered import KERNEL, kernel_calls
@@ -29,6 +30,7 @@ SPEC = model(
     layers="G L",
 )
 ONE = model(pre("G", heads(4, 2, head_dim=16), MLP48), layers="G")
+WIDE = model(pre("G", heads(4, 2, head_dim=128), MLP48), layers="G")
 POLICY = Policy(attention="mosaic_gpu", compute_dtype="bfloat16")
 B, T = 4, 24
 
@@ -75,6 +77,21 @@ def lowered(function, *args):
 def test_a_training_step_runs_each_forward_once_unless_told_otherwise(remat, kernels):
     policy = dataclasses.replace(POLICY, remat=remat)
     text = lowered(gradient(policy, ONE), weights(ONE), batch(packed=False))
+    assert kernel_calls(text) == kernels
+
+
+@pytest.mark.parametrize(
+    ("attention", "kernels"), [("mosaic_gpu", 2), ("mosaic_gpu_deterministic", 3)]
+)
+def test_heads_of_128_run_one_kernel_back_unless_told_to_be_deterministic(
+    attention, kernels, monkeypatch
+):
+    monkeypatch.setattr(tiles, "TWO_KERNELS", 0)  # long rows
+    policy = dataclasses.replace(POLICY, attention=attention, remat="save_attention")
+    text = lowered(gradient(policy, WIDE), weights(WIDE), batch())
+    assert kernel_calls(text) == kernels
+    with jax.set_mesh(make_mesh({"data": 2, "tensor": 2})):
+        text = lowered(gradient(policy, WIDE), weights(WIDE), batch())
     assert kernel_calls(text) == kernels
 
 

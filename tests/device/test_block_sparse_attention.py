@@ -13,7 +13,6 @@ pytestmark = [
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("kernel", ["mosaic_gpu", "mosaic_gpu_own"])
 @pytest.mark.parametrize("name", CASES)
-def test_values_and_gradients_are_the_references(name: str, kernel: str, dtype: str) -> None:
-    compare(CASES[name], jnp.dtype(dtype), kernel)
+def test_values_and_gradients_are_the_references(name: str, dtype: str) -> None:
+    compare(CASES[name], jnp.dtype(dtype))

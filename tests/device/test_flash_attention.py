@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from pallas_kernels.flash_attention import tiles
 from tests.kernels.attention import FEATURES, LENGTHS, by_name, case, errors, failures
 
 pytestmark = [
@@ -12,14 +13,30 @@ pytestmark = [
 ]
 
 
+ONE_PASS = [name for name, one in FEATURES.items() if one.one_pass]
+
+
+@pytest.fixture(autouse=True)
+def short_rows_go_in_one_pass_too(monkeypatch) -> None:
+    monkeypatch.setattr(tiles, "TWO_KERNELS", 0)
+
+
 @pytest.mark.parametrize("name", FEATURES)
 def test_features_are_as_exact_as_a_plain_form(name: str) -> None:
     one = FEATURES[name]
     assert failures(one, errors(one, jnp.bfloat16, by_name("mosaic_gpu"))) == {}
 
 
+@pytest.mark.parametrize("name", ONE_PASS)
+def test_deterministic_they_are_the_same_bits_twice(name: str) -> None:
+    one = FEATURES[name].ordered
+    assert failures(one, errors(one, jnp.bfloat16, by_name("mosaic_gpu"))) == {}
+
+
 @pytest.mark.parametrize("lengths", LENGTHS)
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_any_lengths(lengths: tuple[int, int], dtype: str) -> None:
-    one = case(*lengths, causal=True)
+@pytest.mark.parametrize(
+    ("dtype", "deterministic"), [("bfloat16", False), ("float16", False), ("bfloat16", True)]
+)
+def test_any_lengths(lengths: tuple[int, int], dtype: str, deterministic: bool) -> None:
+    one = case(*lengths, causal=True, deterministic=deterministic)
     assert failures(one, errors(one, jnp.dtype(dtype), by_name("mosaic_gpu"))) == {}

@@ -36,6 +36,17 @@ class Case:
     def sinks(self) -> bool:
         return "sinks" in self.arrays
 
+    @property
+    def one_pass(self) -> bool:
+        """Whether Hopper's backward of long rows adds up dq in no fixed order, in one kernel."""
+        fits = self.width == 128 and (self.value_width or 128) <= 128
+        return fits and not dict(self.options).get("deterministic", False)
+
+    @property
+    def ordered(self) -> "Case":
+        """The same with deterministic=True."""
+        return dataclasses.replace(self, options=(*self.options, ("deterministic", True)))
+
 
 @dataclasses.dataclass(frozen=True)
 class Sloped:
@@ -330,15 +341,21 @@ def errors(one: Case, dtype, run, *, repeat: bool = True) -> dict[str, tuple]:
 
 
 def failures(one: Case, found: dict[str, tuple]) -> dict[str, tuple]:
-    """What exceeds twice the plain form's error (thrice under a soft-cap), plus a little."""
+    """What exceeds twice the plain form's error (thrice under a soft-cap), plus a little.
+
+    What was run again must be the same bits, save dq in one pass: it may differ by as much as that.
+    """
     factor = 3.0 if "softcap" in dict(one.options) else 2.0
+    if one.one_pass and "dq again" in found:
+        found = found | {"dq again, in another order": (found["dq again"][0], found["dq"][1])}
+        del found["dq again"]
     return {
         name: pair for name, pair in found.items() if not pair[0] <= factor * pair[1] + _slack(name)
     }
 
 
 def _slack(name: str) -> float:
-    return 0.0 if "again" in name or name == "empty rows" else 1e-3
+    return 0.0 if name.endswith(" again") or name == "empty rows" else 1e-3
 
 
 def watched(monkeypatch) -> list:

@@ -73,7 +73,7 @@ def on_gpu(implementation="auto", **changes):
 
 def test_choices():
     assert on_gpu(platform="cpu").name == "reference"
-    assert on_gpu(head_dim=128).name == "cudnn"
+    assert on_gpu(head_dim=96).name == "cudnn"
     assert on_gpu(dtype="float32").name == "reference"
     assert on_gpu(head_dim=100).name == "reference"
     assert on_gpu("reference").name == "reference"
@@ -106,7 +106,12 @@ def test_auto_takes_the_kernel_where_cudnn_cannot_or_reads_pairs(more):
         (64, 1024, "mosaic_gpu"),
         (64, 1025, "cudnn"),
         (64, 63, "cudnn"),
-        (128, 1024, "cudnn"),
+        (80, 1024, "cudnn"),
+        (96, 4096, "cudnn"),
+        (112, 4096, "mosaic_gpu"),
+        (128, 1024, "mosaic_gpu"),
+        (128, 16384, "mosaic_gpu"),
+        (128, 63, "cudnn"),
         (256, 1, "cudnn"),
     ],
 )
@@ -118,6 +123,9 @@ def test_auto_takes_what_was_faster_for_whole_causal_rows(head_dim, queries, nam
 
 def test_what_the_kernel_refuses():
     assert on_gpu("mosaic_gpu").name == "mosaic_gpu"
+    assert on_gpu("mosaic_gpu_deterministic").name == "mosaic_gpu_deterministic"
+    with pytest.raises(UnsupportedError, match=r"'mosaic_gpu_deterministic': .* CUDA device"):
+        on_gpu("mosaic_gpu_deterministic", platform="cpu")
     with pytest.raises(UnsupportedError, match="masks known before the step, or bands"):
         on_gpu("mosaic_gpu", form="dense")
     assert on_gpu("mosaic_gpu", form="blocks").name == "mosaic_gpu"

@@ -177,7 +177,7 @@ def test_a_key_and_errors(address, browser, tab):
     tab = context.new_page()
     tab.set_default_timeout(20_000)
     tab.goto(address)
-    assert tab.locator("#more").get_attribute("open") is not None  # asks for the key
+    tab.locator("#more[open]").wait_for()  # asks for the key
     tab.get_by_label("Message").fill("Hi")
     tab.keyboard.press("Enter")
     tab.get_by_role("alert").get_by_text("API key").wait_for()
