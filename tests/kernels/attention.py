@@ -40,7 +40,8 @@ class Case:
     def one_pass(self) -> bool:
         """Whether Hopper's backward of long rows adds up dq in no fixed order, in one kernel."""
         fits = self.width == 128 and (self.value_width or 128) <= 128
-        return fits and not dict(self.options).get("deterministic", False)
+        ordered = {"deterministic", "packed"} & {name for name, on in self.options if on is True}
+        return fits and not ordered
 
     @property
     def ordered(self) -> "Case":

@@ -104,6 +104,20 @@ def test_tiles_are_the_first_entry_that_fits_or_what_fits_the_chip(monkeypatch) 
         Tiles(stages=2, ahead=True)
 
 
+def test_packed_rows_of_wide_heads_are_dealt_out_on_the_device() -> None:
+    def of(width: int, **more) -> tuple[Tiles, BackwardTiles]:
+        shape, spec = (1, 2048, 4, width), Spec(scale=1.0, right=0, **more)
+        return tiles.forward_tiles(shape, shape, spec), tiles.backward_tiles(shape, shape, spec)
+
+    for width in (80, 128):
+        ahead, back = of(width, packed=True)
+        assert (ahead.joined, ahead.by_data, back.by_data) == (True, True, True)
+        ahead, back = of(width)
+        assert (ahead.joined, ahead.by_data, back.by_data) == (False, False, False)
+    for width in (64, 192, 256):
+        assert of(width, packed=True) == of(width)
+
+
 def test_every_entry_of_the_table_names_tiles() -> None:
     for kind, made in (("forward", Tiles), ("backward", BackwardTiles)):
         for entry in tiles._table()[kind]:
