@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.errors import ShapeError, UnsupportedError
-from pallas_kernels.flash_attention import explain, flash_attention
+from pallas_kernels.flash_attention import explain, flash_attention, tiles
 from pallas_kernels.flash_attention.mosaic_gpu import Tiles
 from pallas_kernels.flash_attention.mosaic_gpu_backward import BackwardTiles
 from pallas_kernels.target import targeting
