@@ -190,7 +190,8 @@ def run_kernel(kernel, inputs, outputs, *, name: str, grid: dict[str, int], inte
     """Runs a kernel whose warpgroups have `roles`: its outputs, in order.
 
     Args:
-      kernel: its `body` takes all refs by name.
+      kernel: its `body` takes all refs by name; `scratch_bytes`, if it has them, are what its
+        reductions get of shared memory.
       inputs: arrays by name.
       outputs: `jax.ShapeDtypeStruct`s by name.
       name: in profiles.
@@ -208,6 +209,7 @@ def run_kernel(kernel, inputs, outputs, *, name: str, grid: dict[str, int], inte
 
     apart = {name: count for name, count in grid.items() if name != PAIR}
     cluster = {"cluster": (grid[PAIR],), "cluster_names": (PAIR,)} if PAIR in grid else {}
+    scratch = getattr(kernel, "scratch_bytes", 2048)  # of reductions; Mosaic's default
     return plgpu.kernel(
         run,
         out_type=tuple(outputs.values()),
@@ -215,7 +217,9 @@ def run_kernel(kernel, inputs, outputs, *, name: str, grid: dict[str, int], inte
         grid_names=tuple(apart),
         num_threads=CONSUMERS + 1,
         thread_name="wg",
-        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=scratch
+        ),
         kernel_name=name,
         interpret=plgpu.InterpretGPUParams() if interpret else False,
         **cluster,

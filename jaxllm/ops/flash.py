@@ -97,7 +97,8 @@ def flash(
       see: who sees whom.
       scores: scale, soft-cap and sinks.
       implementation: a name of `pallas_kernels.flash_attention.IMPLEMENTATIONS`.
-      deterministic: gradients of the same bits in every run; over maps of blocks they always are.
+      deterministic: gradients of the same bits in every run; over maps of blocks, and of packed
+        rows, they always are.
     """
     from pallas_kernels.flash_attention import flash_attention
 

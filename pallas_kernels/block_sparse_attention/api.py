@@ -25,24 +25,33 @@ from pallas_kernels.warpgroups import CONSUMERS
 __all__ = ["IMPLEMENTATIONS", "block_sparse_attention", "explain"]
 
 _TPU_TILES = TpuTiles(tile=256, block=256)
+_WIDEST = 128  # of heads whose tiles have room to be cut for a map
 _SHORT_STEP = 1.15  # what a key costs in steps of 64, over that in steps of 128
 
 
 def forward_cut(blocks: BlockMap, q: tuple[int, ...], v: tuple[int, ...], spec: Spec) -> Tiles:
-    """Tiles of the forward: blocks of 64 keys where those of 128 would hold much that is empty."""
-    tiles = forward_tiles(q, v, spec)
-    if tiles.block_kv == 64:
+    """Tiles of the forward: a list for each consumer, in steps of 64 keys, where these visit so
+    much less that short steps pay; else tiles that overlap where heads are wide."""
+    tiles, width = forward_tiles(q, v, spec), max(q[-1], v[-1])
+    if width > _WIDEST:
         return tiles
-    rows = CONSUMERS * tiles.block_q
-    visited = [int(blocks.lists(rows, n).counts[..., 1].sum()) * n for n in (64, tiles.block_kv)]
-    if visited[0] * _SHORT_STEP < visited[1]:
-        return dataclasses.replace(tiles, block_kv=64, stages=4)
-    return tiles
+    own = Tiles(block_kv=64, stages=8 if width <= 64 else 4, own=True)
+    tile, block = CONSUMERS * tiles.block_q, tiles.block_kv
+    partial, every = blocks.lists(tile, block).counts.sum(axis=(0, 1))
+    ends = blocks.halves(64, gap=own.stages // 2).ends.sum(axis=(0, 1, 2))
+    masked = ends[2] - ends[1] + ends[0]
+    together = block * (every + mosaic_gpu.MASKED * partial)
+    apart = 64 / CONSUMERS * _SHORT_STEP * (ends[2] + mosaic_gpu.MASKED * masked)
+    if apart < together:
+        return own
+    return dataclasses.replace(tiles, joined=not (tiles.ahead or tiles.share))
 
 
 def backward_cut(q: tuple[int, ...], v: tuple[int, ...], spec: Spec) -> BackwardTiles:
-    """Tiles of the backward: two kernels, for over maps the one pass has not run on a device."""
-    return backward_tiles(q, v, dataclasses.replace(spec, deterministic=True))
+    """Tiles of the backward: two kernels, for over maps the one pass has not run on a device; a
+    list for each consumer up to heads of 128, where scores ahead would have no room."""
+    tiles = backward_tiles(q, v, dataclasses.replace(spec, deterministic=True))
+    return tiles if tiles.split else dataclasses.replace(tiles, keys_ahead=False)
 
 
 def _on_hopper(q, k, v, extras: Extras, *, spec: Spec, blocks: BlockMap):

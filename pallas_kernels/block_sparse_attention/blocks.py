@@ -10,7 +10,7 @@ import numpy as np
 
 from pallas_kernels.errors import ShapeError
 
-__all__ = ["SIDE", "BlockMap", "Lists"]
+__all__ = ["SIDE", "BlockMap", "Halves", "Lists"]
 
 SIDE = 64  # rows and columns of a block of the map
 EMPTY, FULL = 0, 1  # classes; from 2 on, the pattern of that number
@@ -30,6 +30,31 @@ class Lists:
 
     entries: np.ndarray
     counts: np.ndarray
+    words: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Halves:
+    """Lists for two warpgroups that share the blocks of a tile and skip what only the other sees.
+
+    In the shared list stand, from its end, which the forward visits first: blocks that both see,
+    one of them through a pattern; those that both see whole; whole ones of one warpgroup, in turns;
+    those of one through a pattern.
+
+    Attributes:
+      blocks: int32 [M, tiles, W], numbers of the blocks that come for a tile.
+      counts: int32 [M, tiles], how many; at least one.
+      own: int32 [M, tiles, 2, W'], the places in `blocks` that a warpgroup uses + 65536 * number of
+        the pattern.
+      ends: int32 [M, tiles, 2, 3], of what is masked, of what is whole, and of all in `own`: whole
+        blocks stand in the middle.
+      words: int32 [n, block / 32, 64], see `Lists`.
+    """
+
+    blocks: np.ndarray
+    counts: np.ndarray
+    own: np.ndarray
+    ends: np.ndarray
     words: np.ndarray
 
 
@@ -112,7 +137,7 @@ class BlockMap:
         """Visible pairs over all, as blocks of 64 count them."""
         return float(np.mean(self.classes != EMPTY))
 
-    @functools.lru_cache(maxsize=8)  # noqa: B019 - maps live as long as the programs that use them
+    @functools.lru_cache(maxsize=32)  # noqa: B019 - maps live as long as the programs that use them
     def lists(self, tile: int, block: int, transposed: bool = False) -> Lists:
         """The lists for tiles of `tile` rows over blocks of `block` columns, multiples of 64.
 
@@ -141,6 +166,35 @@ class BlockMap:
         words = bits.view("<i4").transpose(0, 2, 1)
         return Lists(*_listed(full, partial, which), np.ascontiguousarray(words))
 
+    @functools.lru_cache(maxsize=32)  # noqa: B019 - as above
+    def halves(self, block: int, transposed: bool = False, gap: int = 1 << 16) -> Halves:
+        """The lists of two warpgroups of 64 rows each; see `lists`.
+
+        Args:
+          gap: a warpgroup takes one of so many blocks that come one after the other, between its
+            first and its last; it looks at one that it does not see rather than skip more.
+        """
+        lists = self.lists(SIDE, block, transposed)
+        maps, rows = lists.counts.shape[:2]
+        number = self.classes.shape[1 if transposed else 2]
+        kinds = np.full((maps, rows + rows % 2, -(-number * SIDE // block)), _NONE)
+        for at in np.ndindex(maps, rows):
+            entries = lists.entries[at][: lists.counts[at][1]]
+            seen = entries[entries >> 16 != 1]  # pattern 1 sees nothing
+            kinds[at][seen & 0xFFFF] = seen >> 16
+        kinds = kinds.reshape(maps, -1, 2, kinds.shape[-1])
+        found = {at: _halved(kinds[at], gap) for at in np.ndindex(*kinds.shape[:2])}
+        counts = np.array([len(x[0]) for x in found.values()], np.int32).reshape(kinds.shape[:2])
+        ends = np.array([[ends for _, ends in x[1]] for x in found.values()], np.int32)
+        ends = ends.reshape(*counts.shape, 2, 3)
+        shared = np.zeros((*counts.shape, int(counts.max())), np.int32)
+        used = np.zeros((*counts.shape, 2, int(ends.max())), np.int32)
+        for at, (blocks, own) in found.items():
+            shared[at][: len(blocks)] = blocks
+            for i, (entries, _) in enumerate(own):
+                used[at][i, : len(entries)] = entries
+        return Halves(shared, counts, used, ends, lists.words)
+
     def dense(self) -> np.ndarray:
         """bool [M, T, S]."""
         seen = self.patterns[self.classes].transpose(0, 1, 3, 2, 4)
@@ -159,3 +213,50 @@ def _listed(full, partial, which) -> tuple[np.ndarray, np.ndarray]:
         if not len(blocks):  # one block that nobody sees
             entries[at][0], counts[at] = 1 << 16, (1, 1)
     return entries, counts.astype(np.int32)
+
+
+_NONE = -1
+
+
+def _halved(kinds: np.ndarray, gap: int) -> tuple[list[int], list[tuple[list[int], list[int]]]]:
+    """(shared list, (own list, its ends) of each warpgroup) of a tile; see `Halves`.
+
+    Args:
+      kinds: [2, blocks], the number of each block's pattern, 0 for whole, -1 for none.
+    """
+    seen = kinds != _NONE
+    both = seen.all(axis=0)
+    whole = (kinds <= 0).all(axis=0)
+    alone = [[np.flatnonzero(seen[i] & ~both & x) for i in range(2)] for x in (whole, ~whole)]
+    order = np.flatnonzero(both & ~whole).tolist()
+    middle = len(order)
+    order += np.flatnonzero(both & whole).tolist() + _in_turns(*alone[0])
+    last = len(order)
+    order = [*order, *_in_turns(*alone[1])] or [0]
+    own = [_own(kinds[i][order], (middle, last), gap) for i in range(2)]
+    return order[::-1], own
+
+
+def _in_turns(first: np.ndarray, second: np.ndarray) -> list[int]:
+    both = min(len(first), len(second))
+    turns = np.stack([first[:both], second[:both]], axis=1).reshape(-1)
+    return [*turns.tolist(), *first[both:].tolist(), *second[both:].tolist()]
+
+
+def _own(kinds: np.ndarray, parts: tuple[int, int], gap: int) -> tuple[list[int], list[int]]:
+    """(own list, its ends) from the kinds in the order of visits; whole ones lie in `parts`."""
+    places: list[int] = []
+    for place in np.flatnonzero(kinds != _NONE).tolist() or [0]:
+        while places and place - places[-1] > gap:
+            places.append(places[-1] + gap)
+        places.append(place)
+    middle = sum(place < parts[0] for place in places)
+    whole = middle
+    while whole < len(places) and places[whole] < parts[1] and kinds[places[whole]] == 0:
+        whole += 1
+    count = len(places)
+    entries = [
+        (len(kinds) - 1 - place) + (int(kinds[place] if kinds[place] != _NONE else 1) << 16)
+        for place in places
+    ]
+    return entries[::-1], [count - whole, count - middle, count]

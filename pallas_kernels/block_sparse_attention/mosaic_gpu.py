@@ -3,32 +3,38 @@
 """Block-sparse attention on Hopper: the flash kernels, whose tiles walk over lists of blocks.
 
 Full blocks of a list need no mask. The others name a pattern: a word of 32 bits for each row and 32
-columns, which is read while the block's scores are multiplied.
+columns, which is read while the block's scores are multiplied. The two consumers of a tile share
+one list, or each has one of its own in it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.block_sparse_attention.blocks import BlockMap
+from pallas_kernels.block_sparse_attention.blocks import BlockMap, Halves
 from pallas_kernels.block_sparse_attention.walk import MapWalk
 from pallas_kernels.flash_attention.mosaic_gpu import Tiles
 from pallas_kernels.flash_attention.mosaic_gpu import launch as launch_forward
 from pallas_kernels.flash_attention.mosaic_gpu_backward import BackwardTiles, Walks
 from pallas_kernels.flash_attention.mosaic_gpu_backward import launch as launch_backward
 from pallas_kernels.flash_attention.problem import Extras, Spec
-from pallas_kernels.flash_attention.ranges import BOTH, HIGH, Walk
+from pallas_kernels.flash_attention.ranges import BOTH, HIGH
 from pallas_kernels.once import lowered_once
 from pallas_kernels.warpgroups import CONSUMERS, ROW
 
-__all__ = ["ListWalk", "backward", "forward"]
+__all__ = ["MASKED", "ListWalk", "SharedWalk", "backward", "forward"]
+
+MASKED = 0.3  # what a pattern adds to a block's cost: 619 instructions a step instead of 469
+_ALONE = 0.7  # what a step of one consumer takes while the other waits, over that of both
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,8 +53,9 @@ class ListWalk(MapWalk):
         return self.map.classes.shape[0] > 1
 
     def visits(self) -> np.ndarray:
-        """How many blocks each tile visits: int32 [1 or N, tiles]."""
-        return self.map.lists(self.tile, self.block, self.transposed).counts[..., 1]
+        """What each tile costs, in blocks: float64 [1 or N, tiles]."""
+        counts = self.map.lists(self.tile, self.block, self.transposed).counts
+        return counts[..., 1] + MASKED * counts[..., 0]
 
     def _at(self, place) -> tuple:
         return (place[2] if self.per_head else 0, place[1])
@@ -81,23 +88,100 @@ class ListWalk(MapWalk):
         ]
 
 
-def _data(walk: Walk, blocks: BlockMap, extras: Extras) -> dict:
-    lists = blocks.lists(walk.tile, walk.block, walk.transposed)
-    out = {name: jnp.asarray(getattr(lists, name)) for name in ("entries", "counts", "words")}
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SharedWalk(ListWalk):
+    """Tiles over the blocks that two consumers share, each with a list of its own; see `Halves`.
+
+    Attributes:
+      gap: of `BlockMap.halves`.
+    """
+
+    gap: int = 1 << 16
+
+    @property
+    def own(self) -> bool:
+        return True
+
+    @property
+    def halves(self) -> Halves:
+        """The lists."""
+        return self.map.halves(self.block, self.transposed, self.gap)
+
+    def visits(self) -> np.ndarray:
+        """As for `ListWalk`; one consumer alone is faster than two beside each other."""
+        masked, whole, end = np.moveaxis(self.halves.ends, -1, 0)
+        own = end + MASKED * (end - whole + masked)
+        return np.maximum(own.mean(axis=-1), _ALONE * own.max(axis=-1))
+
+    def bounds(self, place, refs):
+        """(0, 0, 0, end) of all that come."""
+        zero = jnp.int32(0)
+        return zero, zero, zero, refs["counts"][self._at(place)]
+
+    def block_at(self, place, position, refs):
+        """The block at a place of the shared list."""
+        return refs["blocks"][(*self._at(place), position)]
+
+    def of_consumer(self) -> OwnWalk:
+        return OwnWalk(**{f.name: getattr(self, f.name) for f in dataclasses.fields(self)})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OwnWalk(SharedWalk):
+    """The walk of a consumer; its positions are entries of its own list."""
+
+    def _own(self, place) -> tuple:
+        return (*self._at(place), lax.axis_index("wg"))
+
+    def bounds(self, place, refs):
+        """(0, end of what is masked, end of what is whole, end)."""
+        ends = (refs["ends"][(*self._own(place), i)] for i in range(3))
+        return jnp.int32(0), *ends
+
+    def parts(self, bounds):
+        """What is masked, the whole blocks, which only lengths may hide, and what is masked."""
+        low, full_low, full_high, high = bounds
+        whole = (full_low, full_high, HIGH if self.limited else None)
+        return [(low, full_low, BOTH), whole, (full_high, high, BOTH)]
+
+    def entry(self, place, index, refs):
+        """The entry at an index of the list."""
+        return refs["own"][(*self._own(place), index)]
+
+    def arrival(self, entry):
+        """Which of the tile's shared blocks an entry is."""
+        return entry & 0xFFFF
+
+    def block_at(self, place, position, refs):
+        """The block of an entry."""
+        return super().block_at(place, self.arrival(position), refs)
+
+    def pattern(self, place, position, rows, ends, refs):
+        """Words of an entry's pattern."""
+        del place, rows
+        if ends != BOTH:
+            return None
+        number, words = position >> 16, refs["words"]
+        return [
+            plgpu.load(words.at[number, i], layout=ROW, optimized=False)
+            for i in range(self.block // 32)
+        ]
+
+
+def _data(walk: Any, extras: Extras) -> dict:
+    names = ("entries", "counts", "words")
+    if isinstance(walk, SharedWalk):
+        found, names = walk.halves, ("blocks", "counts", "own", "ends", "words")
+    else:
+        found = walk.map.lists(walk.tile, walk.block, walk.transposed)
+    out = {name: jnp.asarray(getattr(found, name)) for name in names}
     info = walk.info(extras)
     return out if info is None else out | {"info": info}
 
 
-def _walk(q, k, extras: Extras, *, spec: Spec, blocks: BlockMap, **cut) -> ListWalk:
-    return ListWalk(
-        spec=spec,
-        batch=q.shape[0],
-        queries=q.shape[1],
-        keys=k.shape[1],
-        names=extras.names,
-        map=blocks,
-        **cut,
-    )
+def _walk(q, k, extras: Extras, *, kind: type[ListWalk] = ListWalk, **facts) -> ListWalk:
+    sizes = {"batch": q.shape[0], "queries": q.shape[1], "keys": k.shape[1]}
+    return kind(names=extras.names, **sizes, **facts)
 
 
 @lowered_once("spec", "tiles", "blocks", "processors", "interpret")
@@ -114,9 +198,11 @@ def forward(
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Runs the forward: out [B, T, N, Hv] and lse [B, N, T]."""
-    cut = {"tile": CONSUMERS * tiles.block_q, "block": tiles.block_kv}
-    walk = _walk(q, k, extras, spec=spec, blocks=blocks, **cut)
-    data = _data(walk, blocks, extras)
+    cut: dict = {"tile": CONSUMERS * tiles.block_q, "block": tiles.block_kv}
+    if tiles.own:
+        cut |= {"kind": SharedWalk, "gap": tiles.stages // 2}
+    walk = _walk(q, k, extras, spec=spec, map=blocks, **cut)
+    data = _data(walk, extras)
     if extras.sinks is not None:
         data["sinks"] = extras.sinks
     options = {"tiles": tiles, "processors": processors, "interpret": interpret}
@@ -139,8 +225,9 @@ def backward(
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Gradients by q, k, v, and d loss / d (score of a row's sink) as [B, N, T]."""
-    make = functools.partial(_walk, q, k, extras, spec=spec, blocks=blocks)
+    kind = ListWalk if tiles.split else SharedWalk
+    make = functools.partial(_walk, q, k, extras, spec=spec, map=blocks, kind=kind)
     walks = Walks.of(make, tiles)
-    data = tuple(_data(walk, blocks, extras) for walk in (walks.by_queries, walks.by_keys))
+    data = (_data(walks.by_queries, extras), _data(walks.by_keys, extras))
     options = {"tiles": tiles, "processors": processors, "interpret": interpret}
     return launch_backward(walks, (q, k, v), data, (results, gradients), **options)

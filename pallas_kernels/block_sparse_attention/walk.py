@@ -39,6 +39,10 @@ class MapWalk(Walk):
         return False
 
     @property
+    def uneven(self) -> bool:
+        return True
+
+    @property
     def limited(self) -> bool:
         """Whether a sequence's keys may end before its last block does."""
         return "key_lengths" in self.names and not self.transposed

@@ -132,10 +132,10 @@ def flash_attention(
         lengths, where given).
       return_lse: also return the log of each row's softmax sum, the sink's share included.
       deterministic: the same bits in every run. Without it `mosaic_gpu` adds up the gradient of q,
-        where q and k have heads of 128 and v of at most 128, in the order in which its programs
-        come to it: its last bits differ between runs. All else of our kernels is the same bits
-        either way. `cudnn` refuses it, for nothing in a call tells it an order; the reference is
-        XLA's, whose own flag is --xla_gpu_exclude_nondeterministic_ops.
+        where q and k have heads of 128 and v of at most 128 and rows are not `packed`, in the order
+        in which its programs come to it: its last bits differ between runs. All else of our kernels
+        is the same bits either way. `cudnn` refuses it, for nothing in a call tells it an order;
+        the reference is XLA's, whose own flag is --xla_gpu_exclude_nondeterministic_ops.
       implementation: `auto`, or a name of `IMPLEMENTATIONS`.
 
     Returns:

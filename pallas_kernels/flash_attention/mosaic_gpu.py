@@ -7,6 +7,8 @@ import jax.numpy as jnp
 
 from pallas_kernels.flash_attention.mosaic_gpu_ahead import ForwardAhead
 from pallas_kernels.flash_attention.mosaic_gpu_forward import Forward, Tiles
+from pallas_kernels.flash_attention.mosaic_gpu_joined import ForwardJoined
+from pallas_kernels.flash_attention.mosaic_gpu_own import ForwardOwn
 from pallas_kernels.flash_attention.padding import pad
 from pallas_kernels.flash_attention.pieces import CONSUMERS, Shape, data_of_walk
 from pallas_kernels.flash_attention.problem import Extras, Spec
@@ -27,9 +29,11 @@ def launch(
     ctas = min(processors, count) if tiles.persistent else count
     shape = Shape.of(q, v, interpret)
 
-    kernel = (ForwardAhead if tiles.ahead else Forward)(shape, walk, tiles, ctas)
+    kind = ForwardAhead if tiles.ahead else ForwardOwn if walk.own else Forward
+    kind = ForwardJoined if tiles.joined else kind
+    kernel = kind(shape, walk, tiles, ctas)
     inputs = {"q": pad(q, 1, 8), "k": pad(k, 1, 8), "v": pad(v, 1, 8)} | data
-    inputs |= shape.turns(walk, ctas)
+    inputs |= shape.turns(walk, ctas, data.get("table") if tiles.by_data else None)
     outputs = {
         "o": jax.ShapeDtypeStruct((*inputs["q"].shape[:3], v.shape[-1]), q.dtype),
         "lse": jax.ShapeDtypeStruct((batch, heads, walk.tiles * walk.tile), jnp.float32),

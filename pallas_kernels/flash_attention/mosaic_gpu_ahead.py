@@ -47,6 +47,25 @@ class ForwardAhead(Forward):
         self.shape.for_tiles(refs, self.walk, self.ctas, tile, (jnp.int32(0), jnp.int32(0)))
         drain(free)
 
+    def all_free(self, free):
+        """All slots of keys, values and queries are free."""
+        for name, count in {"k": self.tiles.stages, "v": self.tiles.stages, "q": 2}.items():
+            for slot in range(count):
+                plgpu.barrier_arrive(free[name].at[slot])
+
+    def begin(self, full, free, multiply, square):
+        """The first scores of all; multiply(scores) begins their product."""
+        plgpu.barrier_wait(full["q"].at[0])
+        plgpu.barrier_wait(full["k"].at[0])
+
+        def product(scores):
+            multiply(scores)
+            return plgpu.wgmma_accumulator_load(scores, wait_n=0)
+
+        scores = pl.run_scoped(product, square)
+        plgpu.barrier_arrive(free["k"].at[0])
+        return scores
+
     def compute(self, refs, smem, full, free):
         tiles, walk = self.tiles, self.walk
         wg = lax.axis_index("wg")
@@ -56,11 +75,7 @@ class ForwardAhead(Forward):
         mine = pl.ds(wg * tiles.block_q, tiles.block_q)
         slot_of = lambda step: lax.rem(step, tiles.stages)  # noqa: E731
 
-        for name in ("k", "v"):
-            for slot in range(tiles.stages):
-                plgpu.barrier_arrive(free[name].at[slot])
-        for slot in range(2):
-            plgpu.barrier_arrive(free["q"].at[slot])
+        self.all_free(free)
 
         def multiply(scores, turn, step):
             plgpu.wgmma(scores, smem["q"].at[turn, mine], smem["k"].at[slot_of(step)].T)
@@ -183,15 +198,7 @@ class ForwardAhead(Forward):
             self.finish(refs, smem["o"].at[wg], smem["lse"].at[wg], where, sums)
             return step + count, 1 - turn, after - 1, following
 
-        plgpu.barrier_wait(full["q"].at[0])
-        plgpu.barrier_wait(full["k"].at[0])
-
-        def begin(scores):
-            multiply(scores, 0, 0)
-            return plgpu.wgmma_accumulator_load(scores, wait_n=0)
-
-        scores = pl.run_scoped(begin, square)
-        plgpu.barrier_arrive(free["k"].at[0])
+        scores = self.begin(full, free, functools.partial(multiply, turn=0, step=0), square)
         start = (jnp.int32(0), jnp.int32(0), self.shape.share(refs, walk, self.ctas) - 1, scores)
         self.shape.for_tiles(refs, walk, self.ctas, tile, start)
         plgpu.wait_smem_to_gmem(0)

@@ -49,7 +49,7 @@ class Walks:
         )
 
 
-def _of_keys(shape: Shape, walk: Walk, tiles: BackwardTiles, processors: int):
+def _of_keys(shape: Shape, walk: Walk, table, tiles: BackwardTiles, processors: int):
     """The kernel for dk and dv, its grid, and which tiles each program takes."""
     grid = {"batch": shape.batch, "tile": walk.tiles, "head": shape.kv_heads}
     if not tiles.running:
@@ -57,7 +57,7 @@ def _of_keys(shape: Shape, walk: Walk, tiles: BackwardTiles, processors: int):
         return (kind if tiles.split else KeyValueGradients)(shape, walk, tiles), grid, {}
     kind = KeyValueGradientsAhead if tiles.keys_ahead else KeyValueGradientsRunning
     kernel = kind(shape, walk, tiles, min(processors, math.prod(grid.values())))
-    return kernel, {"cta": kernel.ctas}, kernel.by_keys.turns(walk, kernel.ctas)
+    return kernel, {"cta": kernel.ctas}, kernel.by_keys.turns(walk, kernel.ctas, table)
 
 
 def _like(x: jax.Array) -> jax.ShapeDtypeStruct:
@@ -108,6 +108,7 @@ def launch(
     if tiles.one_pass:
         dq, dk, dv = _in_one_pass(shape, by_keys, inputs | data[1], tiles, interpret)
         return dq[:, :queries], dk[:, :keys], dv[:, :keys], inputs["delta"][:, :, :queries]
+    tables = [one.get("table") if tiles.by_data else None for one in data]
 
     count = shape.batch * by_queries.tiles * shape.heads
     ctas = min(processors, count) if tiles.persistent else count
@@ -116,7 +117,7 @@ def launch(
         outputs["delta"] = _like(inputs["lse"])
     dq, *made = run_kernel(
         QueryGradients(shape, by_queries, tiles, ctas),
-        inputs | of_rows | data[0] | shape.turns(by_queries, ctas),
+        inputs | of_rows | data[0] | shape.turns(by_queries, ctas, tables[0]),
         outputs,
         name="flash_attention_dq",
         grid={"cta": ctas},
@@ -124,7 +125,7 @@ def launch(
     )
     if made:
         (inputs["delta"],) = made
-    kernel, grid, turns = _of_keys(shape, by_keys, tiles, processors)
+    kernel, grid, turns = _of_keys(shape, by_keys, tables[1], tiles, processors)
     dk, dv = run_kernel(
         kernel,
         inputs | data[1] | turns,

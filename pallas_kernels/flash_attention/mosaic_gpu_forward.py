@@ -53,6 +53,10 @@ class Tiles:
         tile's q then comes later. Needs H = Hv.
       ahead: scores are multiplied a block before their softmax, see `ForwardAhead`; for heads of up
         to 64, with three stages or more, and not with `share`.
+      own: each consumer has a list of its own under a block map, in steps of 64 keys.
+      joined: a tile's first scores are multiplied at the end of the tile before; for heads of up to
+        128, not with `share`.
+      by_data: which programs take which tiles of packed documents is found on the device.
     """
 
     block_q: int = 64
@@ -62,10 +66,17 @@ class Tiles:
     polynomial: int = 0
     share: bool = False
     ahead: bool = False
+    own: bool = False
+    joined: bool = False
+    by_data: bool = False
 
     def __post_init__(self):
         if self.ahead and (self.stages < 3 or self.share):  # fewer stages would wait for ever
             raise ValueError(f"flash_attention: tiles ahead need three stages and no share: {self}")
+        if self.ahead + self.own + self.joined + (self.share and (self.own or self.joined)) > 1:
+            raise ValueError(
+                f"flash_attention: tiles are ahead, own or joined, not with share: {self}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,6 +31,7 @@ from pallas_kernels.flash_attention.pieces import (
     capped,
     drain,
     keeper,
+    pass_over,
     swizzled,
 )
 from pallas_kernels.flash_attention.problem import Spec
@@ -66,6 +67,7 @@ class BackwardTiles:
       running: dk and dv run as many programs as processors; for heads of up to 64.
       keys_ahead: their scores are multiplied a block before their weights are made; with `running`,
         or with `split`.
+      by_data: which programs take which tiles of packed documents is found on the device.
       one_pass: the kernel for dk and dv adds up dq too, in the order in which its programs come to
         it, so that dq's last bits differ between runs; for heads of 128, without `delta`, `split`
         and `running`.
@@ -83,6 +85,7 @@ class BackwardTiles:
     opaque: bool = False
     running: bool = False
     keys_ahead: bool = False
+    by_data: bool = False
     one_pass: bool = False
 
 
@@ -177,8 +180,9 @@ class KeyValueGradients:
         spare = Spare.of(smem, wg)
         first_row = tile * self.walk.tile + wg * 64
         k_smem, v_smem = (smem[name].at[pl.ds(wg * 64, 64)] for name in ("k", "v"))
-        keep = keeper(self.walk, refs, batch, (first_row, 64))
-        bias = biases(self.walk, refs, batch, (first_row, 64))
+        own = self.walk.of_consumer()
+        keep = keeper(own, refs, batch, (first_row, 64))
+        bias = biases(own, refs, batch, (first_row, 64))
         self.begin(full, free)
 
         def sums(dk, dv):
@@ -206,8 +210,15 @@ class KeyValueGradients:
         k_smem, v_smem, keep, bias = keys
         (batch, tile, kv_head), (dk, dv) = place, sums
         walk, tiles, spec, dtype = self.walk, self.tiles, self.walk.spec, self.shape.dtype
+        own = walk.of_consumer()
+        skip = functools.partial(pass_over, full, free, dict.fromkeys(("q", "do"), tiles.stages))
 
-        def one(position, step, ends, place):
+        def one(index, step, ends, place, first):
+            position = own.entry(place, index, refs)
+            if walk.own:
+                wanted = first + own.arrival(position)
+                skip((step, wanted))
+                step = wanted
             slot = lax.rem(step, tiles.stages)
             q_smem, do_smem = smem["q"].at[slot], smem["do"].at[slot]
             visible = (lambda: None) if ends is None else keep(place, position, ends)
@@ -239,9 +250,14 @@ class KeyValueGradients:
 
         def head_steps(member, step):
             place = (batch, tile, kv_head * self.shape.group + member)
-            for start, end, ends in walk.parts(walk.bounds(place, refs)):
-                body = functools.partial(one, ends=ends, place=place)
+            first = step
+            for start, end, ends in own.parts(own.bounds(place, refs)):
+                body = functools.partial(one, ends=ends, place=place, first=first)
                 step = lax.fori_loop(start, end, body, step)
+            if walk.own:
+                end = first + walk.bounds(place, refs)[-1]
+                skip((step, end))
+                step = end
             return step
 
         return lax.fori_loop(0, self.shape.group, head_steps, step)
@@ -344,7 +360,7 @@ class QueryGradients:
 
     def compute(self, refs, smem, full, free):
         walk, tiles, spec = self.walk, self.tiles, self.walk.spec
-        dtype = self.shape.dtype
+        dtype, own = self.shape.dtype, walk.of_consumer()
         wg = lax.axis_index("wg")
         spare = Spare.of(smem, wg)
         mine = pl.ds(wg * 64, 64)
@@ -367,15 +383,19 @@ class QueryGradients:
             place = (batch, row, head)
             bounds = walk.bounds(place, refs)
             low, high = bounds[0], bounds[-1]
-            keep = keeper(walk, refs, batch, (first_row, 64))
-            bias = biases(walk, refs, batch, (first_row, 64))
+            keep = keeper(own, refs, batch, (first_row, 64))
+            bias = biases(own, refs, batch, (first_row, 64))
             plgpu.barrier_wait(full["q"])
             lse, delta = self.statistics(refs, smem, mine, (batch, head, pl.ds(first_row, 64)))
 
             def sums(dq):
-                def one(i, _, ends):
-                    slot = lax.rem(step + i - low, tiles.dq_stages)
-                    v_slot = lax.rem(step + i - low, tiles.dq_value_stages)
+                def one(i, done, ends):
+                    i = own.entry(place, i, refs)
+                    come = step + own.arrival(i) if walk.own else step + i - low
+                    if walk.own:
+                        pass_over(full, free, self.stages, (done, come))
+                    slot = lax.rem(come, tiles.dq_stages)
+                    v_slot = lax.rem(come, tiles.dq_value_stages)
                     k_smem, v_smem = smem["k"].at[slot], smem["v"].at[v_slot]
                     q_smem, do_smem = q_and_do(i)
                     visible = (lambda: None) if ends is None else keep(place, i, ends)
@@ -399,9 +419,13 @@ class QueryGradients:
 
                     square = plgpu.ACC((64, walk.block), jnp.float32)
                     pl.run_scoped(products, square, square)
+                    return come + 1 if walk.own else None
 
-                for start, end, ends in walk.parts(bounds):
-                    lax.fori_loop(start, end, functools.partial(one, ends=ends), None)
+                done = step if walk.own else None
+                for start, end, ends in own.parts(own.bounds(place, refs) if walk.own else bounds):
+                    done = lax.fori_loop(start, end, functools.partial(one, ends=ends), done)
+                if walk.own:
+                    pass_over(full, free, self.stages, (done, step + high - low))
                 if not tiles.share:
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of delta
                     plgpu.barrier_arrive(free["q"])

@@ -91,8 +91,9 @@ class KeyValueGradientsRunning(KeyValueGradients):
             batch, tile, kv_head = place = self.by_keys.tile(walk, index)
             first_row = tile * walk.tile + wg * 64
             k_smem, v_smem = (smem[name].at[turn, pl.ds(wg * 64, 64)] for name in ("k", "v"))
-            keep = keeper(walk, refs, batch, (first_row, 64))
-            bias = biases(walk, refs, batch, (first_row, 64))
+            own = walk.of_consumer()
+            keep = keeper(own, refs, batch, (first_row, 64))
+            bias = biases(own, refs, batch, (first_row, 64))
             for name in ("k", "v"):
                 plgpu.barrier_wait(full[name].at[turn])
 

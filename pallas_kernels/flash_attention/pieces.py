@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import heapq
 import operator
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -49,7 +50,9 @@ __all__ = [
     "drain",
     "iota",
     "keeper",
+    "pass_over",
     "same_segment",
+    "slot_of",
     "swizzled",
 ]
 
@@ -62,6 +65,28 @@ def capped(scores: jax.Array, spec: Spec) -> tuple[jax.Array, float]:
     if spec.softcap is None:
         return scores, spec.scale * LOG2E
     return jnp.tanh(scores * (spec.scale / spec.softcap)), spec.softcap * LOG2E
+
+
+def slot_of(step, stages: int):
+    """Where the block of a step lies among so many."""
+    return step & (stages - 1) if stages.bit_count() == 1 else lax.rem(step, stages)
+
+
+def pass_over(full, free, stages: Mapping[str, int], steps) -> None:
+    """Lets go of blocks that came and that a consumer does not look at.
+
+    Args:
+      stages: how many of each name are in flight.
+      steps: first and end.
+    """
+
+    def one(step, _):
+        for name, count in stages.items():
+            slot = slot_of(step, count)
+            plgpu.barrier_wait(full[name].at[slot])
+            plgpu.barrier_arrive(free[name].at[slot])
+
+    lax.fori_loop(*steps, one, None)
 
 
 def keeper(walk: Walk, refs, batch, rows):
@@ -235,10 +260,13 @@ class Shape:
         Their keys and values stay in the L2 cache, and there are enough of them that the programs
         which run at once have tiles of about one length.
         """
-        keys = walk.columns * (self.width + self.value_width) * self.dtype.itemsize
-        most = max(1, SECTION_BYTES // keys)
+        most = max(1, SECTION_BYTES // self.bytes_of_keys(walk))
         whole = self.batch * self.kv_heads
         return self.group * max(n for n in range(1, min(most, whole) + 1) if whole % n == 0)
+
+    def in_section(self, walk: Walk) -> int:
+        """Tiles of a section."""
+        return self.section(walk) * walk.tiles
 
     def tile(self, walk: Walk, index: Any) -> tuple[Any, Any, Any]:
         """(sequence, tile of queries, head): a section's tiles with most blocks come first."""
@@ -252,15 +280,29 @@ class Shape:
         pair = section * pairs + rem(rest, pairs)
         return div(pair, self.heads), row, rem(pair, self.heads)
 
-    def turns(self, walk: Walk, ctas: int) -> dict[str, jax.Array]:
+    def turns(self, walk: Walk, ctas: int, table: jax.Array | None = None) -> dict[str, jax.Array]:
         """Which tiles each program takes, as an array for the kernel; none where each takes one.
 
         Made on the host as if a program that is done took the next tile: int32 [ctas, 2 + most],
         the number of its tiles, and their indices.
+
+        Args:
+          table: bounds of tiles that are data, by which the device deals out; see `Walk.table`.
         """
         if ctas >= self.batch * walk.tiles * self.heads:
             return {}
+        if table is not None and self.together(walk):
+            return {"turns": _dealt(self, walk, ctas, table)}
         return {"turns": jnp.asarray(_turns(self, walk, ctas))}
+
+    def together(self, walk: Walk) -> bool:
+        """Whether tiles of all sections may run at once: heads of a group share what they read."""
+        keys = self.batch * self.kv_heads * self.bytes_of_keys(walk)
+        return keys <= 2 * self.group * SECTION_BYTES
+
+    def bytes_of_keys(self, walk: Walk) -> int:
+        """Of the keys and values of a sequence and kv head."""
+        return walk.columns * (self.width + self.value_width) * self.dtype.itemsize
 
     def for_tiles(self, refs, walk: Walk, ctas: int, body, start):
         """Runs body(index, carry) over this program's share of all tiles."""
@@ -293,14 +335,46 @@ def _turns(shape: Shape, walk: Walk, ctas: int) -> np.ndarray:
     cost = visits[head, row] * walk.block + TILE_COSTS
     lists: list[list[int]] = [[] for _ in range(ctas)]
     free = [(0, cta) for cta in range(ctas)]
-    for index in range(count):
+    order = np.arange(count)
+    if walk.uneven:  # the longest of a section come first, or of all
+        section = order // count if shape.together(walk) else order // shape.in_section(walk)
+        order = np.lexsort((-cost, section))
+    for index in order:
         time, cta = heapq.heappop(free)
-        lists[cta].append(index)
+        lists[cta].append(int(index))
         heapq.heappush(free, (time + int(cost[index]), cta))
     out = np.zeros((ctas, 2 + max(len(x) for x in lists)), np.int32)
     for cta, mine in enumerate(lists):
         out[cta, : 1 + len(mine)] = [len(mine), *mine]
     return out
+
+
+def _dealt(shape: Shape, walk: Walk, ctas: int, table: jax.Array) -> jax.Array:
+    """`turns` of tiles whose bounds are data: the longest first, there and back."""
+    bounds = table.reshape(-1, 4)  # of every tile of every sequence
+    visits = bounds[:, 3] - bounds[:, 0]
+    at = jnp.arange(len(bounds), dtype=jnp.int32)
+    longer, alike = visits[None] > visits[:, None], visits[None] == visits[:, None]
+    rank = jnp.sum(longer | (alike & (at[None] < at[:, None])), axis=1, dtype=jnp.int32)
+    order = jnp.sum(jnp.where(rank[None] == at[:, None], at[None], 0), axis=1, dtype=jnp.int32)
+    place, index_of = _there_and_back(shape, walk, ctas)
+    tile, head = np.divmod(np.maximum(place, 0), shape.heads)
+    turns = jnp.asarray(index_of)[order[tile], head]
+    number = np.sum(place >= 0, axis=1, keepdims=True, dtype=np.int32)
+    return jnp.concatenate([jnp.asarray(number), turns], axis=1)
+
+
+@functools.lru_cache(maxsize=64)
+def _there_and_back(shape: Shape, walk: Walk, ctas: int) -> tuple[np.ndarray, np.ndarray]:
+    """(place in the order of each program's tiles or -1 [ctas, 1 + most], index of each tile of a
+    sequence and head [B * tiles, heads])."""
+    count = shape.batch * walk.tiles * shape.heads
+    turn, cta = np.arange(-(-count // ctas) + 1), np.arange(ctas)[:, None]
+    place = turn * ctas + np.where(turn % 2 == 0, cta, ctas - 1 - cta)
+    batch, row, head = shape.tile(walk, np.arange(count))
+    index_of = np.zeros((shape.batch * walk.tiles, shape.heads), np.int32)
+    index_of[batch * walk.tiles + row, head] = np.arange(count)
+    return np.where(place < count, place, -1), index_of
 
 
 def data_of_walk(walk: Walk, extras: Extras, *, rows: int, columns: int) -> dict:

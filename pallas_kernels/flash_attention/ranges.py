@@ -127,6 +127,25 @@ class Walk:
         """Whether later tiles visit more blocks."""
         return self.spec.right is not None and not self.transposed
 
+    @property
+    def uneven(self) -> bool:
+        """Whether how many blocks tiles visit follows no order."""
+        return False
+
+    @property
+    def own(self) -> bool:
+        """Whether each consumer has a list of its own of the blocks that come for a tile."""
+        return False
+
+    def of_consumer(self) -> Walk:
+        """The walk of the consumer that asks, over what it uses of the blocks that come."""
+        return self
+
+    def entry(self, place, index, refs):
+        """The position, which `block_at` and `pattern` take, of one between a tile's `bounds`."""
+        del place, refs
+        return index
+
     def facts(self, batch, refs):
         """(offset, query length, key length) of a sequence; ints where they are static."""
         info = refs.get("info")

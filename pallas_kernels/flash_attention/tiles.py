@@ -60,16 +60,20 @@ def forward_tiles(q: tuple[int, ...], v: tuple[int, ...], spec: Spec) -> Tiles:
         return Tiles(block_kv=64, share=q[-1] == v[-1])
     if width > 128:
         return Tiles(block_kv=64)
-    return Tiles(stages=4, ahead=True) if width <= 64 else Tiles()
+    if width <= 64:
+        return Tiles(stages=4, ahead=True)
+    return Tiles(joined=spec.packed, by_data=spec.packed)
 
 
 def backward_tiles(q: tuple[int, ...], v: tuple[int, ...], spec: Spec) -> BackwardTiles:
-    """Tiles of the backward for q's and v's shapes; with `spec.deterministic` never in one pass."""
+    """Tiles of the backward for q's and v's shapes; in one pass neither with `spec.deterministic`
+    nor for packed rows, whose tiles two kernels deal out by the documents."""
     found = _found("backward", q, v, spec)
     if found is not None and not (spec.deterministic and found.get("one_pass")):
         return BackwardTiles(**found)
     width = max(q[-1], v[-1])
-    if q[-1] == width == 128 and v[1] > TWO_KERNELS and not spec.deterministic:
+    two = spec.packed or spec.deterministic or v[1] <= TWO_KERNELS
+    if q[-1] == width == 128 and not two:
         return BackwardTiles(one_pass=True, stages=3)
     if width > 192:
         wide = {"dq_stages": 2, "dq_value_stages": 1, "share": True, "opaque": True}
@@ -78,5 +82,5 @@ def backward_tiles(q: tuple[int, ...], v: tuple[int, ...], spec: Spec) -> Backwa
         wide = {"dq_stages": 2, "dq_value_stages": 2, "share": True, "opaque": True}
         return BackwardTiles(split=True, keys_ahead=True, **wide)
     if width > 64:
-        return BackwardTiles(dq_value_stages=2, delta=True)
+        return BackwardTiles(dq_value_stages=2, delta=True, by_data=spec.packed)
     return BackwardTiles(stages=4, running=True, keys_ahead=True, delta=True)

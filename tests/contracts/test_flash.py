@@ -88,11 +88,14 @@ def test_heads_of_128_run_one_kernel_back_unless_told_to_be_deterministic(
 ):
     monkeypatch.setattr(tiles, "TWO_KERNELS", 0)  # long rows
     policy = dataclasses.replace(POLICY, attention=attention, remat="save_attention")
-    text = lowered(gradient(policy, WIDE), weights(WIDE), batch())
+    whole, documents = batch(packed=False), batch()
+    text = lowered(gradient(policy, WIDE), weights(WIDE), whole)
     assert kernel_calls(text) == kernels
     with jax.set_mesh(make_mesh({"data": 2, "tensor": 2})):
-        text = lowered(gradient(policy, WIDE), weights(WIDE), batch())
-    assert kernel_calls(text) == kernels
+        text = lowered(gradient(policy, WIDE), weights(WIDE), whole)
+        assert kernel_calls(text) == kernels
+        text = lowered(gradient(policy, WIDE), weights(WIDE), documents)
+        assert kernel_calls(text) == 3
 
 
 def test_packed_rows_run_the_kernels():

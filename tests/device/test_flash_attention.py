@@ -14,6 +14,20 @@ pytestmark = [
 
 
 ONE_PASS = [name for name, one in FEATURES.items() if one.one_pass]
+PACKED = {"heads": 12, "kv_heads": 4, "packed": True, "causal": True}
+# 192 tiles: some programs take several.
+MANY_TILES = {
+    "packed": case(1024, arrays=("segment_ids",), **PACKED),
+    "packed, width 96": case(1000, width=96, arrays=("segment_ids",), **PACKED),
+    "packed, everything": case(
+        1024,
+        window=(300, 0),
+        softcap=5.0,
+        query_offset=0,
+        arrays=("segment_ids", "key_lengths", "sinks", "alibi_slopes"),
+        **PACKED,
+    ),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -24,6 +38,12 @@ def short_rows_go_in_one_pass_too(monkeypatch) -> None:
 @pytest.mark.parametrize("name", FEATURES)
 def test_features_are_as_exact_as_a_plain_form(name: str) -> None:
     one = FEATURES[name]
+    assert failures(one, errors(one, jnp.bfloat16, by_name("mosaic_gpu"))) == {}
+
+
+@pytest.mark.parametrize("name", MANY_TILES)
+def test_programs_of_several_tiles(name: str) -> None:
+    one = MANY_TILES[name]
     assert failures(one, errors(one, jnp.bfloat16, by_name("mosaic_gpu"))) == {}
 
 

@@ -1,11 +1,13 @@
 """Cases of flash attention, drawn inputs, and the rule that a low-precision kernel is held to."""
 
 import dataclasses
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.flash_attention import flash_attention
 from pallas_kernels.flash_attention.differentiable import Plan, clean, run
@@ -38,7 +40,8 @@ class Case:
     def one_pass(self) -> bool:
         """Whether Hopper's backward of long rows adds up dq in no fixed order, in one kernel."""
         fits = self.width == 128 and (self.value_width or 128) <= 128
-        return fits and not dict(self.options).get("deterministic", False)
+        ordered = {"deterministic", "packed"} & {name for name, on in self.options if on is True}
+        return fits and not ordered
 
     @property
     def ordered(self) -> "Case":
@@ -354,3 +357,20 @@ def failures(one: Case, found: dict[str, tuple]) -> dict[str, tuple]:
 
 def _slack(name: str) -> float:
     return 0.0 if name.endswith(" again") or name == "empty rows" else 1e-3
+
+
+def watched(monkeypatch) -> list:
+    """States of the interpreter's race detection, one for each kernel that runs from here on."""
+    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+
+    states: list = []
+    plain_state = gpu_callbacks.GPURaceDetectionState  # pyright: ignore[reportPrivateImportUsage]
+
+    def noted(**kwargs):
+        states.append(plain_state(**kwargs))
+        return states[-1]
+
+    checked = functools.partial(plgpu.InterpretGPUParams, detect_races=True)
+    monkeypatch.setattr(gpu_callbacks, "GPURaceDetectionState", noted)
+    monkeypatch.setattr(plgpu, "InterpretGPUParams", checked)
+    return states

@@ -1,6 +1,7 @@
 """Block-sparse attention on the CPU: maps and lists, the reference, the kernel interpreted and
 lowered."""
 
+import dataclasses
 import importlib.util
 
 import jax
@@ -10,8 +11,11 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 
 from pallas_kernels.block_sparse_attention import BlockMap, block_sparse_attention, explain
+from pallas_kernels.block_sparse_attention.blocks import Halves, _halved
+from pallas_kernels.block_sparse_attention.shapes import CASES as SHAPES
 from pallas_kernels.errors import ShapeError, UnsupportedError
 from pallas_kernels.target import targeting
+from tests.kernels.attention import watched
 from tests.kernels.block_sparse import CASES, arguments, by_hand, compare
 from tests.kernels.tpus import TPUS, described
 
@@ -49,6 +53,40 @@ def test_lists_visit_every_pair_once(name, cut):
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("cut", [(64, False, 2), (64, True, 1 << 16), (128, False, 1)])
+def test_halves_visit_every_pair_of_their_own_once(name, cut):
+    case, (block, transposed, gap) = CASES[name], cut
+    halves, seen = case.map.halves(block, transposed, gap), case.map.dense()
+    seen = seen.transpose(0, 2, 1) if transposed else seen
+    again = np.zeros((len(seen), 1024, 1024), int)
+    for m, t, w in np.ndindex(*halves.own.shape[:3]):
+        masked, whole, end = halves.ends[m, t, w]
+        places = halves.own[m, t, w, :end] & 0xFFFF
+        patterns = halves.own[m, t, w, :end] >> 16
+        assert (patterns[masked:whole] == 0).all()
+        assert end > 0 and places[-1] < halves.counts[m, t]
+        assert ((np.diff(places) > 0) & (np.diff(places) <= gap)).all()
+        for place, pattern in zip(places, patterns, strict=True):
+            words = halves.words[pattern].view(np.uint32)
+            bits = (words[:, :, None] >> np.arange(32, dtype=np.uint32)) & 1
+            bits = bits.transpose(1, 0, 2).reshape(64, block)
+            row, column = t * 128 + w * 64, halves.blocks[m, t, place] * block
+            again[m, row : row + 64, column : column + block] += bits.astype(int)
+    np.testing.assert_array_equal(again[:, : seen.shape[1], : seen.shape[2]], seen)
+
+
+def test_a_warpgroup_looks_at_a_block_rather_than_skip_many():
+    kinds = np.full((2, 8), -1)
+    kinds[:, 0] = kinds[0] = 0  # the first one sees all but the last
+    kinds[:, 7] = -1, 3  # the second one a whole block and a pattern, the last that is visited
+    shared, (first, second) = _halved(kinds, gap=2)
+    assert shared == [7, 6, 5, 4, 3, 2, 1, 0]
+    assert first == ([1, 2, 3, 4, 5, 6, 7], [0, 7, 7])
+    unseen = [place + (1 << 16) for place in (1, 3, 5)]
+    assert second == ([3 << 16, *unseen, 7], [4, 5, 5])
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_the_reference(name):
     case = CASES[name]
     qkv, options = arguments(case, jnp.float32)
@@ -72,13 +110,24 @@ def test_kernels_in_the_interpreter(name):
         compare(CASES[name], jnp.bfloat16)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_forward_and_gradient_lower_for_cuda(name):
+@pytest.mark.slow
+@pytest.mark.usefixtures("_loose")
+def test_no_races(monkeypatch):
+    """Where consumers skip blocks, by the interpreter's vector clocks."""
+    states = watched(monkeypatch)
+    with targeting("interpreter"):
+        compare(CASES["random blocks of each head"], jnp.bfloat16)
+    assert [state.races_found for state in states] == [False, False, False]
+
+
+@pytest.mark.parametrize(("name", "width"), [*((name, None) for name in CASES), ("lengths", 256)])
+def test_forward_and_gradient_lower_for_cuda(name, width):
     case = CASES[name]
+    case = dataclasses.replace(case, width=width or case.width)
     qkv, options = arguments(case, jnp.bfloat16)
 
     def loss(*qkv):
-        out = block_sparse_attention(*qkv, case.map, **options)
+        out = block_sparse_attention(*qkv, case.map, implementation="mosaic_gpu", **options)
         return jnp.sum(out.astype(jnp.float32))
 
     with targeting("gpu"):
@@ -123,6 +172,77 @@ def test_they_compile_for_every_tpu(tpu, name, monkeypatch):
     device = described(tpu, monkeypatch)
     compiled = lower_for_tpu(CASES[name], SingleDeviceSharding(device)).compile()
     assert compiled.memory_analysis() is not None
+
+
+def _goes_on(halves: Halves, at: tuple[int, int], stages: int) -> bool:
+    """Whether the loader and both consumers of `ForwardOwn` reach the end of a tile.
+
+    Nobody's choice depends on who comes first, so one order of events decides.
+    """
+    count = int(halves.counts[at])
+    brought = {"k": 0, "v": 0}  # blocks, in the order of visits
+    let_go: dict = {name: [set(), set()] for name in brought}
+
+    def consumer(w):
+        ends = halves.ends[(*at, w)]
+        mine = [count - 1 - int(e & 0xFFFF) for e in halves.own[(*at, w)][: ends[2]][::-1]]
+
+        def skip(first, end):
+            for i in range(first, end):
+                for name in brought:
+                    yield name, i
+                    let_go[name][w].add(i)
+
+        done = 0
+        for i, place in enumerate(mine):
+            yield from skip(done, place)
+            yield "k", place
+            if i > 1:
+                let_go["v"][w].add(mine[i - 2])
+            if i:
+                yield "v", mine[i - 1]
+            let_go["k"][w].add(place)
+            done = place + 1
+        yield "v", mine[-1]
+        let_go["v"][w] |= set(mine)
+        yield from skip(done, count)
+
+    consumers = [consumer(0), consumer(1)]
+    wanted = [next(one, None) for one in consumers]
+    moved = True
+    while moved:
+        moved = False
+        for i in range(2):
+            while wanted[i] is not None and brought[wanted[i][0]] > wanted[i][1]:
+                wanted[i], moved = next(consumers[i], None), True
+        name = "k" if brought["k"] == brought["v"] else "v"
+        before = brought[name] - stages
+        if brought[name] < count and (before < 0 or all(before in x for x in let_go[name])):
+            brought[name], moved = brought[name] + 1, True
+    return wanted == [None, None]
+
+
+def test_no_consumer_waits_for_ever():
+    maps = [case.map for case in CASES.values()]
+    maps += [shaped.make(shaped.length, shaped.heads) for shaped in list(SHAPES.values())[:2]]
+    random = np.random.default_rng(0)
+    maps += [BlockMap.even(random.random((2, 32, 32)) < p, 64, 2048, 2048) for p in (0.1, 0.4)]
+    for stages in (4, 8):
+        for one in maps:
+            halves = one.halves(64, gap=stages // 2)
+            assert all(_goes_on(halves, at, stages) for at in np.ndindex(*halves.counts.shape))
+
+    def lopsided(
+        rows, columns
+    ):  # the second half's pattern is visited after 30 blocks of the first
+        first = (rows < 64) & (columns < 31 * 64)
+        return (first | ((rows >= 64) & ((columns < 64) | (columns % 64 == 63))))[None] & ~(
+            (rows >= 64) & (columns >= 64) & (columns < 31 * 64)
+        )
+
+    one = BlockMap.of(lopsided, 128, 2048)
+    assert _goes_on(one.halves(64, gap=2), (0, 0), 4)
+    assert not _goes_on(one.halves(64), (0, 0), 4)
 
 
 def test_wrong_arguments_are_named():

@@ -2,21 +2,16 @@
 lowered."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.errors import ShapeError, UnsupportedError
 from pallas_kernels.flash_attention import explain, flash_attention, tiles
 from pallas_kernels.flash_attention.mosaic_gpu import Tiles
 from pallas_kernels.flash_attention.mosaic_gpu_backward import BackwardTiles
-from pallas_kernels.flash_attention.pieces import Shape
-from pallas_kernels.flash_attention.problem import Extras, Spec
-from pallas_kernels.flash_attention.ranges import Walk, runs
 from pallas_kernels.target import targeting
 from tests.kernels.attention import (
     FEATURES,
@@ -31,6 +26,7 @@ from tests.kernels.attention import (
     errors,
     failures,
     interpreted,
+    watched,
 )
 
 SMALL = {"batch": 1, "heads": 2, "kv_heads": 1, "width": 64}
@@ -102,6 +98,24 @@ INTERPRETED = {
         ),
         Tiles(stages=3, ahead=True),
         BackwardTiles(delta=True, running=True, keys_ahead=True, stages=4),
+    ),
+    "joined, packed": (
+        case(300, causal=True, packed=True, arrays=("segment_ids",), **SMALL),
+        Tiles(block_kv=64, joined=True, by_data=True),
+        BackwardTiles(delta=True, running=True, by_data=True),
+    ),
+    "joined, everything": (
+        case(
+            130,
+            causal=True,
+            window=(70, 0),
+            softcap=5.0,
+            arrays=("segment_ids", "sinks"),
+            bias=bucketed,
+            **SMALL,
+        ),
+        Tiles(joined=True),
+        BackwardTiles(),
     ),
     "split, ahead": (
         case(128, 100, causal=True, softcap=5.0, **SMALL),
@@ -284,76 +298,6 @@ def test_every_pair_of_lengths_is_served() -> None:
         assert out.shape == qkv[0].shape
 
 
-@pytest.mark.parametrize(
-    "spec", [{"right": 0}, {"left": 200, "right": 0}, {"left": 70, "right": 33}, {}]
-)
-@pytest.mark.parametrize("transposed", [False, True])
-def test_visits_are_those_of_the_bounds(spec, transposed) -> None:
-    for queries, keys, offset in ((1000, 1000, 0), (300, 900, 600), (700, 90, -610)):
-        facts = {"batch": 1, "queries": queries, "keys": keys, "tile": 128, "block": 64}
-        walk = Walk(
-            spec=Spec(scale=1.0, offset=offset, **spec), names=(), transposed=transposed, **facts
-        )
-        low, _, _, high = np.asarray(walk.every(Extras())).reshape(-1, 4).T
-        np.testing.assert_array_equal(walk.visits()[0], high - low)
-
-
-@pytest.mark.parametrize("sizes", [(3, 1000, 8, 2), (2, 130, 6, 6), (1, 128, 1, 1)])
-def test_programs_share_out_every_tile_once(sizes) -> None:
-    batch, length, heads, kv_heads = sizes
-    facts = {"batch": batch, "queries": length, "keys": length, "tile": 128, "block": 128}
-    walk = Walk(spec=Spec(scale=1.0, right=0), names=(), **facts)
-    arrays = (jnp.zeros((batch, length, n, 64), jnp.bfloat16) for n in (heads, kv_heads))
-    shape = Shape.of(*arrays, interpret=False)
-    count = batch * walk.tiles * heads
-
-    def program(_, refs, ctas):
-        mark = lambda index, seen: seen.at[index].add(1)  # noqa: E731
-        return shape.for_tiles(refs, walk, ctas, mark, jnp.zeros((count,), jnp.int32))
-
-    for ctas in (1, 5, count - 1 or 1, count):
-        refs = shape.turns(walk, ctas)
-        run = functools.partial(program, refs=refs, ctas=ctas)
-        seen = jax.vmap(run, axis_name="cta")(jnp.arange(ctas))
-        assert (np.asarray(seen).sum(0) == 1).all()
-    places = np.stack([np.asarray(x) for x in shape.tile(walk, jnp.arange(count))])
-    assert np.unique(places, axis=1).shape == (3, count)
-    assert (places.max(1) < (batch, walk.tiles, heads)).all()
-
-
-def test_runs_of_ids() -> None:
-    ids = np.repeat([3, 3, 1, 0, 7], [1, 70, 66, 1, 62])[None].astype(np.int32)
-    first, last = np.asarray(runs(jnp.asarray(ids)))[0]
-    for at in range(ids.shape[1]):
-        same = np.flatnonzero(ids[0] != ids[0, at])
-        assert first[at] == max(same[same < at], default=-1) + 1
-        assert last[at] == min(same[same > at], default=ids.shape[1]) - 1
-
-
-def test_tiles_are_the_first_entry_that_fits_or_what_fits_the_chip(monkeypatch) -> None:
-    entries = [
-        {"device": "H100", "width": 128, "packed": True, "tiles": {"persistent": False}},
-        {"device": "H100", "width": 128, "tiles": {}},
-    ]
-    monkeypatch.setattr(tiles, "_table", lambda: {"forward": entries})
-    call = {"device": "NVIDIA H100 80GB HBM3", "width": 128, "queries": 4096, "packed": False}
-    assert tiles.measured("forward", **call) == {}
-    assert tiles.measured("forward", **call | {"packed": True}) == {"persistent": False}
-    assert tiles.measured("forward", **call | {"width": 256}) is None
-    assert tiles.measured("forward", **call | {"device": "NVIDIA H800"}) is None
-    wide = tiles.forward_tiles((1, 64, 4, 256), (1, 64, 4, 256), Spec(scale=1.0))
-    assert (wide.block_kv, wide.share) == (64, True)
-    with pytest.raises(ValueError, match="need three stages"):
-        Tiles(stages=2, ahead=True)
-
-
-def test_every_entry_of_the_table_names_tiles() -> None:
-    for kind, made in (("forward", Tiles), ("backward", BackwardTiles)):
-        for entry in tiles._table()[kind]:
-            assert made(**entry["tiles"]) is not None
-            assert entry["device"].startswith("H")
-
-
 def test_packed_says_what_it_needs() -> None:
     (q, k, v), options = arguments(FEATURES["segments"], jnp.bfloat16)
     ids = options["segment_ids"]
@@ -364,20 +308,11 @@ def test_packed_says_what_it_needs() -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("_loose")
-def test_no_races(monkeypatch) -> None:
+@pytest.mark.parametrize("name", ["causal", "joined, packed"])
+def test_no_races(name, monkeypatch) -> None:
     """By the interpreter's vector clocks, in each of the three kernels."""
-    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
-
-    states, plain_state = [], gpu_callbacks.GPURaceDetectionState
-
-    def noted(**kwargs):
-        states.append(plain_state(**kwargs))
-        return states[-1]
-
-    checked = functools.partial(plgpu.InterpretGPUParams, detect_races=True)
-    monkeypatch.setattr(gpu_callbacks, "GPURaceDetectionState", noted)
-    monkeypatch.setattr(plgpu, "InterpretGPUParams", checked)
-    one, forward, backward = INTERPRETED["causal"]
+    states = watched(monkeypatch)
+    one, forward, backward = INTERPRETED[name]
     qkv, options = arguments(one, jnp.bfloat16)
     weights = np.ones(qkv[0].shape, np.float32)
     jax.block_until_ready(both(interpreted(forward, backward), qkv, options, weights))

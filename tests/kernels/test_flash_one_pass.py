@@ -102,6 +102,8 @@ def test_which_widths_take_one_pass() -> None:
     for widths in ((128, 128), (128, 64)):
         assert of(*widths) == ONE_PASS and not of(*widths, deterministic=True).one_pass
         assert not of(*widths, keys=1024).one_pass
+        assert of(*widths, packed=True) == of(*widths, packed=True, deterministic=True)
+        assert not of(*widths, packed=True).one_pass
     for widths in ((112, 112), (112, 128), (128, 144), (192, 128), (64, 64)):
         assert of(*widths) == of(*widths, deterministic=True) and not of(*widths).one_pass
 
