@@ -80,7 +80,8 @@ def tiles_for(rows: int, parts: tuple[Part, ...]) -> Tiles:
         width = math.gcd(256, *(part.inputs // fold for part in parts))
         scales = HIGH * (width // packed.group) * jnp.dtype(packed.scale).itemsize
         room, step = _ROOM - _ROW * rows - held, HIGH * width // 2 + scales
-        stages, consumers = min(room // step, _MOST_STAGES), 3 if rows == 1 else 2
+        few = rows == 1 and packed.group == 128  # sums, so that registers suffice for three
+        stages, consumers = min(room // step, _MOST_STAGES), 3 if few else 2
         return Tiles(width=width, stages=stages, consumers=consumers, woven=True)
     in_place = held <= _HELD
     if not in_place:
