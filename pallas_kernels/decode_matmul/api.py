@@ -77,7 +77,8 @@ def tiles_for(rows: int, parts: tuple[Part, ...]) -> Tiles:
     fold, held = FOLD, _held(rows, parts)
     packed = parts[0].packed
     if packed is not None:
-        width = math.gcd(256, *(part.inputs // fold for part in parts))
+        most = 128 if packed.group == 64 and rows > 4 else 256  # of which registers find room
+        width = math.gcd(most, *(part.inputs // fold for part in parts))
         scales = HIGH * (width // packed.group) * jnp.dtype(packed.scale).itemsize
         room, step = _ROOM - _ROW * rows - held, HIGH * width // 2 + scales
         few = rows == 1 and packed.group == 128  # sums, so that registers suffice for three

@@ -433,13 +433,12 @@ class Kernel:
                 for c in range(0, tiles.width, chunk)
             ]
             plgpu.barrier_arrive(free.at[slot])
-            wide = {}
+            wide = [self.widened(own) for own in codes] if group < chunk else []
 
             def run(some, *accs):
                 for (c, g), own in zip(some, accs, strict=True):
-                    if c not in wide:
-                        wide[c] = self.widened(codes[c])
-                    left = wide[c][:, g * group : (g + 1) * group] if group < chunk else wide[c]
+                    here = slice(g * group, (g + 1) * group)
+                    left = wide[c][:, here] if wide else self.widened(codes[c])
                     here = pl.ds(k * tiles.width + c * chunk + g * group, group)
                     multiply(own, left, x_smem.at[:, here].T, stage)
                     if stage is not None:

@@ -115,6 +115,16 @@ def kinds_of(case):
     return kind(case.rows, case.inputs), w, options
 
 
+@pytest.mark.parametrize("rows", [3, 8])
+def test_groups_of_64_lower(rows):
+    """Several products of one widened chunk, each waited for."""
+    shape = jax.ShapeDtypeStruct
+    w = Packed(shape((64, 2048), jnp.uint4), shape((64, 32), jnp.float32), True)
+    with targeting("gpu"):
+        traced = jax.jit(decode_matmul).trace(shape((rows, 2048), jnp.bfloat16), w)
+        assert kernel_calls(traced.lower(lowering_platforms=("cuda",)).as_text()) == 1
+
+
 @pytest.mark.parametrize("name", [PACKED[0], PACKED[-2], PACKED[-3]])
 def test_lowers_for_cuda_as_one_kernel(name):
     case = CASES[name]
