@@ -46,7 +46,8 @@ def gated_norm(
         if _by_kernel(y, norm, implementation, rules):
             took("gated norm", implementation)
             return _kernel(y, x, z, d, scale, norm, implementation, rules)
-    wide = y.astype(jnp.float32) + x.astype(jnp.float32) * align(jnp.asarray(d)[:, None], x)
+    d = jnp.asarray(d, jnp.float32)[:, None]
+    wide = y.astype(jnp.float32) + x.astype(jnp.float32) * align(d, x)
     gate = jax.nn.silu(z.astype(jnp.float32))
     if norm is None or scale is None:
         return (wide * gate).astype(y.dtype)

