@@ -580,7 +580,8 @@ def run(
     ctas = min(processors() * tiles.programs, most)
     kernel = Kernel(rows=rows, parts=parts, tiles=tiles, ctas=ctas, interpret=interpret)
     if interpret and kernel.packed is not None and kernel.packed.arranged:
-        x = stored(x, kernel.packed.kind)  # the interpreter widens codes where they are
+        kind = kernel.packed.kind  # the interpreter widens codes where they are
+        x, norms = stored(x, kind), tuple(g if g is None else stored(g, kind) for g in norms)
     given = {"x0": x.reshape(-1, kernel.grain(parts[0]))}
     if interpret and rows * fold % 8:  # TMA reads zeros where the array ends
         given["x0"] = jnp.pad(given["x0"], ((0, kernel.columns - rows * fold), (0, 0)))
