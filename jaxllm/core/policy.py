@@ -54,7 +54,7 @@ class Policy:
       decode: how a step of few tokens runs: op by op (`plain`), with the norms of one token's
         products taken after them (`folded`), or norms, products, activations and
         residuals together in our kernel for Hopper GPUs where it serves (`fused`), or as many
-        products of layers as can be in one (`chained`).
+        products of layers as can be in one (`chained`); weights in bfloat16 or int4.
       remat: what a backward pass recomputes inside a layer: nothing (`none`), all but the results
         of matrix products and of attention (`save_dots`), all but those of attention
         (`save_attention`), as `save_dots` with what is kept held in the host's memory (`offload`),

@@ -20,6 +20,7 @@ from jaxllm.core.choices import took
 from jaxllm.core.policy import Policy
 from jaxllm.errors import UnsupportedError
 from jaxllm.ops.marks import MARK, marking
+from jaxllm.ops.quantized import codes_obstacle, operands
 from pallas_kernels.target import not_hopper, target
 
 __all__ = ["AUTO_ROWS", "fused", "obstacle"]
@@ -143,7 +144,7 @@ class Product:
 
     Attributes:
       x: [R, I]; waiting or not.
-      w: [O, I].
+      w: [O, I], plain or packed.
       out_dtype: of the result.
       plain: computes it without our kernel, and without folding.
       gate: activation of the first half of the outputs, which multiplies the second, or None.
@@ -267,6 +268,8 @@ def _marked(kind: str, function: Any, static: dict[str, Any], given: list[Any], 
         (x, w), out = given, jnp.dtype(static["out_dtype"])
         args = Product(x, w, out, plain, way=way)
         return _waiting((x.shape[0], w.shape[0]), "product", args)
+    if kind == "packed" and way != "folded":
+        return _packed(static, given, plain, way)
     if kind == "hidden" and way != "folded" and _gated(given, static["mlp"]):
         args = dataclasses.replace(
             given[0].args[0], gate=static["mlp"].activation, plain=plain, residual=None
@@ -274,6 +277,20 @@ def _marked(kind: str, function: Any, static: dict[str, Any], given: list[Any], 
         found = _waiting(given[0].shape, "hidden", args)
         return found if _links([found]) is not None else plain()
     return plain()
+
+
+def _packed(static: dict[str, Any], given: list[Any], plain: Any, way: str) -> Any:
+    """A product with a quantized matrix, which waits if our kernel takes such codes."""
+    from pallas_kernels.decode_matmul import Packed
+
+    x, *arrays = given
+    leaf = jax.tree.unflatten(static["leaf"], arrays)
+    if len(x.shape) != 2 or codes_obstacle(leaf) is not None:
+        return plain()
+    values, scale, _ = operands(leaf)
+    args = Product(x, Packed(values, scale, leaf.version == 3), static["out_dtype"], plain)
+    args = dataclasses.replace(args, out_dtype=jnp.dtype(args.out_dtype), way=way)
+    return _waiting((x.shape[0], leaf.num_outputs), "product", args)
 
 
 def _gated(given: list[Any], mlp: Any) -> bool:
@@ -311,7 +328,7 @@ def _links(chain: list[Waiting]) -> Any:
             if residual is not None and residual is not args.residual:
                 return None
             residual = args.residual
-        w = args.w if args.gate is None else args.w.reshape(2, -1, args.w.shape[-1])
+        w = args.w if args.gate is None else _halved(args.w)
         norm = {}
         if args.norm is not None:
             _, scale, static = args.norm.args
@@ -328,6 +345,11 @@ def _links(chain: list[Waiting]) -> Any:
     if explain(x, tuple(links), residual=kind).name == "reference":
         return None
     return links, residual, first.source
+
+
+def _halved(w: Any) -> Any:
+    """A matrix of two halves, plain or packed, as [2, O, I]."""
+    return jax.tree.map(lambda array: array.reshape(2, -1, array.shape[-1]), w)
 
 
 def _made(last: Waiting) -> Any:

@@ -114,6 +114,14 @@ def _rows_times(
     return _product("RI,OI->RO", x, w, out_dtype)
 
 
+@marked("packed")
+def _packed_rows_times(
+    x: Float[Array, "... I"], *arrays: AnyArray, leaf: Any, out_dtype: Any
+) -> Float[Array, "... O"]:
+    """x times the quantized matrix whose arrays and tree are given, transposed."""
+    return quantized_product(x, jax.tree.unflatten(leaf, arrays), out_dtype)
+
+
 def _matrix(x: Array, leaf: Any, inputs: int, out_dtype: Any) -> Array:
     """x [*batch, *inputs] times a leaf -> [*batch, *outputs], as a product of two matrices.
 
@@ -126,7 +134,9 @@ def _matrix(x: Array, leaf: Any, inputs: int, out_dtype: Any) -> Array:
         # On a mesh tokens stay a dim of their own, as below.
         folded = jax.sharding.get_abstract_mesh().empty
         x = x.reshape(-1, width) if folded else x.reshape(*batch, width)
-        return jnp.reshape(quantized_product(x, leaf, out_dtype), (*batch, *outputs))
+        arrays, tree = jax.tree.flatten(leaf)
+        y = _packed_rows_times(x, *arrays, leaf=tree, out_dtype=out_dtype)
+        return jnp.reshape(y, (*batch, *outputs))
     if isinstance(leaf, OutputsFirst):
         w = leaf.values.reshape(-1, width).astype(x.dtype)
         y = _rows_times(x.reshape(-1, width), w, out_dtype=out_dtype)

@@ -18,6 +18,7 @@ from pallas_kernels.target import target
 __all__ = [
     "KINDS",
     "blocks_obstacle",
+    "codes_obstacle",
     "kernel_obstacle",
     "operands",
     "product_sizes",
@@ -153,6 +154,17 @@ def product_sizes(leaf: QArray) -> tuple[int, int, int] | None:
     if count != 1 and leaf.num_inputs != count * leaf.group:
         return None
     return leaf.num_outputs, leaf.num_inputs, leaf.num_inputs // count
+
+
+def codes_obstacle(leaf: QArray) -> str | None:
+    """Why the kernel for a decoding step's products cannot take a leaf's codes, or None."""
+    if leaf.format not in ("int4", "uint4") or leaf.offset is not None or leaf.activations:
+        return f"it takes int4 and uint4 without offsets, not {leaf.format}"
+    if leaf.version == 2 or leaf.order is not None or leaf.lead:
+        return "it takes one matrix in the first or third layout, its inputs in order"
+    if isinstance(leaf.scale, QArray) or leaf.rows != 1 or product_sizes(leaf) is None:
+        return "it takes a scale for each output and group"
+    return None
 
 
 def operands(leaf: QArray) -> tuple[Array, Array, Array | None]:

@@ -9,11 +9,14 @@ from pallas_kernels.decode_matmul.api import (
     explain,
     unfit,
 )
+from pallas_kernels.decode_matmul.packed import Packed, Packing
 
 __all__ = [
     "IMPLEMENTATIONS",
     "MOST_ROWS",
     "Link",
+    "Packed",
+    "Packing",
     "decode_chain",
     "decode_matmul",
     "explain",

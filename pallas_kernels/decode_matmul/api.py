@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.choice import Choice, choose
 from pallas_kernels.decode_matmul.mosaic_gpu import HIGH, Part, Tiles, run
+from pallas_kernels.decode_matmul.packed import FOLD, Packed, Packing
 from pallas_kernels.decode_matmul.reference import ACTIVATIONS, reference
 from pallas_kernels.errors import ShapeError, UnsupportedError
 from pallas_kernels.target import interpreting, not_hopper, target
@@ -28,9 +29,9 @@ __all__ = [
 
 IMPLEMENTATIONS = ("mosaic_gpu", "reference")
 MOST_ROWS = 8
-FOLD = 8
 _ROOM = 232_448 - 3_072  # bytes of shared memory less what barriers and sums of warps take
 _ROW = 3_584  # bytes of a row's scale, sums and what is added
+_MOST_STAGES = 24  # of packed weights
 _HELD = 150_000  # bytes of x and norms, which leave room for enough weights in flight
 
 
@@ -39,7 +40,7 @@ class Link:
     """One product of a chain, of the result of the one before.
 
     Attributes:
-      w: [O, K], or [2, O, K] with a `gate`.
+      w: [O, K], or [2, O, K] with a `gate`: an array, or `Packed` as all others of the chain.
       norm: weight [K] of an RMSNorm of what it multiplies, or None.
       eps: of the norm.
       gate: activation of the first half's product, which multiplies the second's, or None.
@@ -61,6 +62,7 @@ class Link:
             eps=None if self.norm is None else self.eps,
             gate=self.gate,
             residual=self.residual,
+            packed=self.w.packing if isinstance(self.w, Packed) else None,
         )
 
 
@@ -73,6 +75,15 @@ def _held(rows: int, parts: tuple[Part, ...]) -> int:
 def tiles_for(rows: int, parts: tuple[Part, ...]) -> Tiles:
     """How products of so many rows are cut."""
     fold, held = FOLD, _held(rows, parts)
+    packed = parts[0].packed
+    if packed is not None:
+        most = 128 if packed.group == 64 and rows > 4 else 256  # of which registers find room
+        width = math.gcd(most, *(part.inputs // fold for part in parts))
+        scales = HIGH * (width // packed.group) * jnp.dtype(packed.scale).itemsize
+        room, step = _ROOM - _ROW * rows - held, HIGH * width // 2 + scales
+        few = rows == 1 and packed.group == 128  # sums, so that registers suffice for three
+        stages, consumers = min(room // step, _MOST_STAGES), 3 if few else 2
+        return Tiles(width=width, stages=stages, consumers=consumers, woven=True)
     in_place = held <= _HELD
     if not in_place:
         fold = next(n for n in (2, 4, 8) if rows * n % 8 == 0)
@@ -92,6 +103,7 @@ def unfit(
     sizes: tuple[int, int],
     dtypes: tuple[str, ...],
     platform: str,
+    packed: Packing | None = None,
 ) -> str | None:
     """Why an implementation cannot serve a kind of product, or None.
 
@@ -99,8 +111,9 @@ def unfit(
       implementation: one of `IMPLEMENTATIONS`.
       rows: M.
       sizes: inputs and outputs of a half.
-      dtypes: of x, the weights and, where there are, the norm's weight and the residual.
+      dtypes: of x, plain weights and, where there are, the norm's weight and the residual.
       platform: of `pallas_kernels.target`.
+      packed: what packed weights are.
     """
     if implementation == "reference":
         return None
@@ -114,10 +127,13 @@ def unfit(
     if not 1 <= rows <= MOST_ROWS:
         return f"it takes 1 to {MOST_ROWS} rows, not {rows}"
     inputs, outputs = sizes
-    if inputs % 512 or outputs % 64 or not inputs or not outputs:
+    if packed is not None and packed.unfit is not None:
+        return packed.unfit
+    grain = 512 if packed is None else 1024
+    if inputs % grain or outputs % 64 or not inputs or not outputs:
         return (
-            "it takes inputs that are a multiple of 512 and outputs that are a multiple of 64, not "
-            f"{inputs} and {outputs}"
+            f"it takes inputs that are a multiple of {grain} and outputs that are a multiple of "
+            f"64, not {inputs} and {outputs}"
         )
     return not_hopper(platform)
 
@@ -129,6 +145,10 @@ def _check(x, link: Link, residual, rows: int) -> None:
     if len(x.shape) != 2 or not (halves if link.gate is not None else w.ndim == 2):
         wanted = "[2, O, K]" if link.gate is not None else "[O, K]"
         raise ShapeError(f"decode_matmul takes x [M, K] and w {wanted}; {shapes}")
+    if isinstance(w, Packed) and not w.whole:
+        raise ShapeError(
+            f"scales of packed weights are [*, O, K / group], found {w.scale.shape}; {shapes}"
+        )
     if x.shape[1] != w.shape[-1]:
         raise ShapeError(f"decode_matmul takes x [M, K] and w of as many inputs; {shapes}")
     if norm is not None and norm.shape != (w.shape[-1],):
@@ -146,21 +166,28 @@ def _choose(implementation: str, x, links: tuple[Link, ...], residual) -> Choice
     rows, parts = x.shape[0], tuple(link.part for link in links)
 
     def obstacle(name: str) -> str | None:
+        if len({part.packed for part in parts}) > 1 and name == "mosaic_gpu":
+            return "it takes a chain's weights all alike, plain or of one packed kind"
         if name == "mosaic_gpu" and _held(rows, parts) > _HELD:
             if len(parts) > 1:
                 return f"it holds {_HELD} bytes of a chain's rows, not {_held(rows, parts)}"
             for part in parts:
+                if part.packed is not None:
+                    most = f"it takes {_HELD // 2} inputs of all rows together of packed weights"
+                    return f"{most}, not {rows} of {part.inputs}"
                 if part.eps is not None:
                     most = f"it norms {_HELD // 2} inputs of all rows together"
                     return f"{most}, not {rows} of {part.inputs}"
         for link, part in zip(links, parts, strict=True):
-            given = (x, link.w, link.norm, residual)
+            plain = link.w if part.packed is None else None
+            given = (x, plain, link.norm, residual)
             reason = unfit(
                 name,
                 rows=rows,
                 sizes=(part.inputs, part.outputs),
                 dtypes=tuple(str(a.dtype) for a in given if a is not None),
                 platform=target(),
+                packed=part.packed,
             )
             if reason is not None:
                 return reason
@@ -245,7 +272,7 @@ def _one_by_one(x, links, residual, out_dtype, name: str) -> list[jax.Array]:
 
 def decode_matmul(
     x: jax.Array,
-    w: jax.Array,
+    w: Any,
     *,
     norm: jax.Array | None = None,
     eps: float = 1e-6,
@@ -260,7 +287,7 @@ def decode_matmul(
 
     Args:
       x: [M, K].
-      w: [O, K], or [2, O, K] with a `gate`: first what it is taken of.
+      w: [O, K], or [2, O, K] with a `gate`: first what it is taken of; plain or `Packed`.
       norm: [K].
       eps: of the norm.
       gate: `silu`, `gelu_tanh` or `relu`.

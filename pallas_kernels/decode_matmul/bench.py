@@ -14,7 +14,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.decode_matmul import decode_matmul
+from pallas_kernels.decode_matmul import Packed, decode_matmul
 from pallas_kernels.decode_matmul.shapes import CASES, Shaped
 from pallas_kernels.errors import UnsupportedError
 from pallas_kernels.timing import seconds
@@ -30,12 +30,23 @@ def _draw(case: Shaped, copies: int) -> list[tuple]:
     halves = () if case.gate is None else (2,)
     normal = functools.partial(jax.random.normal, dtype=jnp.bfloat16)
 
+    def packed(key):
+        assert case.group is not None
+        shape, (b, c) = (*halves, case.outputs, case.inputs), jax.random.split(key)
+        codes = jax.random.randint(b, shape, -8, 8, jnp.int8).astype(jnp.int4)
+        spread = jax.random.uniform(c, (*shape[:-1], shape[-1] // case.group), minval=0.1)
+        return Packed(codes, (spread * case.inputs**-0.5).astype(jnp.bfloat16))
+
+    def plain(key):
+        w = normal(key, (*halves, case.outputs, case.inputs)) * case.inputs**-0.5
+        return w.astype(jnp.bfloat16)
+
     @jax.jit
     def one(a, b, c, d):
-        w = normal(b, (*halves, case.outputs, case.inputs)) * case.inputs**-0.5
+        w = plain(b) if case.group is None else packed(b)
         norm = 1 + normal(c, (case.inputs,)) / 3 if case.norm else None
         residual = normal(d, (case.rows, case.outputs)) if case.residual else None
-        return normal(a, (case.rows, case.inputs)), w.astype(jnp.bfloat16), norm, residual
+        return normal(a, (case.rows, case.inputs)), w, norm, residual
 
     return [one(*keys[4 * i : 4 * i + 4]) for i in range(copies)]
 
@@ -48,7 +59,9 @@ def _call(case: Shaped, implementation: str):
 def _error(case: Shaped, arguments: tuple, function) -> float:
     """Root mean square error against float32, as part of the values'."""
     found = function(*arguments).astype(jnp.float32)
-    twice: list = [None if a is None else a.astype(jnp.float32) for a in arguments]
+    twice: list = [
+        a if a is None or isinstance(a, Packed) else a.astype(jnp.float32) for a in arguments
+    ]
     for i in (0, 3):  # two rows: a product of one would be summed in another way
         twice[i] = None if twice[i] is None else jnp.concatenate([twice[i]] * 2)
     want = jax.jit(_call(case, "reference"))(*twice)[: case.rows]
@@ -66,8 +79,9 @@ def main(names: list[str]) -> None:
         forms: dict[str, Callable[..., jax.Array]] = {
             "mosaic_gpu": _call(case, "mosaic_gpu"),
             "reference": _call(case, "reference"),
-            "bare product": lambda x, w, *_: x @ w.reshape(-1, w.shape[-1]).T,
         }
+        if case.group is None:
+            forms["bare product"] = lambda x, w, *_: x @ w.reshape(-1, w.shape[-1]).T
         for form, call in forms.items():
             line: dict = {"case": name, "form": form, "device": device}
             try:

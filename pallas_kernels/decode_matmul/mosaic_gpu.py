@@ -25,16 +25,22 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.decode_matmul.packed import Packed, Packing, arrange, rounds_of, scales_of
 from pallas_kernels.decode_matmul.reference import ACTIVATIONS
 from pallas_kernels.once import lowered_once
+from pallas_kernels.quantized_matmul.order import stored
+from pallas_kernels.quantized_matmul.reference import numbers
+from pallas_kernels.quantized_matmul.streamed import CHUNK, layouts
+from pallas_kernels.quantized_matmul.widen import widen
 from pallas_kernels.target import interpreting, processors
-from pallas_kernels.warpgroups import COLUMN, SQUARE, along, swizzled
+from pallas_kernels.warpgroups import COLUMN, SQUARE, along, multiply, swizzled
 
 __all__ = ["Part", "Tiles", "run"]
 
 HIGH = 64  # rows of an instruction
 SPREAD = 128  # times that a number stands beside itself, one for each thread
 PLAIN = 1024  # inputs that a warpgroup has in registers, eight a thread
+FLIGHT = 32  # columns of sums of codes that are waited for together; more find no registers
 TURNED = plgpu.Layout.WGMMA_TRANSPOSED
 
 
@@ -81,6 +87,7 @@ class Part:
       eps: of the norm of its rows, or None.
       gate: activation of the first half of the weights, which multiplies the second, or None.
       residual: what is added: `given`, an earlier part's result by its index, or None.
+      packed: what weights of four bits are, the same for all parts; None where they are plain.
     """
 
     inputs: int
@@ -88,6 +95,7 @@ class Part:
     eps: float | None = None
     gate: str | None = None
     residual: int | str | None = None
+    packed: Packing | None = None
 
     @property
     def halves(self) -> int:
@@ -107,6 +115,16 @@ class Kernel:
     @property
     def columns(self) -> int:
         return -(-self.rows * self.tiles.fold // 8) * 8
+
+    @property
+    def packed(self) -> Packing | None:
+        return self.parts[0].packed
+
+    @property
+    def groups(self) -> int:
+        """Of a piece in one step."""
+        assert self.packed is not None
+        return self.tiles.width // self.packed.group
 
     def piece(self, part: Part) -> int:
         return part.inputs // self.tiles.fold
@@ -152,6 +170,10 @@ class Kernel:
                 source = refs[f"w{index}"].at[pl.ds(first, high), deep]
                 target = smem["w"].at[slot, pl.ds(c * high, high)]
                 plgpu.copy_gmem_to_smem(source, target, full["w"].at[slot])
+            if self.packed is not None:
+                own = pl.ds(k * self.groups * tiles.fold, self.groups * tiles.fold)
+                source = refs[f"scale{index}"].at[pl.ds(first, high), own]
+                plgpu.copy_gmem_to_smem(source, smem["scales"].at[slot], full["w"].at[slot])
             if not tiles.held:
                 deep = pl.ds(k * tiles.width, tiles.width)
                 source = refs["x0"].at[pl.ds(0, self.columns), deep]
@@ -216,9 +238,18 @@ class Kernel:
             if part.eps is not None:
                 plgpu.barrier_wait(full[f"norm{index}"])
                 scales = self.scaled(held, smem[f"norm{index}"], part)
+            if self.packed is not None and not self.interpret and not self.packed.arranged:
+                self.arranged(held)
         for m, scale in enumerate(scales):
             smem["scale"][m] = jnp.full((SPREAD,), scale)
         plgpu.commit_smem()
+
+    def arranged(self, x) -> None:
+        """Brings x into the order in which codes stand when they are widened."""
+        plgpu.commit_smem()
+        kind = swizzled(x.shape, x.dtype)
+        once = lambda i, _: arrange(x, i, kind.transforms)  # noqa: E731
+        lax.fori_loop(0, rounds_of(x.shape), once, None)
 
     def compute_part(self, refs, smem, full, free, at):
         (index, part, before), tiles, rows = at, self.tiles, self.rows
@@ -249,7 +280,8 @@ class Kernel:
             sums = smem["sums"].at[wg, turn]
             for half in range(part.halves):
                 begun = before + (i * part.halves + half) * steps
-                found = self.product((smem["w"], held), full, free, begun, steps)
+                product = self.product if self.packed is None else self.of_codes
+                found = product((smem, held), full, free, begun, steps)
                 for m, own in enumerate(found):
                     sums[half, m] = own
             if kept is not None and rows > 1:  # by way of shared memory, like the sums
@@ -345,7 +377,8 @@ class Kernel:
 
     def product(self, smem, full, free, begun, steps) -> list[jax.Array]:
         """A tile's sums [64] of an output's piece with the same piece of x, for each row."""
-        tiles, (w_smem, x_smem) = self.tiles, smem
+        tiles, (smem, x_smem) = self.tiles, smem
+        w_smem = smem["w"]
 
         def of_x(k, slot):
             if tiles.held:
@@ -381,6 +414,61 @@ class Kernel:
         sums = pl.run_scoped(run, plgpu.ACC((HIGH, self.columns), jnp.float32))
         return [self.diagonal(sums, m) for m in range(self.rows)]
 
+    def of_codes(self, smem, full, free, begun, steps) -> list[jax.Array]:
+        """As `product`, of codes: a group's sums are scaled when they are whole."""
+        tiles, packed, (smem, x_smem) = self.tiles, self.packed, smem
+        assert packed is not None
+        chunk = min(tiles.width, CHUNK)
+        stage = smem["stage"].at[lax.axis_index("wg")] if self.interpret else None
+        group, acc = packed.group, plgpu.ACC((HIGH, self.columns), jnp.float32)
+        pairs = [(c, g) for c in range(tiles.width // chunk) for g in range(chunk // group)]
+        at_once = max(1, FLIGHT // self.columns)
+
+        def one(k, total):
+            slot = lax.rem(begun + k, tiles.stages)
+            plgpu.barrier_wait(full["w"].at[slot])
+            scales = scales_of(smem["scales"].at[slot], self.groups, interpret=self.interpret)
+            codes = [
+                self.codes(smem["w"].at[slot, :, pl.ds(c, chunk)])
+                for c in range(0, tiles.width, chunk)
+            ]
+            plgpu.barrier_arrive(free.at[slot])
+            wide = [self.widened(own) for own in codes] if group < chunk else []
+
+            def run(some, *accs):
+                for (c, g), own in zip(some, accs, strict=True):
+                    here = slice(g * group, (g + 1) * group)
+                    left = wide[c][:, here] if wide else self.widened(codes[c])
+                    here = pl.ds(k * tiles.width + c * chunk + g * group, group)
+                    multiply(own, left, x_smem.at[:, here].T, stage)
+                    if stage is not None:
+                        plgpu.wgmma_wait(0)
+                plgpu.wgmma_wait(0)
+                return [own[...] for own in accs]
+
+            for i in range(0, len(pairs), at_once):
+                some = pairs[i : i + at_once]
+                found = pl.run_scoped(functools.partial(run, some), *[acc] * len(some))
+                for (c, g), sums in zip(some, found, strict=True):
+                    total += sums * along(scales[c * (chunk // group) + g], sums.shape, 0)
+            return total
+
+        empty = jnp.zeros((HIGH, self.columns), jnp.float32)
+        if not self.interpret:
+            empty = plgpu.layout_cast(empty, SQUARE)
+        total = lax.fori_loop(0, steps, one, empty)
+        return [self.diagonal(total, m) for m in range(self.rows)]
+
+    def codes(self, ref):
+        layout = None if self.interpret else plgpu.Layout.WGMMA_UPCAST_4X
+        return plgpu.load(ref, layout=layout)
+
+    def widened(self, codes):
+        if self.interpret:
+            return numbers(codes, ()).astype(jnp.bfloat16)
+        assert self.packed is not None
+        return widen(codes, self.packed.kind)
+
     def squared(self, ref):
         return ref[...] if self.interpret else plgpu.load(ref, layout=SQUARE)
 
@@ -399,13 +487,27 @@ class Kernel:
         pieces = [self.loaded(sums.at[pl.ds(c * high, high)]) for c in range(self.tiles.fold)]
         return functools.reduce(operator.add, pieces)
 
+    def ring(self) -> dict[str, Any]:
+        """Shared memory of the steps in flight."""
+        tiles, packed = self.tiles, self.packed
+        shape = (tiles.stages, HIGH, tiles.width)
+        if packed is None:
+            return {"w": swizzled(shape, jnp.bfloat16)}
+        transforms = layouts(min(tiles.width, CHUNK), 4)
+        scales = (tiles.stages, tiles.outputs, tiles.fold * self.groups)
+        smem = {"w": plgpu.SMEM(shape, packed.kind, transforms=transforms)}
+        smem["scales"] = plgpu.SMEM(scales, packed.scale)
+        if self.interpret:
+            staged = (tiles.consumers, HIGH, packed.group)
+            smem["stage"] = swizzled(staged, jnp.bfloat16)
+        return smem
+
     def body(self, refs):
         tiles, stages = self.tiles, self.tiles.stages
         columns, dtype = self.columns, jnp.bfloat16
-        smem: dict[str, Any] = {"w": swizzled((stages, HIGH, tiles.width), dtype)}
-        full: dict[str, Any] = {
-            "w": plgpu.Barrier(num_arrivals=tiles.fold + (not tiles.held), num_barriers=stages)
-        }
+        smem: dict[str, Any] = self.ring()
+        copies = tiles.fold + (not tiles.held) + (self.packed is not None)
+        full: dict[str, Any] = {"w": plgpu.Barrier(num_arrivals=copies, num_barriers=stages)}
         for index, part in enumerate(self.parts):
             copies = self.steps(part) if tiles.woven else 1
             name, piece = self.x_name(part), self.piece(part)
@@ -460,7 +562,7 @@ def fence() -> None:
 @lowered_once("parts", "tiles", "out_dtype")
 def run(
     x: jax.Array,
-    weights: tuple[jax.Array, ...],
+    weights: tuple[jax.Array | Packed, ...],
     norms: tuple[jax.Array | None, ...],
     residual: jax.Array | None,
     *,
@@ -468,17 +570,26 @@ def run(
     tiles: Tiles,
     out_dtype: str,
 ) -> tuple[jax.Array, ...]:
-    """[M, O] of each part, the last one of `out_dtype`; see `decode_matmul` for the rest."""
+    """[M, O] of each part, the last one of `out_dtype`; see `decode_matmul` for the rest.
+
+    Weights are all packed or none; packed ones need a fold of 8 and rows that are held and woven.
+    """
     rows, fold = x.shape[0], tiles.fold
     most = min(part.outputs for part in parts) // tiles.outputs
     interpret = interpreting()
     ctas = min(processors() * tiles.programs, most)
     kernel = Kernel(rows=rows, parts=parts, tiles=tiles, ctas=ctas, interpret=interpret)
+    if interpret and kernel.packed is not None and kernel.packed.arranged:
+        kind = kernel.packed.kind  # the interpreter widens codes where they are
+        x, norms = stored(x, kind), tuple(g if g is None else stored(g, kind) for g in norms)
     given = {"x0": x.reshape(-1, kernel.grain(parts[0]))}
     if interpret and rows * fold % 8:  # TMA reads zeros where the array ends
         given["x0"] = jnp.pad(given["x0"], ((0, kernel.columns - rows * fold), (0, 0)))
     kinds = []
     for index, (part, w, norm) in enumerate(zip(parts, weights, norms, strict=True)):
+        if isinstance(w, Packed):
+            given[f"scale{index}"] = w.scale.reshape(-1, w.scale.shape[-1])
+            w = w.values
         given[f"w{index}"] = w.reshape(-1, part.inputs)
         if norm is not None:
             given[f"norm{index}"] = norm.reshape(-1, kernel.grain(part))

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.decode_matmul.packed import Packed
+
 __all__ = ["ACTIVATIONS", "normed", "reference"]
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -23,8 +25,11 @@ def normed(x: jax.Array, norm: jax.Array, eps: float) -> jax.Array:
     return (wide * norm.astype(jnp.float32)[None]).astype(x.dtype)
 
 
-def _product(x: jax.Array, w: jax.Array) -> jax.Array:
+def _product(x: jax.Array, w: jax.Array | Packed) -> jax.Array:
     """[M, O] float32; one row as a multiply and a sum, which XLA makes one fusion of."""
+    if isinstance(w, Packed):
+        return w.times(x)
+    w = w.reshape(-1, w.shape[-1])
     if x.shape[0] == 1:
         return jnp.sum(x.astype(jnp.float32) * w.astype(jnp.float32), axis=1)[None]
     wide = x.dtype == jnp.float32
@@ -40,7 +45,7 @@ def reference(x, w, norm, residual, *, eps: float, gate: str | None, out_dtype) 
         y = _product(x, w)
     else:
         # One product, which reads x once; then the halves.
-        both = _product(x, w.reshape(-1, w.shape[-1])).astype(x.dtype).astype(jnp.float32)
+        both = _product(x, w).astype(x.dtype).astype(jnp.float32)
         y, up = jnp.split(both, 2, axis=1)
         y = (ACTIVATIONS[gate](y) * up).astype(x.dtype)
     if residual is not None:

@@ -9,7 +9,10 @@ __all__ = ["CASES", "Shaped"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shaped:
-    """One call: inputs, outputs (of a half, with a gate), and what it is fused with."""
+    """One call: inputs, outputs (of a half, with a gate), and what it is fused with.
+
+    With a `group` weights are int4 under a scale in bfloat16 for each so many inputs.
+    """
 
     inputs: int
     outputs: int
@@ -17,6 +20,7 @@ class Shaped:
     norm: bool = False
     gate: str | None = None
     residual: bool = False
+    group: int | None = None
 
     @property
     def halves(self) -> int:
@@ -24,8 +28,9 @@ class Shaped:
 
     @property
     def nbytes(self) -> int:
-        """Of the weights in bfloat16, which any implementation must read."""
-        return 2 * self.halves * self.inputs * self.outputs
+        """Of the weights, in bfloat16 where they are not packed, which must be read."""
+        numbers = self.halves * self.inputs * self.outputs
+        return 2 * numbers if self.group is None else numbers // 2 + 2 * numbers // self.group
 
 
 _FORMS = {
@@ -39,7 +44,8 @@ _FORMS = {
     "8B down": Shaped(inputs=14336, outputs=4096, residual=True),
 }
 CASES = {
-    f"{name}, {rows} rows": dataclasses.replace(form, rows=rows)
+    f"{name}, {rows} rows{kind}": dataclasses.replace(form, rows=rows, group=group)
+    for kind, group in (("", None), (", int4", 128))
     for rows in (1, 4, 8)
     for name, form in _FORMS.items()
 }

@@ -20,14 +20,15 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
-__all__ = ["KINDS", "widen"]
+__all__ = ["KINDS", "Word", "constant", "ptx", "widen"]
 
 
 Word = Any
 """A register of 32 bits: a value of MLIR's, or numpy's words where a test computes them."""
 
 
-def _constant(number: int) -> Word:
+def constant(number: int) -> Word:
+    """A word of this number."""
     return mgpu.c(number - (1 << 32) if number >> 31 else number, ir.IntegerType.get_signless(32))
 
 
@@ -35,11 +36,12 @@ def _shifted(word: Word, right: int) -> Word:
     if right == 0:
         return word
     if right < 0:
-        return arith.shli(word, _constant(-right))
-    return arith.shrui(word, _constant(right))
+        return arith.shli(word, constant(-right))
+    return arith.shrui(word, constant(right))
 
 
-def _ptx(text: str, *words: Word) -> Word:
+def ptx(text: str, *words: Word) -> Word:
+    """What an instruction of PTX gives in $0, of words in $1 and so on."""
     kind = ir.IntegerType.get_signless(32)
     return llvm.inline_asm(kind, list(words), text, ",".join(["=r", *"r" * len(words)]))
 
@@ -49,11 +51,11 @@ def _both(number: int) -> int:
 
 
 def _sub(word: Word, number: int) -> Word:
-    return _ptx("sub.bf16x2 $0, $1, $2;", word, _constant(_both(number)))
+    return ptx("sub.bf16x2 $0, $1, $2;", word, constant(_both(number)))
 
 
 def _times(word: Word, number: int) -> Word:
-    return _ptx("mul.bf16x2 $0, $1, $2;", word, _constant(_both(number)))
+    return ptx("mul.bf16x2 $0, $1, $2;", word, constant(_both(number)))
 
 
 def _nibbles(word: Word, magic: int, flip: int) -> list[Word]:
@@ -61,8 +63,8 @@ def _nibbles(word: Word, magic: int, flip: int) -> list[Word]:
     found = []
     for i in range(4):
         # One instruction, where the assembler makes two of an `and` and an `xor`.
-        masks = _constant(_both(0xF)), _constant(_both(0x4300 | flip))
-        code = _ptx("lop3.b32 $0, $1, $2, $3, 0x6a;", _shifted(word, 4 * i), *masks)
+        masks = constant(_both(0xF)), constant(_both(0x4300 | flip))
+        code = ptx("lop3.b32 $0, $1, $2, $3, 0x6a;", _shifted(word, 4 * i), *masks)
         found.append(_sub(code, magic))
     return found
 
@@ -71,8 +73,8 @@ def _e2m1(word: Word) -> list[Word]:
     """Sign, exponent and mantissa put in their places; then the exponent's bias is mended."""
     found = []
     for i in range(4):
-        rest = arith.andi(_shifted(word, 4 * i - 6), _constant(_both(0x01C0)))
-        sign = arith.andi(_shifted(word, 4 * i - 12), _constant(_both(0x8000)))
+        rest = arith.andi(_shifted(word, 4 * i - 6), constant(_both(0x01C0)))
+        sign = arith.andi(_shifted(word, 4 * i - 12), constant(_both(0x8000)))
         found.append(_times(arith.ori(rest, sign), 0x7E80))  # 2^126
     return found
 
@@ -82,13 +84,13 @@ def _looked_up(word: Word, table: tuple[float, ...]) -> list[Word]:
     bits = np.asarray(jnp.asarray(table, jnp.bfloat16)).view(np.uint16)
 
     def words(of: np.ndarray) -> list[Word]:
-        return [_constant(int(x)) for x in of.astype(np.uint8).view(np.uint32)]
+        return [constant(int(x)) for x in of.astype(np.uint8).view(np.uint32)]
 
     low, high = words(bits & 0xFF), words(bits >> 8)
-    place = arith.andi(word, _constant(0x77777777))
-    upper = arith.shrui(arith.andi(word, _constant(0x88888888)), _constant(1))
-    upper = arith.ori(upper, _constant(0x32103210))
-    permute = functools.partial(_ptx, "prmt.b32 $0, $1, $2, $3;")
+    place = arith.andi(word, constant(0x77777777))
+    upper = arith.shrui(arith.andi(word, constant(0x88888888)), constant(1))
+    upper = arith.ori(upper, constant(0x32103210))
+    permute = functools.partial(ptx, "prmt.b32 $0, $1, $2, $3;")
     found = []
     for half in range(2):
         at, choice = _shifted(place, 16 * half), _shifted(upper, 16 * half)
@@ -98,7 +100,7 @@ def _looked_up(word: Word, table: tuple[float, ...]) -> list[Word]:
             return permute(below, above, choice)
 
         bottom, top = four(low), four(high)
-        found += [permute(bottom, top, _constant(x)) for x in (0x5140, 0x7362)]
+        found += [permute(bottom, top, constant(x)) for x in (0x5140, 0x7362)]
     return found
 
 
@@ -106,8 +108,8 @@ def _e4m3(words: list[Word]) -> list[Word]:
     found = []
     for word in words:
         for i in range(2):
-            rest = arith.andi(_shifted(word, 8 * i - 4), _constant(_both(0x07F0)))
-            sign = arith.andi(_shifted(word, 8 * i - 8), _constant(_both(0x8000)))
+            rest = arith.andi(_shifted(word, 8 * i - 4), constant(_both(0x07F0)))
+            sign = arith.andi(_shifted(word, 8 * i - 8), constant(_both(0x8000)))
             found.append(_times(arith.ori(rest, sign), 0x7B80))  # 2^120
     return found
 
@@ -117,13 +119,13 @@ def _bytes(words: list[Word]) -> list[Word]:
     found = []
     for word in words:
         for i in range(2):
-            low = arith.andi(_shifted(word, 8 * i), _constant(_both(0xF)))
-            high = arith.andi(_shifted(word, 8 * i + 4), _constant(_both(0xF)))
-            low = arith.ori(low, _constant(_both(0x4300)))
-            high = arith.xori(high, _constant(_both(0x4308)))
+            low = arith.andi(_shifted(word, 8 * i), constant(_both(0xF)))
+            high = arith.andi(_shifted(word, 8 * i + 4), constant(_both(0xF)))
+            low = arith.ori(low, constant(_both(0x4300)))
+            high = arith.xori(high, constant(_both(0x4308)))
             text = "{.reg .b32 t; fma.rn.bf16x2 t, $1, $3, $4; add.bf16x2 $0, t, $2;}"
-            sixteen, less = _constant(_both(0x4180)), _constant(_both(0xC510))
-            found.append(_ptx(text, high, low, sixteen, less))
+            sixteen, less = constant(_both(0x4180)), constant(_both(0xC510))
+            found.append(ptx(text, high, low, sixteen, less))
     return found
 
 

@@ -10,12 +10,14 @@ import pytest
 from jaxllm.core.choices import taken
 from jaxllm.core.mesh import make_mesh
 from jaxllm.core.policy import Policy
+from jaxllm.core.weights import Scheme
 from jaxllm.errors import UnsupportedError
 from jaxllm.infer.open import run_policy, run_segments
 from jaxllm.infer.programs import Setup
 from jaxllm.infer.steps import decode_steps
 from jaxllm.nn import api
 from jaxllm.ops.fused import AUTO_ROWS, fused, obstacle
+from jaxllm.quant.apply import quantize_params
 from jaxllm.serve.programs import Memory, Shape, step
 from jaxllm.spec.model import Head
 from jaxllm.spec.ops import MLP
@@ -35,6 +37,9 @@ SPECS = {
     "odd": (model(pre("G", heads(6, 2, head_dim=8, qkv_bias=True, out_bias=True),
                       MLP(width=512, gated=True, activation="relu2")), layers="G*2",
                   head=Head(softcap=5.0), width=512, vocab=192), 5, 2),
+    # Weights of four bits, and a head in bfloat16, which no kernel multiplies beside them.
+    "packed": (model(pre("G", heads(16, 4, head_dim=64), MLP(width=1024, gated=True)),
+                     layers="G*2", head=Head(tied=True), width=1024, vocab=128), 9, 0),
 }  # fmt: skip
 POLICY = run_policy("bfloat16", platform="gpu", attention="reference")
 
@@ -45,6 +50,9 @@ def setup_of(name: str, **changes) -> tuple[Setup, dict]:
     segments = run_segments(spec, policy)
     drawn = api.init(spec, jax.random.key(0), dtype=jnp.bfloat16, segments=segments, fused=True)
     params = api.hold(spec, drawn, policy)
+    if name == "packed":
+        scheme = Scheme(format="int4", group=128)
+        params = quantize_params(spec, params, scheme, policy=policy)
     setup = Setup(spec=spec, policy=policy, params=params, segments=segments, mesh=None, options=())
     return setup, params
 
@@ -80,6 +88,10 @@ def test_steps_in_fused_kernels_are_the_models(name, rows, decode, monkeypatch):
     assert heard["decode"] == {decode}
     made = [link for some in links for link in some]
     assert len(made) == SPECS[name][1]
+    if name == "packed":
+        packed = [isinstance(link.w, decode_matmul.Packed) for link in made]
+        assert packed == [True] * 8 + [False]
+        assert [len(some) for some in links] == ([1] * 9 if decode == "fused" else [1, 4, 3, 1])
     if name == "llama":
         # Queries first; then a layer's other products, with the queries of the next or the head.
         assert [len(some) for some in links] == ([1] * 9 if decode == "fused" else [1, 4, 4])
@@ -149,7 +161,10 @@ def test_a_step_lowers_to_few_kernels(name):
         return lowered.as_text()
 
     few, plain = text("fused"), text("plain")
-    assert kernel_calls(few) == SPECS[name][1] and kernel_calls(plain) == 0
+    packed = name == "packed"  # op by op each packed product is a kernel of its own
+    assert kernel_calls(few) == SPECS[name][1] and kernel_calls(plain) == 8 * packed
+    if packed:  # queries; the rest of a layer with the next queries; the last one's; the head
+        assert kernel_calls(text("chained")) == 4
     assert plain.count("stablehlo.rsqrt") == 5
     assert few.count("stablehlo.rsqrt") == SPECS[name][2]
 

@@ -143,8 +143,8 @@ def pairs(words):
 def test_widening(kind, monkeypatch):
     """Every code, at every place of a word: exact, and in the order that x is brought into."""
     monkeypatch.setattr(widen, "arith", Words)
-    monkeypatch.setattr(widen, "_ptx", Words.ptx)
-    monkeypatch.setattr(widen, "_constant", np.uint32)
+    monkeypatch.setattr(widen, "ptx", Words.ptx)
+    monkeypatch.setattr(widen, "constant", np.uint32)
     eight = kind in ("int8", "e4m3")
     codes = np.arange(256 if eight else 16)
     codes = np.stack([np.roll(codes, 3 * i) for i in range(8)], axis=-1)
