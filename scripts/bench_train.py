@@ -55,7 +55,6 @@ _NARROW = {"param_dtype": "bfloat16", "logit_dtype": "bfloat16"}
 _SCANNED = _NARROW | {"layout": "scan", "remat": "save_dots"}
 KERNELS: dict[str, tuple[str, dict[str, Any]]] = {
     "Mamba-2 1.3B": (MAMBA, _SCANNED),
-    "Mamba-2 1.3B, gated norm": (MAMBA, _SCANNED | {"scan": "mosaic_gpu"}),
     "Mamba-2 1.3B, chunked": (MAMBA, _SCANNED | {"scan": "chunked"}),
     "Mamba-2 1.3B, unrolled": (MAMBA, _NARROW | {"remat": "save_dots"}),
     "Mamba-2 1.3B, full": (MAMBA, _SCANNED | {"remat": "full"}),

@@ -241,6 +241,23 @@ def test_the_gated_norm(before, groups):
     assert_close(gated_norm(jnp.asarray(y), jnp.asarray(z), None, None, skip=skip), u * gate, 1e-6)
 
 
+@pytest.mark.parametrize(
+    ("tokens", "options", "took"),
+    [(4096, {}, True), (4095, {}, False), (4096, {"implementation": "chunked"}, False)],
+)
+def test_the_gated_norm_by_a_kernel_where_there_are_many_tokens(tokens, options, took):
+    wide = jax.ShapeDtypeStruct((1, tokens, 4, 64), jnp.bfloat16)
+    scale, d = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((4, 64), (4,)))
+    norm = GatedNorm(eps=1e-2, groups=1, before_gate=False)
+
+    def call(y, z, x, scale, d):
+        return gated_norm(y, z, scale, norm, skip=(x, d), **options)
+
+    with targeting("gpu"), taken() as heard:
+        jax.jit(call).trace(wide, wide, wide, scale, d)
+    assert heard == ({"gated norm": {"mosaic_gpu"}} if took else {})
+
+
 def test_the_gated_norm_by_a_kernel():
     y, z, x, scale, d = *draw(3, 2, 3, 4, 64), draw(4, 64), draw(4)
     norm = GatedNorm(eps=1e-2, groups=1, before_gate=False)
