@@ -18,7 +18,7 @@ from pallas_kernels.target import target
 __all__ = ["gated_norm"]
 
 _MANY = 4096
-"""Tokens from which `auto` takes our kernel: timed with 16,384, where Mamba-2 1.3B trains 6 % faster."""
+"""Tokens from which `auto` takes our kernel: with 16,384 Mamba-2 1.3B trains 6 % faster."""
 
 
 def gated_norm(
