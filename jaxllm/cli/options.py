@@ -192,6 +192,9 @@ class _Engine(Draft):
     """Of keys and values in pages: 8 bits hold nearly twice the tokens of 16 and are less exact."""
     decode_steps: int | None = None
     """Steps that the device takes by itself where all answers are greedy; 1 on a CPU, else 4."""
+    batch_invariant: bool = False
+    """The same bits for a request whatever else is on its way: all steps are one program of
+    max-batch-tokens (64 on a CPU, 256 elsewhere by default), so that each costs what that does."""
     no_prefix_cache: bool = False
     """Prompts do not look for pages that earlier ones left."""
     spill_gib: float = 0.0

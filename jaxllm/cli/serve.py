@@ -68,6 +68,7 @@ def bounds_of(options: Serve | Bench) -> EngineConfig:
         spill_gib=options.spill_gib,
         draft_tokens=options.draft_tokens,
         decode_steps=options.decode_steps,
+        batch_invariant=options.batch_invariant,
     )
 
 

@@ -48,6 +48,9 @@ class EngineConfig:
       ahead: steps dispatched before the last one's tokens are read.
       decode_steps: that the device takes by itself where all sequences decode without options;
         their tokens come so many at a time. 1 on a CPU, 4 elsewhere by default.
+      batch_invariant: all steps are one program, whose rows know nothing of each other: a request
+        gets the same bits whatever else is on its way. A step of one token then costs what one of
+        max_batch_tokens does, which is 64 on a CPU and 256 elsewhere by default.
       draft_tokens: most that are drafted of a sequence in a step, by prompt lookup or by a draft
         model; 0 for none, where there is a draft model for 3.
       draft_cost: of one more token in a step, as a share of a step of one; by the device and the
@@ -67,6 +70,7 @@ class EngineConfig:
     spill_gib: float = 0.0
     ahead: int = 1
     decode_steps: int | None = None
+    batch_invariant: bool = False
     draft_tokens: int = 0
     draft_cost: float | None = None
     max_queue: int = 1024
@@ -75,7 +79,7 @@ class EngineConfig:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            free = ("prefix_cache", "ahead", "draft_tokens", "draft_cost")
+            free = ("prefix_cache", "ahead", "batch_invariant", "draft_tokens", "draft_cost")
             least = 0 if field.name in (*free, "spill_gib") else 1
             number = not isinstance(value, (str, type(None)))
             require(not number or value >= least, f"{field.name} is at least {least}")
@@ -92,6 +96,21 @@ class EngineConfig:
             "GiB of memory",
         )
         require((self.decode_steps or 1) <= 16, "decode_steps is at most 16")
+        self._check_invariant()
+
+    def _check_invariant(self) -> None:
+        """What asks for steps of another size is refused where all are of one."""
+        others = {
+            "draft_tokens": self.draft_tokens,
+            "mixed_tokens": self.mixed_tokens is not None,
+            "decode_steps": (self.decode_steps or 1) > 1,
+        }
+        for name, given in others.items():
+            require(
+                not (self.batch_invariant and given),
+                f"batch_invariant runs one program for all steps, {name} asks for another: "
+                f"leave out {name}",
+            )
 
     def filled(self, spec: ModelSpec, *, drafts: bool = False) -> EngineConfig:
         """The same with every choice but the cache's size made for this device.
@@ -104,6 +123,17 @@ class EngineConfig:
           UnsupportedError: drafts for a model that cannot take tokens back, or pages on the host
             of one whose prefixes cannot be shared.
         """
+        if drafts and self.batch_invariant:
+            raise UnsupportedError(
+                "batch_invariant runs one program for all steps, a draft model needs others: leave "
+                "out one of them"
+            )
+        if self.batch_invariant and recurrent(spec):
+            raise UnsupportedError(
+                "batch_invariant: this model has layers whose state holds all tokens in one (state "
+                "space, convolution, linear attention), and how many come in a step shows in its "
+                "last bits; serve it without batch_invariant"
+            )
         if drafts and not self.draft_tokens:
             return dataclasses.replace(self, draft_tokens=3).filled(spec, drafts=True)
         if self.draft_tokens and recurrent(spec):
@@ -120,7 +150,8 @@ class EngineConfig:
         on_cpu = jax.default_backend() == "cpu"
         context = min(self.context or (8192 if on_cpu else spec.context), spec.context)
         sequences = self.max_sequences or (8 if on_cpu else 256)
-        tokens = self.max_batch_tokens or (256 if on_cpu else 2048)
+        most = (64, 256) if self.batch_invariant else (256, 2048)
+        tokens = self.max_batch_tokens or most[0 if on_cpu else 1]
         return dataclasses.replace(
             self,
             max_sequences=sequences,
@@ -128,7 +159,7 @@ class EngineConfig:
             context=context,
             page_size=self.page_size or (16 if on_cpu else 64),
             draft_cost=self.draft_cost or (0.2 if on_cpu else 0.02),
-            decode_steps=self.decode_steps or (1 if on_cpu else 4),
+            decode_steps=self.decode_steps or (1 if on_cpu or self.batch_invariant else 4),
         )
 
     @property
@@ -210,6 +241,10 @@ def table(setup: Setup, config: EngineConfig, draft: Setup | None = None) -> tup
     """The programs of a filled config."""
     spec, on_cpu = setup.spec, jax.default_backend() == "cpu"
     tokens, context = config.max_batch_tokens or 1, config.context or 1
+    longest = min(tokens, RECURRENT_CHUNK) if recurrent(spec) else tokens
+    if config.batch_invariant:
+        rows = config.max_sequences or 1
+        return (Shape(tokens=tokens, rows=rows, longest=longest, context=context),)
     contexts = {context}
     setups = [setup] if draft is None else [setup, draft]
     if any(_reads_whole_tables(one, config) for one in setups):
@@ -227,7 +262,7 @@ def table(setup: Setup, config: EngineConfig, draft: Setup | None = None) -> tup
     sizes = verified + shapes(
         tokens=tokens,
         sequences=config.max_sequences or 1,
-        longest=min(tokens, RECURRENT_CHUNK) if recurrent(spec) else tokens,
+        longest=longest,
         contexts=tuple(sorted(contexts)),
         greedy=0 if on_cpu and config.decode_steps == 1 else config.decode_steps or 1,
     )
