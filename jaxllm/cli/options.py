@@ -29,6 +29,7 @@ __all__ = [
 Source = tyro.conf.Positional[str]
 Dtype = Literal["float32", "bfloat16", "float16"]
 Many = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
+Kernel = Literal["reference", "cudnn", "mosaic_gpu", "mosaic_tpu"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -263,7 +264,7 @@ class Export:
     """A length to which prompts are padded; may be given several times; 32 to 2048 by default."""
     dtype: Dtype | None = None
     """Of weights and activations; what suits each platform by default."""
-    attention: Literal["reference", "cudnn", "mosaic_gpu", "mosaic_tpu"] | None = None
+    attention: Kernel | None = None
     """A kernel, on the platform that has it; by default what runs on every device."""
     experts: Literal["ragged_dot", "mosaic_gpu", "mosaic_tpu"] | None = None
     """A kernel, on the platform that has it; by default what runs on every device."""
@@ -315,12 +316,7 @@ class Plan:
     """Keys and values in pages of 8 bits, as of `jaxllm serve`: says how many tokens fit."""
     remat: Literal["none", "save_dots", "save_attention", "full", "auto"] | None = None
     """What the backward pass computes again; `auto` takes the first policy that fits."""
-    attention: (
-        Literal[
-            "auto", "reference", "cudnn", "mosaic_gpu", "mosaic_gpu_deterministic", "mosaic_tpu"
-        ]
-        | None
-    ) = None
+    attention: Kernel | Literal["auto", "mosaic_gpu_deterministic"] | None = None
     """Implementation of softmax attention."""
     set: Many = ()
     """Another field of the run's config, NAME=VALUE; may be given several times."""
