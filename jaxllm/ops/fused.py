@@ -27,7 +27,8 @@ __all__ = ["AUTO_ROWS", "fused", "obstacle"]
 
 MOST_ROWS = 8
 AUTO, AUTO_ROWS = "fused", 0
-"""What `auto` takes, and up to how many tokens: none before the ways' last forms are timed."""
+"""What `auto` takes, and up to how many tokens: none before whole models' answers by our kernels
+have been compared on a card."""
 
 _ACTIVATIONS = ("silu", "gelu_tanh", "relu")
 
@@ -288,8 +289,8 @@ def _packed(static: dict[str, Any], given: list[Any], plain: Any, way: str) -> A
     if len(x.shape) != 2 or codes_obstacle(leaf) is not None:
         return plain()
     values, scale, _ = operands(leaf)
-    args = Product(x, Packed(values, scale, leaf.version == 3), static["out_dtype"], plain)
-    args = dataclasses.replace(args, out_dtype=jnp.dtype(args.out_dtype), way=way)
+    w, out = Packed(values, scale, leaf.version == 3), jnp.dtype(static["out_dtype"])
+    args = Product(x, w, out, plain, way=way)
     return _waiting((x.shape[0], leaf.num_outputs), "product", args)
 
 
