@@ -31,6 +31,15 @@ from tests.kernels.attention import (
 
 SMALL = {"batch": 1, "heads": 2, "kv_heads": 1, "width": 64}
 SPLIT = BackwardTiles(split=True, dq_stages=2, dq_value_stages=1, share=True)
+EVERYTHING = case(
+    130,
+    causal=True,
+    window=(70, 0),
+    softcap=5.0,
+    arrays=("segment_ids", "sinks"),
+    bias=bucketed,
+    **SMALL,
+)
 # name: case, forward's tiles, backward's tiles
 INTERPRETED = {
     "causal": (case(160, causal=True, **SMALL), Tiles(block_kv=64), BackwardTiles()),
@@ -69,15 +78,7 @@ INTERPRETED = {
         BackwardTiles(),
     ),
     "bias, everything": (
-        case(
-            130,
-            causal=True,
-            window=(70, 0),
-            softcap=5.0,
-            arrays=("segment_ids", "sinks"),
-            bias=bucketed,
-            **SMALL,
-        ),
+        EVERYTHING,
         Tiles(block_kv=64),
         BackwardTiles(),
     ),
@@ -87,15 +88,7 @@ INTERPRETED = {
         BackwardTiles(delta=True, running=True, keys_ahead=True, stages=4),
     ),
     "ahead, everything": (
-        case(
-            130,
-            causal=True,
-            window=(70, 0),
-            softcap=5.0,
-            arrays=("segment_ids", "sinks"),
-            bias=bucketed,
-            **SMALL,
-        ),
+        EVERYTHING,
         Tiles(stages=3, ahead=True),
         BackwardTiles(delta=True, running=True, keys_ahead=True, stages=4),
     ),
@@ -105,15 +98,7 @@ INTERPRETED = {
         BackwardTiles(delta=True, running=True, by_data=True),
     ),
     "joined, everything": (
-        case(
-            130,
-            causal=True,
-            window=(70, 0),
-            softcap=5.0,
-            arrays=("segment_ids", "sinks"),
-            bias=bucketed,
-            **SMALL,
-        ),
+        EVERYTHING,
         Tiles(joined=True),
         BackwardTiles(),
     ),
