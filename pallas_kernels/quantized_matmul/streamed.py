@@ -18,16 +18,25 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.once import lowered_once
+from pallas_kernels.quantized_matmul.one_sum import CENTRE, OneSum
 from pallas_kernels.quantized_matmul.order import natural, stored
 from pallas_kernels.quantized_matmul.reference import numbers
-from pallas_kernels.quantized_matmul.widen import widen
-from pallas_kernels.warpgroups import COLUMN, ROW, along, multiply
+from pallas_kernels.quantized_matmul.shares import (
+    CHUNK,
+    OUTPUTS,
+    Coding,
+    Share,
+    Tiles,
+    bits_of,
+    layouts,
+)
+from pallas_kernels.quantized_matmul.widen import of_scale, widen
+from pallas_kernels.warpgroups import COLUMN, along, multiply, run_kernel
 
 __all__ = [
     "MOST_ROWS",
@@ -43,53 +52,10 @@ __all__ = [
 ]
 
 MOST_ROWS = 512
+FEW, MANY = 16, 64  # rows: more than FEW, and up to MANY, have one sum over all inputs
+ROOM = 231_000  # bytes of shared memory
 TYPES = ("int4", "uint4", "int8", "float8_e4m3fn")
-CHUNK = 128  # inputs that are widened at a time
 FLIGHT = 128  # columns of sums of products that are waited for together: half as many registers
-OUTPUTS = 64  # rows of one product: what a warpgroup's instruction has
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Tiles:
-    """How a product is cut; any choice gives the same result up to rounding.
-
-    The steps of all tiles of outputs stand one after the other, and a program takes the next so
-    many of them: it may end one tile's and begin another's. What several programs found of a tile
-    is added afterwards.
-
-    Attributes:
-      inputs: of one step; whole groups, or a divisor of one.
-      stages: steps in flight.
-      steps: of one program.
-      warpgroups: that compute in a program, 64 outputs each.
-      rows: of x at a time; a multiple of 8.
-    """
-
-    inputs: int = 128
-    stages: int = 4
-    steps: int = 8
-    warpgroups: int = 2
-    rows: int = 8
-
-    @property
-    def outputs(self) -> int:
-        """Of one tile."""
-        return OUTPUTS * self.warpgroups
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Coding:
-    """How codes are widened.
-
-    Attributes:
-      kind: one of `widen.KINDS`.
-      table: what the codes of `table` and `e2m1` stand for.
-      arranged: they are stored as `order.stored` has it.
-    """
-
-    kind: str = "int4"
-    table: tuple[float, ...] = ()
-    arranged: bool = False
 
 
 def unfit(*, dtype: str, rows: int, kind: str, sizes: tuple[int, int, int]) -> str | None:
@@ -112,7 +78,13 @@ def unfit(*, dtype: str, rows: int, kind: str, sizes: tuple[int, int, int]) -> s
 def tiles_for(
     count: int, inputs: int, outputs: int, *, bits: int = 4, group: int = 128, processors: int = 132
 ) -> Tiles:
-    """How a product is cut: one program for every processor, with an equal share of all steps."""
+    """How a product is cut: one program for every processor, with an equal share of all steps.
+
+    For 17 to 64 rows and outputs that are a multiple of 128 whole tiles, one program each, if they
+    keep most processors busy.
+    """
+    if FEW < count <= MANY and outputs % (2 * OUTPUTS) == 0:
+        return _one_sum_tiles(count, inputs, outputs, bits, group, processors)
     wide = count <= 64 and (256 % group == 0 or group % 256 == 0)
     rows = min(-(-count // 8) * 8, 128)
     width = next(n for n in (256 if wide else 128, 128, 64, 32) if inputs % n == 0)
@@ -128,61 +100,24 @@ def tiles_for(
     return Tiles(inputs=width, stages=stages, steps=each, warpgroups=warpgroups, rows=rows)
 
 
-def bits_of(dtype) -> int:
-    """Of a value."""
-    return 4 if str(dtype) in ("int4", "uint4") else 8
+def _one_sum_tiles(count, inputs, outputs, bits, group, processors) -> Tiles:
+    def busy(tall):
+        tiles, left = divmod(outputs, 2 * OUTPUTS * tall)
+        return 0.0 if left else tiles / (-(-tiles // processors) * processors)
 
-
-def layouts(width: int, bits: int) -> tuple:
-    """How a tile of so many columns lies in shared memory, as TMA and WGMMA agree on."""
-    swizzle = plgpu.find_swizzle(width * bits)
-    tiling = plgpu.TilingTransform((8, 8 * swizzle // bits))
-    return tiling, plgpu.SwizzleTransform(swizzle)
-
-
-@dataclasses.dataclass(frozen=True)
-class Share:
-    """Which programs make which tiles.
-
-    Attributes:
-      tiles: how many.
-      steps: of each.
-      each: steps of a program.
-    """
-
-    tiles: int
-    steps: int
-    each: int
-
-    @property
-    def programs(self) -> int:
-        return -(-self.tiles * self.steps // self.each)
-
-    @property
-    def whole(self) -> bool:
-        """Whether no tile is made by several programs."""
-        return self.each % self.steps == 0
-
-    def _first(self, program: int) -> int:
-        return program * self.each // self.steps
-
-    @property
-    def slots(self) -> int:
-        """Tiles that a program works on, at most; past the last tile it works for nothing."""
-        last = lambda p: ((p + 1) * self.each - 1) // self.steps  # noqa: E731
-        return max(last(p) - self._first(p) + 1 for p in range(self.programs))
-
-    def parts(self) -> tuple[np.ndarray, np.ndarray]:
-        """For each tile the places (program x slots + slot) of its parts, and whether there are."""
-        found = []
-        for tile in range(self.tiles):
-            begin, end = tile * self.steps, (tile + 1) * self.steps
-            programs = range(begin // self.each, -(-end // self.each))
-            found.append([p * self.slots + tile - self._first(p) for p in programs])
-        most = max(map(len, found))
-        places = [one + [0] * (most - len(one)) for one in found]
-        there = [[1.0] * len(one) + [0.0] * (most - len(one)) for one in found]
-        return np.asarray(places, np.int32), np.asarray(there, np.float32)
+    tall = next((n for n in (2, 1) if busy(n) > 0.75), 0)
+    whole, tall = tall > 0, max(tall, 1)
+    rows = -(-count // 8) * 8
+    # A step of 256 inputs reads lines of 128 bytes of four bits; groups of 32 have many scales.
+    width = 256 if bits == 4 and group >= 64 else 128
+    width = next(n for n in (width, 128, 64, 32) if inputs % n == 0)
+    steps, high = inputs // width, 2 * OUTPUTS * tall
+    held = high * width * bits // 8 + rows * width * 2
+    stages = max(2, min(8, (ROOM - 2 * OUTPUTS * rows * 4) // held))
+    each = steps if whole else -(-steps * (outputs // high) // processors)
+    return Tiles(
+        inputs=width, stages=stages, steps=each, warpgroups=2, rows=rows, tall=tall, ahead=True
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -284,12 +219,7 @@ class Product:
         return total
 
     def scales(self, column):
-        layout = None if self.interpret else ROW
-        found = plgpu.load(column, layout=layout, optimized=False)
-        if found.dtype == jnp.float8_e8m0fnu and not self.interpret:
-            bits = lax.bitcast_convert_type(found, jnp.uint8).astype(jnp.int32)
-            return lax.bitcast_convert_type(bits << 23, jnp.float32)
-        return found.astype(jnp.float32)
+        return of_scale(column, interpret=self.interpret)
 
     def body(self, values, scale, x, *refs, out_smem, stage=None):
         *shift, out = refs
@@ -369,7 +299,7 @@ def run(
     # Only values of 16 bits can be turned round on the way to shared memory.
     turned = share.whole and jnp.dtype(out_dtype).itemsize == 2
     turned = turned and (count < tiles.rows or count % tiles.rows == 0)
-    kernel = Product(group, tiles, share, coding, bits_of(values.dtype), turned, interpret)
+    turned = turned and not (tiles.tall and shift)
     if turned:
         out_type = jax.ShapeDtypeStruct((count, outputs), out_dtype)
         held = plgpu.SMEM((tiles.warpgroups, tiles.rows, OUTPUTS), out_dtype)
@@ -377,6 +307,21 @@ def run(
         shape = (row_tiles, share.programs, share.slots, tiles.outputs, tiles.rows)
         out_type = jax.ShapeDtypeStruct(shape, jnp.float32)
         held = plgpu.SMEM((tiles.warpgroups, OUTPUTS, tiles.rows), jnp.float32)
+    form = group, tiles, share, coding, bits_of(values.dtype), turned, interpret
+    if tiles.tall:
+        centred = offset is not None and coding.kind == "uint4"
+        kernel = OneSum(*form, inputs=inputs, centred=centred)
+        grid = {"program": share.programs, "rows": row_tiles}
+        given = {"values": values, "scale": scale, "x": x}
+        options = {"name": "quantized_matmul_one_sum", "grid": grid, "interpret": interpret}
+        (found,) = run_kernel(kernel, given, {"out": out_type}, **options)
+        if turned:
+            return found
+        found = _gathered(found, share)[:count]
+        if offset is not None:
+            found += _shifts(sums, offset.astype(jnp.float32) + centred * CENTRE * scale)
+        return found.astype(out_dtype)
+    kernel = Product(*form)
     scratch = {"out_smem": held}
     if interpret:
         part = min(group, width, CHUNK)
@@ -409,3 +354,11 @@ def _gathered(found: jax.Array, share: Share) -> jax.Array:
         # What is not there may be anything, NaN as well.
         total += part if one.all() else jnp.where((one > 0)[None, :, None, None], part, 0.0)
     return total.reshape(row_tiles, -1, rows).transpose(0, 2, 1).reshape(row_tiles * rows, -1)
+
+
+def _shifts(sums: jax.Array, offset: jax.Array) -> jax.Array:
+    """float32 [rows, O] that offsets [O, G] give, of sums [rows, parts of groups] of x."""
+    count, groups = sums.shape[0], offset.shape[1]
+    sums = sums.reshape(count, groups, -1).sum(2)
+    dims = (((1,), (1,)), ((), ()))
+    return lax.dot_general(sums, offset, dims, precision=lax.Precision.HIGHEST)

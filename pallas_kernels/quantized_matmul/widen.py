@@ -9,18 +9,21 @@ A thread reads eight codes of a row that lie together and makes four pairs of th
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
-__all__ = ["KINDS", "Word", "constant", "ptx", "widen"]
+from pallas_kernels.warpgroups import ROW
+
+__all__ = ["KINDS", "Word", "constant", "of_scale", "ptx", "scaled", "widen"]
 
 
 Word = Any
@@ -40,10 +43,19 @@ def _shifted(word: Word, right: int) -> Word:
     return arith.shrui(word, constant(right))
 
 
-def ptx(text: str, *words: Word) -> Word:
-    """What an instruction of PTX gives in $0, of words in $1 and so on."""
-    kind = ir.IntegerType.get_signless(32)
-    return llvm.inline_asm(kind, list(words), text, ",".join(["=r", *"r" * len(words)]))
+def ptx(text: str, *words: Word, fixed: bool = False) -> Word:
+    """What an instruction of PTX gives in $0, of words in $1 and so on.
+
+    fixed: it stays where it stands among others that are.
+    """
+    kind, names = ir.IntegerType.get_signless(32), ",".join(["=r", *"r" * len(words)])
+    return llvm.inline_asm(kind, list(words), text, names, has_side_effects=fixed)
+
+
+def _twice(number: Word) -> Word:
+    """A float32 (a vector of one) rounded to bfloat16, in both halves of a word."""
+    text = "{.reg .f32 t; mov.b32 t, $1; cvt.rn.bf16x2.f32 $0, t, t;}"
+    return ptx(text, mgpu.utils.bitcast(number, ir.IntegerType.get_signless(32)))
 
 
 def _both(number: int) -> int:
@@ -115,27 +127,36 @@ def _e4m3(words: list[Word]) -> list[Word]:
 
 
 def _bytes(words: list[Word]) -> list[Word]:
-    """16 (128 + h) - 2304 + (128 + l) for a byte's halves, with its first bit turned."""
+    """A byte's last seven bits count from 128; without its first bit, which counts -128, from 128,
+    with it from 256."""
     found = []
     for word in words:
         for i in range(2):
-            low = arith.andi(_shifted(word, 8 * i), constant(_both(0xF)))
-            high = arith.andi(_shifted(word, 8 * i + 4), constant(_both(0xF)))
-            low = arith.ori(low, constant(_both(0x4300)))
-            high = arith.xori(high, constant(_both(0x4308)))
-            text = "{.reg .b32 t; fma.rn.bf16x2 t, $1, $3, $4; add.bf16x2 $0, t, $2;}"
-            sixteen, less = constant(_both(0x4180)), constant(_both(0xC510))
-            found.append(ptx(text, high, low, sixteen, less))
+            shifted, one = _shifted(word, 8 * i), constant(_both(0x4300))
+            text = "lop3.b32 $0, $1, $2, $3, 0xea;"
+            rest = ptx(text, shifted, constant(_both(0x7F)), one)
+            first = ptx(text, shifted, constant(_both(0x80)), one)
+            found.append(ptx("sub.bf16x2 $0, $1, $2;", rest, first))
     return found
 
 
 _FOUR: dict[str, Callable[[Word], list[Word]]] = {
     "int4": lambda word: _nibbles(word, 0x4308, 0x8),
     "uint4": lambda word: _nibbles(word, 0x4300, 0),
+    "uint4_centred": lambda word: _nibbles(word, 0x4308, 0),  # and 8 less
     "e2m1": _e2m1,
 }
 _EIGHT = {"int8": _bytes, "e4m3": _e4m3}
 KINDS = (*_FOUR, "table", *_EIGHT)
+
+
+def of_scale(column, *, interpret: bool) -> jax.Array:
+    """float32 [64] of scales in the device's memory, a number a row of an accumulator."""
+    found = plgpu.load(column, layout=None if interpret else ROW, optimized=False)
+    if found.dtype == jnp.float8_e8m0fnu and not interpret:
+        bits = lax.bitcast_convert_type(found, jnp.uint8).astype(jnp.int32)
+        return lax.bitcast_convert_type(bits << 23, jnp.float32)
+    return found.astype(jnp.float32)
 
 
 def widen(w: jax.Array, kind: str, table: tuple[float, ...] = ()) -> jax.Array:
@@ -170,3 +191,37 @@ def widen(w: jax.Array, kind: str, table: tuple[float, ...] = ()) -> jax.Array:
         return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
 
     return call(w)
+
+
+def scaled(w: jax.Array, scales: Sequence[jax.Array]) -> jax.Array:
+    """bfloat16 [64, K] for the tensor cores times its rows' scales, rounded to bfloat16.
+
+    Nothing of it is done before products that were waited for in the program's order: a register
+    that a product reads must not be written while any is on its way, or the assembler has them wait
+    for each other. What can be done before is what `widen` does.
+
+    Args:
+      w: in the layout WGMMA.
+      scales: float32 [64], each for an equal part of K; they are rounded to bfloat16. None: w is
+        multiplied by one.
+    """
+    shape, square = w.shape, plgpu.Layout.WGMMA
+    result = plgpu.ShapeDtypeStruct(shape, jnp.bfloat16, layout=square)
+
+    @plgpu.inline_mgpu(arg_types=(square, *[ROW] * len(scales)), return_type=result)
+    def call(_, w, *scales):
+        word, pair = ir.IntegerType.get_signless(32), ir.VectorType.get((2,), ir.BF16Type.get())
+        factors = [
+            {at[2]: _twice(one) for at, one in np.ndenumerate(scale.registers)} for scale in scales
+        ]
+        registers = np.empty(w.registers.shape, dtype=object)
+        for at, register in np.ndenumerate(w.registers):
+            factor = constant(_both(0x3F80))
+            if factors:
+                factor = factors[at[1] * 8 * len(factors) // shape[1]][at[4]]
+            one = mgpu.utils.bitcast(register, word)
+            one = ptx("mul.bf16x2 $0, $1, $2;", one, factor, fixed=True)
+            registers[at] = mgpu.utils.bitcast(one, pair)
+        return mgpu.FragmentedArray(_registers=registers, _layout=w.layout, _is_signed=None)
+
+    return call(w, *scales)

@@ -63,15 +63,58 @@ def test_interpreted(name):
         assert error < 1e-5 * largest
 
 
-@pytest.mark.parametrize("name", [*CASES, "64 rows", "200 rows", "whole row"])
+ONE_SUM = {
+    "whole tiles": {"count": 24, "tall": 1, "out_dtype": "bfloat16"},
+    "ragged rows": {"count": 17, "tall": 2, "inputs": 256, "out_dtype": "bfloat16"},
+    "tiles in parts": {"count": 24, "tall": 1, "steps": 3},
+    "groups of 64": {"count": 32, "group": 64, "tall": 2, "inputs": 256},
+    "groups of 32": {"count": 24, "group": 32, "tall": 1},
+    "large groups": {"count": 24, "group": 256, "tall": 2, "inputs": 256, "steps": 1},
+    "offset": {"count": 40, "kind": "uint4", "offset": True, "tall": 2, "inputs": 256},
+    "int8, a scale an output": {"count": 24, "kind": "int8", "group": 512, "tall": 2, "steps": 3},
+    "int8": {"count": 24, "kind": "int8", "tall": 1},
+    "fp8": {"count": 24, "kind": "float8_e4m3fn", "tall": 1},
+    "nf4": {"count": 24, "kind": "uint4", "table": TABLES["nf4"], "group": 64, "tall": 1},
+}
+
+
+@pytest.mark.parametrize("name", ONE_SUM)
+def test_one_sum_interpreted(name):
+    """At most twice the error of the product in bfloat16; a scale an output multiplies sums."""
+    options = {"tall": 1, "inputs": 128, "table": (), "out_dtype": "float32"} | ONE_SUM[name]
+    table, out_dtype, tall, width = (
+        options.pop(key) for key in ("table", "out_dtype", "tall", "inputs")
+    )
+    steps, count = options.pop("steps", 512 // width), options.pop("count")
+    rows = -(-count // 8) * 8
+    cut = {"inputs": width, "steps": steps, "rows": rows, "tall": tall}
+    arguments = draw(count, 256, 512, **options)
+    plan = Plan(
+        implementation="mosaic_gpu_streamed",
+        tiles=Tiles(stages=2, warpgroups=2, ahead=name != "fp8", **cut),
+        table=table,
+        out_dtype=out_dtype,
+        interpret=True,
+    )
+    found, wanted = product(*arguments, plan), exact(*arguments, table)
+    plain = quantized_matmul(*arguments, table=table)
+    assert found.dtype == out_dtype
+    error, allowed = (np.abs(np.asarray(y, np.float64) - wanted).max() for y in (found, plain))
+    largest = np.abs(wanted).max()
+    assert error <= 2 * allowed + (2**-8 * largest if out_dtype == "bfloat16" else 0)
+    if options.get("group") == 512:
+        assert error < 1e-5 * largest
+
+
+@pytest.mark.parametrize("name", [*CASES, *ONE_SUM, "64 rows", "200 rows", "whole row"])
 def test_lowering(name):
-    more = {
+    more = ONE_SUM | {
         "64 rows": {"count": 64},
         "200 rows": {"count": 200},
         "whole row": {"count": 8, "group": 2048, "kind": "int8"},
     }
     options = {"count": 8, "out_dtype": "float32", "table": ()} | (CASES | more)[name]
-    for key in ("steps", "rows", "warpgroups"):
+    for key in ("steps", "rows", "warpgroups", "tall", "inputs"):
         options.pop(key, None)
     table, out_dtype = options.pop("table"), options.pop("out_dtype")
     arguments = draw(options.pop("count"), 256, 2048, **options)
@@ -118,19 +161,11 @@ class Words:
             assert (picks < 8).all()  # the eighth bit would repeat a sign
             return np.take_along_axis(source, picks.astype(int), -1).view(np.uint32)[..., 0]
         if text.startswith("lop3"):
-            assert text.endswith(" 0x6a;")  # (a & b) ^ c
-            return (words[0] & words[1]) ^ words[2]
+            both = words[0] & words[1]
+            return {"0x6a;": both ^ words[2], "0xea;": both | words[2]}[text.split()[-1]]
         a, *rest = [pairs(word).astype(np.float32) for word in words]
-        if text.startswith("sub"):
-            found = a - rest[0]
-        elif text.startswith("mul"):
-            found = a * rest[0]
-        else:
-            assert text.startswith(
-                "{.reg .b32 t; fma.rn.bf16x2 t, $1, $3, $4; add.bf16x2 $0, t, $2;}"
-            )
-            low, sixteen, less = rest
-            found = (a * sixteen + less).astype(jnp.bfloat16).astype(np.float32) + low
+        assert text.startswith(("sub.bf16x2", "mul.bf16x2"))
+        found = a - rest[0] if text.startswith("sub") else a * rest[0]
         return found.astype(jnp.bfloat16).view(np.uint32)[..., 0]
 
 
@@ -158,7 +193,8 @@ def test_widening(kind, monkeypatch):
         words = (codes << 4 * np.arange(8)).sum(-1).astype(np.uint32)
         signed = np.where(np.arange(16) < 8, np.arange(16), np.arange(16) - 16)
         table = TABLES["nf4"] if kind == "table" else TABLES["e2m1"]
-        numbers = {"int4": signed, "uint4": np.arange(16)}.get(kind, np.asarray(table))
+        plain = {"int4": signed, "uint4": np.arange(16), "uint4_centred": np.arange(16) - 8}
+        numbers = plain.get(kind, np.asarray(table))
         numbers = numbers.astype(jnp.bfloat16).astype(np.float32)
         found = widen._looked_up(words, table) if kind == "table" else widen._FOUR[kind](words)
     found = np.stack([pairs(word) for word in found], axis=1).astype(np.float32)
@@ -185,6 +221,8 @@ def test_tiles():
     for count, inputs, outputs in (
         (1, 8192, 28672),
         (64, 4096, 14336),
+        (64, 8192, 28672),
+        (20, 14336, 4096),
         (3, 2048, 2048),
         (1, 576, 960),
     ):
@@ -192,7 +230,8 @@ def test_tiles():
         share = Share(outputs // tiles.outputs, inputs // tiles.inputs, tiles.steps)
         assert share.programs <= 132
         assert tiles.warpgroups <= 2  # four and one that loads have 480 of the 504 registers asked
-        assert share.programs * tiles.steps < 132 * (tiles.steps + 1)
+        if tiles.steps != share.steps:
+            assert share.programs * tiles.steps < 132 * (tiles.steps + 1)
         assert share.programs > 66
 
 
