@@ -22,7 +22,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.quantized_matmul.reference import numbers
 from pallas_kernels.quantized_matmul.shares import CHUNK, OUTPUTS, Coding, Share, Tiles, layouts
 from pallas_kernels.quantized_matmul.widen import of_scale, scaled, widen
-from pallas_kernels.warpgroups import CONSUMERS, ROW, Spare, along, drain, roles
+from pallas_kernels.warpgroups import CONSUMERS, Spare, along, drain, roles
 
 __all__ = ["CENTRE", "OneSum"]
 
@@ -97,8 +97,9 @@ class OneSum:
             deep = pl.ds(k * tiles.inputs, tiles.inputs)
             outputs = pl.ds(tile * tiles.outputs, tiles.outputs)
             plgpu.barrier_wait(free["ring"].at[slot])
-            for source, name in ((refs["values"].at[outputs, deep], "w"), (refs["x"].at[rows, deep], "x")):
-                plgpu.copy_gmem_to_smem(source, smem[name].at[slot], full.at[slot])
+            values, x = refs["values"].at[outputs, deep], refs["x"].at[rows, deep]
+            plgpu.copy_gmem_to_smem(values, smem["w"].at[slot], full.at[slot])
+            plgpu.copy_gmem_to_smem(x, smem["x"].at[slot], full.at[slot])
 
         lax.fori_loop(0, end - begin, one, None)
         drain(free)
@@ -124,22 +125,22 @@ class OneSum:
         plgpu.wait_smem_to_gmem(0)
 
     def tile(self, refs, smem, ring, at):
-        """Makes a tile's sums from steps `start` to `stop` of a program that begins with `begin`."""
+        """Makes a tile's sums from steps `start` to `stop` of those that begin with `begin`."""
         (tile, begin, start, stop), tiles, wg = at, self.tiles, lax.axis_index("wg")
-        spare, (full, free), stages = Spare.of(smem, wg), ring, tiles.stages
+        spare, (full, free) = Spare.of(smem, wg), ring
         before, k = start - begin, start - tile * self.share.steps
-        own = [(tile * tiles.tall * CONSUMERS + wg * tiles.tall + h) * OUTPUTS for h in range(tiles.tall)]
-        own = [pl.ds(pl.multiple_of(first, OUTPUTS), OUTPUTS) for first in own]
-        held = [pl.ds(pl.multiple_of((wg * tiles.tall + h) * OUTPUTS, OUTPUTS), OUTPUTS) for h in range(tiles.tall)]
-        chunks = range(0, tiles.inputs, self.chunk)
+        high = [(wg * tiles.tall + h) * OUTPUTS for h in range(tiles.tall)]
+        held = [pl.ds(pl.multiple_of(first, OUTPUTS), OUTPUTS) for first in high]
+        high = [tile * tiles.outputs + first for first in high]
+        own = [pl.ds(pl.multiple_of(first, OUTPUTS), OUTPUTS) for first in high]
+        units = [(c, h) for c in range(0, tiles.inputs, self.chunk) for h in range(tiles.tall)]
 
         def run(*accs):
             def one(i, scales):
-                slot = lax.rem(before + i, stages)
+                slot = lax.rem(before + i, tiles.stages)
                 later = self.scales(refs["scale"], own, k + i + 1)
                 plgpu.barrier_wait(full.at[slot])
-                each = len(scales) // (len(chunks) * tiles.tall)
-                units = [(c, h) for c in chunks for h in range(tiles.tall)]
+                each = len(scales) // len(units)
                 for n, (c, h) in enumerate(units):
                     deep, factors = pl.ds(c, self.chunk), scales[n * each : (n + 1) * each]
                     left = self.widened(smem["w"].at[slot, held[h], deep])
@@ -151,12 +152,11 @@ class OneSum:
                     spare.add(accs[h], left, smem["x"].at[slot, :, deep].T)
                     if not tiles.ahead and not self.interpret:
                         plgpu.wgmma_wait(0)
-
                 return later
 
             lax.fori_loop(0, stop - start, one, self.scales(refs["scale"], own, k))
             found = [spare.read(acc, 0) for acc in accs]
-            plgpu.barrier_arrive(free.at[lax.rem(before + stop - start - 1, stages)])
+            plgpu.barrier_arrive(free.at[lax.rem(before + stop - start - 1, tiles.stages)])
             return found
 
         found = spare.zeroed(run, *[(OUTPUTS, tiles.rows)] * tiles.tall)

@@ -1,5 +1,5 @@
 # Types of jax's Mosaic GPU objects are not public.
-# pyright: reportPrivateImportUsage=false
+# pyright: reportPrivateImportUsage=false, reportAbstractUsage=false
 """How a product with packed numbers is cut among the processors of a Hopper GPU."""
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # Types of jax's Mosaic GPU objects are not public.
-# pyright: reportPrivateImportUsage=false, reportAbstractUsage=false, reportIndexIssue=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportArgumentType=false, reportOptionalMemberAccess=false
+# pyright: reportPrivateImportUsage=false, reportAbstractUsage=false, reportIndexIssue=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportArgumentType=false, reportOptionalMemberAccess=false, reportReturnType=false
 """Codes of four and eight bits as bfloat16 in registers, a pair an instruction.
 
 A thread reads eight codes of a row that lie together and makes four pairs of them, in the order of

@@ -64,12 +64,22 @@ STREAMED = CASES | {
 }
 
 
+WHOLE = [(13056, 1024), (26112, 1024)]  # tiles of 128 and of 256 outputs, one program each
+
+
+@pytest.mark.parametrize("sizes", WHOLE)
+@pytest.mark.parametrize("name", [name for name in STREAMED if "rows," in name or name[:2] == "17"])
+def test_streamed_whole_tiles(name, sizes):
+    test_streamed(name, sizes, "uint4" in name)
+
+
 @pytest.mark.parametrize("arranged", [False, True])
 @pytest.mark.parametrize("sizes", [(512, 4096), (2112, 4096)])
 @pytest.mark.parametrize("name", STREAMED)
 def test_streamed(name, sizes, arranged):
     """At most twice the error of the product in bfloat16, and the same twice."""
     options = dict(STREAMED[name])
+    options["group"] = min(options.get("group", 128), sizes[1])
     more = {key: options.pop(key) for key in ("table", "out_dtype") if key in options}
     x, values, scale, offset = draw(options.pop("count"), *sizes, **options)
     table = more.get("table", ())
