@@ -190,9 +190,9 @@ def _tiles(x, values, scale, plan: Plan) -> Tiles | streamed.Tiles | None:
     if plan.implementation == "mosaic_gpu":
         return tiles_for(inputs, outputs, inputs // groups, processors=processors())
     if plan.implementation == "mosaic_gpu_streamed":
-        bits = 4 if "int4" in str(values.dtype) else 8
+        kind = kind_of(values.dtype, plan.table)
         where = {"group": inputs // groups, "processors": processors()}
-        return streamed.tiles_for(count, inputs, outputs, bits=bits, **where)
+        return streamed.tiles_for(count, inputs, outputs, kind=kind, **where)
     return None
 
 

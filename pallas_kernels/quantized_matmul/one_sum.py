@@ -75,8 +75,11 @@ class OneSum:
             ),
             "out": plgpu.SMEM(shape, refs["out"].dtype),
         }
+        if "pairs" in refs:
+            kinds["pairs"] = plgpu.SMEM(refs["pairs"].shape, refs["pairs"].dtype)
         kinds |= Spare.kinds(self, (OUTPUTS, self.chunk), *[sums] * tiles.tall)
         full = plgpu.Barrier(num_arrivals=2, num_barriers=tiles.stages)
+        full = {"ring": full, "pairs": plgpu.Barrier()}
         free = plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=tiles.stages)
         roles(self, refs, kinds, full, {"ring": free})
 
@@ -90,6 +93,10 @@ class OneSum:
         """The memory warpgroup's part."""
         tiles, share, (begin, end) = self.tiles, self.share, self.mine()
         rows = pl.ds(lax.axis_index("rows") * tiles.rows, tiles.rows)
+
+        if "pairs" in refs:
+            plgpu.copy_gmem_to_smem(refs["pairs"], smem["pairs"], full["pairs"])
+        full = full["ring"]
 
         def one(i, _):
             slot = lax.rem(i, tiles.stages)
@@ -107,7 +114,9 @@ class OneSum:
     def compute(self, refs, smem, full, free):
         """A multiplying warpgroup's part."""
         share, (begin, end) = self.share, self.mine()
-        ring = full, free["ring"]
+        ring = full["ring"], free["ring"]
+        if "pairs" in refs:
+            plgpu.barrier_wait(full["pairs"])
         for slot in range(self.tiles.stages):
             plgpu.barrier_arrive(ring[1].at[slot])
         if share.each == share.steps:
@@ -143,7 +152,7 @@ class OneSum:
                 each = len(scales) // len(units)
                 for n, (c, h) in enumerate(units):
                     deep, factors = pl.ds(c, self.chunk), scales[n * each : (n + 1) * each]
-                    left = self.widened(smem["w"].at[slot, held[h], deep])
+                    left = self.widened(smem["w"].at[slot, held[h], deep], smem.get("pairs"))
                     if tiles.ahead:
                         self.ended(n, before + i, i > 0, free)
                     left = self.scaled(left, factors)
@@ -185,11 +194,11 @@ class OneSum:
             def _():
                 plgpu.barrier_arrive(free.at[lax.rem(step - 1, self.tiles.stages)])
 
-    def widened(self, codes):
+    def widened(self, codes, pairs):
         if not self.interpret:
             codes = plgpu.load(codes, layout=plgpu.Layout.WGMMA_UPCAST_4X)
             kind = "uint4_centred" if self.centred else self.coding.kind
-            return widen(codes, kind, self.coding.table)
+            return widen(codes, kind, self.coding.table, pairs)
         found = numbers(plgpu.load(codes), self.coding.table)
         return (found - CENTRE if self.centred else found).astype(self.dtype)
 

@@ -35,7 +35,7 @@ from pallas_kernels.quantized_matmul.shares import (
     bits_of,
     layouts,
 )
-from pallas_kernels.quantized_matmul.widen import of_scale, widen
+from pallas_kernels.quantized_matmul.widen import LANES, of_scale, pairs_of, widen
 from pallas_kernels.warpgroups import COLUMN, along, multiply, run_kernel
 
 __all__ = [
@@ -76,15 +76,22 @@ def unfit(*, dtype: str, rows: int, kind: str, sizes: tuple[int, int, int]) -> s
 
 
 def tiles_for(
-    count: int, inputs: int, outputs: int, *, bits: int = 4, group: int = 128, processors: int = 132
+    count: int,
+    inputs: int,
+    outputs: int,
+    *,
+    kind: str = "int4",
+    group: int = 128,
+    processors: int = 132,
 ) -> Tiles:
     """How a product is cut: one program for every processor, with an equal share of all steps.
 
     For 17 to 64 rows and outputs that are a multiple of 128 whole tiles, one program each, if they
-    keep most processors busy.
+    keep most processors busy. `kind` is a `Coding`'s.
     """
     if FEW < count <= MANY and outputs % (2 * OUTPUTS) == 0:
-        return _one_sum_tiles(count, inputs, outputs, bits, group, processors)
+        return _one_sum_tiles(count, inputs, outputs, kind, group, processors)
+    bits, kept = _memory(kind)
     wide = count <= 64 and (256 % group == 0 or group % 256 == 0)
     rows = min(-(-count // 8) * 8, 128)
     width = next(n for n in (256 if wide else 128, 128, 64, 32) if inputs % n == 0)
@@ -95,25 +102,31 @@ def tiles_for(
     total = steps * (outputs // (64 * warpgroups))
     each = -(-total * row_tiles // processors)
     held = 64 * warpgroups * width * bits // 8 + rows * width * 2
-    room = 220_000 - 64 * warpgroups * rows * 4  # of shared memory, less what results take
+    room = 220_000 - kept - 64 * warpgroups * rows * 4  # less what results take
     stages = max(2, min(8, room // held))
     return Tiles(inputs=width, stages=stages, steps=each, warpgroups=warpgroups, rows=rows)
 
 
-def _one_sum_tiles(count, inputs, outputs, bits, group, processors) -> Tiles:
+def _memory(kind: str) -> tuple[int, int]:
+    """Bits of a code, and the bytes of shared memory that all of them take besides."""
+    return 8 if kind in ("int8", "e4m3") else 4, 256 * LANES * 4 if kind == "table" else 0
+
+
+def _one_sum_tiles(count, inputs, outputs, kind, group, processors) -> Tiles:
     def busy(tall):
         tiles, left = divmod(outputs, 2 * OUTPUTS * tall)
         return 0.0 if left else tiles / (-(-tiles // processors) * processors)
 
+    bits, kept = _memory(kind)
     tall = next((n for n in (2, 1) if busy(n) > 0.75), 0)
     whole, tall = tall > 0, max(tall, 1)
     rows = -(-count // 8) * 8
     # A step of 256 inputs reads lines of 128 bytes of four bits; groups of 32 have many scales.
-    width = 256 if bits == 4 and group >= 64 else 128
+    width = 256 if bits == 4 and group >= 64 and not kept else 128
     width = next(n for n in (width, 128, 64, 32) if inputs % n == 0)
     steps, high = inputs // width, 2 * OUTPUTS * tall
     held = high * width * bits // 8 + rows * width * 2
-    stages = max(2, min(8, (ROOM - 2 * OUTPUTS * rows * 4) // held))
+    stages = max(2, min(8, (ROOM - kept - 2 * OUTPUTS * rows * 4) // held))
     each = steps if whole else -(-steps * (outputs // high) // processors)
     return Tiles(
         inputs=width, stages=stages, steps=each, warpgroups=2, rows=rows, tall=tall, ahead=True
@@ -132,13 +145,13 @@ class Product:
     turned: bool
     interpret: bool
 
-    def widened(self, w_smem, dtype):
+    def widened(self, w_smem, dtype, pairs=None):
         if self.interpret:
             return numbers(plgpu.load(w_smem), self.coding.table).astype(dtype)
         w = plgpu.load(w_smem, layout=plgpu.Layout.WGMMA_UPCAST_4X)
-        return widen(w, self.coding.kind, self.coding.table)
+        return widen(w, self.coding.kind, self.coding.table, pairs)
 
-    def step(self, at, w_smem, x_smem, total, *, refs, out_smem, stage=None):
+    def step(self, at, w_smem, x_smem, total, *, refs, out_smem, pairs=None, stage=None):
         """Adds what one tile of inputs gives to the sums [64, rows]; hands them out when whole."""
         scale, offset, sums, out = refs
         wg, program = lax.axis_index("wg"), lax.axis_index("program")
@@ -150,7 +163,7 @@ class Product:
         mine = None if stage is None else stage.at[wg]
         rows = pl.ds(first, OUTPUTS)
         of = scale.at[rows], None if offset is None else offset.at[rows], sums
-        total = self.products(own, x_smem, total, of, k, mine)
+        total = self.products(own, x_smem, total, of, k, mine, pairs)
         last = (k == self.share.steps - 1) | (at[0] == self.share.each - 1)
 
         @pl.when(last)
@@ -172,10 +185,11 @@ class Product:
 
         return lax.cond(last, self.zeros, lambda: total)
 
-    def products(self, w_smem, x_smem, total, of, k, stage):
+    def products(self, w_smem, x_smem, total, of, k, stage, held=None):
         """The sums [64, rows] and what step k of one warpgroup's tile of values gives to them.
 
         of: the scales of its outputs, and offsets with the sums of x that they multiply, or None.
+        held: what `widen` has of a table, or None.
         """
         (scale, offset, sums), inputs, count = of, self.tiles.inputs, self.tiles.rows
         chunk = min(inputs, CHUNK)
@@ -197,7 +211,7 @@ class Product:
                 index = lax.div(k * inputs + column, self.group)
                 scales.append(self.scales(scale.at[:, index]))
                 if c not in w:
-                    w[c] = self.widened(w_smem.at[:, pl.ds(c * chunk, chunk)], x_smem.dtype)
+                    w[c] = self.widened(w_smem.at[:, pl.ds(c * chunk, chunk)], x_smem.dtype, held)
                 left = w[c] if part == chunk else w[c][:, g * part : (g + 1) * part]
                 multiply(acc, left, x_smem.at[:, pl.ds(column, part)].T, stage)
                 if stage is not None:
@@ -221,8 +235,12 @@ class Product:
     def scales(self, column):
         return of_scale(column, interpret=self.interpret)
 
-    def body(self, values, scale, x, *refs, out_smem, stage=None):
+    def body(self, values, scale, x, *refs, out_smem, pairs=None, come=None, stage=None):
         *shift, out = refs
+        if pairs is not None:
+            *shift, table = shift
+            copy = functools.partial(plgpu.copy_gmem_to_smem, table, pairs, come)
+            pl.when(lax.axis_index("wg") == 0)(copy)
         offset, sums = shift or (None, None)
         tiles, share, width = self.tiles, self.share, self.tiles.inputs
         start, rows = lax.axis_index("program") * share.each, lax.axis_index("rows")
@@ -232,10 +250,13 @@ class Product:
             return tile, lax.rem(start + k, share.steps)
 
         def compute(pipeline):
+            if pairs is not None:
+                plgpu.barrier_wait(come)
             pipeline(self.zeros())
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
         options = {"refs": (scale, offset, sums, out), "out_smem": out_smem, "stage": stage}
+        options["pairs"] = pairs
         pipeline = plgpu.emit_pipeline_warp_specialized(
             functools.partial(self.step, **options),
             grid=(share.each,),
@@ -307,12 +328,15 @@ def run(
         shape = (row_tiles, share.programs, share.slots, tiles.outputs, tiles.rows)
         out_type = jax.ShapeDtypeStruct(shape, jnp.float32)
         held = plgpu.SMEM((tiles.warpgroups, OUTPUTS, tiles.rows), jnp.float32)
+    pairs = {}
+    if coding.kind == "table" and not interpret:
+        pairs["pairs"] = jnp.asarray(pairs_of(coding.table))
     form = group, tiles, share, coding, bits_of(values.dtype), turned, interpret
     if tiles.tall:
         centred = offset is not None and coding.kind == "uint4"
         kernel = OneSum(*form, inputs=inputs, centred=centred)
         grid = {"program": share.programs, "rows": row_tiles}
-        given = {"values": values, "scale": scale, "x": x}
+        given = {"values": values, "scale": scale, "x": x} | pairs
         options = {"name": "quantized_matmul_one_sum", "grid": grid, "interpret": interpret}
         (found,) = run_kernel(kernel, given, {"out": out_type}, **options)
         if turned:
@@ -323,6 +347,8 @@ def run(
         return found.astype(out_dtype)
     kernel = Product(*form)
     scratch = {"out_smem": held}
+    if pairs:
+        scratch |= {"pairs": plgpu.SMEM((256, LANES), jnp.int32), "come": plgpu.Barrier()}
     if interpret:
         part = min(group, width, CHUNK)
         scratch["stage"] = plgpu.SMEM(
@@ -339,7 +365,7 @@ def run(
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name="quantized_matmul",
         interpret=plgpu.InterpretGPUParams() if interpret else False,
-    )(values, scale, x, *shift)
+    )(values, scale, x, *shift, *pairs.values())
     return found if turned else _gathered(found, share)[:count].astype(out_dtype)
 
 

@@ -23,7 +23,7 @@ from jaxlib.mlir.dialects import arith, llvm, vector
 
 from pallas_kernels.warpgroups import ROW
 
-__all__ = ["KINDS", "Word", "constant", "of_scale", "ptx", "scaled", "widen"]
+__all__ = ["KINDS", "Word", "constant", "of_scale", "pairs_of", "ptx", "scaled", "widen"]
 
 
 Word = Any
@@ -116,6 +116,28 @@ def _looked_up(word: Word, table: tuple[float, ...]) -> list[Word]:
     return found
 
 
+def pairs_of(table: tuple[float, ...]) -> np.ndarray:
+    """int32 [256, 32]: two numbers in bfloat16 for each byte of two codes, a copy for each lane.
+
+    A lane reads its own bank of shared memory then, whatever the codes are.
+    """
+    bits = np.asarray(table).astype(jnp.bfloat16).view(np.uint16).astype(np.uint32)
+    byte = np.arange(256)
+    pairs = bits[byte >> 4] << 16 | bits[byte & 15]
+    return np.repeat(pairs.view(np.int32)[:, None], LANES, axis=1)
+
+
+def _read(word: Word, first: Word, lane: Word, load: Callable[[Word], Word]) -> list[Word]:
+    """As `_looked_up`, from the pairs of `pairs_of`, which begin at `first`; lane: 4 bytes each."""
+    line = (4 * LANES).bit_length() - 1
+    found = []
+    for i in range(4):
+        shifted = _shifted(word, 8 * i - line)
+        place = ptx("lop3.b32 $0, $1, $2, $3, 0xea;", shifted, constant(0xFF << line), lane)
+        found.append(load(arith.addi(place, first)))
+    return found
+
+
 def _e4m3(words: list[Word]) -> list[Word]:
     found = []
     for word in words:
@@ -148,6 +170,7 @@ _FOUR: dict[str, Callable[[Word], list[Word]]] = {
 }
 _EIGHT = {"int8": _bytes, "e4m3": _e4m3}
 KINDS = (*_FOUR, "table", *_EIGHT)
+LANES = 32
 
 
 def of_scale(column, *, interpret: bool) -> jax.Array:
@@ -159,20 +182,25 @@ def of_scale(column, *, interpret: bool) -> jax.Array:
     return found.astype(jnp.float32)
 
 
-def widen(w: jax.Array, kind: str, table: tuple[float, ...] = ()) -> jax.Array:
+def widen(w: jax.Array, kind: str, table: tuple[float, ...] = (), pairs: Any = None) -> jax.Array:
     """Codes [64, K] in the layout WGMMA_UPCAST_4X as bfloat16 for the tensor cores.
 
     Args:
       w: int4 or int8 registers.
       kind: one of `KINDS`; `table` looks up `table`, 16 numbers.
       table: in its order.
+      pairs: shared memory with `pairs_of(table)`, which a table is read from; None: it is computed
+        with, by twice as many instructions.
     """
-    shape = w.shape
+    shape, given = w.shape, [] if pairs is None else [pairs]
     result = plgpu.ShapeDtypeStruct(shape, jnp.bfloat16, layout=plgpu.Layout.WGMMA)
+    kinds = (plgpu.Layout.WGMMA_UPCAST_4X, *[plgpu.RefType()] * len(given))
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA_UPCAST_4X,), return_type=result)
-    def call(_, codes):
+    @plgpu.inline_mgpu(arg_types=kinds, return_type=result)
+    def call(_, codes, *held):
         layout = mgpu.WGMMA_LAYOUT
+        load = functools.partial(ptx, "ld.shared.b32 $0, [$1];")
+        own = _lane(*held) if held else None
         registers = np.empty(layout.registers_shape(shape), dtype=object)
         word, pair = ir.IntegerType.get_signless(32), ir.VectorType.get((2,), ir.BF16Type.get())
         for at, register in np.ndenumerate(codes.registers):
@@ -182,6 +210,8 @@ def widen(w: jax.Array, kind: str, table: tuple[float, ...] = ()) -> jax.Array:
                     vector.extract(two, dynamic_position=[], static_position=[i]) for i in range(2)
                 ]
                 pairs = _EIGHT[kind](parts)
+            elif own is not None:
+                pairs = _read(mgpu.utils.bitcast(register, word), *own, load)
             elif kind == "table":
                 pairs = _looked_up(mgpu.utils.bitcast(register, word), table)
             else:
@@ -190,7 +220,15 @@ def widen(w: jax.Array, kind: str, table: tuple[float, ...] = ()) -> jax.Array:
                 registers[(at[0], 4 * at[1] + i, *at[2:])] = mgpu.utils.bitcast(one, pair)
         return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
 
-    return call(w)
+    return call(w, *given)
+
+
+def _lane(held: Any) -> tuple[Word, Word]:
+    """Where in shared memory [n, LANES] begins, and how far from there this lane's numbers do."""
+    kind = ir.IntegerType.get_signless(32)
+    first = llvm.ptrtoint(kind, mgpu.utils.memref_ptr(held))
+    lane = arith.andi(mgpu.utils.thread_idx(), constant(LANES - 1))
+    return first, arith.shli(lane, constant(2))
 
 
 def scaled(w: jax.Array, scales: Sequence[jax.Array]) -> jax.Array:

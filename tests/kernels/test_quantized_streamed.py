@@ -150,6 +150,7 @@ class Words:
     shrui = staticmethod(lambda a, b: a >> b)
     andi = staticmethod(lambda a, b: a & b)
     ori = staticmethod(lambda a, b: a | b)
+    addi = staticmethod(lambda a, b: a + b)
     xori = staticmethod(lambda a, b: a ^ b)
 
     @staticmethod
@@ -196,6 +197,15 @@ def test_widening(kind, monkeypatch):
         plain = {"int4": signed, "uint4": np.arange(16), "uint4_centred": np.arange(16) - 8}
         numbers = plain.get(kind, np.asarray(table))
         numbers = numbers.astype(jnp.bfloat16).astype(np.float32)
+        held = widen.pairs_of(table).view(np.uint32)
+        if kind == "table":  # each lane reads in its own bank
+            lane = np.arange(0, 128, 4, dtype=np.uint32)
+            at = functools.partial(widen._read, words[:, None], np.uint32(2048), lane)
+            places = np.stack(at(lambda place: place))
+            assert (places // 4 % 32 == np.arange(32)).all()
+            read = np.stack(at(lambda place: held.ravel()[(place - 2048) // 4]))
+            same = np.stack(widen._looked_up(words, table))
+            np.testing.assert_array_equal(read, np.broadcast_to(same[..., None], read.shape))
         found = widen._looked_up(words, table) if kind == "table" else widen._FOUR[kind](words)
     found = np.stack([pairs(word) for word in found], axis=1).astype(np.float32)
     read = order.order(kind).reshape(4, 4, 2)[:, 0]  # the codes of a row's first thread
