@@ -33,6 +33,7 @@ __all__ = [
 ]
 
 CONSUMERS = 2  # warpgroups that compute; one more loads
+REGISTERS = {2: 240, 3: 160, 4: 112}  # of each of so many; with 24 of the other what a program has
 PAIR = "pair"  # axis of the programs of a cluster
 SQUARE = plgpu.Layout.WGMMA
 ROW = SQUARE.reduce(1)  # one value a row of an accumulator
@@ -102,8 +103,9 @@ class Spare:
         """What to allocate, by name; operands are of `shape.dtype`."""
         if not shape.interpret:
             return {}
-        kinds = {f"sum{i}": plgpu.SMEM((CONSUMERS, *x), jnp.float32) for i, x in enumerate(sums)}
-        return kinds | {"stage": swizzled((CONSUMERS, *stage), shape.dtype)}
+        count = getattr(shape, "consumers", CONSUMERS)
+        kinds = {f"sum{i}": plgpu.SMEM((count, *x), jnp.float32) for i, x in enumerate(sums)}
+        return kinds | {"stage": swizzled((count, *stage), shape.dtype)}
 
     @classmethod
     def of(cls, smem: dict, wg) -> Spare:
@@ -169,16 +171,17 @@ def drain(free: dict) -> None:
 
 def roles(kernel, refs, smem, full, free):
     """Gives each warpgroup its part: the last one loads, the others compute."""
+    consumers = getattr(kernel, "consumers", CONSUMERS)
 
     def scoped(smem, full, free):
         wg = lax.axis_index("wg")
 
-        @pl.when(wg < CONSUMERS)
+        @pl.when(wg < consumers)
         def _():
-            plgpu.set_max_registers(240, action="increase")
+            plgpu.set_max_registers(REGISTERS[consumers], action="increase")
             kernel.compute(refs, smem, full, free)
 
-        @pl.when(wg == CONSUMERS)
+        @pl.when(wg == consumers)
         def _():
             plgpu.set_max_registers(24, action="decrease")
             kernel.load(refs, smem, full, free)
@@ -191,7 +194,7 @@ def run_kernel(kernel, inputs, outputs, *, name: str, grid: dict[str, int], inte
 
     Args:
       kernel: its `body` takes all refs by name; `scratch_bytes`, if it has them, are what its
-        reductions get of shared memory.
+        reductions get of shared memory; `consumers`, if it has them, are those that compute.
       inputs: arrays by name.
       outputs: `jax.ShapeDtypeStruct`s by name.
       name: in profiles.
@@ -215,7 +218,7 @@ def run_kernel(kernel, inputs, outputs, *, name: str, grid: dict[str, int], inte
         out_type=tuple(outputs.values()),
         grid=tuple(apart.values()),
         grid_names=tuple(apart),
-        num_threads=CONSUMERS + 1,
+        num_threads=getattr(kernel, "consumers", CONSUMERS) + 1,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(
             approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=scratch

@@ -21,8 +21,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.quantized_matmul.reference import numbers
 from pallas_kernels.quantized_matmul.shares import CHUNK, OUTPUTS, Coding, Share, Tiles, layouts
-from pallas_kernels.quantized_matmul.widen import of_scale, scaled, widen
-from pallas_kernels.warpgroups import CONSUMERS, Spare, along, drain, roles
+from pallas_kernels.quantized_matmul.widen import of_scale, of_shared, scaled, widen
+from pallas_kernels.warpgroups import Spare, along, drain, roles
 
 __all__ = ["CENTRE", "OneSum"]
 
@@ -35,6 +35,10 @@ class OneSum:
 
     Attributes:
       centred: CENTRE is subtracted from codes.
+      beside: scales of a row that come with a step, what 16 bytes hold; 0: they are read from the
+        device's memory, or are for all inputs.
+      fine: scales have more digits than bfloat16, and all of them count.
+      halved: parts of sums leave as two numbers of 16 bits each, turned round.
     """
 
     group: int
@@ -46,8 +50,15 @@ class OneSum:
     interpret: bool
     inputs: int
     centred: bool
+    beside: int
+    halved: bool
+    fine: bool
 
     dtype = jnp.bfloat16
+
+    @property
+    def consumers(self) -> int:
+        return self.tiles.warpgroups
 
     @property
     def chunk(self) -> int:
@@ -61,7 +72,8 @@ class OneSum:
     def body(self, refs):
         tiles = self.tiles
         sums = (OUTPUTS, tiles.rows)
-        shape = (CONSUMERS, tiles.tall, *sums[::-1]) if self.turned else (CONSUMERS, 1, *sums)
+        shape = sums[::-1] if self.turned else (2, *sums[::-1]) if self.halved else sums
+        shape = (tiles.warpgroups, *shape)
         kinds = {
             "w": plgpu.SMEM(
                 (tiles.stages, tiles.outputs, tiles.inputs),
@@ -75,12 +87,16 @@ class OneSum:
             ),
             "out": plgpu.SMEM(shape, refs["out"].dtype),
         }
+        if self.beside:
+            kinds["scales"] = plgpu.SMEM(
+                (tiles.stages, tiles.outputs, self.beside), refs["scale"].dtype
+            )
         if "pairs" in refs:
             kinds["pairs"] = plgpu.SMEM(refs["pairs"].shape, refs["pairs"].dtype)
         kinds |= Spare.kinds(self, (OUTPUTS, self.chunk), *[sums] * tiles.tall)
-        full = plgpu.Barrier(num_arrivals=2, num_barriers=tiles.stages)
+        full = plgpu.Barrier(num_arrivals=2 + (self.beside > 0), num_barriers=tiles.stages)
         full = {"ring": full, "pairs": plgpu.Barrier()}
-        free = plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=tiles.stages)
+        free = plgpu.Barrier(num_arrivals=tiles.warpgroups, num_barriers=tiles.stages)
         roles(self, refs, kinds, full, {"ring": free})
 
     def mine(self):
@@ -107,6 +123,9 @@ class OneSum:
             values, x = refs["values"].at[outputs, deep], refs["x"].at[rows, deep]
             plgpu.copy_gmem_to_smem(values, smem["w"].at[slot], full.at[slot])
             plgpu.copy_gmem_to_smem(x, smem["x"].at[slot], full.at[slot])
+            if self.beside:
+                scales = refs["scale"].at[outputs, pl.ds(self.group_beside(k), self.beside)]
+                plgpu.copy_gmem_to_smem(scales, smem["scales"].at[slot], full.at[slot])
 
         lax.fori_loop(0, end - begin, one, None)
         drain(free)
@@ -140,15 +159,20 @@ class OneSum:
         before, k = start - begin, start - tile * self.share.steps
         high = [(wg * tiles.tall + h) * OUTPUTS for h in range(tiles.tall)]
         held = [pl.ds(pl.multiple_of(first, OUTPUTS), OUTPUTS) for first in high]
-        high = [tile * tiles.outputs + first for first in high]
-        own = [pl.ds(pl.multiple_of(first, OUTPUTS), OUTPUTS) for first in high]
+        own = [tile * tiles.outputs + first for first in high]
+        own = [pl.ds(pl.multiple_of(first, OUTPUTS), OUTPUTS) for first in own]
         units = [(c, h) for c in range(0, tiles.inputs, self.chunk) for h in range(tiles.tall)]
+
+        soon = lambda i: jnp.minimum(k + i, self.share.steps - 1)  # noqa: E731
 
         def run(*accs):
             def one(i, scales):
                 slot = lax.rem(before + i, tiles.stages)
-                later = self.scales(refs["scale"], own, k + i + 1)
+                if not self.beside:
+                    later = self.scales(refs["scale"], own, soon(i + 1))
                 plgpu.barrier_wait(full.at[slot])
+                if self.beside:
+                    scales, later = self.beside_scales(smem["scales"].at[slot], high, k + i), scales
                 each = len(scales) // len(units)
                 for n, (c, h) in enumerate(units):
                     deep, factors = pl.ds(c, self.chunk), scales[n * each : (n + 1) * each]
@@ -163,7 +187,8 @@ class OneSum:
                         plgpu.wgmma_wait(0)
                 return later
 
-            lax.fori_loop(0, stop - start, one, self.scales(refs["scale"], own, k))
+            begun = [] if self.beside else self.scales(refs["scale"], own, k)
+            lax.fori_loop(0, stop - start, one, begun)
             found = [spare.read(acc, 0) for acc in accs]
             plgpu.barrier_arrive(free.at[lax.rem(before + stop - start - 1, tiles.stages)])
             return found
@@ -171,18 +196,30 @@ class OneSum:
         found = spare.zeroed(run, *[(OUTPUTS, tiles.rows)] * tiles.tall)
         self.send(refs, smem["out"].at[wg], found, (tile, begin, own))
 
+    def groups(self, k) -> list[list[jax.Array]]:
+        """Those that each chunk of step k has, counted from its tile's first."""
+        start, parts = k * self.tiles.inputs, range(0, self.chunk, self.part)
+        chunks = range(0, self.tiles.inputs, self.chunk)
+        return [[lax.div(start + c + g, self.group) for g in parts] for c in chunks]
+
     def scales(self, scale, own, k) -> list[jax.Array]:
         """Of step k's units, one after the other; none where they are for all inputs."""
         if self.group == self.inputs:
             return []
-        k = jnp.minimum(k, self.share.steps - 1)
-        found = []
-        for c in range(0, self.tiles.inputs, self.chunk):
-            for rows in own:
-                for g in range(0, self.chunk, self.part):
-                    index = lax.div(k * self.tiles.inputs + c + g, self.group)
-                    found.append(of_scale(scale.at[rows, index], interpret=self.interpret))
-        return found
+        places = [(rows, at) for some in self.groups(k) for rows in own for at in some]
+        return [of_scale(scale.at[rows, at], interpret=self.interpret) for rows, at in places]
+
+    def beside_scales(self, scale, high, k) -> list[jax.Array]:
+        """As `scales`, from [outputs of a tile, beside] of groups that came with step k."""
+        first = self.group_beside(k)
+        places = [(row, at - first) for some in self.groups(k) for row in high for at in some]
+        if self.interpret:
+            return [scale[pl.ds(row, OUTPUTS), at].astype(jnp.float32) for row, at in places]
+        return [of_shared(scale, row, at) for row, at in places]
+
+    def group_beside(self, k):
+        """The first of the groups whose scales come with step k."""
+        return lax.div(lax.div(k * self.tiles.inputs, self.group), self.beside) * self.beside
 
     def ended(self, unit, step, begun, free) -> None:
         """Waits for the unit before; with a step's last one, its place in the ring is free."""
@@ -204,12 +241,14 @@ class OneSum:
 
     def scaled(self, w, scales):
         if not self.interpret:
-            return scaled(w, scales) if scales or self.tiles.ahead else w
+            return scaled(w, scales, fine=self.fine) if scales or self.tiles.ahead else w
         if not scales:
             return w
         high = OUTPUTS, self.part
-        wide = [along(one.astype(self.dtype), high, 0) for one in scales]
-        return w * jnp.concatenate(wide, axis=1)
+        if not self.fine:
+            scales = [one.astype(self.dtype) for one in scales]
+        wide = [along(one.astype(jnp.float32), high, 0) for one in scales]
+        return (w.astype(jnp.float32) * jnp.concatenate(wide, axis=1)).astype(self.dtype)
 
     def send(self, refs, shared, sums, where):
         """Stores a warpgroup's results."""
@@ -218,21 +257,22 @@ class OneSum:
         if self.group == self.inputs:
             scales = [of_scale(refs["scale"].at[some, 0], interpret=self.interpret) for some in own]
             sums = [y * along(one, y.shape, 0) for y, one in zip(sums, scales, strict=True)]
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        if self.turned:
-            for h, y in enumerate(sums):
-                shared.at[h].T[...] = y.astype(out.dtype)
+        slot, count = tile - lax.div(begin, self.share.steps), min(out.shape[0], tiles.rows)
+        for h, y in enumerate(sums):  # one of them finds place
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            if self.turned:
+                shared.T[...] = y.astype(out.dtype)
+                held, to = shared.at[pl.ds(0, count)], out.at[pl.ds(rows * count, count), own[h]]
+            elif self.halved:
+                top = y.astype(out.dtype)
+                shared.at[0].T[...] = top
+                shared.at[1].T[...] = (y - top.astype(y.dtype)).astype(out.dtype)
+                here = pl.ds((wg * tiles.tall + h) * OUTPUTS, OUTPUTS)
+                place = (rows * self.share.programs + program) * self.share.slots + slot
+                held, to = shared, out.at[pl.ds(2 * place, 2), :, here]
+            else:
+                shared[...] = y
+                here = pl.ds((wg * tiles.tall + h) * OUTPUTS, OUTPUTS)
+                held, to = shared, out.at[rows, program, slot, here]
             plgpu.commit_smem()
-            count = min(out.shape[0], tiles.rows)
-            for h, some in enumerate(own):
-                to = out.at[pl.ds(rows * count, count), some]
-                plgpu.copy_smem_to_gmem(shared.at[h, pl.ds(0, count)], to)
-            return
-        slot = tile - lax.div(begin, self.share.steps)
-        for h, y in enumerate(sums):  # float32 finds place for one of them
-            if h:
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            shared[0] = y
-            plgpu.commit_smem()
-            here = pl.ds((wg * tiles.tall + h) * OUTPUTS, OUTPUTS)
-            plgpu.copy_smem_to_gmem(shared.at[0], out.at[rows, program, slot, here])
+            plgpu.copy_smem_to_gmem(held, to)

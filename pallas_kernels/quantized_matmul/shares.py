@@ -31,6 +31,7 @@ class Tiles:
       rows: of x at a time; a multiple of 8.
       tall: how many times 64 outputs a warpgroup has, with one sum of each over all inputs; 0: it
         has 64, and sums of groups are scaled (`one_sum.py`, `streamed.py`).
+      fine: for `tall`: weights are rounded once, and their scales before not at all.
       ahead: for `tall`: codes are widened while the products before are on their way.
     """
 
@@ -41,6 +42,7 @@ class Tiles:
     rows: int = 8
     tall: int = 0
     ahead: bool = False
+    fine: bool = True
 
     @property
     def outputs(self) -> int:

@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +37,7 @@ from pallas_kernels.quantized_matmul.shares import (
     bits_of,
     layouts,
 )
-from pallas_kernels.quantized_matmul.widen import LANES, of_scale, pairs_of, widen
+from pallas_kernels.quantized_matmul.widen import LANES, of_scale, of_shared, pairs_of, widen
 from pallas_kernels.warpgroups import COLUMN, along, multiply, run_kernel
 
 __all__ = [
@@ -101,7 +103,7 @@ def tiles_for(
     steps = inputs // width
     total = steps * (outputs // (64 * warpgroups))
     each = -(-total * row_tiles // processors)
-    held = 64 * warpgroups * width * bits // 8 + rows * width * 2
+    held = 64 * warpgroups * (width * bits // 8 + 16) + rows * width * 2
     room = 220_000 - kept - 64 * warpgroups * rows * 4  # less what results take
     stages = max(2, min(8, room // held))
     return Tiles(inputs=width, stages=stages, steps=each, warpgroups=warpgroups, rows=rows)
@@ -117,20 +119,18 @@ def _one_sum_tiles(count, inputs, outputs, kind, group, processors) -> Tiles:
         tiles, left = divmod(outputs, 2 * OUTPUTS * tall)
         return 0.0 if left else tiles / (-(-tiles // processors) * processors)
 
-    bits, kept = _memory(kind)
+    bits, _ = _memory(kind)
     tall = next((n for n in (2, 1) if busy(n) > 0.75), 0)
     whole, tall = tall > 0, max(tall, 1)
     rows = -(-count // 8) * 8
     # A step of 256 inputs reads lines of 128 bytes of four bits; groups of 32 have many scales.
-    width = 256 if bits == 4 and group >= 64 and not kept else 128
+    width = 256 if bits == 4 and group >= 64 and kind != "table" and rows <= 48 else 128
     width = next(n for n in (width, 128, 64, 32) if inputs % n == 0)
-    steps, high = inputs // width, 2 * OUTPUTS * tall
-    held = high * width * bits // 8 + rows * width * 2
-    stages = max(2, min(8, (ROOM - kept - 2 * OUTPUTS * rows * 4) // held))
+    warpgroups = 2 * tall
+    steps, high = inputs // width, OUTPUTS * warpgroups
     each = steps if whole else -(-steps * (outputs // high) // processors)
-    return Tiles(
-        inputs=width, stages=stages, steps=each, warpgroups=2, rows=rows, tall=tall, ahead=True
-    )
+    cut = {"inputs": width, "stages": 8, "steps": each, "warpgroups": warpgroups, "rows": rows}
+    return Tiles(tall=1, ahead=True, **cut)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,6 +144,7 @@ class Product:
     bits: int
     turned: bool
     interpret: bool
+    beside: int = 0
 
     def widened(self, w_smem, dtype, pairs=None):
         if self.interpret:
@@ -151,9 +152,9 @@ class Product:
         w = plgpu.load(w_smem, layout=plgpu.Layout.WGMMA_UPCAST_4X)
         return widen(w, self.coding.kind, self.coding.table, pairs)
 
-    def step(self, at, w_smem, x_smem, total, *, refs, out_smem, pairs=None, stage=None):
+    def step(self, at, w_smem, x_smem, *more, refs, out_smem, pairs=None, stage=None):
         """Adds what one tile of inputs gives to the sums [64, rows]; hands them out when whole."""
-        scale, offset, sums, out = refs
+        (scale, offset, sums, out), (*beside, total) = refs, more
         wg, program = lax.axis_index("wg"), lax.axis_index("program")
         here = program * self.share.each + at[0]
         tile, k = lax.div(here, self.share.steps), lax.rem(here, self.share.steps)
@@ -163,6 +164,8 @@ class Product:
         mine = None if stage is None else stage.at[wg]
         rows = pl.ds(first, OUTPUTS)
         of = scale.at[rows], None if offset is None else offset.at[rows], sums
+        if beside:
+            of = functools.partial(self.scales_beside, beside[0], k, wg * OUTPUTS), *of[1:]
         total = self.products(own, x_smem, total, of, k, mine, pairs)
         last = (k == self.share.steps - 1) | (at[0] == self.share.each - 1)
 
@@ -209,7 +212,8 @@ class Product:
             for (c, g), acc in zip(some, accs, strict=True):
                 column = c * chunk + g * part
                 index = lax.div(k * inputs + column, self.group)
-                scales.append(self.scales(scale.at[:, index]))
+                own = scale(index) if self.beside else self.scales(scale.at[:, index])
+                scales.append(own)
                 if c not in w:
                     w[c] = self.widened(w_smem.at[:, pl.ds(c * chunk, chunk)], x_smem.dtype, held)
                 left = w[c] if part == chunk else w[c][:, g * part : (g + 1) * part]
@@ -235,6 +239,17 @@ class Product:
     def scales(self, column):
         return of_scale(column, interpret=self.interpret)
 
+    def scales_beside(self, held, k, first, index):
+        """As `scales` of group `index`, from those [outputs of a tile, beside] that came along."""
+        index -= self.box(k) * self.beside
+        if self.interpret:
+            return held[pl.ds(first, OUTPUTS), index].astype(jnp.float32)
+        return of_shared(held, first, index)
+
+    def box(self, k):
+        """Which scales come with step k, counted in those that 16 bytes hold."""
+        return lax.div(lax.div(k * self.tiles.inputs, self.group), self.beside)
+
     def body(self, values, scale, x, *refs, out_smem, pairs=None, come=None, stage=None):
         *shift, out = refs
         if pairs is not None:
@@ -248,6 +263,11 @@ class Product:
         def of_values(k):
             tile = jnp.minimum(lax.div(start + k, share.steps), share.tiles - 1)
             return tile, lax.rem(start + k, share.steps)
+
+        scales = []
+        if self.beside:
+            where = lambda k: (of_values(k)[0], self.box(of_values(k)[1]))  # noqa: E731
+            scales = [plgpu.BlockSpec((tiles.outputs, self.beside), where)]
 
         def compute(pipeline):
             if pairs is not None:
@@ -271,6 +291,7 @@ class Product:
                     lambda k: (rows, lax.rem(start + k, share.steps)),
                     transforms=layouts(min(width, self.group), 16),
                 ),
+                *scales,
             ],
             max_concurrent_steps=min(tiles.stages, share.each),
             wg_axis="wg",
@@ -278,7 +299,7 @@ class Product:
             memory_registers=24,
             compute_context=compute,
         )
-        pipeline(values, x)
+        pipeline(values, x, *[scale] * len(scales))
 
     def zeros(self):
         sums = jnp.zeros((OUTPUTS, self.tiles.rows), jnp.float32)
@@ -333,19 +354,15 @@ def run(
         pairs["pairs"] = jnp.asarray(pairs_of(coding.table))
     form = group, tiles, share, coding, bits_of(values.dtype), turned, interpret
     if tiles.tall:
-        centred = offset is not None and coding.kind == "uint4"
-        kernel = OneSum(*form, inputs=inputs, centred=centred)
-        grid = {"program": share.programs, "rows": row_tiles}
         given = {"values": values, "scale": scale, "x": x} | pairs
-        options = {"name": "quantized_matmul_one_sum", "grid": grid, "interpret": interpret}
-        (found,) = run_kernel(kernel, given, {"out": out_type}, **options)
+        found = _by_one_sum(given, form, out_type if turned else out_dtype, offset)
         if turned:
             return found
-        found = _gathered(found, share)[:count]
+        found = found[:count]
         if offset is not None:
-            found += _shifts(sums, offset.astype(jnp.float32) + centred * CENTRE * scale)
+            found += _shifts(sums, offset, scale, coding.kind)
         return found.astype(out_dtype)
-    kernel = Product(*form)
+    kernel = Product(*form, 0 if offset is not None else _beside(scale, group, inputs, width))
     scratch = {"out_smem": held}
     if pairs:
         scratch |= {"pairs": plgpu.SMEM((256, LANES), jnp.int32), "come": plgpu.Barrier()}
@@ -369,22 +386,80 @@ def run(
     return found if turned else _gathered(found, share)[:count].astype(out_dtype)
 
 
+def _beside(scale: jax.Array, group: int, inputs: int, width: int) -> int:
+    """How many scales of a row come with a step, 16 bytes; 0: they are read where they lie."""
+    beside = 16 // scale.dtype.itemsize
+    whole = scale.shape[1] % beside == 0 and width <= beside * group
+    return beside if whole and group < inputs and scale.dtype != jnp.float8_e8m0fnu else 0
+
+
+def _by_one_sum(given: dict, form: tuple, out: Any, offset: jax.Array | None) -> jax.Array:
+    """The product of `given`, whole if `out` is its type and shape, otherwise of parts' dtype."""
+    group, tiles, share, coding, bits, turned, interpret = form
+    scale, (count, inputs) = given["scale"], given["x"].shape
+    beside = _beside(scale, group, inputs, tiles.inputs)
+    halved, row_tiles = False, -(-count // tiles.rows)
+    if not turned:
+        shape = (row_tiles, share.programs, share.slots, tiles.outputs, tiles.rows)
+        halved = jnp.dtype(out).itemsize == 2
+        if halved:
+            shape = (math.prod(shape[:3]) * 2, tiles.rows, tiles.outputs)
+        out = jax.ShapeDtypeStruct(shape, out if halved else jnp.float32)
+    step = (
+        tiles.outputs * (tiles.inputs * bits // 8 + 16 * (beside > 0))
+        + tiles.rows * tiles.inputs * 2
+    )
+    room = (
+        ROOM
+        - _memory(coding.kind)[1]
+        - OUTPUTS * tiles.warpgroups * tiles.rows * (2 if turned else 4)
+    )
+    tiles = dataclasses.replace(tiles, stages=max(2, min(tiles.stages, room // step)))
+    fine = tiles.fine and scale.dtype not in (jnp.bfloat16, jnp.float8_e8m0fnu)
+    centred = offset is not None and coding.kind == "uint4"
+    form = group, tiles, share, coding, bits, turned, interpret
+    kernel = OneSum(*form, inputs, centred, beside, halved, fine)
+    grid = {"program": share.programs, "rows": row_tiles}
+    options = {"name": "quantized_matmul_one_sum", "grid": grid, "interpret": interpret}
+    (found,) = run_kernel(kernel, given, {"out": out}, **options)
+    if turned:
+        return found
+    return _joined(found, share) if halved else _gathered(found, share)
+
+
+def _added(found: jax.Array, share: Share) -> jax.Array:
+    """[row tiles, tiles, …] of the parts [row tiles, programs, slots, …]."""
+    found = found.reshape(found.shape[0], -1, *found.shape[3:])
+    places, there = share.parts()
+    total = jnp.zeros((found.shape[0], share.tiles, *found.shape[2:]), jnp.float32)
+    for place, one in zip(places.T, there.T, strict=True):
+        part = found[:, place].astype(jnp.float32)
+        # What is not there may be anything, NaN as well.
+        these = (one > 0).reshape(1, -1, *[1] * (part.ndim - 2))
+        total += part if one.all() else jnp.where(these, part, 0.0)
+    return total
+
+
 def _gathered(found: jax.Array, share: Share) -> jax.Array:
     """[rows, O] of the parts [row tiles, programs, slots, outputs of a tile, rows of a tile]."""
-    row_tiles, _, _, high, rows = found.shape
-    found = found.reshape(row_tiles, -1, high, rows)
-    places, there = share.parts()
-    total = jnp.zeros((row_tiles, share.tiles, high, rows), jnp.float32)
-    for place, one in zip(places.T, there.T, strict=True):
-        part = found[:, place]
-        # What is not there may be anything, NaN as well.
-        total += part if one.all() else jnp.where((one > 0)[None, :, None, None], part, 0.0)
+    row_tiles, _, _, _, rows = found.shape
+    total = _added(found, share)
     return total.reshape(row_tiles, -1, rows).transpose(0, 2, 1).reshape(row_tiles * rows, -1)
 
 
-def _shifts(sums: jax.Array, offset: jax.Array) -> jax.Array:
+def _joined(found: jax.Array, share: Share) -> jax.Array:
+    """As `_gathered`, of [row tiles x programs x slots x 2, rows of a tile, outputs of a tile]."""
+    _, rows, high = found.shape
+    found = found.reshape(-1, share.programs, share.slots, 2, rows, high)
+    total = _added(found, share).sum(2)
+    return total.transpose(0, 2, 1, 3).reshape(len(total) * rows, -1)
+
+
+def _shifts(sums: jax.Array, offset: jax.Array, scale: jax.Array, kind: str) -> jax.Array:
     """float32 [rows, O] that offsets [O, G] give, of sums [rows, parts of groups] of x."""
-    count, groups = sums.shape[0], offset.shape[1]
-    sums = sums.reshape(count, groups, -1).sum(2)
+    offset = offset.astype(jnp.float32)
+    if kind == "uint4":  # whose codes are 8 less in the kernel
+        offset += CENTRE * scale.astype(jnp.float32)
+    sums = sums.reshape(sums.shape[0], offset.shape[1], -1).sum(2)
     dims = (((1,), (1,)), ((), ()))
     return lax.dot_general(sums, offset, dims, precision=lax.Precision.HIGHEST)

@@ -19,11 +19,21 @@ from jax import lax
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, vector
+from jaxlib.mlir.dialects import arith, llvm, memref, vector
 
 from pallas_kernels.warpgroups import ROW
 
-__all__ = ["KINDS", "Word", "constant", "of_scale", "pairs_of", "ptx", "scaled", "widen"]
+__all__ = [
+    "KINDS",
+    "Word",
+    "constant",
+    "of_scale",
+    "of_shared",
+    "pairs_of",
+    "ptx",
+    "scaled",
+    "widen",
+]
 
 
 Word = Any
@@ -52,10 +62,15 @@ def ptx(text: str, *words: Word, fixed: bool = False) -> Word:
     return llvm.inline_asm(kind, list(words), text, names, has_side_effects=fixed)
 
 
-def _twice(number: Word) -> Word:
-    """A float32 (a vector of one) rounded to bfloat16, in both halves of a word."""
-    text = "{.reg .f32 t; mov.b32 t, $1; cvt.rn.bf16x2.f32 $0, t, t;}"
-    return ptx(text, mgpu.utils.bitcast(number, ir.IntegerType.get_signless(32)))
+def _twice(number: Word, fine: bool) -> list[Word]:
+    """A float32 (a vector of one) rounded to bfloat16, in both halves of a word; and the rest."""
+    number = mgpu.utils.bitcast(number, ir.IntegerType.get_signless(32))
+    found = [ptx("{.reg .f32 t; mov.b32 t, $1; cvt.rn.bf16x2.f32 $0, t, t;}", number)]
+    if fine:
+        text = "{.reg .f32 a, b, t; mov.b32 a, $1; shl.b32 $0, $2, 16; mov.b32 b, $0; "
+        text += "sub.f32 t, a, b; cvt.rn.bf16x2.f32 $0, t, t;}"
+        found.append(ptx(text, number, found[0]))
+    return found
 
 
 def _both(number: int) -> int:
@@ -182,6 +197,26 @@ def of_scale(column, *, interpret: bool) -> jax.Array:
     return found.astype(jnp.float32)
 
 
+def of_shared(scales, first: jax.Array, group: jax.Array) -> jax.Array:
+    """float32 [64] of a column of scales [O, n] in shared memory, for outputs from `first` on."""
+    kind, splat = plgpu.ShapeDtypeStruct((64,), jnp.float32, layout=ROW), plgpu.Layout.WG_SPLAT
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), splat, splat), return_type=kind)
+    def call(_, ref, first, group):
+        layout, shape, index = mgpu.WGMMA_ROW_LAYOUT, (64,), ir.IndexType.get()
+        first, group = (arith.index_cast(index, x.registers.item()) for x in (first, group))
+        found = np.empty(layout.registers_shape(shape), dtype=object)
+        single = layout.registers_element_type(ir.F32Type.get())
+        for place, (row,) in zip(np.ndindex(found.shape), layout.thread_idxs(shape), strict=True):
+            scale = memref.load(ref, [arith.addi(first, row), group])
+            if scale.type != ir.F32Type.get():
+                scale = arith.extf(ir.F32Type.get(), scale)
+            found[place] = vector.broadcast(single, scale)
+        return mgpu.FragmentedArray(_registers=found, _layout=layout, _is_signed=None)
+
+    return call(scales, first, group)
+
+
 def widen(w: jax.Array, kind: str, table: tuple[float, ...] = (), pairs: Any = None) -> jax.Array:
     """Codes [64, K] in the layout WGMMA_UPCAST_4X as bfloat16 for the tensor cores.
 
@@ -231,7 +266,7 @@ def _lane(held: Any) -> tuple[Word, Word]:
     return first, arith.shli(lane, constant(2))
 
 
-def scaled(w: jax.Array, scales: Sequence[jax.Array]) -> jax.Array:
+def scaled(w: jax.Array, scales: Sequence[jax.Array], *, fine: bool = False) -> jax.Array:
     """bfloat16 [64, K] for the tensor cores times its rows' scales, rounded to bfloat16.
 
     Nothing of it is done before products that were waited for in the program's order: a register
@@ -242,23 +277,30 @@ def scaled(w: jax.Array, scales: Sequence[jax.Array]) -> jax.Array:
       w: in the layout WGMMA.
       scales: float32 [64], each for an equal part of K; they are rounded to bfloat16. None: w is
         multiplied by one.
+      fine: what that rounding took from a scale is a second one, so that only products are rounded.
     """
     shape, square = w.shape, plgpu.Layout.WGMMA
     result = plgpu.ShapeDtypeStruct(shape, jnp.bfloat16, layout=square)
+    times, add = "mul.bf16x2 $0, $1, $2;", "fma.rn.bf16x2 $0, $1, $2, $3;"
 
     @plgpu.inline_mgpu(arg_types=(square, *[ROW] * len(scales)), return_type=result)
     def call(_, w, *scales):
         word, pair = ir.IntegerType.get_signless(32), ir.VectorType.get((2,), ir.BF16Type.get())
         factors = [
-            {at[2]: _twice(one) for at, one in np.ndenumerate(scale.registers)} for scale in scales
+            {at[2]: _twice(one, fine) for at, one in np.ndenumerate(scale.registers)}
+            for scale in scales
         ]
         registers = np.empty(w.registers.shape, dtype=object)
         for at, register in np.ndenumerate(w.registers):
-            factor = constant(_both(0x3F80))
+            factor = [constant(_both(0x3F80))]
             if factors:
                 factor = factors[at[1] * 8 * len(factors) // shape[1]][at[4]]
             one = mgpu.utils.bitcast(register, word)
-            one = ptx("mul.bf16x2 $0, $1, $2;", one, factor, fixed=True)
+            if len(factor) > 1:
+                rest = ptx(times, one, factor[1], fixed=True)
+                one = ptx(add, one, factor[0], rest, fixed=True)
+            else:
+                one = ptx(times, one, factor[0], fixed=True)
             registers[at] = mgpu.utils.bitcast(one, pair)
         return mgpu.FragmentedArray(_registers=registers, _layout=w.layout, _is_signed=None)
 

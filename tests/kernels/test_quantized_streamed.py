@@ -68,6 +68,9 @@ ONE_SUM = {
     "ragged rows": {"count": 17, "tall": 2, "inputs": 256, "out_dtype": "bfloat16"},
     "tiles in parts": {"count": 24, "tall": 1, "steps": 3},
     "groups of 64": {"count": 32, "group": 64, "tall": 2, "inputs": 256},
+    "parts, halved": {"count": 24, "tall": 1, "steps": 3, "out_dtype": "bfloat16"},
+    "four warpgroups": {"count": 32, "warpgroups": 4, "tall": 1, "inputs": 256},
+    "offset, halved": {"count": 24, "kind": "uint4", "offset": True, "out_dtype": "bfloat16"},
     "groups of 32": {"count": 24, "group": 32, "tall": 1},
     "large groups": {"count": 24, "group": 256, "tall": 2, "inputs": 256, "steps": 1},
     "offset": {"count": 40, "kind": "uint4", "offset": True, "tall": 2, "inputs": 256},
@@ -82,6 +85,7 @@ ONE_SUM = {
 def test_one_sum_interpreted(name):
     """At most twice the error of the product in bfloat16; a scale an output multiplies sums."""
     options = {"tall": 1, "inputs": 128, "table": (), "out_dtype": "float32"} | ONE_SUM[name]
+    warpgroups = options.pop("warpgroups", 2)
     table, out_dtype, tall, width = (
         options.pop(key) for key in ("table", "out_dtype", "tall", "inputs")
     )
@@ -91,7 +95,7 @@ def test_one_sum_interpreted(name):
     arguments = draw(count, 256, 512, **options)
     plan = Plan(
         implementation="mosaic_gpu_streamed",
-        tiles=Tiles(stages=2, warpgroups=2, ahead=name != "fp8", **cut),
+        tiles=Tiles(stages=2, warpgroups=warpgroups, ahead=name != "fp8", **cut),
         table=table,
         out_dtype=out_dtype,
         interpret=True,
