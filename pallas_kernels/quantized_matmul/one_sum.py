@@ -72,8 +72,8 @@ class OneSum:
     def body(self, refs):
         tiles = self.tiles
         sums = (OUTPUTS, tiles.rows)
-        shape = sums[::-1] if self.turned else (2, *sums[::-1]) if self.halved else sums
-        shape = (tiles.warpgroups, *shape)
+        shape = sums[::-1] if self.turned else sums
+        shape = (tiles.warpgroups, *((2, *sums[::-1]) if self.halved else shape))
         kinds = {
             "w": plgpu.SMEM(
                 (tiles.stages, tiles.outputs, tiles.inputs),
@@ -85,7 +85,7 @@ class OneSum:
                 self.dtype,
                 transforms=layouts(self.chunk, 16),
             ),
-            "out": plgpu.SMEM(shape, refs["out"].dtype),
+            "out": plgpu.SMEM(shape, next(refs[n].dtype for n in ("out", "parts") if n in refs)),
         }
         if self.beside:
             kinds["scales"] = plgpu.SMEM(
@@ -99,11 +99,27 @@ class OneSum:
         free = plgpu.Barrier(num_arrivals=tiles.warpgroups, num_barriers=tiles.stages)
         roles(self, refs, kinds, full, {"ring": free})
 
+    @property
+    def shared(self) -> int:
+        """The first of the outputs whose steps are shared by all programs."""
+        return self.tiles.rounds * self.tiles.programs * self.tiles.outputs
+
     def mine(self):
-        """The first of this program's steps, and the one after its last."""
+        """The first of this program's steps of shared outputs, and the one after its last."""
         share = self.share
         begin = lax.axis_index("program") * share.each
-        return begin, jnp.minimum(begin + share.each, share.tiles * share.steps)
+        return begin, jnp.clip(begin + share.each, begin, self.most(begin))
+
+    def most(self, begin):
+        return jnp.maximum(begin, self.share.tiles * self.share.steps)
+
+    def first(self, tile, refs, *, whole: bool):
+        """The first output of a program's whole tile, or of a shared one; the last one may overlap."""
+        high = self.tiles.outputs
+        if whole:
+            return (lax.axis_index("program") + tile * self.tiles.programs) * high
+        last = refs["values"].shape[0] - high
+        return jnp.minimum(self.shared + tile * high, last)
 
     def load(self, refs, smem, full, free):
         """The memory warpgroup's part."""
@@ -114,11 +130,19 @@ class OneSum:
             plgpu.copy_gmem_to_smem(refs["pairs"], smem["pairs"], full["pairs"])
         full = full["ring"]
 
+        before = tiles.rounds * share.steps
+
         def one(i, _):
             slot = lax.rem(i, tiles.stages)
-            tile, k = lax.div(begin + i, share.steps), lax.rem(begin + i, share.steps)
+            here = begin + i - before
+            tile, k = lax.div(here, share.steps), lax.rem(here, share.steps)
+            first = self.first(tile, refs, whole=False)
+            if before:
+                own = self.first(lax.div(i, share.steps), refs, whole=True)
+                first = jnp.where(i < before, own, first)
+                k = jnp.where(i < before, lax.rem(i, share.steps), k)
             deep = pl.ds(k * tiles.inputs, tiles.inputs)
-            outputs = pl.ds(tile * tiles.outputs, tiles.outputs)
+            outputs = pl.ds(pl.multiple_of(first, OUTPUTS), tiles.outputs)
             plgpu.barrier_wait(free["ring"].at[slot])
             values, x = refs["values"].at[outputs, deep], refs["x"].at[rows, deep]
             plgpu.copy_gmem_to_smem(values, smem["w"].at[slot], full.at[slot])
@@ -127,7 +151,7 @@ class OneSum:
                 scales = refs["scale"].at[outputs, pl.ds(self.group_beside(k), self.beside)]
                 plgpu.copy_gmem_to_smem(scales, smem["scales"].at[slot], full.at[slot])
 
-        lax.fori_loop(0, end - begin, one, None)
+        lax.fori_loop(0, before + end - begin, one, None)
         drain(free)
 
     def compute(self, refs, smem, full, free):
@@ -138,29 +162,42 @@ class OneSum:
             plgpu.barrier_wait(full["pairs"])
         for slot in range(self.tiles.stages):
             plgpu.barrier_arrive(ring[1].at[slot])
-        if share.each == share.steps:
-            self.tile(refs, smem, ring, (lax.axis_index("program"), begin, begin, end))
-        else:
-            first = lax.div(begin, share.steps)
+        before = self.tiles.rounds * share.steps
 
-            def one(i, _):
-                tile = first + i
-                start = jnp.maximum(begin, tile * share.steps)
-                stop = jnp.minimum(end, (tile + 1) * share.steps)
-                self.tile(refs, smem, ring, (tile, begin, start, stop))
+        def whole(i, _):
+            first = self.first(i, refs, whole=True)
+            self.tile(refs, smem, ring, (first, i * share.steps, 0, share.steps, None))
 
-            lax.fori_loop(0, lax.div(end - 1, share.steps) + 1 - first, one, None)
+        def shared(i, _):
+            tile = lax.div(begin, share.steps) + i
+            start = jnp.maximum(begin, tile * share.steps)
+            stop = jnp.minimum(end, (tile + 1) * share.steps)
+            first, k = self.first(tile, refs, whole=False), start - tile * share.steps
+            at = first, before + start - begin, k, stop - start, i
+            self.tile(refs, smem, ring, at)
+
+        if self.tiles.rounds > 1:
+            lax.fori_loop(0, self.tiles.rounds, whole, None)
+        elif self.tiles.rounds:
+            whole(0, None)
+        if self.share.each == self.share.steps:
+            shared(0, None)
+        elif self.share.each:
+            count = lax.div(end - 1, share.steps) + 1 - lax.div(begin, share.steps)
+            lax.fori_loop(0, jnp.where(end > begin, count, 0), shared, None)
         plgpu.wait_smem_to_gmem(0)
 
     def tile(self, refs, smem, ring, at):
-        """Makes a tile's sums from steps `start` to `stop` of those that begin with `begin`."""
-        (tile, begin, start, stop), tiles, wg = at, self.tiles, lax.axis_index("wg")
+        """Makes a tile's sums.
+
+        at: its first output, steps of the program before it, its first step and how many, and its
+          place among the program's parts, or None if they are all.
+        """
+        (first, before, k, count, slot), tiles, wg = at, self.tiles, lax.axis_index("wg")
         spare, (full, free) = Spare.of(smem, wg), ring
-        before, k = start - begin, start - tile * self.share.steps
         high = [(wg * tiles.tall + h) * OUTPUTS for h in range(tiles.tall)]
-        held = [pl.ds(pl.multiple_of(first, OUTPUTS), OUTPUTS) for first in high]
-        own = [tile * tiles.outputs + first for first in high]
-        own = [pl.ds(pl.multiple_of(first, OUTPUTS), OUTPUTS) for first in own]
+        held = [pl.ds(pl.multiple_of(row, OUTPUTS), OUTPUTS) for row in high]
+        own = [pl.ds(pl.multiple_of(first + row, OUTPUTS), OUTPUTS) for row in high]
         units = [(c, h) for c in range(0, tiles.inputs, self.chunk) for h in range(tiles.tall)]
 
         soon = lambda i: jnp.minimum(k + i, self.share.steps - 1)  # noqa: E731
@@ -188,13 +225,13 @@ class OneSum:
                 return later
 
             begun = [] if self.beside else self.scales(refs["scale"], own, k)
-            lax.fori_loop(0, stop - start, one, begun)
+            lax.fori_loop(0, count, one, begun)
             found = [spare.read(acc, 0) for acc in accs]
-            plgpu.barrier_arrive(free.at[lax.rem(before + stop - start - 1, tiles.stages)])
+            plgpu.barrier_arrive(free.at[lax.rem(before + count - 1, tiles.stages)])
             return found
 
         found = spare.zeroed(run, *[(OUTPUTS, tiles.rows)] * tiles.tall)
-        self.send(refs, smem["out"].at[wg], found, (tile, begin, own))
+        self.send(refs, smem["out"].at[wg], found, (own, slot))
 
     def groups(self, k) -> list[list[jax.Array]]:
         """Those that each chunk of step k has, counted from its tile's first."""
@@ -252,27 +289,27 @@ class OneSum:
 
     def send(self, refs, shared, sums, where):
         """Stores a warpgroup's results."""
-        (tile, begin, own), out, tiles = where, refs["out"], self.tiles
+        (own, slot), tiles = where, self.tiles
         wg, program, rows = (lax.axis_index(name) for name in ("wg", "program", "rows"))
         if self.group == self.inputs:
             scales = [of_scale(refs["scale"].at[some, 0], interpret=self.interpret) for some in own]
             sums = [y * along(one, y.shape, 0) for y, one in zip(sums, scales, strict=True)]
-        slot, count = tile - lax.div(begin, self.share.steps), min(out.shape[0], tiles.rows)
         for h, y in enumerate(sums):  # one of them finds place
+            here = pl.ds((wg * tiles.tall + h) * OUTPUTS, OUTPUTS)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            if self.turned:
-                shared.T[...] = y.astype(out.dtype)
-                held, to = shared.at[pl.ds(0, count)], out.at[pl.ds(rows * count, count), own[h]]
+            if slot is None or self.turned and not self.halved:
+                out, held = refs["out"], shared.at[0] if self.halved else shared
+                held.T[...] = y.astype(out.dtype)
+                count = min(out.shape[0], tiles.rows)
+                held, to = held.at[pl.ds(0, count)], out.at[pl.ds(rows * count, count), own[h]]
             elif self.halved:
-                top = y.astype(out.dtype)
+                top = y.astype(shared.dtype)
                 shared.at[0].T[...] = top
-                shared.at[1].T[...] = (y - top.astype(y.dtype)).astype(out.dtype)
-                here = pl.ds((wg * tiles.tall + h) * OUTPUTS, OUTPUTS)
+                shared.at[1].T[...] = (y - top.astype(y.dtype)).astype(shared.dtype)
                 place = (rows * self.share.programs + program) * self.share.slots + slot
-                held, to = shared, out.at[pl.ds(2 * place, 2), :, here]
+                held, to = shared, refs["parts"].at[pl.ds(2 * place, 2), :, here]
             else:
                 shared[...] = y
-                here = pl.ds((wg * tiles.tall + h) * OUTPUTS, OUTPUTS)
-                held, to = shared, out.at[rows, program, slot, here]
+                held, to = shared, refs["parts"].at[rows, program, slot, here]
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(held, to)

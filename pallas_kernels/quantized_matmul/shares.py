@@ -31,6 +31,8 @@ class Tiles:
       rows: of x at a time; a multiple of 8.
       tall: how many times 64 outputs a warpgroup has, with one sum of each over all inputs; 0: it
         has 64, and sums of groups are scaled (`one_sum.py`, `streamed.py`).
+      rounds: for `tall`: tiles that each program makes alone, before its steps of what is left.
+      programs: for `rounds`.
       fine: for `tall`: weights are rounded once, and their scales before not at all.
       ahead: for `tall`: codes are widened while the products before are on their way.
     """
@@ -43,6 +45,8 @@ class Tiles:
     tall: int = 0
     ahead: bool = False
     fine: bool = True
+    rounds: int = 0
+    programs: int = 0
 
     @property
     def outputs(self) -> int:

@@ -355,9 +355,7 @@ def run(
     form = group, tiles, share, coding, bits_of(values.dtype), turned, interpret
     if tiles.tall:
         given = {"values": values, "scale": scale, "x": x} | pairs
-        found = _by_one_sum(given, form, out_type if turned else out_dtype, offset)
-        if turned:
-            return found
+        found = _by_one_sum(given, form, out_dtype, offset)
         found = found[:count]
         if offset is not None:
             found += _shifts(sums, offset, scale, coding.kind)
@@ -393,38 +391,45 @@ def _beside(scale: jax.Array, group: int, inputs: int, width: int) -> int:
     return beside if whole and group < inputs and scale.dtype != jnp.float8_e8m0fnu else 0
 
 
-def _by_one_sum(given: dict, form: tuple, out: Any, offset: jax.Array | None) -> jax.Array:
-    """The product of `given`, whole if `out` is its type and shape, otherwise of parts' dtype."""
+def _by_one_sum(given: dict, form: tuple, out_dtype: Any, offset: jax.Array | None) -> jax.Array:
+    """The product of `given`: [rows, O], of parts in float32."""
     group, tiles, share, coding, bits, turned, interpret = form
-    scale, (count, inputs) = given["scale"], given["x"].shape
-    beside = _beside(scale, group, inputs, tiles.inputs)
-    halved, row_tiles = False, -(-count // tiles.rows)
-    if not turned:
+    scale, (count, inputs), outputs = given["scale"], given["x"].shape, given["values"].shape[0]
+    beside, row_tiles = _beside(scale, group, inputs, tiles.inputs), -(-count // tiles.rows)
+    left = outputs - tiles.rounds * tiles.programs * tiles.outputs
+    share = dataclasses.replace(share, tiles=-(-left // tiles.outputs))
+    halved = jnp.dtype(out_dtype).itemsize == 2 and (not turned or tiles.rounds > 0)
+    out = {}
+    if turned or tiles.rounds:
+        out["out"] = jax.ShapeDtypeStruct((count, outputs), out_dtype)
+    if halved:
+        pieces = row_tiles * share.programs * share.slots * 2
+        out["parts"] = jax.ShapeDtypeStruct((pieces, tiles.rows, tiles.outputs), out_dtype)
+    elif not turned:
         shape = (row_tiles, share.programs, share.slots, tiles.outputs, tiles.rows)
-        halved = jnp.dtype(out).itemsize == 2
-        if halved:
-            shape = (math.prod(shape[:3]) * 2, tiles.rows, tiles.outputs)
-        out = jax.ShapeDtypeStruct(shape, out if halved else jnp.float32)
-    step = (
-        tiles.outputs * (tiles.inputs * bits // 8 + 16 * (beside > 0))
-        + tiles.rows * tiles.inputs * 2
-    )
-    room = (
-        ROOM
-        - _memory(coding.kind)[1]
-        - OUTPUTS * tiles.warpgroups * tiles.rows * (2 if turned else 4)
-    )
-    tiles = dataclasses.replace(tiles, stages=max(2, min(tiles.stages, room // step)))
+        out["parts"] = jax.ShapeDtypeStruct(shape, jnp.float32)
+    step = tiles.outputs * (tiles.inputs * bits // 8 + 16 * (beside > 0))
+    step += tiles.rows * tiles.inputs * 2
+    sums = OUTPUTS * tiles.warpgroups * tiles.rows * (4 if "parts" in out else 2)
+    stages = (ROOM - _memory(coding.kind)[1] - sums) // step
+    tiles = dataclasses.replace(tiles, stages=max(2, min(tiles.stages, stages)))
     fine = tiles.fine and scale.dtype not in (jnp.bfloat16, jnp.float8_e8m0fnu)
     centred = offset is not None and coding.kind == "uint4"
     form = group, tiles, share, coding, bits, turned, interpret
     kernel = OneSum(*form, inputs, centred, beside, halved, fine)
-    grid = {"program": share.programs, "rows": row_tiles}
+    grid = {"program": tiles.programs or share.programs, "rows": row_tiles}
     options = {"name": "quantized_matmul_one_sum", "grid": grid, "interpret": interpret}
-    (found,) = run_kernel(kernel, given, {"out": out}, **options)
-    if turned:
-        return found
-    return _joined(found, share) if halved else _gathered(found, share)
+    found = dict(zip(out, run_kernel(kernel, given, out, **options), strict=True))
+    if "parts" not in found:
+        return found["out"]
+    added = _joined(found["parts"], share) if halved else _gathered(found["parts"], share)
+    if not tiles.rounds:
+        return added
+    over = added.shape[1] - left  # outputs that the last tile has with the one before
+    high = added.shape[1] - tiles.outputs
+    parts = added[:, :high], added[:, high + over :]
+    rest = jnp.concatenate(parts, axis=1)[: found["out"].shape[0]].astype(out_dtype)
+    return lax.dynamic_update_slice(found["out"], rest, (0, outputs - left))
 
 
 def _added(found: jax.Array, share: Share) -> jax.Array:

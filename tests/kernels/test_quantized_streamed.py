@@ -69,6 +69,7 @@ ONE_SUM = {
     "tiles in parts": {"count": 24, "tall": 1, "steps": 3},
     "groups of 64": {"count": 32, "group": 64, "tall": 2, "inputs": 256},
     "parts, halved": {"count": 24, "tall": 1, "steps": 3, "out_dtype": "bfloat16"},
+    "whole tiles, then parts": {"count": 24, "steps": 3, "rounds": 1, "out_dtype": "bfloat16"},
     "four warpgroups": {"count": 32, "warpgroups": 4, "tall": 1, "inputs": 256},
     "offset, halved": {"count": 24, "kind": "uint4", "offset": True, "out_dtype": "bfloat16"},
     "groups of 32": {"count": 24, "group": 32, "tall": 1},
@@ -92,7 +93,10 @@ def test_one_sum_interpreted(name):
     steps, count = options.pop("steps", 512 // width), options.pop("count")
     rows = -(-count // 8) * 8
     cut = {"inputs": width, "steps": steps, "rows": rows, "tall": tall}
-    arguments = draw(count, 256, 512, **options)
+    rounds = options.pop("rounds", 0)
+    cut |= {"rounds": rounds, "programs": 3 * rounds}
+    # Three tiles of 128 outputs, and 192 in two that overlap.
+    arguments = draw(count, 576 if rounds else 256, 512, **options)
     plan = Plan(
         implementation="mosaic_gpu_streamed",
         tiles=Tiles(stages=2, warpgroups=warpgroups, ahead=name != "fp8", **cut),
@@ -118,7 +122,7 @@ def test_lowering(name):
         "whole row": {"count": 8, "group": 2048, "kind": "int8"},
     }
     options = {"count": 8, "out_dtype": "float32", "table": ()} | (CASES | more)[name]
-    for key in ("steps", "rows", "warpgroups", "tall", "inputs"):
+    for key in ("steps", "rows", "warpgroups", "tall", "inputs", "rounds"):
         options.pop(key, None)
     table, out_dtype = options.pop("table"), options.pop("out_dtype")
     arguments = draw(options.pop("count"), 256, 2048, **options)
