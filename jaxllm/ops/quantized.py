@@ -28,6 +28,11 @@ __all__ = [
 ]
 
 _BLOCK = 128  # inputs and outputs of a scale, of what our kernel for eight-bit floats takes
+FEW, MANY = 16, 64
+"""More rows than FEW, and up to MANY, go to the streamed kernel for Hopper in any layout, and any
+number up to MANY of NF4, which the first kernel does not take. 28672 x 8192 on an H200, int4 in
+that layout: 32 rows 47 us with what stands around the kernel, where the first one takes 86, 64 rows
+66 and 148 (2026-11-29, `docs/quantization.md`)."""
 _TILE = 2**19
 """Values that a CPU unpacks at a time: what its second cache level holds in float32."""
 
@@ -105,11 +110,13 @@ KINDS = {"fp8": "float8_e4m3fn"} | dict.fromkeys(("nf4", "fp4", "mxfp4", "bnb_fp
 """What our kernel calls formats that have other names there."""
 
 
-def _kernel(version: int = 1) -> str:
-    """The kernel for a layout version on the platform at hand."""
+def _kernel(version: int, kind: str, rows: int, dtype: str) -> str:
+    """The kernel for a layout version, a format and rows in a dtype on the platform at hand."""
     if target() == "tpu":
         return "mosaic_tpu"
-    return "mosaic_gpu_streamed" if version == 3 else "mosaic_gpu"
+    first = 1 if kind == "nf4" else FEW + 1
+    many = first <= rows <= MANY and dtype == "bfloat16"
+    return "mosaic_gpu_streamed" if version == 3 or many else "mosaic_gpu"
 
 
 def unfit(
@@ -130,7 +137,8 @@ def unfit(
     from pallas_kernels import quantized_matmul  # Pallas takes a third of a second to import
 
     options = {"dtype": dtype, "rows": rows, "kind": KINDS.get(kind, kind), "sizes": sizes}
-    return quantized_matmul.unfit(_kernel(version), platform=platform, **options)
+    chosen = _kernel(version, kind, rows, dtype)
+    return quantized_matmul.unfit(chosen, platform=platform, **options)
 
 
 def kernel_obstacle(x: Any, leaf: QArray) -> str | None:
@@ -144,7 +152,8 @@ def kernel_obstacle(x: Any, leaf: QArray) -> str | None:
         return "its groups have one size"
     if target() == "tpu" and (leaf.version == 3 or leaf.offset is not None):
         return "it takes the first layout on a TPU, and no offsets"
-    return unfit(str(x.dtype), leaf.format, sizes, math.prod(x.shape[:-1]), leaf.version)
+    rows, dtype = _rows(x)
+    return unfit(dtype, leaf.format, sizes, rows, leaf.version)
 
 
 def product_sizes(leaf: QArray) -> tuple[int, int, int] | None:
@@ -178,6 +187,10 @@ def operands(leaf: QArray) -> tuple[Array, Array, Array | None]:
     return jnp.asarray(leaf.values), per_row(scale), offset
 
 
+def _rows(x: Any) -> tuple[int, str]:
+    return math.prod(x.shape[:-1]), str(x.dtype)
+
+
 def _by_kernel(x: Array, leaf: QArray, out_dtype: Any) -> Array:
     from pallas_kernels.quantized_matmul import quantized_matmul
 
@@ -187,7 +200,7 @@ def _by_kernel(x: Array, leaf: QArray, out_dtype: Any) -> Array:
         table=CODES.get(leaf.format, ()),
         arranged=leaf.version == 3,
         out_dtype=str(jnp.dtype(out_dtype)),
-        implementation=_kernel(leaf.version),
+        implementation=_kernel(leaf.version, leaf.format, *_rows(x)),
     )
     return y.reshape(*x.shape[:-1], -1)
 
@@ -290,7 +303,7 @@ def quantized_product(
         took("packed product", "both_rounded")
         return _both_rounded(x, leaf, out_dtype)
     if kernel_obstacle(x, leaf) is None:
-        took("packed product", _kernel(leaf.version))
+        took("packed product", _kernel(leaf.version, leaf.format, *_rows(x)))
         return _by_kernel(x, leaf, out_dtype)
     took("packed product", "tiled" if _on_cpu() else "whole")
     if not _on_cpu():

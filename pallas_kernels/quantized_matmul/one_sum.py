@@ -108,13 +108,14 @@ class OneSum:
         """The first of this program's steps of shared outputs, and the one after its last."""
         share = self.share
         begin = lax.axis_index("program") * share.each
-        return begin, jnp.clip(begin + share.each, begin, self.most(begin))
-
-    def most(self, begin):
-        return jnp.maximum(begin, self.share.tiles * self.share.steps)
+        end = jnp.minimum(begin + share.each, share.tiles * share.steps)
+        return begin, jnp.maximum(begin, end)
 
     def first(self, tile, refs, *, whole: bool):
-        """The first output of a program's whole tile, or of a shared one; the last one may overlap."""
+        """The first output of a tile of this program's own, or of a shared one.
+
+        The last of these lies over the one before, where there are not enough outputs for it.
+        """
         high = self.tiles.outputs
         if whole:
             return (lax.axis_index("program") + tile * self.tiles.programs) * high
@@ -297,7 +298,7 @@ class OneSum:
         for h, y in enumerate(sums):  # one of them finds place
             here = pl.ds((wg * tiles.tall + h) * OUTPUTS, OUTPUTS)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            if slot is None or self.turned and not self.halved:
+            if slot is None or (self.turned and not self.halved):
                 out, held = refs["out"], shared.at[0] if self.halved else shared
                 held.T[...] = y.astype(out.dtype)
                 count = min(out.shape[0], tiles.rows)

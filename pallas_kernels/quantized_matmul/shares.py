@@ -33,7 +33,6 @@ class Tiles:
         has 64, and sums of groups are scaled (`one_sum.py`, `streamed.py`).
       rounds: for `tall`: tiles that each program makes alone, before its steps of what is left.
       programs: for `rounds`.
-      fine: for `tall`: weights are rounded once, and their scales before not at all.
       ahead: for `tall`: codes are widened while the products before are on their way.
     """
 
@@ -44,7 +43,6 @@ class Tiles:
     rows: int = 8
     tall: int = 0
     ahead: bool = False
-    fine: bool = True
     rounds: int = 0
     programs: int = 0
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax
@@ -56,6 +55,7 @@ __all__ = [
 MOST_ROWS = 512
 FEW, MANY = 16, 64  # rows: more than FEW, and up to MANY, have one sum over all inputs
 ROOM = 231_000  # bytes of shared memory
+MANY_GROUPS = 16
 TYPES = ("int4", "uint4", "int8", "float8_e4m3fn")
 FLIGHT = 128  # columns of sums of products that are waited for together: half as many registers
 
@@ -88,8 +88,9 @@ def tiles_for(
 ) -> Tiles:
     """How a product is cut: one program for every processor, with an equal share of all steps.
 
-    For 17 to 64 rows and outputs that are a multiple of 128 whole tiles, one program each, if they
-    keep most processors busy. `kind` is a `Coding`'s.
+    For 17 to 64 rows and outputs that are a multiple of 128 as many whole tiles as each program can
+    have, and shares of what is left; or whole tiles alone, if they keep most processors busy.
+    `kind` is a `Coding`'s.
     """
     if FEW < count <= MANY and outputs % (2 * OUTPUTS) == 0:
         return _one_sum_tiles(count, inputs, outputs, kind, group, processors)
@@ -115,22 +116,33 @@ def _memory(kind: str) -> tuple[int, int]:
 
 
 def _one_sum_tiles(count, inputs, outputs, kind, group, processors) -> Tiles:
-    def busy(tall):
-        tiles, left = divmod(outputs, 2 * OUTPUTS * tall)
-        return 0.0 if left else tiles / (-(-tiles // processors) * processors)
-
-    bits, _ = _memory(kind)
-    tall = next((n for n in (2, 1) if busy(n) > 0.75), 0)
-    whole, tall = tall > 0, max(tall, 1)
-    rows = -(-count // 8) * 8
+    bits, kept = _memory(kind)
     # A step of 256 inputs reads lines of 128 bytes of four bits; groups of 32 have many scales.
-    width = 256 if bits == 4 and group >= 64 and kind != "table" and rows <= 48 else 128
+    width = 256 if bits == 4 and group >= 64 and not kept else 128
     width = next(n for n in (width, 128, 64, 32) if inputs % n == 0)
-    warpgroups = 2 * tall
-    steps, high = inputs // width, OUTPUTS * warpgroups
-    each = steps if whole else -(-steps * (outputs // high) // processors)
-    cut = {"inputs": width, "stages": 8, "steps": each, "warpgroups": warpgroups, "rows": rows}
-    return Tiles(tall=1, ahead=True, **cut)
+    cut = Tiles(inputs=width, stages=8, rows=-(-count // 8) * 8, tall=1, ahead=group < inputs)
+    steps, high = inputs // width, OUTPUTS * 3
+    if group < inputs and outputs >= high * processors:
+        rounds, left = divmod(outputs, high * processors)
+        if left == 0:
+            return dataclasses.replace(cut, steps=steps, warpgroups=3)
+        each = -(-(-(-left // high) * steps) // processors)
+        how = {"rounds": rounds, "programs": processors}
+        return dataclasses.replace(cut, steps=each, warpgroups=3, **how)
+    return _even(cut, inputs, outputs, processors)
+
+
+def _even(tiles: Tiles, inputs: int, outputs: int, processors: int, most: int = 4) -> Tiles:
+    """Whole tiles, if they keep most processors busy, or equal shares of all steps."""
+    steps = inputs // tiles.inputs
+    for warpgroups in (most, 2):
+        count, left = divmod(outputs, OUTPUTS * warpgroups)
+        if not left and count / (-(-count // processors) * processors) > 0.75:
+            break
+    else:
+        steps = -(-steps * count // processors)
+    how = {"warpgroups": warpgroups, "rounds": 0, "programs": 0}
+    return dataclasses.replace(tiles, steps=steps, **how)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,6 +283,7 @@ class Product:
 
         def compute(pipeline):
             if pairs is not None:
+                assert come is not None
                 plgpu.barrier_wait(come)
             pipeline(self.zeros())
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -325,7 +338,9 @@ def run(
     """
     (count, inputs), outputs = x.shape, values.shape[0]
     group, width = inputs // scale.shape[1], tiles.inputs
-    row_tiles = -(-count // tiles.rows)
+    row_tiles, narrow = -(-count // tiles.rows), jnp.dtype(out_dtype).itemsize == 2
+    if tiles.rounds and (offset is not None or not narrow):  # whose whole tiles are parts too
+        tiles = _even(tiles, inputs, outputs, tiles.programs, most=2)
     shift = ()
     if offset is not None:
         part = min(group, width, CHUNK)
@@ -339,7 +354,7 @@ def run(
         x = jnp.pad(x, ((0, -count % 8), (0, 0)))
     share = Share(outputs // tiles.outputs, inputs // width, tiles.steps)
     # Only values of 16 bits can be turned round on the way to shared memory.
-    turned = share.whole and jnp.dtype(out_dtype).itemsize == 2
+    turned = share.whole and narrow
     turned = turned and (count < tiles.rows or count % tiles.rows == 0)
     turned = turned and not (tiles.tall and shift)
     if turned:
@@ -413,7 +428,9 @@ def _by_one_sum(given: dict, form: tuple, out_dtype: Any, offset: jax.Array | No
     sums = OUTPUTS * tiles.warpgroups * tiles.rows * (4 if "parts" in out else 2)
     stages = (ROOM - _memory(coding.kind)[1] - sums) // step
     tiles = dataclasses.replace(tiles, stages=max(2, min(tiles.stages, stages)))
-    fine = tiles.fine and scale.dtype not in (jnp.bfloat16, jnp.float8_e8m0fnu)
+    # A scale's rounding is a result's, if it is one of many, but more than that in one of float32.
+    fine = (not halved and not turned) or scale.shape[1] < MANY_GROUPS
+    fine = fine and scale.dtype not in (jnp.bfloat16, jnp.float8_e8m0fnu)
     centred = offset is not None and coding.kind == "uint4"
     form = group, tiles, share, coding, bits, turned, interpret
     kernel = OneSum(*form, inputs, centred, beside, halved, fine)

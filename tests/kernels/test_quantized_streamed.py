@@ -73,6 +73,7 @@ ONE_SUM = {
     "four warpgroups": {"count": 32, "warpgroups": 4, "tall": 1, "inputs": 256},
     "offset, halved": {"count": 24, "kind": "uint4", "offset": True, "out_dtype": "bfloat16"},
     "groups of 32": {"count": 24, "group": 32, "tall": 1},
+    "many groups": {"count": 24, "group": 32, "tall": 1, "out_dtype": "bfloat16"},
     "large groups": {"count": 24, "group": 256, "tall": 2, "inputs": 256, "steps": 1},
     "offset": {"count": 40, "kind": "uint4", "offset": True, "tall": 2, "inputs": 256},
     "int8, a scale an output": {"count": 24, "kind": "int8", "group": 512, "tall": 2, "steps": 3},
@@ -245,12 +246,24 @@ def test_tiles():
         (1, 576, 960),
     ):
         tiles = tiles_for(count, inputs, outputs)
-        share = Share(outputs // tiles.outputs, inputs // tiles.inputs, tiles.steps)
+        left = outputs - tiles.rounds * tiles.programs * tiles.outputs
+        share = Share(-(-left // tiles.outputs), inputs // tiles.inputs, tiles.steps)
         assert share.programs <= 132
-        assert tiles.warpgroups <= 2  # four and one that loads have 480 of the 504 registers asked
+        assert tiles.warpgroups <= (4 if tiles.tall else 2)  # more registers than a program has
         if tiles.steps != share.steps:
             assert share.programs * tiles.steps < 132 * (tiles.steps + 1)
-        assert share.programs > 66
+        assert tiles.rounds or share.programs > 66
+
+
+def test_whole_tiles_come_first():
+    """Three of 64 outputs for each of 132 programs, and what is left in shares."""
+    tiles = tiles_for(64, 8192, 28672)
+    assert (tiles.rounds, tiles.programs, tiles.warpgroups) == (1, 132, 3)
+    left = 28672 - 132 * 192
+    assert 0 < left < tiles.outputs * 18
+    assert tiles.steps == -(-18 * 32 // 132)
+    assert tiles_for(64, 8192, 132 * 384).steps == 32  # none is left
+    assert tiles_for(64, 8192, 28672, kind="int8", group=8192).warpgroups == 4
 
 
 def test_refusals():

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxllm.core.choices import taken
 from jaxllm.core.layouts import as_operand, as_planes, as_values
 from jaxllm.core.qarray import dequantize, dequantize_rows
 from jaxllm.core.qrows import join_rows
@@ -156,6 +157,19 @@ def test_a_gpu_multiplies_packed_numbers_by_our_kernel(name):
     assert np.abs(d_x.astype(jnp.float32) - d_wanted).max() < 2**-6 * np.abs(d_wanted).max()
 
 
+def test_the_streamed_kernel_takes_tens_of_rows_in_any_layout():
+    q = quantize_jit(draw(256, 2, 64), KERNEL["int8"])
+    x = draw(20, 256).astype(jnp.bfloat16)
+    wanted = x.astype(jnp.float32) @ dequantize(q, jnp.float32).reshape(256, -1)
+    with targeting("interpreter"), taken() as heard:
+        y = quantized.quantized_product(x, q, jnp.float32)
+    assert heard["packed product"] == {"mosaic_gpu_streamed"}
+    assert np.abs(y - wanted).max() < 2**-7 * np.abs(wanted).max()
+    with targeting("gpu"):
+        assert "1 to 64 rows" in quantized.unfit("bfloat16", "int8", (128, 256, 128), rows=65)
+        assert quantized.unfit("float16", "int8", (128, 256, 128), rows=20) is None
+
+
 def test_what_the_kernel_cannot_serve_is_said():
     x, q = draw(3, 256).astype(jnp.bfloat16), quantize_jit(draw(256, 2, 64), KERNEL["int4"])
     obstacle = quantized.kernel_obstacle
@@ -170,6 +184,7 @@ def test_what_the_kernel_cannot_serve_is_said():
         assert "1 to 64 rows" in obstacle(jnp.repeat(x, 30, 0), q)
         assert "first or third layout" in obstacle(x, as_planes(q))
         assert "not table" in obstacle(x, leaf("mxfp4", planes=False))
+        assert obstacle(x, leaf("nf4", planes=False)) is None
         assert "groups of 32" in obstacle(x, leaf("int4", planes=False))
         held = as_operand(q)
         assert obstacle(jnp.repeat(x, 30, 0), held) is None
