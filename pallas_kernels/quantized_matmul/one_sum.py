@@ -5,8 +5,8 @@
 As in `streamed.py` the weights are the register operand and x lies in shared memory. There a
 group's sums are waited for, scaled and added, which is little for few rows. Here each code is
 multiplied by its scale in registers (and rounded to bfloat16, as weights that are unpacked
-beforehand are), so that products follow each other without an end and the tensor cores need not
-wait; a warpgroup has one or two times 64 outputs to each tile of x.
+beforehand are), so that codes are widened while the products before them are on their way. A scale
+of all inputs multiplies the sums.
 """
 
 from __future__ import annotations
@@ -65,6 +65,11 @@ class OneSum:
         return min(self.tiles.inputs, CHUNK)
 
     @property
+    def ahead(self) -> bool:
+        """Whether there is something to be done to widened codes after products were waited for."""
+        return self.group < self.inputs
+
+    @property
     def part(self) -> int:
         """Inputs that are widened with one scale."""
         return min(self.group, self.chunk)
@@ -93,7 +98,7 @@ class OneSum:
             )
         if "pairs" in refs:
             kinds["pairs"] = plgpu.SMEM(refs["pairs"].shape, refs["pairs"].dtype)
-        kinds |= Spare.kinds(self, (OUTPUTS, self.chunk), *[sums] * tiles.tall)
+        kinds |= Spare.kinds(self, (OUTPUTS, self.chunk), sums)
         full = plgpu.Barrier(num_arrivals=2 + (self.beside > 0), num_barriers=tiles.stages)
         full = {"ring": full, "pairs": plgpu.Barrier()}
         free = plgpu.Barrier(num_arrivals=tiles.warpgroups, num_barriers=tiles.stages)
@@ -196,42 +201,38 @@ class OneSum:
         """
         (first, before, k, count, slot), tiles, wg = at, self.tiles, lax.axis_index("wg")
         spare, (full, free) = Spare.of(smem, wg), ring
-        high = [(wg * tiles.tall + h) * OUTPUTS for h in range(tiles.tall)]
-        held = [pl.ds(pl.multiple_of(row, OUTPUTS), OUTPUTS) for row in high]
-        own = [pl.ds(pl.multiple_of(first + row, OUTPUTS), OUTPUTS) for row in high]
-        units = [(c, h) for c in range(0, tiles.inputs, self.chunk) for h in range(tiles.tall)]
+        high = pl.multiple_of(wg * OUTPUTS, OUTPUTS)
+        held, own = pl.ds(high, OUTPUTS), pl.ds(pl.multiple_of(first + high, OUTPUTS), OUTPUTS)
+        chunks = range(0, tiles.inputs, self.chunk)
 
-        soon = lambda i: jnp.minimum(k + i, self.share.steps - 1)  # noqa: E731
-
-        def run(*accs):
+        def run(acc):
             def one(i, scales):
-                slot = lax.rem(before + i, tiles.stages)
+                slot, later = lax.rem(before + i, tiles.stages), scales
                 if not self.beside:
-                    later = self.scales(refs["scale"], own, soon(i + 1))
+                    soon = jnp.minimum(k + i + 1, self.share.steps - 1)
+                    later = self.scales(refs["scale"], own, soon)
                 plgpu.barrier_wait(full.at[slot])
                 if self.beside:
-                    scales, later = self.beside_scales(smem["scales"].at[slot], high, k + i), scales
-                each = len(scales) // len(units)
-                for n, (c, h) in enumerate(units):
+                    scales = self.scales_beside(smem["scales"].at[slot], high, k + i)
+                each = len(scales) // len(chunks)
+                for n, c in enumerate(chunks):
                     deep, factors = pl.ds(c, self.chunk), scales[n * each : (n + 1) * each]
-                    left = self.widened(smem["w"].at[slot, held[h], deep], smem.get("pairs"))
-                    if tiles.ahead:
-                        self.ended(n, before + i, i > 0, free)
-                    left = self.scaled(left, factors)
-                    if not tiles.ahead:
-                        self.ended(n, before + i, i > 0, free)
-                    spare.add(accs[h], left, smem["x"].at[slot, :, deep].T)
-                    if not tiles.ahead and not self.interpret:
+                    left = self.widened(smem["w"].at[slot, held, deep], smem.get("pairs"))
+                    self.ended(n, before + i, i > 0, free)
+                    if self.ahead:
+                        left = self.scaled(left, factors)
+                    spare.add(acc, left, smem["x"].at[slot, :, deep].T)
+                    if not self.ahead and not self.interpret:
                         plgpu.wgmma_wait(0)
                 return later
 
             begun = [] if self.beside else self.scales(refs["scale"], own, k)
             lax.fori_loop(0, count, one, begun)
-            found = [spare.read(acc, 0) for acc in accs]
+            found = spare.read(acc, 0)
             plgpu.barrier_arrive(free.at[lax.rem(before + count - 1, tiles.stages)])
             return found
 
-        found = spare.zeroed(run, *[(OUTPUTS, tiles.rows)] * tiles.tall)
+        found = spare.zeroed(run, (OUTPUTS, tiles.rows))
         self.send(refs, smem["out"].at[wg], found, (own, slot))
 
     def groups(self, k) -> list[list[jax.Array]]:
@@ -241,29 +242,29 @@ class OneSum:
         return [[lax.div(start + c + g, self.group) for g in parts] for c in chunks]
 
     def scales(self, scale, own, k) -> list[jax.Array]:
-        """Of step k's units, one after the other; none where they are for all inputs."""
+        """Of step k's chunks, one after the other; none where they are for all inputs."""
         if self.group == self.inputs:
             return []
-        places = [(rows, at) for some in self.groups(k) for rows in own for at in some]
-        return [of_scale(scale.at[rows, at], interpret=self.interpret) for rows, at in places]
+        places = [at for some in self.groups(k) for at in some]
+        return [of_scale(scale.at[own, at], interpret=self.interpret) for at in places]
 
-    def beside_scales(self, scale, high, k) -> list[jax.Array]:
+    def scales_beside(self, scale, high, k) -> list[jax.Array]:
         """As `scales`, from [outputs of a tile, beside] of groups that came with step k."""
         first = self.group_beside(k)
-        places = [(row, at - first) for some in self.groups(k) for row in high for at in some]
+        places = [at - first for some in self.groups(k) for at in some]
         if self.interpret:
-            return [scale[pl.ds(row, OUTPUTS), at].astype(jnp.float32) for row, at in places]
-        return [of_shared(scale, row, at) for row, at in places]
+            return [scale[pl.ds(high, OUTPUTS), at].astype(jnp.float32) for at in places]
+        return [of_shared(scale, high, at) for at in places]
 
     def group_beside(self, k):
         """The first of the groups whose scales come with step k."""
         return lax.div(lax.div(k * self.tiles.inputs, self.group), self.beside) * self.beside
 
-    def ended(self, unit, step, begun, free) -> None:
-        """Waits for the unit before; with a step's last one, its place in the ring is free."""
-        if not self.interpret:
+    def ended(self, chunk, step, begun, free) -> None:
+        """Waits for the chunk before; with a step's last one, its place in the ring is free."""
+        if self.ahead and not self.interpret:
             plgpu.wgmma_wait(0)
-        if unit == 0:
+        if chunk == 0:
 
             @pl.when(begun)
             def _():
@@ -279,38 +280,35 @@ class OneSum:
 
     def scaled(self, w, scales):
         if not self.interpret:
-            return scaled(w, scales, fine=self.fine) if scales or self.tiles.ahead else w
-        if not scales:
-            return w
+            return scaled(w, scales, fine=self.fine)
         high = OUTPUTS, self.part
         if not self.fine:
             scales = [one.astype(self.dtype) for one in scales]
         wide = [along(one.astype(jnp.float32), high, 0) for one in scales]
         return (w.astype(jnp.float32) * jnp.concatenate(wide, axis=1)).astype(self.dtype)
 
-    def send(self, refs, shared, sums, where):
+    def send(self, refs, shared, y, where):
         """Stores a warpgroup's results."""
         (own, slot), tiles = where, self.tiles
         wg, program, rows = (lax.axis_index(name) for name in ("wg", "program", "rows"))
         if self.group == self.inputs:
-            scales = [of_scale(refs["scale"].at[some, 0], interpret=self.interpret) for some in own]
-            sums = [y * along(one, y.shape, 0) for y, one in zip(sums, scales, strict=True)]
-        for h, y in enumerate(sums):  # one of them finds place
-            here = pl.ds((wg * tiles.tall + h) * OUTPUTS, OUTPUTS)
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            if slot is None or (self.turned and not self.halved):
-                out, held = refs["out"], shared.at[0] if self.halved else shared
-                held.T[...] = y.astype(out.dtype)
-                count = min(out.shape[0], tiles.rows)
-                held, to = held.at[pl.ds(0, count)], out.at[pl.ds(rows * count, count), own[h]]
-            elif self.halved:
-                top = y.astype(shared.dtype)
-                shared.at[0].T[...] = top
-                shared.at[1].T[...] = (y - top.astype(y.dtype)).astype(shared.dtype)
-                place = (rows * self.share.programs + program) * self.share.slots + slot
-                held, to = shared, refs["parts"].at[pl.ds(2 * place, 2), :, here]
-            else:
-                shared[...] = y
-                held, to = shared, refs["parts"].at[rows, program, slot, here]
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(held, to)
+            scale = of_scale(refs["scale"].at[own, 0], interpret=self.interpret)
+            y = y * along(scale, y.shape, 0)
+        here = pl.ds(wg * OUTPUTS, OUTPUTS)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        if slot is None or (self.turned and not self.halved):
+            out, held = refs["out"], shared.at[0] if self.halved else shared
+            held.T[...] = y.astype(out.dtype)
+            count = min(out.shape[0], tiles.rows)
+            held, to = held.at[pl.ds(0, count)], out.at[pl.ds(rows * count, count), own]
+        elif self.halved:
+            top = y.astype(shared.dtype)
+            shared.at[0].T[...] = top
+            shared.at[1].T[...] = (y - top.astype(y.dtype)).astype(shared.dtype)
+            place = (rows * self.share.programs + program) * self.share.slots + slot
+            held, to = shared, refs["parts"].at[pl.ds(2 * place, 2), :, here]
+        else:
+            shared[...] = y
+            held, to = shared, refs["parts"].at[rows, program, slot, here]
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(held, to)

@@ -29,11 +29,10 @@ class Tiles:
       steps: of one program.
       warpgroups: that compute in a program, 64 outputs each.
       rows: of x at a time; a multiple of 8.
-      tall: how many times 64 outputs a warpgroup has, with one sum of each over all inputs; 0: it
-        has 64, and sums of groups are scaled (`one_sum.py`, `streamed.py`).
-      rounds: for `tall`: tiles that each program makes alone, before its steps of what is left.
+      one_sum: for each result over all inputs, of codes times scales; or sums of groups are scaled
+        (`one_sum.py`, `streamed.py`).
+      rounds: for `one_sum`: tiles that each program makes alone, before its steps of what is left.
       programs: for `rounds`.
-      ahead: for `tall`: codes are widened while the products before are on their way.
     """
 
     inputs: int = 128
@@ -41,15 +40,14 @@ class Tiles:
     steps: int = 8
     warpgroups: int = 2
     rows: int = 8
-    tall: int = 0
-    ahead: bool = False
+    one_sum: bool = False
     rounds: int = 0
     programs: int = 0
 
     @property
     def outputs(self) -> int:
         """Of one tile."""
-        return OUTPUTS * self.warpgroups * max(1, self.tall)
+        return OUTPUTS * self.warpgroups
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

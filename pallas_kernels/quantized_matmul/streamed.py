@@ -56,6 +56,7 @@ MOST_ROWS = 512
 FEW, MANY = 16, 64  # rows: more than FEW, and up to MANY, have one sum over all inputs
 ROOM = 231_000  # bytes of shared memory
 MANY_GROUPS = 16
+BESIDE = 32  # rows for which sums of groups have their scales come with each step
 TYPES = ("int4", "uint4", "int8", "float8_e4m3fn")
 FLIGHT = 128  # columns of sums of products that are waited for together: half as many registers
 
@@ -104,7 +105,7 @@ def tiles_for(
     steps = inputs // width
     total = steps * (outputs // (64 * warpgroups))
     each = -(-total * row_tiles // processors)
-    held = 64 * warpgroups * (width * bits // 8 + 16) + rows * width * 2
+    held = 64 * warpgroups * (width * bits // 8 + 16 * (rows <= BESIDE)) + rows * width * 2
     room = 220_000 - kept - 64 * warpgroups * rows * 4  # less what results take
     stages = max(2, min(8, room // held))
     return Tiles(inputs=width, stages=stages, steps=each, warpgroups=warpgroups, rows=rows)
@@ -120,7 +121,7 @@ def _one_sum_tiles(count, inputs, outputs, kind, group, processors) -> Tiles:
     # A step of 256 inputs reads lines of 128 bytes of four bits; groups of 32 have many scales.
     width = 256 if bits == 4 and group >= 64 and not kept else 128
     width = next(n for n in (width, 128, 64, 32) if inputs % n == 0)
-    cut = Tiles(inputs=width, stages=8, rows=-(-count // 8) * 8, tall=1, ahead=group < inputs)
+    cut = Tiles(inputs=width, stages=8, rows=-(-count // 8) * 8, one_sum=True)
     steps, high = inputs // width, OUTPUTS * 3
     if group < inputs and outputs >= high * processors:
         rounds, left = divmod(outputs, high * processors)
@@ -356,7 +357,7 @@ def run(
     # Only values of 16 bits can be turned round on the way to shared memory.
     turned = share.whole and narrow
     turned = turned and (count < tiles.rows or count % tiles.rows == 0)
-    turned = turned and not (tiles.tall and shift)
+    turned = turned and not (tiles.one_sum and shift)
     if turned:
         out_type = jax.ShapeDtypeStruct((count, outputs), out_dtype)
         held = plgpu.SMEM((tiles.warpgroups, tiles.rows, OUTPUTS), out_dtype)
@@ -368,14 +369,15 @@ def run(
     if coding.kind == "table" and not interpret:
         pairs["pairs"] = jnp.asarray(pairs_of(coding.table))
     form = group, tiles, share, coding, bits_of(values.dtype), turned, interpret
-    if tiles.tall:
+    if tiles.one_sum:
         given = {"values": values, "scale": scale, "x": x} | pairs
         found = _by_one_sum(given, form, out_dtype, offset)
         found = found[:count]
         if offset is not None:
             found += _shifts(sums, offset, scale, coding.kind)
         return found.astype(out_dtype)
-    kernel = Product(*form, 0 if offset is not None else _beside(scale, group, inputs, width))
+    here = offset is None and tiles.rows <= BESIDE
+    kernel = Product(*form, _beside(scale, group, inputs, width) if here else 0)
     scratch = {"out_smem": held}
     if pairs:
         scratch |= {"pairs": plgpu.SMEM((256, LANES), jnp.int32), "come": plgpu.Barrier()}

@@ -275,8 +275,7 @@ def scaled(w: jax.Array, scales: Sequence[jax.Array], *, fine: bool = False) -> 
 
     Args:
       w: in the layout WGMMA.
-      scales: float32 [64], each for an equal part of K; they are rounded to bfloat16. None: w is
-        multiplied by one.
+      scales: float32 [64], each for an equal part of K; they are rounded to bfloat16.
       fine: what that rounding took from a scale is a second one, so that only products are rounded.
     """
     shape, square = w.shape, plgpu.Layout.WGMMA
@@ -292,9 +291,7 @@ def scaled(w: jax.Array, scales: Sequence[jax.Array], *, fine: bool = False) -> 
         ]
         registers = np.empty(w.registers.shape, dtype=object)
         for at, register in np.ndenumerate(w.registers):
-            factor = [constant(_both(0x3F80))]
-            if factors:
-                factor = factors[at[1] * 8 * len(factors) // shape[1]][at[4]]
+            factor = factors[at[1] * 8 * len(factors) // shape[1]][at[4]]
             one = mgpu.utils.bitcast(register, word)
             if len(factor) > 1:
                 rest = ptx(times, one, factor[1], fixed=True)

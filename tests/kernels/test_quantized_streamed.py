@@ -64,43 +64,41 @@ def test_interpreted(name):
 
 
 ONE_SUM = {
-    "whole tiles": {"count": 24, "tall": 1, "out_dtype": "bfloat16"},
-    "ragged rows": {"count": 17, "tall": 2, "inputs": 256, "out_dtype": "bfloat16"},
-    "tiles in parts": {"count": 24, "tall": 1, "steps": 3},
-    "groups of 64": {"count": 32, "group": 64, "tall": 2, "inputs": 256},
-    "parts, halved": {"count": 24, "tall": 1, "steps": 3, "out_dtype": "bfloat16"},
+    "whole tiles": {"count": 24, "out_dtype": "bfloat16"},
+    "ragged rows": {"count": 17, "inputs": 256, "out_dtype": "bfloat16"},
+    "tiles in parts": {"count": 24, "steps": 3},
+    "groups of 64": {"count": 32, "group": 64, "inputs": 256},
+    "parts, halved": {"count": 24, "steps": 3, "out_dtype": "bfloat16"},
     "whole tiles, then parts": {"count": 24, "steps": 3, "rounds": 1, "out_dtype": "bfloat16"},
-    "four warpgroups": {"count": 32, "warpgroups": 4, "tall": 1, "inputs": 256},
+    "four warpgroups": {"count": 32, "warpgroups": 4, "inputs": 256},
     "offset, halved": {"count": 24, "kind": "uint4", "offset": True, "out_dtype": "bfloat16"},
-    "groups of 32": {"count": 24, "group": 32, "tall": 1},
-    "many groups": {"count": 24, "group": 32, "tall": 1, "out_dtype": "bfloat16"},
-    "large groups": {"count": 24, "group": 256, "tall": 2, "inputs": 256, "steps": 1},
-    "offset": {"count": 40, "kind": "uint4", "offset": True, "tall": 2, "inputs": 256},
-    "int8, a scale an output": {"count": 24, "kind": "int8", "group": 512, "tall": 2, "steps": 3},
-    "int8": {"count": 24, "kind": "int8", "tall": 1},
-    "fp8": {"count": 24, "kind": "float8_e4m3fn", "tall": 1},
-    "nf4": {"count": 24, "kind": "uint4", "table": TABLES["nf4"], "group": 64, "tall": 1},
+    "groups of 32": {"count": 24, "group": 32},
+    "many groups": {"count": 24, "group": 32, "out_dtype": "bfloat16"},
+    "large groups": {"count": 24, "group": 256, "inputs": 256, "steps": 1},
+    "offset": {"count": 40, "kind": "uint4", "offset": True, "inputs": 256},
+    "int8, a scale an output": {"count": 24, "kind": "int8", "group": 512, "steps": 3},
+    "int8": {"count": 24, "kind": "int8"},
+    "fp8": {"count": 24, "kind": "float8_e4m3fn"},
+    "nf4": {"count": 24, "kind": "uint4", "table": TABLES["nf4"], "group": 64},
 }
 
 
 @pytest.mark.parametrize("name", ONE_SUM)
 def test_one_sum_interpreted(name):
     """At most twice the error of the product in bfloat16; a scale an output multiplies sums."""
-    options = {"tall": 1, "inputs": 128, "table": (), "out_dtype": "float32"} | ONE_SUM[name]
+    options = {"inputs": 128, "table": (), "out_dtype": "float32"} | ONE_SUM[name]
     warpgroups = options.pop("warpgroups", 2)
-    table, out_dtype, tall, width = (
-        options.pop(key) for key in ("table", "out_dtype", "tall", "inputs")
-    )
+    table, out_dtype, width = (options.pop(key) for key in ("table", "out_dtype", "inputs"))
     steps, count = options.pop("steps", 512 // width), options.pop("count")
     rows = -(-count // 8) * 8
-    cut = {"inputs": width, "steps": steps, "rows": rows, "tall": tall}
+    cut = {"inputs": width, "steps": steps, "rows": rows, "one_sum": True}
     rounds = options.pop("rounds", 0)
     cut |= {"rounds": rounds, "programs": 3 * rounds}
     # Three tiles of 128 outputs, and 192 in two that overlap.
     arguments = draw(count, 576 if rounds else 256, 512, **options)
     plan = Plan(
         implementation="mosaic_gpu_streamed",
-        tiles=Tiles(stages=2, warpgroups=warpgroups, ahead=name != "fp8", **cut),
+        tiles=Tiles(stages=2, warpgroups=warpgroups, **cut),
         table=table,
         out_dtype=out_dtype,
         interpret=True,
@@ -123,7 +121,7 @@ def test_lowering(name):
         "whole row": {"count": 8, "group": 2048, "kind": "int8"},
     }
     options = {"count": 8, "out_dtype": "float32", "table": ()} | (CASES | more)[name]
-    for key in ("steps", "rows", "warpgroups", "tall", "inputs", "rounds"):
+    for key in ("steps", "rows", "warpgroups", "inputs", "rounds"):
         options.pop(key, None)
     table, out_dtype = options.pop("table"), options.pop("out_dtype")
     arguments = draw(options.pop("count"), 256, 2048, **options)
@@ -249,7 +247,7 @@ def test_tiles():
         left = outputs - tiles.rounds * tiles.programs * tiles.outputs
         share = Share(-(-left // tiles.outputs), inputs // tiles.inputs, tiles.steps)
         assert share.programs <= 132
-        assert tiles.warpgroups <= (4 if tiles.tall else 2)  # more registers than a program has
+        assert tiles.warpgroups <= (4 if tiles.one_sum else 2)  # more registers than a program has
         if tiles.steps != share.steps:
             assert share.programs * tiles.steps < 132 * (tiles.steps + 1)
         assert tiles.rounds or share.programs > 66
