@@ -30,9 +30,9 @@ __all__ = [
 _BLOCK = 128  # inputs and outputs of a scale, of what our kernel for eight-bit floats takes
 FEW, MANY = 16, 64
 """More rows than FEW, and up to MANY, go to the streamed kernel for Hopper in any layout, and any
-number up to MANY of NF4, which the first kernel does not take. 28672 x 8192 on an H200, int4 in
-that layout: 32 rows 47 us with what stands around the kernel, where the first one takes 86, 64 rows
-66 and 148 (2026-11-29, `docs/quantization.md`)."""
+number up to MANY of NF4, which the first kernel does not take. 28672 x 8192, int4 on an H200, with
+what stands around kernels: 47 us for 32 rows and 66 for 64 (2 more to bring x into the order of
+codes), where the first one takes 86 and 148 (2026-11-29, `docs/quantization.md`)."""
 _TILE = 2**19
 """Values that a CPU unpacks at a time: what its second cache level holds in float32."""
 
