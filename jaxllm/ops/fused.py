@@ -83,8 +83,23 @@ def fused(function: Callable[..., Any], *, policy: Policy, rows: int) -> Callabl
     return function
 
 
-def _run(function: Callable[..., Any], way: str, *args: Any) -> Any:
+@dataclasses.dataclass(frozen=True, eq=False)
+class Way:
+    """How a step runs.
+
+    Attributes:
+      name: `fused`, `chained` or `folded`; see `Policy.decode`.
+      counter: of programs, for all chains of the step; None where there are none.
+    """
+
+    name: str
+    counter: Any = None
+
+
+def _run(function: Callable[..., Any], name: str, *args: Any) -> Any:
     flat, tree = jax.tree.flatten(args)
+    counter = jax.new_ref(jnp.zeros(1, jnp.int32)) if name == "chained" else None
+    way = Way(name, counter)
     trees: list[Any] = []
 
     def inner(*leaves: Any) -> Any:
@@ -150,16 +165,16 @@ class Product:
       plain: computes it without our kernel, and without folding.
       gate: activation of the first half of the outputs, which multiplies the second, or None.
       residual: what is added, of any shape; waiting or not.
-      way: `fused`, `chained` or `folded`; see `Policy.decode`.
+      way: how the step runs.
     """
 
     x: Any
     w: Any
     out_dtype: Any
     plain: Callable[[], Any]
+    way: Way
     gate: str | None = None
     residual: Any = None
-    way: str = "fused"
 
     @property
     def norm(self) -> Waiting | None:
@@ -177,7 +192,7 @@ def _value(x: Any) -> Any:
     return x.value() if isinstance(x, Waiting) else x
 
 
-def _evaluate(closed: Any, flat: list[Any], way: str) -> list[Any]:
+def _evaluate(closed: Any, flat: list[Any], way: Way) -> list[Any]:
     """The results of a trace, its marked equations as late as they can be."""
     jaxpr, known = closed.jaxpr, {}
 
@@ -202,7 +217,7 @@ def _evaluate(closed: Any, flat: list[Any], way: str) -> list[Any]:
     return [read(v) for v in jaxpr.outvars]
 
 
-def _later(equation: Any, given: list[Any], way: str) -> list[Any] | None:
+def _later(equation: Any, given: list[Any], way: Way) -> list[Any] | None:
     """What an equation gives, to be computed later, or None if it is computed now."""
     name, params = equation.primitive.name, equation.params
     if equation.primitive is MARK:
@@ -259,7 +274,7 @@ def _waiting(shape: tuple[int, ...], kind: str, args: Product) -> Waiting:
     return found
 
 
-def _marked(kind: str, function: Any, static: dict[str, Any], given: list[Any], way: str) -> Any:
+def _marked(kind: str, function: Any, static: dict[str, Any], given: list[Any], way: Way) -> Any:
     def plain() -> Any:
         return function(*map(_value, given), **static)
 
@@ -269,9 +284,9 @@ def _marked(kind: str, function: Any, static: dict[str, Any], given: list[Any], 
         (x, w), out = given, jnp.dtype(static["out_dtype"])
         args = Product(x, w, out, plain, way=way)
         return _waiting((x.shape[0], w.shape[0]), "product", args)
-    if kind == "packed" and way != "folded":
+    if kind == "packed" and way.name != "folded":
         return _packed(static, given, plain, way)
-    if kind == "hidden" and way != "folded" and _gated(given, static["mlp"]):
+    if kind == "hidden" and way.name != "folded" and _gated(given, static["mlp"]):
         args = dataclasses.replace(
             given[0].args[0], gate=static["mlp"].activation, plain=plain, residual=None
         )
@@ -280,7 +295,7 @@ def _marked(kind: str, function: Any, static: dict[str, Any], given: list[Any], 
     return plain()
 
 
-def _packed(static: dict[str, Any], given: list[Any], plain: Any, way: str) -> Any:
+def _packed(static: dict[str, Any], given: list[Any], plain: Any, way: Way) -> Any:
     """A product with a quantized matrix, which waits if our kernel takes such codes."""
     from pallas_kernels.decode_matmul import Packed
 
@@ -306,7 +321,7 @@ def _gated(given: list[Any], mlp: Any) -> bool:
 def _chain(last: Waiting) -> list[Waiting]:
     """A product with those before it that nothing else has needed so far."""
     chain = [last]
-    while chain[0].args.way == "chained":
+    while chain[0].args.way.name == "chained":
         source = chain[0].args.source
         if not isinstance(source, Waiting) or source.known or source.kind not in ("hidden", "sum"):
             break
@@ -355,7 +370,7 @@ def _halved(w: Any) -> Any:
 
 def _made(last: Waiting) -> Any:
     """A product, [R, O] or in the shape of its residual."""
-    if last.args.way == "folded":
+    if last.args.way.name == "folded":
         y = _folded(last.args)
         return y if last.args.residual is None else y + _value(last.args.residual)
     from pallas_kernels.decode_matmul import decode_chain
@@ -374,7 +389,9 @@ def _made(last: Waiting) -> Any:
     x = _value(source).reshape(rows, inputs)
     if residual is not None:
         residual = _value(residual).reshape(rows, -1)
-    *before, y = decode_chain(x, tuple(links), residual=residual, out_dtype=args.out_dtype)
+    *before, y = decode_chain(
+        x, tuple(links), residual=residual, out_dtype=args.out_dtype, counter=args.way.counter
+    )
     for waiting, array in zip(chain, before, strict=False):
         waiting.made = array
     return y

@@ -218,6 +218,7 @@ def decode_chain(
     residual: jax.Array | None = None,
     out_dtype=None,
     implementation: str = "auto",
+    counter: Any = None,
 ) -> list[jax.Array]:
     """Products of a few rows one after the other, each of the result before, in one kernel.
 
@@ -231,6 +232,8 @@ def decode_chain(
       residual: [M, O] that links add whose `residual` is `given`.
       out_dtype: of the last result; x's by default, as that of the others.
       implementation: `auto`, `mosaic_gpu` (Hopper: bfloat16, 1 to 8 rows) or `reference`.
+      counter: a `jax.Ref` of int32 [1] that holds 0, as it does again afterwards; chains that
+        follow each other may share one, so that not each has to make it.
 
     Returns:
       [M, O] of each link. They have no derivative: they are for decoding.
@@ -251,7 +254,7 @@ def decode_chain(
     parts = tuple(link.part for link in links)
     weights, norms = tuple(link.w for link in links), tuple(link.norm for link in links)
     options = {"parts": parts, "tiles": tiles_for(rows, parts), "out_dtype": str(out_dtype)}
-    return list(run(x, weights, norms, residual, **options))
+    return list(run(x, weights, norms, residual, counter, **options))
 
 
 def _one_by_one(x, links, residual, out_dtype, name: str) -> list[jax.Array]:

@@ -24,6 +24,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
 
 from pallas_kernels.decode_matmul.packed import Packed, Packing, arrange, rounds_of, scales_of
 from pallas_kernels.decode_matmul.reference import ACTIVATIONS
@@ -185,7 +186,7 @@ class Kernel:
         lax.fori_loop(0, total, one, None)
         return before + total
 
-    def compute(self, refs, smem, full, free, done):
+    def compute(self, refs, smem, full, free):
         """A multiplying warpgroup's part."""
         wg = lax.axis_index("wg")
         for slot in range(self.tiles.stages):
@@ -210,14 +211,14 @@ class Kernel:
             @pl.when(wg == 0)
             def _(index=index, part=part):
                 if index:  # all programs have what all of them have made
-                    plgpu.semaphore_signal(done, memory_scope="gpu")
-                    wanted = index * self.ctas
-                    plgpu.semaphore_wait(done, wanted, decrement=False, memory_scope="gpu")
+                    gather(refs["counter"], index * self.ctas)
                     fence()
                 self.prepare(refs, smem, full, index, part)
 
             self.meet(full)
             before = self.compute_part(refs, smem, full, free, (index, part, before))
+        if len(self.parts) > 1:
+            pl.when(wg == 0)(lambda: leave(refs["counter"], len(self.parts) * self.ctas))
 
     def meet(self, full):
         """Multiplying warpgroups wait for each other."""
@@ -527,14 +528,13 @@ class Kernel:
         if self.rows > 1 and any(part.residual is not None for part in self.parts):
             smem["kept"] = plgpu.SMEM((tiles.consumers, 2, self.rows, HIGH), jnp.float32)
         free = plgpu.Barrier(num_arrivals=tiles.consumers, num_barriers=stages)
-        done = pl.get_global(plgpu.SemaphoreType.REGULAR) if len(self.parts) > 1 else None
 
         def scoped(smem, full, free):
             wg = lax.axis_index("wg")
 
             @pl.when(wg < tiles.consumers)
             def _():
-                self.compute(refs, smem, full, free, done)
+                self.compute(refs, smem, full, free)
 
             @pl.when(wg == tiles.consumers)
             def _():
@@ -559,18 +559,52 @@ def fence() -> None:
     both()
 
 
+def _semaphore(counter) -> utils.SemaphoreRef:
+    """A counter in the device's memory as Mosaic's semaphore."""
+    return utils.SemaphoreRef(utils.memref_ptr(counter))
+
+
+def gather(counter, wanted: int) -> None:
+    """A warpgroup's program is here; waits until so many are, each time counted anew."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+    def both(_, counter):
+        semaphore = _semaphore(counter)
+        semaphore.signal(1, memory_scope="gpu")
+        semaphore.wait(wanted, decrement=False, memory_scope="gpu")
+
+    both(counter)
+
+
+def leave(counter, most: int) -> None:
+    """A program waits no more; the last one, with which the counter has `most`, sets it to 0."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+    def count(_, counter):
+        utils.inline_ptx(
+            "red.relaxed.gpu.global.inc.u32 [$0], $1;",
+            _semaphore(counter).ptr,
+            utils.c(most - 1, ir.IntegerType.get_signless(32)),
+            predicate=utils.single_thread_predicate(utils.ThreadSubset.WARPGROUP),
+            has_side_effects=True,
+        )
+
+    count(counter)
+
+
 @lowered_once("parts", "tiles", "out_dtype")
 def run(
     x: jax.Array,
     weights: tuple[jax.Array | Packed, ...],
     norms: tuple[jax.Array | None, ...],
     residual: jax.Array | None,
+    counter: Any = None,
     *,
     parts: tuple[Part, ...],
     tiles: Tiles,
     out_dtype: str,
 ) -> tuple[jax.Array, ...]:
-    """[M, O] of each part, the last one of `out_dtype`; see `decode_matmul` for the rest.
+    """[M, O] of each part, the last one of `out_dtype`; see `decode_chain` for the rest.
 
     Weights are all packed or none; packed ones need a fold of 8 and rows that are held and woven.
     """
@@ -599,9 +633,12 @@ def run(
         kinds.append(jax.ShapeDtypeStruct(shape, out_dtype if last else jnp.bfloat16))
     if residual is not None:
         given["residual"] = residual
+    if len(parts) > 1 and counter is None:
+        counter = jax.new_ref(jnp.zeros(1, jnp.int32))
+    held = {"counter": counter}
     names = (*given, *(f"out{index}" for index in range(len(parts))))
     found = plgpu.kernel(
-        lambda *refs: kernel.body(dict(zip(names, refs, strict=True))),
+        lambda *refs: kernel.body(dict(zip(names, refs, strict=True)) | held),
         out_type=tuple(kinds),
         grid=(ctas,),
         grid_names=("cta",),

@@ -1,0 +1,130 @@
+"""`decode_attention`: checks, and the choice of an implementation."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.choice import Choice, choose
+from pallas_kernels.decode_attention.mosaic_gpu import MOST_GROUP, attend, parts_for
+from pallas_kernels.decode_attention.problem import Problem
+from pallas_kernels.decode_attention.reference import reference
+from pallas_kernels.errors import ShapeError
+from pallas_kernels.target import interpreting, not_hopper, processors, target
+
+__all__ = ["IMPLEMENTATIONS", "Choice", "Problem", "decode_attention", "explain", "unfit"]
+
+
+def unfit(
+    implementation: str,
+    *,
+    dtype: str,
+    width: int,
+    group: int,
+    platform: str | None = None,
+) -> str | None:
+    """Why an implementation cannot serve a kind of call, or None: what can be said without arrays.
+
+    Args:
+      implementation: one of `IMPLEMENTATIONS`.
+      dtype: of queries, keys and values.
+      width: H, of a head.
+      group: query heads of a key head.
+      platform: of `pallas_kernels.target`; by default what is traced for.
+    """
+    if implementation == "reference":
+        return None
+    platform = platform or target()
+    if platform == "tpu":
+        return "there is no kernel for a TPU"
+    if platform not in ("gpu", "interpreter"):
+        return f"it needs a CUDA device, this is {platform}"
+    if dtype not in ("bfloat16", "float16"):
+        return f"it takes bfloat16 and float16, not {dtype}"
+    if width not in (64, 128):
+        return f"it takes heads of 64 or 128, not {width}"
+    if group > MOST_GROUP:
+        return f"it takes up to {MOST_GROUP} query heads of a key head, not {group}"
+    return not_hopper(platform)
+
+
+def _kernel(qkv, k, v, positions, turns, *, problem: Problem):
+    interpret = interpreting()
+    programs = k.shape[0] * k.shape[2]
+    parts = 1 if interpret else parts_for(programs, k.shape[1], processors())
+    options = {"problem": problem, "parts": parts, "interpret": interpret}
+    return attend(qkv, k, v, positions, turns, **options)
+
+
+_RUN = {"mosaic_gpu": _kernel, "reference": reference}
+IMPLEMENTATIONS = tuple(_RUN)
+
+
+def explain(qkv, k, *, heads: int, implementation: str = "auto") -> Choice:
+    """Which implementation `decode_attention` takes for a call, and why.
+
+    Args:
+      qkv, k: arrays or `jax.ShapeDtypeStruct`s.
+      heads: N.
+
+    Raises:
+      UnsupportedError: as `decode_attention`.
+    """
+    facts = {"dtype": str(k.dtype), "width": k.shape[3], "group": heads // k.shape[2]}
+
+    def obstacle(name: str) -> str | None:
+        if name != "reference" and qkv.dtype != k.dtype:
+            return f"it takes a cache of the queries' dtype, not {k.dtype} beside {qkv.dtype}"
+        return unfit(name, **facts)
+
+    return choose("decode_attention", implementation, IMPLEMENTATIONS, obstacle, "'auto'")
+
+
+def decode_attention(
+    qkv: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    positions: jax.Array,
+    *,
+    problem: Problem,
+    turns: jax.Array | None = None,
+    implementation: str = "auto",
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """softmax(scale q kT) v of one new token a sequence, whose key and value are remembered.
+
+    Queries and the new keys are rotated first: y = x cos + (x with its halves swapped) (-sin, sin).
+    A sequence of p tokens has them in slots 0 to p - 1; the new one goes to slot p, or nowhere past
+    the last one.
+
+    Args:
+      qkv: [B, N + 2 K, H]: queries, keys and values of the new tokens.
+      k, v: [B, S, K, H], the caches; slots past the new token may hold anything. The kernel
+        writes in place where the program gives them away.
+      positions: [B] int32, p of each sequence, at least 0.
+      problem: heads, scale, window and soft-cap.
+      turns: [B, 2, H] float32: cosines, and signed sines; None leaves all as it is.
+      implementation: `auto`, `mosaic_gpu` (Hopper: bfloat16 or float16, heads of 64 or 128, up to
+        8 query heads of a key head) or `reference`.
+
+    Returns:
+      (out [B, N, H] in qkv's dtype, k, v). They have no derivative: they are for decoding.
+
+    Raises:
+      ShapeError: arguments that do not fit; UnsupportedError: the implementation, named, cannot
+        serve.
+    """
+    heads = problem.heads
+    found = f"found qkv {qkv.shape}, k {k.shape}, v {v.shape}"
+    if qkv.ndim != 3 or k.ndim != 4 or k.shape != v.shape:
+        raise ShapeError(f"decode_attention takes qkv [B, N + 2 K, H], k and v alike; {found}")
+    batch, _, kv_heads, width = k.shape
+    if qkv.shape != (batch, heads + 2 * kv_heads, width) or heads % kv_heads:
+        wanted = (batch, f"{heads} + 2 x {kv_heads}", width)
+        raise ShapeError(f"decode_attention takes qkv {wanted} of {heads} query heads; {found}")
+    if positions.shape != (batch,) or not jnp.issubdtype(positions.dtype, jnp.integer):
+        shown = f"{positions.shape} {positions.dtype}"
+        raise ShapeError(f"positions are [B] = ({batch},) integers, found {shown}")
+    if turns is not None and turns.shape != (batch, 2, width):
+        raise ShapeError(f"turns are [B, 2, H] = {(batch, 2, width)}, found {turns.shape}")
+    name = explain(qkv, k, heads=heads, implementation=implementation).name
+    return _RUN[name](qkv, k, v, positions.astype(jnp.int32), turns, problem=problem)

@@ -1,0 +1,341 @@
+# Types of jax's Mosaic GPU objects are not public.
+# pyright: reportPrivateImportUsage=false, reportAbstractUsage=false, reportIndexIssue=false, reportAttributeAccessIssue=false, reportCallIssue=false
+"""One new token a sequence on Hopper: its rotation, its place in the cache, and what it sees.
+
+A cluster of up to eight programs of one warpgroup shares a sequence's keys of one head, 64 of them
+at a time in turns; its first program adds their sums up, which it reads from their shared memory.
+Keys are the rows of a product and queries its columns. The new key never lies in a tile: its
+score is a sum of registers that is made while the first keys are on their way.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic.gpu import utils
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.decode_attention.problem import Problem
+from pallas_kernels.once import lowered_once
+from pallas_kernels.warpgroups import COLUMN, LOG2E, ROW, along, iota, swizzled
+
+__all__ = ["MOST_GROUP", "attend", "parts_for"]
+
+MOST_GROUP = COLUMNS = 8  # query heads of a key head: the columns of a product
+KEYS = 64  # of a step: the rows of a product
+STAGES = 4
+_MOST_PARTS = 8  # programs of a cluster
+
+
+def parts_for(programs: int, slots: int, processors: int) -> int:
+    """Programs that share a sequence's keys: as many as the processors take, of a step or more."""
+    parts = 1
+    while (
+        2 * parts <= _MOST_PARTS
+        and 2 * parts * programs <= 2 * processors
+        and 2 * parts * KEYS <= slots
+    ):
+        parts *= 2
+    return parts
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """One compiled kernel.
+
+    Attributes:
+      cache: B, S, K, H.
+      rotates: whether queries and keys are turned.
+      parts: programs that share a sequence's keys.
+    """
+
+    problem: Problem
+    cache: tuple[int, int, int, int]
+    dtype: jnp.dtype
+    rotates: bool
+    parts: int
+    interpret: bool
+
+    @property
+    def width(self) -> int:
+        return self.cache[3]
+
+    @property
+    def group(self) -> int:
+        return self.problem.heads // self.cache[2]
+
+    def held(self) -> dict:
+        """Shared memory."""
+        width = self.width
+        return {
+            "k": swizzled((STAGES, KEYS, width), self.dtype),
+            "v": swizzled((STAGES, KEYS, width), self.dtype),
+            "q": swizzled((COLUMNS, width), self.dtype),
+            "weights": swizzled((COLUMNS, KEYS), self.dtype),
+            "asked": plgpu.SMEM((COLUMNS, width), self.dtype),
+            "both": plgpu.SMEM((2 * width, COLUMNS), jnp.float32),
+            "twice": plgpu.SMEM((2 * width,), jnp.float32),
+            "new": plgpu.SMEM((2, width), self.dtype),
+            "sums": plgpu.SMEM((width, COLUMNS), jnp.float32),
+            "peak": plgpu.SMEM((COLUMNS,), jnp.float32),
+            "total": plgpu.SMEM((COLUMNS,), jnp.float32),
+            "out": plgpu.SMEM((COLUMNS, width), self.dtype),
+        }
+
+    def body(self, refs):
+        pl.run_scoped(
+            lambda smem, full, asked: self.program(refs, smem, full, asked),
+            self.held(),
+            plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
+            plgpu.Barrier(num_arrivals=3),
+        )
+
+    def program(self, refs, smem, full, asked):
+        index = lax.axis_index("cta")
+        at = lax.div(index, self.cache[2]), lax.rem(index, self.cache[2])
+        part = lax.axis_index("part") if self.parts > 1 else jnp.int32(0)
+        self.ask(refs, smem, asked, at)
+        position = refs["positions"][at[0]]
+        # Past the last slot nothing is written, and the last keys are those of all slots.
+        end = jnp.minimum(position, self.cache[1] - 1)
+        first = jnp.int32(0)
+        if self.problem.window is not None:
+            first = lax.div(jnp.maximum(position - self.problem.window, 0), KEYS)
+        last = lax.div(end, KEYS)  # the step of the new token
+        mine = lax.div(jnp.maximum(last - first - part + self.parts, 0), self.parts)
+
+        def bring(i, slot):
+            begin = (first + part + i * self.parts) * KEYS
+            for name in ("k", "v"):
+                theirs = refs[name].at[at[0], pl.ds(begin, KEYS), at[1]]
+                plgpu.copy_gmem_to_smem(theirs, smem[name].at[slot], full.at[slot])
+
+        for slot in range(STAGES):
+
+            @pl.when(slot < mine)
+            def _(slot=slot):
+                bring(slot, slot)
+
+        plgpu.barrier_wait(asked)
+        score = self.prepare(refs, smem, at)
+        holds = lax.rem(last - first, self.parts) == part
+
+        @pl.when(holds & (position < self.cache[1]))
+        def _():
+            for side, name in enumerate(("k", "v")):
+                target = refs[name].at[at[0], position, at[1]]
+                plgpu.copy_smem_to_gmem(smem["new"].at[side], target, commit_group=False)
+            plgpu.commit_smem_to_gmem_group()
+
+        def step(i, carry):
+            slot = lax.rem(i, STAGES)
+            begin = (first + part + i * self.parts) * KEYS
+            plgpu.barrier_wait(full.at[slot])
+
+            @pl.when(begin + KEYS > end)
+            def _():
+                self.patch(smem, slot, position - begin)
+
+            carry = self.fold(smem, slot, (begin, position, end), score, carry)
+
+            @pl.when(i + STAGES < mine)
+            def _():
+                bring(i + STAGES, slot)
+
+            return carry
+
+        found = lax.fori_loop(0, mine, step, self.nothing())
+        self.hand_out(refs, smem, found, (*at, part))
+
+    def ask(self, refs, smem, asked, at):
+        """Brings a group's queries and the new key and value."""
+        row, head = at
+        heads, kv_heads = self.problem.heads, self.cache[2]
+        own = pl.ds(head * self.group, self.group)
+        shared = smem["asked"].at[pl.ds(0, self.group)]
+        plgpu.copy_gmem_to_smem(refs["qkv"].at[row, own], shared, asked)
+        for side in range(2):
+            theirs = refs["qkv"].at[row, heads + side * kv_heads + head]
+            plgpu.copy_gmem_to_smem(theirs, smem["new"].at[side], asked)
+
+    def prepare(self, refs, smem, at):
+        """Turns queries and the new key where they lie; the new key's score of each query."""
+        queries = self.load(smem["asked"].T, plgpu.Layout.WGMMA).astype(jnp.float32)
+        key = self.load(smem["new"].at[0], ROW).astype(jnp.float32)
+        if self.rotates:
+            width, half = self.width, self.width // 2
+            for i in range(2):
+                smem["both"].at[pl.ds(i * width, width)][...] = queries
+                smem["twice"].at[pl.ds(i * width, width)][...] = key
+            plgpu.commit_smem()
+            cosines, sines = (self.load(refs["turns"].at[at[0], i], ROW) for i in range(2))
+            queries = queries * along(cosines, queries.shape, 0)
+            swapped = self.load(smem["both"].at[pl.ds(half, width)], plgpu.Layout.WGMMA)
+            queries = queries + swapped * along(sines, queries.shape, 0)
+            key = key * cosines + self.load(smem["twice"].at[pl.ds(half, width)], ROW) * sines
+        turned, key = queries.astype(self.dtype), key.astype(self.dtype)
+        smem["q"].T[...] = turned
+        if self.rotates:
+            smem["new"].at[0][...] = key
+        plgpu.commit_smem()
+        wide = key.astype(jnp.float32)
+        return jnp.sum(turned.astype(jnp.float32) * along(wide, turned.shape, 0), axis=0)
+
+    def load(self, ref, layout):
+        """Registers with what a ref holds, one by one."""
+        if self.interpret:
+            return ref[...]
+        return plgpu.load(ref, layout=layout, optimized=False)
+
+    def patch(self, smem, slot, place):
+        """The new value at its place of a step, and zeros behind, where there may be NaN."""
+        tile = smem["v"].at[slot]
+        for i in range(0, self.width, 64):
+            part = tile.at[:, pl.ds(i, 64)]
+            row = iota((KEYS, 64), 0)
+            value = self.load(smem["new"].at[1, pl.ds(i, 64)], COLUMN)
+            kept = jnp.where(row < place, part[...], jnp.zeros((), self.dtype))
+            part[...] = jnp.where(row == place, along(value, kept.shape, 1), kept)
+        plgpu.commit_smem()
+
+    def nothing(self):
+        """Sums [H, 8] and totals [keys, 8] that are added up at the end, and peaks."""
+        out = jnp.zeros((self.width, COLUMNS), jnp.float32)
+        peak, total = jnp.full((COLUMNS,), -jnp.inf, jnp.float32), jnp.zeros((KEYS, COLUMNS))
+        if self.interpret:
+            return out, peak, total
+        cast, square = plgpu.layout_cast, plgpu.Layout.WGMMA
+        return cast(out, square), cast(peak, COLUMN), cast(total, square)
+
+    def fold(self, smem, slot, ends, score, carry):
+        """Sums with one more step's keys; `ends`: its first place, the query's and the last."""
+        out, peak, total = carry
+        (begin, position, end), shape, problem = ends, (KEYS, COLUMNS), self.problem
+
+        def product(left, right, size):
+            def run(acc):
+                plgpu.wgmma(acc, left, right)
+                plgpu.wgmma_wait(0)
+                return acc[...]
+
+            return pl.run_scoped(run, plgpu.ACC(size, jnp.float32))
+
+        scores = product(smem["k"].at[slot], smem["q"].T, shape)
+        key = iota(shape, 0) + begin
+        scores = jnp.where(key == position, along(score, shape, 1), scores)
+        factor = problem.scale * LOG2E
+        if problem.softcap is not None:
+            scores = jnp.tanh(scores * (problem.scale / problem.softcap))
+            factor = problem.softcap * LOG2E
+        seen = key <= end
+        if problem.window is not None:
+            seen = seen & (key >= position - problem.window)
+        scores = jnp.where(seen, scores * factor, -jnp.inf)
+        higher = jnp.maximum(peak, jnp.max(scores, axis=0))
+        level = jnp.where(higher == -jnp.inf, 0.0, higher)
+        weights = jnp.exp2(scores - along(level, shape, 1))
+        decay = jnp.exp2(peak - level)
+        total = total * along(decay, shape, 1) + weights
+        smem["weights"].T[...] = weights.astype(self.dtype)
+        plgpu.commit_smem()
+        found = product(smem["v"].at[slot].T, smem["weights"].T, out.shape)
+        return out * along(decay, out.shape, 1) + found, higher, total
+
+    def hand_out(self, refs, smem, found, at):
+        """The first program of a cluster adds all parts up and writes the result."""
+        out, peak, total = found
+        total = jnp.sum(total, axis=0)
+        if self.parts == 1:
+            self.write(refs, smem, out, total, at)
+            plgpu.wait_smem_to_gmem(0)
+            return
+        part = at[2]
+        smem["sums"][...], smem["peak"][...], smem["total"][...] = out, peak, total
+        plgpu.commit_smem()
+        meet()
+
+        @pl.when(part == 0)
+        def _():
+            others = [jnp.int32(i) for i in range(self.parts)]
+            peaks = [
+                self.load(plgpu.cluster_ref(smem["peak"], {"part": i}), COLUMN) for i in others
+            ]
+            highest = peaks[0]
+            for other in peaks[1:]:
+                highest = jnp.maximum(highest, other)
+            sums, totals = jnp.zeros_like(out), jnp.zeros_like(total)
+            for i, own in zip(others, peaks, strict=True):
+                decay = jnp.exp2(own - highest)
+                theirs = (plgpu.cluster_ref(smem[name], {"part": i}) for name in ("sums", "total"))
+                sum_, total_ = next(theirs), next(theirs)
+                totals = totals + self.load(total_, COLUMN) * decay
+                found = self.load(sum_, plgpu.Layout.WGMMA)
+                sums = sums + found * along(decay, out.shape, 1)
+            self.write(refs, smem, sums, totals, at)
+
+        meet()  # nobody ends while its memory is read
+        plgpu.wait_smem_to_gmem(0)
+
+    def write(self, refs, smem, sums, total, at):
+        """The result of all keys; the new token sees itself, so that no total is 0."""
+        smem["out"].T[...] = (sums * along(1.0 / total, sums.shape, 1)).astype(self.dtype)
+        plgpu.commit_smem()
+        target = refs["out"].at[at[0], pl.ds(at[1] * self.group, self.group)]
+        plgpu.copy_smem_to_gmem(smem["out"].at[pl.ds(0, self.group)], target)
+
+
+def meet() -> None:
+    """All programs of a cluster are here, and see what the others' memory holds."""
+
+    @plgpu.inline_mgpu()
+    def both(_):
+        utils.inline_ptx("barrier.cluster.arrive.release.aligned;", has_side_effects=True)
+        utils.inline_ptx("barrier.cluster.wait.acquire.aligned;", has_side_effects=True)
+
+    both()
+
+
+@lowered_once("problem", "parts", "interpret")
+def attend(
+    qkv: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    positions: jax.Array,
+    turns: jax.Array | None,
+    *,
+    problem: Problem,
+    parts: int,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """See `decode_attention`; `parts` programs, up to eight, share a sequence's keys of a head."""
+    kernel = Kernel(
+        problem=problem,
+        cache=k.shape,
+        dtype=jnp.dtype(k.dtype),
+        rotates=turns is not None,
+        parts=parts,
+        interpret=interpret,
+    )
+    caches = {"k": jax.new_ref(k), "v": jax.new_ref(v)}
+    inputs = {"qkv": qkv, "positions": positions}
+    inputs |= {} if turns is None else {"turns": turns}
+
+    def body(*refs):
+        kernel.body(dict(zip((*inputs, "out"), refs, strict=True)) | caches)
+
+    cluster = {"cluster": (parts,), "cluster_names": ("part",)} if parts > 1 else {}
+    out = plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct((k.shape[0], problem.heads, k.shape[3]), qkv.dtype),
+        grid=(k.shape[0] * k.shape[2],),
+        grid_names=("cta",),
+        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=1024),
+        kernel_name="decode_attention",
+        interpret=plgpu.InterpretGPUParams() if interpret else False,
+        **cluster,
+    )(*inputs.values())
+    return out, jax.freeze(caches["k"]), jax.freeze(caches["v"])

@@ -1,0 +1,32 @@
+"""One new token's attention on a Hopper GPU (JAX_PLATFORMS=cuda; pytest -m gpu)."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from pallas_kernels.decode_attention.mosaic_gpu import attend
+from tests.kernels.test_decode_attention import CASES, check, draw, exact
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a CUDA device"),
+]
+LONG = {
+    "long": (32, 8, 64, 4096, (4095, 2000), {}),
+    "long, wide": (32, 8, 128, 2048, (1023, 1024, 2047), {}),
+    "long, window": (16, 2, 128, 4096, (4000,), {"window": 1023}),
+}
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4, 8])
+@pytest.mark.parametrize("case", [*CASES, *LONG])
+def test_parts_of_a_cluster_find_what_is_exact_and_the_same_twice(case, parts):
+    arrays, turns, problem = draw((CASES | LONG)[case])
+    call = jax.jit(functools.partial(attend, problem=problem, parts=parts))
+    found, again = call(*arrays, turns), call(*arrays, turns)
+    check(found, exact(arrays, turns, problem))
+    for one, other in zip(found, again, strict=True):
+        one, other = (np.asarray(x, np.float32) for x in (one, other))
+        np.testing.assert_array_equal(one, other)
