@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.choice import Choice, choose
-from pallas_kernels.decode_attention.mosaic_gpu import MOST_GROUP, attend, parts_for
+from pallas_kernels.decode_attention.mosaic_gpu import MOST_GROUP, Tiles, attend, tiles_for
 from pallas_kernels.decode_attention.problem import Problem
 from pallas_kernels.decode_attention.reference import reference
 from pallas_kernels.errors import ShapeError
@@ -51,8 +51,9 @@ def unfit(
 def _kernel(qkv, k, v, positions, turns, *, problem: Problem):
     interpret = interpreting()
     programs = k.shape[0] * k.shape[2]
-    parts = 1 if interpret else parts_for(programs, k.shape[1], processors())
-    options = {"problem": problem, "parts": parts, "interpret": interpret}
+    # The interpreter does not read other programs' memory.
+    tiles = Tiles() if interpret else tiles_for(programs, k.shape[1], processors())
+    options = {"problem": problem, "tiles": tiles, "interpret": interpret}
     return attend(qkv, k, v, positions, turns, **options)
 
 

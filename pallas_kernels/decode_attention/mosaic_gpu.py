@@ -23,24 +23,38 @@ from pallas_kernels.decode_attention.problem import Problem
 from pallas_kernels.once import lowered_once
 from pallas_kernels.warpgroups import COLUMN, LOG2E, ROW, along, iota, swizzled
 
-__all__ = ["MOST_GROUP", "attend", "parts_for"]
+__all__ = ["MOST_GROUP", "Tiles", "attend", "tiles_for"]
 
 MOST_GROUP = COLUMNS = 8  # query heads of a key head: the columns of a product
-KEYS = 64  # of a step: the rows of a product
-STAGES = 4
 _MOST_PARTS = 8  # programs of a cluster
 
 
-def parts_for(programs: int, slots: int, processors: int) -> int:
-    """Programs that share a sequence's keys: as many as the processors take, of a step or more."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tiles:
+    """How a call is cut; any choice gives the same result up to rounding.
+
+    Attributes:
+      keys: of a step, a multiple of 64.
+      stages: steps in flight.
+      parts: programs of a cluster, which share a sequence's keys; a power of two up to 8.
+    """
+
+    keys: int = 64
+    stages: int = 4
+    parts: int = 1
+
+
+def tiles_for(programs: int, slots: int, processors: int) -> Tiles:
+    """As many parts as the processors take at once, each of a step or more."""
+    tiles = Tiles()
     parts = 1
     while (
         2 * parts <= _MOST_PARTS
         and 2 * parts * programs <= 2 * processors
-        and 2 * parts * KEYS <= slots
+        and 2 * parts * tiles.keys <= slots
     ):
         parts *= 2
-    return parts
+    return dataclasses.replace(tiles, parts=parts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,14 +64,13 @@ class Kernel:
     Attributes:
       cache: B, S, K, H.
       rotates: whether queries and keys are turned.
-      parts: programs that share a sequence's keys.
     """
 
     problem: Problem
     cache: tuple[int, int, int, int]
     dtype: jnp.dtype
     rotates: bool
-    parts: int
+    tiles: Tiles
     interpret: bool
 
     @property
@@ -68,14 +81,24 @@ class Kernel:
     def group(self) -> int:
         return self.problem.heads // self.cache[2]
 
+    @property
+    def asks(self) -> list[pl.Slice]:
+        """Queries of a group that come together: all, or each by itself.
+
+        A copy to eight rows wants an array of whole eights.
+        """
+        whole = self.group < COLUMNS or (self.problem.heads + 2 * self.cache[2]) % COLUMNS == 0
+        many = self.group if whole else 1
+        return [pl.ds(first, many) for first in range(0, self.group, many)]
+
     def held(self) -> dict:
         """Shared memory."""
-        width = self.width
+        width, keys = self.width, self.tiles.keys
         return {
-            "k": swizzled((STAGES, KEYS, width), self.dtype),
-            "v": swizzled((STAGES, KEYS, width), self.dtype),
+            "k": swizzled((self.tiles.stages, keys, width), self.dtype),
+            "v": swizzled((self.tiles.stages, keys, width), self.dtype),
             "q": swizzled((COLUMNS, width), self.dtype),
-            "weights": swizzled((COLUMNS, KEYS), self.dtype),
+            "weights": swizzled((COLUMNS, keys), self.dtype),
             "asked": plgpu.SMEM((COLUMNS, width), self.dtype),
             "both": plgpu.SMEM((2 * width, COLUMNS), jnp.float32),
             "twice": plgpu.SMEM((2 * width,), jnp.float32),
@@ -90,31 +113,31 @@ class Kernel:
         pl.run_scoped(
             lambda smem, full, asked: self.program(refs, smem, full, asked),
             self.held(),
-            plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
-            plgpu.Barrier(num_arrivals=3),
+            plgpu.Barrier(num_arrivals=2, num_barriers=self.tiles.stages),
+            plgpu.Barrier(num_arrivals=2 + len(self.asks)),
         )
 
     def program(self, refs, smem, full, asked):
-        index = lax.axis_index("cta")
+        index, (keys, stages, parts) = lax.axis_index("cta"), dataclasses.astuple(self.tiles)
         at = lax.div(index, self.cache[2]), lax.rem(index, self.cache[2])
-        part = lax.axis_index("part") if self.parts > 1 else jnp.int32(0)
+        part = lax.axis_index("part") if parts > 1 else jnp.int32(0)
         self.ask(refs, smem, asked, at)
         position = refs["positions"][at[0]]
         # Past the last slot nothing is written, and the last keys are those of all slots.
         end = jnp.minimum(position, self.cache[1] - 1)
         first = jnp.int32(0)
         if self.problem.window is not None:
-            first = lax.div(jnp.maximum(position - self.problem.window, 0), KEYS)
-        last = lax.div(end, KEYS)  # the step of the new token
-        mine = lax.div(jnp.maximum(last - first - part + self.parts, 0), self.parts)
+            first = lax.div(jnp.maximum(position - self.problem.window, 0), keys)
+        last = lax.div(end, keys)  # the step of the new token
+        mine = lax.div(jnp.maximum(last - first - part + parts, 0), parts)
 
         def bring(i, slot):
-            begin = (first + part + i * self.parts) * KEYS
+            begin = (first + part + i * parts) * keys
             for name in ("k", "v"):
-                theirs = refs[name].at[at[0], pl.ds(begin, KEYS), at[1]]
+                theirs = refs[name].at[at[0], pl.ds(begin, keys), at[1]]
                 plgpu.copy_gmem_to_smem(theirs, smem[name].at[slot], full.at[slot])
 
-        for slot in range(STAGES):
+        for slot in range(stages):
 
             @pl.when(slot < mine)
             def _(slot=slot):
@@ -122,7 +145,7 @@ class Kernel:
 
         plgpu.barrier_wait(asked)
         score = self.prepare(refs, smem, at)
-        holds = lax.rem(last - first, self.parts) == part
+        holds = lax.rem(last - first, parts) == part
 
         @pl.when(holds & (position < self.cache[1]))
         def _():
@@ -132,19 +155,19 @@ class Kernel:
             plgpu.commit_smem_to_gmem_group()
 
         def step(i, carry):
-            slot = lax.rem(i, STAGES)
-            begin = (first + part + i * self.parts) * KEYS
+            slot = lax.rem(i, stages)
+            begin = (first + part + i * parts) * keys
             plgpu.barrier_wait(full.at[slot])
 
-            @pl.when(begin + KEYS > end)
+            @pl.when(begin + keys > end)
             def _():
                 self.patch(smem, slot, position - begin)
 
             carry = self.fold(smem, slot, (begin, position, end), score, carry)
 
-            @pl.when(i + STAGES < mine)
+            @pl.when(i + stages < mine)
             def _():
-                bring(i + STAGES, slot)
+                bring(i + stages, slot)
 
             return carry
 
@@ -155,9 +178,9 @@ class Kernel:
         """Brings a group's queries and the new key and value."""
         row, head = at
         heads, kv_heads = self.problem.heads, self.cache[2]
-        own = pl.ds(head * self.group, self.group)
-        shared = smem["asked"].at[pl.ds(0, self.group)]
-        plgpu.copy_gmem_to_smem(refs["qkv"].at[row, own], shared, asked)
+        for some in self.asks:
+            own = pl.ds(head * self.group + some.start, some.size)
+            plgpu.copy_gmem_to_smem(refs["qkv"].at[row, own], smem["asked"].at[some], asked)
         for side in range(2):
             theirs = refs["qkv"].at[row, heads + side * kv_heads + head]
             plgpu.copy_gmem_to_smem(theirs, smem["new"].at[side], asked)
@@ -196,7 +219,7 @@ class Kernel:
         tile = smem["v"].at[slot]
         for i in range(0, self.width, 64):
             part = tile.at[:, pl.ds(i, 64)]
-            row = iota((KEYS, 64), 0)
+            row = iota((self.tiles.keys, 64), 0)
             value = self.load(smem["new"].at[1, pl.ds(i, 64)], COLUMN)
             kept = jnp.where(row < place, part[...], jnp.zeros((), self.dtype))
             part[...] = jnp.where(row == place, along(value, kept.shape, 1), kept)
@@ -205,7 +228,10 @@ class Kernel:
     def nothing(self):
         """Sums [H, 8] and totals [keys, 8] that are added up at the end, and peaks."""
         out = jnp.zeros((self.width, COLUMNS), jnp.float32)
-        peak, total = jnp.full((COLUMNS,), -jnp.inf, jnp.float32), jnp.zeros((KEYS, COLUMNS))
+        peak, total = (
+            jnp.full((COLUMNS,), -jnp.inf, jnp.float32),
+            jnp.zeros((self.tiles.keys, COLUMNS), jnp.float32),
+        )
         if self.interpret:
             return out, peak, total
         cast, square = plgpu.layout_cast, plgpu.Layout.WGMMA
@@ -214,7 +240,7 @@ class Kernel:
     def fold(self, smem, slot, ends, score, carry):
         """Sums with one more step's keys; `ends`: its first place, the query's and the last."""
         out, peak, total = carry
-        (begin, position, end), shape, problem = ends, (KEYS, COLUMNS), self.problem
+        (begin, position, end), shape, problem = ends, (self.tiles.keys, COLUMNS), self.problem
 
         def product(left, right, size):
             def run(acc):
@@ -249,7 +275,7 @@ class Kernel:
         """The first program of a cluster adds all parts up and writes the result."""
         out, peak, total = found
         total = jnp.sum(total, axis=0)
-        if self.parts == 1:
+        if self.tiles.parts == 1:
             self.write(refs, smem, out, total, at)
             plgpu.wait_smem_to_gmem(0)
             return
@@ -260,7 +286,7 @@ class Kernel:
 
         @pl.when(part == 0)
         def _():
-            others = [jnp.int32(i) for i in range(self.parts)]
+            others = [jnp.int32(i) for i in range(self.tiles.parts)]
             peaks = [
                 self.load(plgpu.cluster_ref(smem["peak"], {"part": i}), COLUMN) for i in others
             ]
@@ -299,7 +325,7 @@ def meet() -> None:
     both()
 
 
-@lowered_once("problem", "parts", "interpret")
+@lowered_once("problem", "tiles", "interpret")
 def attend(
     qkv: jax.Array,
     k: jax.Array,
@@ -308,16 +334,16 @@ def attend(
     turns: jax.Array | None,
     *,
     problem: Problem,
-    parts: int,
+    tiles: Tiles,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """See `decode_attention`; `parts` programs, up to eight, share a sequence's keys of a head."""
+    """See `decode_attention`; any tiles will do."""
     kernel = Kernel(
         problem=problem,
         cache=k.shape,
         dtype=jnp.dtype(k.dtype),
         rotates=turns is not None,
-        parts=parts,
+        tiles=tiles,
         interpret=interpret,
     )
     caches = {"k": jax.new_ref(k), "v": jax.new_ref(v)}
@@ -327,7 +353,7 @@ def attend(
     def body(*refs):
         kernel.body(dict(zip((*inputs, "out"), refs, strict=True)) | caches)
 
-    cluster = {"cluster": (parts,), "cluster_names": ("part",)} if parts > 1 else {}
+    cluster = {"cluster": (tiles.parts,), "cluster_names": ("part",)} if tiles.parts > 1 else {}
     out = plgpu.kernel(
         body,
         out_type=jax.ShapeDtypeStruct((k.shape[0], problem.heads, k.shape[3]), qkv.dtype),

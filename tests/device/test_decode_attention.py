@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from pallas_kernels.decode_attention.mosaic_gpu import attend
+from pallas_kernels.decode_attention.mosaic_gpu import Tiles, attend
 from tests.kernels.test_decode_attention import CASES, check, draw, exact
 
 pytestmark = [
@@ -20,11 +20,12 @@ LONG = {
 }
 
 
-@pytest.mark.parametrize("parts", [1, 2, 4, 8])
+@pytest.mark.parametrize(("keys", "parts"), [(64, 1), (128, 2), (64, 4), (128, 8), (64, 8)])
 @pytest.mark.parametrize("case", [*CASES, *LONG])
-def test_parts_of_a_cluster_find_what_is_exact_and_the_same_twice(case, parts):
+def test_parts_of_a_cluster_find_what_is_exact_and_the_same_twice(case, keys, parts):
     arrays, turns, problem = draw((CASES | LONG)[case])
-    call = jax.jit(functools.partial(attend, problem=problem, parts=parts))
+    tiles = Tiles(keys=keys, stages=2, parts=parts)
+    call = jax.jit(functools.partial(attend, problem=problem, tiles=tiles))
     found, again = call(*arrays, turns), call(*arrays, turns)
     check(found, exact(arrays, turns, problem))
     for one, other in zip(found, again, strict=True):

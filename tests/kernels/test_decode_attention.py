@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.decode_attention import Problem, decode_attention, explain
-from pallas_kernels.decode_attention.mosaic_gpu import KEYS, attend, parts_for
+from pallas_kernels.decode_attention.mosaic_gpu import Tiles, attend, tiles_for
 from pallas_kernels.errors import ShapeError, UnsupportedError
 from pallas_kernels.target import targeting
 from tests.kernels.lowered import kernel_calls
@@ -92,6 +92,16 @@ def test_what_a_token_finds_and_leaves_is_exact(case, implementation):
     check(found, exact(arrays, turns, problem))
 
 
+@pytest.mark.parametrize("keys", [64, 128])
+@pytest.mark.parametrize("case", ["window of steps", "past the end", "eight"])
+def test_steps_of_any_size_find_the_same(case, keys):
+    arrays, turns, problem = draw(CASES[case])
+    options = {"problem": problem, "tiles": Tiles(keys=keys, stages=2), "interpret": True}
+    check(
+        jax.jit(lambda a, t: attend(*a, t, **options))(arrays, turns), exact(arrays, turns, problem)
+    )
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_without_turns_nothing_is_rotated(dtype):
     arrays, _, problem = draw(CASES["wide"], turns=False, dtype=dtype)
@@ -103,12 +113,14 @@ def test_without_turns_nothing_is_rotated(dtype):
 
 
 @pytest.mark.parametrize("width", [64, 128])
-@pytest.mark.parametrize("parts", [1, 2, 8])
-def test_it_lowers_for_hopper_and_writes_in_place(width, parts):
-    arrays, turns, problem = draw((8, 2, width, 1024, (5,), {"softcap": 30.0, "window": 700}))
+@pytest.mark.parametrize(("heads", "keys", "parts"), [(8, 64, 1), (16, 64, 8), (8, 128, 2)])
+def test_it_lowers_for_hopper_and_writes_in_place(width, heads, keys, parts):
+    options = {"softcap": 30.0, "window": 700}
+    arrays, turns, problem = draw((heads, 2, width, 1024, (5,), options))
+    tiles = Tiles(keys=keys, stages=2, parts=parts)
 
     def call(k, v, qkv, positions, turns):
-        return attend(qkv, k, v, positions, turns, problem=problem, parts=parts)
+        return attend(qkv, k, v, positions, turns, problem=problem, tiles=tiles)
 
     qkv, k, v, positions = arrays
     with targeting("gpu"):
@@ -124,8 +136,7 @@ def test_it_lowers_for_hopper_and_writes_in_place(width, parts):
     [(8, 704, 8), (8, 256, 4), (8, 64, 1), (64, 4096, 4), (256, 4096, 1), (1, 100, 1)],
 )
 def test_a_sequences_keys_are_shared_as_far_as_processors_and_steps_go(programs, slots, parts):
-    assert parts_for(programs, slots, 132) == parts
-    assert parts * KEYS <= max(slots, KEYS)
+    assert tiles_for(programs, slots, 132).parts == parts
 
 
 def test_calls_that_do_not_fit_are_refused():
