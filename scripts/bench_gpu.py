@@ -165,7 +165,6 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "scan over stacked layers": {"fused": False, "matrices": "canonical", "layout": "scan"},
     "1 token a call": {"tokens_per_call": 1},
     "decode op by op": {"decode": "plain"},
-    "decode with norms folded": {"decode": "folded"},
     "decode in fused kernels": {"decode": "fused"},
     "decode in chains of products": {"decode": "chained"},
     "int4": {"quantized": _INT4},

@@ -26,9 +26,8 @@ from pallas_kernels.target import not_hopper, target
 __all__ = ["AUTO_ROWS", "fused", "obstacle"]
 
 MOST_ROWS = 8
-AUTO, AUTO_ROWS = "fused", 0
-"""What `auto` takes, and up to how many tokens: none before whole models' answers by our kernels
-have been compared on a card."""
+AUTO, AUTO_ROWS = "chained", 1
+"""What `auto` takes, and up to how many tokens it was faster on a card (docs/benchmarks.md)."""
 
 _ACTIVATIONS = ("silu", "gelu_tanh", "relu")
 
@@ -40,16 +39,11 @@ def obstacle(policy: Policy) -> str | None:
         return f"they are for Hopper GPUs, this is {platform}"
     if policy.compute_dtype != "bfloat16":
         return f"they compute in bfloat16, not {policy.compute_dtype}"
-    return _spread(policy) or not_hopper(platform)
-
-
-def _spread(policy: Policy) -> str | None:
-    """Why no products of a step are joined under a policy, on any platform, or None."""
     if not jax.sharding.get_abstract_mesh().empty:
         return "they run on one device"
     if policy.matrices != "out_in" or policy.layout != "unrolled":
         return "they take an array a layer, outputs first"
-    return None
+    return not_hopper(platform)
 
 
 def fused(function: Callable[..., Any], *, policy: Policy, rows: int) -> Callable[..., Any]:
@@ -65,13 +59,6 @@ def fused(function: Callable[..., Any], *, policy: Policy, rows: int) -> Callabl
     """
     if policy.decode == "plain" or rows > MOST_ROWS:
         return function
-    if policy.decode == "folded":
-        if (reason := _spread(policy)) is not None:
-            raise UnsupportedError(f"decode 'folded': {reason}; use 'auto'")
-        if rows > 1:  # several rows are a product of matrices, which takes nothing along
-            return function
-        took("decode", "folded")
-        return functools.partial(_run, function, "folded")
     reason = obstacle(policy)
     if reason is None and (policy.decode != "auto" or rows <= AUTO_ROWS):
         name = AUTO if policy.decode == "auto" else policy.decode
@@ -88,7 +75,7 @@ class Way:
     """How a step runs.
 
     Attributes:
-      name: `fused`, `chained` or `folded`; see `Policy.decode`.
+      name: `fused` or `chained`; see `Policy.decode`.
       counter: of programs, for all chains of the step; None where there are none.
     """
 
@@ -162,7 +149,7 @@ class Product:
       x: [R, I]; waiting or not.
       w: [O, I], plain or packed.
       out_dtype: of the result.
-      plain: computes it without our kernel, and without folding.
+      plain: computes it without our kernel.
       gate: activation of the first half of the outputs, which multiplies the second, or None.
       residual: what is added, of any shape; waiting or not.
       way: how the step runs.
@@ -284,9 +271,9 @@ def _marked(kind: str, function: Any, static: dict[str, Any], given: list[Any], 
         (x, w), out = given, jnp.dtype(static["out_dtype"])
         args = Product(x, w, out, plain, way=way)
         return _waiting((x.shape[0], w.shape[0]), "product", args)
-    if kind == "packed" and way.name != "folded":
+    if kind == "packed":
         return _packed(static, given, plain, way)
-    if kind == "hidden" and way.name != "folded" and _gated(given, static["mlp"]):
+    if kind == "hidden" and _gated(given, static["mlp"]):
         args = dataclasses.replace(
             given[0].args[0], gate=static["mlp"].activation, plain=plain, residual=None
         )
@@ -370,9 +357,6 @@ def _halved(w: Any) -> Any:
 
 def _made(last: Waiting) -> Any:
     """A product, [R, O] or in the shape of its residual."""
-    if last.args.way.name == "folded":
-        y = _folded(last.args)
-        return y if last.args.residual is None else y + _value(last.args.residual)
     from pallas_kernels.decode_matmul import decode_chain
 
     chain = _chain(last)
@@ -395,15 +379,3 @@ def _made(last: Waiting) -> Any:
     for waiting, array in zip(chain, before, strict=False):
         waiting.made = array
     return y
-
-
-def _folded(args: Product) -> Any:
-    """One row's product of a norm: rstd * (W (x * weight)), so that the norm is no array of its own
-    and XLA makes one fusion of its weight and the product."""
-    if args.norm is None or args.residual is not None:
-        return args.plain()
-    _, scale, static = args.norm.args
-    wide = _value(args.source).reshape(args.x.shape).astype(jnp.float32)
-    rstd = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + static["eps"])
-    y = jnp.sum(wide * scale.astype(jnp.float32)[None] * args.w.astype(jnp.float32), axis=1)
-    return (y[None] * rstd).astype(args.out_dtype)

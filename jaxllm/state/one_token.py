@@ -17,10 +17,7 @@ from jaxllm.state.dense import DenseKV
 from jaxllm.state.step import Step, sequence_lengths
 from pallas_kernels.target import target
 
-__all__ = ["AUTO_HEADS", "attend_token", "obstacle"]
-
-AUTO_HEADS = 0
-"""Up to how many key heads of all sequences `auto` takes the kernel."""
+__all__ = ["attend_token", "obstacle"]
 
 
 def _of_op(op: Attention) -> str | None:
@@ -54,10 +51,11 @@ def obstacle(
         return "it takes one token a sequence after those of a dense state"
     if step.segment_ids is not None or step.lengths is not None or step.marks is not None:
         return "it takes whole sequences"
-    platform, by_name = target(), policy.attention == "mosaic_gpu"
-    few = state.k.shape[0] * op.kv_heads <= AUTO_HEADS and platform == "gpu"
-    if not by_name and (policy.attention != "auto" or not few):
-        return "it is taken by name, or by auto for few heads on a CUDA device"
+    platform = target()
+    if policy.attention not in ("auto", "mosaic_gpu"):
+        return "another implementation is named"
+    if platform == "interpreter" and policy.attention == "auto":
+        return "the interpreter runs kernels by name only"
     if not jax.sharding.get_abstract_mesh().empty:
         return "it runs on one device"
     if platform not in ("gpu", "interpreter"):
@@ -68,7 +66,8 @@ def obstacle(
         return "it takes a cache of the queries' dtype"
     from pallas_kernels.decode_attention import unfit  # Pallas takes a third of a second to import
 
-    return unfit("mosaic_gpu", dtype=str(q.dtype), width=q.shape[3], group=op.heads // op.kv_heads)
+    facts = {"dtype": str(q.dtype), "width": q.shape[3], "group": op.heads // op.kv_heads}
+    return unfit("mosaic_gpu", slots=state.k.shape[1], **facts)
 
 
 def attend_token(

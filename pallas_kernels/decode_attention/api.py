@@ -21,6 +21,7 @@ def unfit(
     dtype: str,
     width: int,
     group: int,
+    slots: int,
     platform: str | None = None,
 ) -> str | None:
     """Why an implementation cannot serve a kind of call, or None: what can be said without arrays.
@@ -30,6 +31,7 @@ def unfit(
       dtype: of queries, keys and values.
       width: H, of a head.
       group: query heads of a key head.
+      slots: S.
       platform: of `pallas_kernels.target`; by default what is traced for.
     """
     if implementation == "reference":
@@ -45,6 +47,8 @@ def unfit(
         return f"it takes heads of 64 or 128, not {width}"
     if group > MOST_GROUP:
         return f"it takes up to {MOST_GROUP} query heads of a key head, not {group}"
+    if slots % 8:  # which a copy's rows are
+        return f"it takes caches of a multiple of 8 slots, not {slots}"
     return not_hopper(platform)
 
 
@@ -71,7 +75,8 @@ def explain(qkv, k, *, heads: int, implementation: str = "auto") -> Choice:
     Raises:
       UnsupportedError: as `decode_attention`.
     """
-    facts = {"dtype": str(k.dtype), "width": k.shape[3], "group": heads // k.shape[2]}
+    _, slots, kv_heads, width = k.shape
+    facts = {"dtype": str(k.dtype), "width": width, "group": heads // kv_heads, "slots": slots}
 
     def obstacle(name: str) -> str | None:
         if name != "reference" and qkv.dtype != k.dtype:

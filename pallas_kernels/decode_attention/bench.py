@@ -1,9 +1,9 @@
 """python -m pallas_kernels.decode_attention.bench [part of a case's name …]: times every case.
 
 One JSON line a case and implementation: microseconds of all its kernels in a trace, without what
-starting them takes, and bytes of keys and values a second. The peers are what XLA makes of rotation
-and write with cuDNN's attention over the filled slots, and of the reference, in the same run. Caches
-are given away and rotated past the second cache.
+starting them takes, and bytes of keys and values a second. The peer is what XLA makes of rotation
+and write, with cuDNN's attention over the filled slots. Caches are given away and rotated past the
+second cache.
 """
 
 from __future__ import annotations

@@ -39,19 +39,18 @@ class Tiles:
       parts: programs of a cluster, which share a sequence's keys; a power of two up to 8.
     """
 
-    keys: int = 64
-    stages: int = 4
+    keys: int = 128
+    stages: int = 2
     parts: int = 1
 
 
 def tiles_for(programs: int, slots: int, processors: int) -> Tiles:
-    """As many parts as the processors take at once, each of a step or more."""
-    tiles = Tiles()
-    parts = 1
+    """As many parts as there are processors and steps of keys for, by measured times (NOTES.md)."""
+    tiles, parts = Tiles(), 1
     while (
         2 * parts <= _MOST_PARTS
-        and 2 * parts * programs <= 2 * processors
-        and 2 * parts * tiles.keys <= slots
+        and 2 * parts * programs <= processors
+        and parts * tiles.keys < slots
     ):
         parts *= 2
     return dataclasses.replace(tiles, parts=parts)

@@ -31,7 +31,7 @@ IMPLEMENTATIONS = ("mosaic_gpu", "reference")
 MOST_ROWS = 8
 _ROOM = 232_448 - 3_072  # bytes of shared memory less what barriers and sums of warps take
 _ROW = 3_584  # bytes of a row's scale, sums and what is added
-_MOST_STAGES = 24  # of packed weights
+_MOST_STAGES = 8  # of packed weights: with more on their way, what is asked for next comes late
 _HELD = 150_000  # bytes of x and norms, which leave room for enough weights in flight
 
 
@@ -81,9 +81,7 @@ def tiles_for(rows: int, parts: tuple[Part, ...]) -> Tiles:
         width = math.gcd(most, *(part.inputs // fold for part in parts))
         scales = HIGH * (width // packed.group) * jnp.dtype(packed.scale).itemsize
         room, step = _ROOM - _ROW * rows - held, HIGH * width // 2 + scales
-        few = rows == 1 and packed.group == 128  # sums, so that registers suffice for three
-        stages, consumers = min(room // step, _MOST_STAGES), 3 if few else 2
-        return Tiles(width=width, stages=stages, consumers=consumers, woven=True)
+        return Tiles(width=width, stages=min(room // step, _MOST_STAGES), consumers=2, woven=True)
     in_place = held <= _HELD
     if not in_place:
         fold = next(n for n in (2, 4, 8) if rows * n % 8 == 0)

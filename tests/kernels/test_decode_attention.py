@@ -20,8 +20,8 @@ CASES = {
     "eight": (8, 1, 64, 192, (191,), {}),
     "window": (8, 4, 64, 256, (200, 30), {"window": 20}),
     "window of steps": (4, 2, 64, 320, (319, 128), {"window": 64}),
-    "soft-cap": (8, 4, 64, 100, (99,), {"softcap": 3.0}),
-    "past the end": (8, 4, 64, 100, (120, 99), {}),
+    "soft-cap": (8, 4, 64, 104, (103,), {"softcap": 3.0}),
+    "past the end": (8, 4, 64, 104, (120, 103), {}),
     "many steps": (1, 1, 64, 448, (440,), {}),
 }
 
@@ -133,7 +133,7 @@ def test_it_lowers_for_hopper_and_writes_in_place(width, heads, keys, parts):
 
 @pytest.mark.parametrize(
     ("programs", "slots", "parts"),
-    [(8, 704, 8), (8, 256, 4), (8, 64, 1), (64, 4096, 4), (256, 4096, 1), (1, 100, 1)],
+    [(8, 704, 8), (8, 256, 2), (8, 128, 1), (16, 8192, 8), (64, 4096, 2), (256, 4096, 1)],
 )
 def test_a_sequences_keys_are_shared_as_far_as_processors_and_steps_go(programs, slots, parts):
     assert tiles_for(programs, slots, 132).parts == parts
@@ -160,6 +160,7 @@ def test_calls_that_do_not_fit_are_refused():
         ({"dtype": "float32"}, "gpu", "it takes bfloat16 and float16, not float32"),
         ({"width": 96}, "gpu", "it takes heads of 64 or 128, not 96"),
         ({"heads": 18}, "gpu", "up to 8 query heads of a key head, not 9"),
+        ({"slots": 100}, "gpu", "caches of a multiple of 8 slots, not 100"),
         ({"cache": "float16"}, "gpu", "a cache of the queries' dtype, not float16 beside bfloat16"),
     ],
 )
@@ -167,7 +168,8 @@ def test_what_the_kernel_cannot_serve_is_said(change, platform, reason):
     heads, width = change.get("heads", 8), change.get("width", 64)
     dtype = change.get("dtype", "bfloat16")
     qkv = jax.ShapeDtypeStruct((1, heads + 4, width), dtype)
-    k = jax.ShapeDtypeStruct((1, 128, 2, width), change.get("cache", dtype))
+    cache = (1, change.get("slots", 128), 2, width)
+    k = jax.ShapeDtypeStruct(cache, change.get("cache", dtype))
     with targeting(platform):
         with pytest.raises(UnsupportedError, match=reason):
             explain(qkv, k, heads=heads, implementation="mosaic_gpu")
