@@ -149,11 +149,26 @@ class Kernel:
 
     def load(self, refs, smem, full, free):
         """The memory warpgroup's part: the weights of all products in one stream."""
+        if self.ahead:
+            name = self.x_name(self.parts[0])
+            self.bring(refs["x0"], smem[name], full[name], self.parts[0])
+            self.bring_norms(refs, smem, full)
         before = jnp.int32(0)
         for index, part in enumerate(self.parts):
             before = self.load_part(refs, smem, full, free, (index, part, before))
-        for slot in range(self.tiles.stages):
-            plgpu.barrier_wait(free.at[slot])
+        for slot in range(self.tiles.stages if self.interpret else 0):  # no barrier ends half-way
+            pl.when(slot < before)(lambda slot=slot: plgpu.barrier_wait(free.at[slot]))
+
+    @property
+    def ahead(self) -> bool:
+        """Whether rows and norms are asked for before weights, behind which they would wait."""
+        return self.tiles.held and not self.tiles.vector and not self.tiles.early
+
+    def bring_norms(self, refs, smem, full):
+        for index, part in enumerate(self.parts):
+            if part.eps is not None and not self.tiles.vector:
+                norm = f"norm{index}"
+                self.bring(refs[norm], smem[norm], full[norm], part)
 
     def load_part(self, refs, smem, full, free, at):
         (index, part, before), tiles, high = at, self.tiles, self.tiles.outputs
@@ -164,7 +179,7 @@ class Kernel:
             tile, k = lax.div(i, steps), lax.rem(i, steps)
             first = (begin + lax.div(tile, part.halves)) * high
             first += lax.rem(tile, part.halves) * part.outputs
-            plgpu.barrier_wait(free.at[slot])
+            pl.when(before + i >= tiles.stages)(lambda: plgpu.barrier_wait(free.at[slot]))
             for c in range(tiles.fold):
                 start = (k * tiles.fold + c) if tiles.woven else c * steps + k
                 deep = pl.ds(start * tiles.width, tiles.width)
@@ -189,16 +204,8 @@ class Kernel:
     def compute(self, refs, smem, full, free):
         """A multiplying warpgroup's part."""
         wg = lax.axis_index("wg")
-        for slot in range(self.tiles.stages):
-            plgpu.barrier_arrive(free.at[slot])
-
-        @pl.when(wg == 0)
-        def _():
-            for index, part in enumerate(self.parts):
-                if part.eps is not None and not self.tiles.vector:
-                    norm = f"norm{index}"
-                    self.bring(refs[norm], smem[norm], full[norm], part)
-
+        if not self.ahead:
+            pl.when(wg == 0)(lambda: self.bring_norms(refs, smem, full))
         if self.tiles.early and not self.interpret:
             plgpu.griddepcontrol_wait()
             plgpu.griddepcontrol_launch_dependents()
@@ -234,7 +241,8 @@ class Kernel:
             scales = self.copied(refs, held, index, part)
         elif self.tiles.held:
             ready = full[self.x_name(part)]
-            self.bring(source, held, ready, part)
+            if index or not self.ahead:
+                self.bring(source, held, ready, part)
             plgpu.barrier_wait(ready)
             if part.eps is not None:
                 plgpu.barrier_wait(full[f"norm{index}"])
