@@ -1,7 +1,8 @@
-"""One new token of each sequence through a dense state: rope, write and attention as one kernel."""
+"""One new token of each sequence: rope, write and attention as one kernel."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -11,9 +12,11 @@ from jaxtyping import Array, Float
 from jaxllm.core.choices import took
 from jaxllm.core.policy import Policy
 from jaxllm.ops.flash import band
+from jaxllm.ops.flat import query_blocks
 from jaxllm.ops.rope import rope_turns
 from jaxllm.spec.ops import Attention
 from jaxllm.state.dense import DenseKV
+from jaxllm.state.paged import PagedKV, pages_of
 from jaxllm.state.step import Step, sequence_lengths
 from pallas_kernels.target import target
 
@@ -35,6 +38,19 @@ def _of_op(op: Attention) -> str | None:
     return None if sides is not None and sides[1] == 0 else "it takes causal masks and windows"
 
 
+def _of_step(state: Any, q: Array, step: Step) -> str | None:
+    """What a step has that the kernel does not, or None."""
+    if isinstance(state, PagedKV):
+        if step.flat is None or step.flat.longest > 1:
+            return "it takes one token a sequence"
+        return None if state.scales is None else "it takes no pages of 8 bits"
+    if not isinstance(state, DenseKV) or q.shape[1] != 1 or step.fresh:
+        return "it takes one token a sequence after those of a dense state or of pages"
+    if step.segment_ids is not None or step.lengths is not None or step.marks is not None:
+        return "it takes whole sequences"
+    return None
+
+
 def obstacle(
     state: Any, q: Float[Array, "B T N H"], *, step: Step, op: Attention, policy: Policy
 ) -> str | None:
@@ -47,10 +63,8 @@ def obstacle(
       op: the attention.
       policy: how it runs; its `attention` is `auto` or `mosaic_gpu` where it is.
     """
-    if not isinstance(state, DenseKV) or q.shape[1] != 1 or step.fresh:
-        return "it takes one token a sequence after those of a dense state"
-    if step.segment_ids is not None or step.lengths is not None or step.marks is not None:
-        return "it takes whole sequences"
+    if (reason := _of_step(state, q, step)) is not None:
+        return reason
     platform = target()
     if policy.attention not in ("auto", "mosaic_gpu"):
         return "another implementation is named"
@@ -66,22 +80,23 @@ def obstacle(
         return "it takes a cache of the queries' dtype"
     from pallas_kernels.decode_attention import unfit  # Pallas takes a third of a second to import
 
-    facts = {"dtype": str(q.dtype), "width": q.shape[3], "group": op.heads // op.kv_heads}
-    return unfit("mosaic_gpu", slots=state.k.shape[1], **facts)
+    facts: dict[str, Any] = {"width": q.shape[3], "group": op.heads // op.kv_heads}
+    facts |= {"page" if isinstance(state, PagedKV) else "slots": state.k.shape[1]}
+    return unfit("mosaic_gpu", dtype=str(q.dtype), **facts)
 
 
 def attend_token(
-    state: DenseKV,
-    qkv: tuple[Float[Array, "B 1 N H"], Float[Array, "B 1 K H"], Float[Array, "B 1 K H"]],
+    state: DenseKV | PagedKV,
+    qkv: tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]],
     *,
     step: Step,
     op: Attention,
-) -> tuple[Float[Array, "B 1 N H"], DenseKV]:
+) -> tuple[Float[Array, "B T N H"], DenseKV | PagedKV]:
     """Rotate, remember and attend, as `apply_rope` and `attend` do it, in one kernel.
 
     Args:
       state: keys and values so far.
-      qkv: of the new tokens, not rotated.
+      qkv: of the new tokens, not rotated: [B, 1] of a dense state, [1, B] of pages.
       step: where the tokens stand.
       op: the attention; `obstacle` said None.
 
@@ -93,18 +108,25 @@ def attend_token(
     sides = band(op.mask)
     assert sides is not None
     problem = Problem(heads=op.heads, scale=op.query_scale, window=sides[0], softcap=op.softcap)
-    turns = None
+    lead, rows = qkv[0].shape[:2], qkv[0].shape[0] * qkv[0].shape[1]
+    flat = lambda x: jnp.reshape(x, (rows, *x.shape[2:]))  # noqa: E731
+    turns, pages, positions = None, None, flat(step.positions)
     if op.rope is not None:
         lengths = sequence_lengths(step) if op.rope.follows_length else None
-        turns = rope_turns(op.head_dim, step.positions, op.rope, lengths=lengths)[:, 0]
+        turns = flat(rope_turns(op.head_dim, step.positions, op.rope, lengths=lengths))
+    if isinstance(state, PagedKV):
+        table, owners = pages_of(step, op.mask)
+        pages = (jnp.asarray(table.pages), jnp.asarray(table.firsts))
+        positions = query_blocks(owners, rows).starts
     took("attention", "decode_attention")
     out, k, v = decode_attention(
-        jnp.concatenate(qkv, axis=2)[:, 0],
+        flat(jnp.concatenate(qkv, axis=2)),
         jnp.asarray(state.k),
         jnp.asarray(state.v),
-        step.positions[:, 0],
+        positions,
         problem=problem,
         turns=turns,
+        pages=pages,
         implementation="mosaic_gpu",
     )
-    return out[:, None], DenseKV(k, v)
+    return out.reshape(*lead, *out.shape[1:]), dataclasses.replace(state, k=k, v=v)

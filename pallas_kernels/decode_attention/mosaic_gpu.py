@@ -2,6 +2,8 @@
 # pyright: reportPrivateImportUsage=false, reportAbstractUsage=false, reportIndexIssue=false, reportAttributeAccessIssue=false, reportCallIssue=false
 """One new token a sequence on Hopper: its rotation, its place in the cache, and what it sees.
 
+A dense cache is one page a sequence; pages of a pool are found in a table.
+
 A cluster of up to eight programs of one warpgroup shares a sequence's keys of one head, 64 of them
 at a time in turns; its first program adds their sums up, which it reads from their shared memory.
 Keys are the rows of a product and queries its columns. The new key never lies in a tile: its
@@ -61,24 +63,31 @@ class Kernel:
     """One compiled kernel.
 
     Attributes:
-      cache: B, S, K, H.
+      pool: pages, tokens a page, K and H; a dense cache is a page a sequence.
+      table: columns of the table of pages; None for a dense cache.
       rotates: whether queries and keys are turned.
     """
 
     problem: Problem
-    cache: tuple[int, int, int, int]
+    pool: tuple[int, int, int, int]
+    table: int | None
     dtype: jnp.dtype
     rotates: bool
     tiles: Tiles
     interpret: bool
 
     @property
+    def unit(self) -> int:
+        """Keys that come in one copy."""
+        return self.tiles.keys if self.table is None else min(self.tiles.keys, self.pool[1])
+
+    @property
     def width(self) -> int:
-        return self.cache[3]
+        return self.pool[3]
 
     @property
     def group(self) -> int:
-        return self.problem.heads // self.cache[2]
+        return self.problem.heads // self.pool[2]
 
     @property
     def asks(self) -> list[pl.Slice]:
@@ -86,7 +95,7 @@ class Kernel:
 
         A copy to eight rows wants an array of whole eights.
         """
-        whole = self.group < COLUMNS or (self.problem.heads + 2 * self.cache[2]) % COLUMNS == 0
+        whole = self.group < COLUMNS or (self.problem.heads + 2 * self.pool[2]) % COLUMNS == 0
         many = self.group if whole else 1
         return [pl.ds(first, many) for first in range(0, self.group, many)]
 
@@ -112,50 +121,45 @@ class Kernel:
         pl.run_scoped(
             lambda smem, full, asked: self.program(refs, smem, full, asked),
             self.held(),
-            plgpu.Barrier(num_arrivals=2, num_barriers=self.tiles.stages),
+            plgpu.Barrier(
+                num_arrivals=2 * (self.tiles.keys // self.unit), num_barriers=self.tiles.stages
+            ),
             plgpu.Barrier(num_arrivals=2 + len(self.asks)),
         )
 
     def program(self, refs, smem, full, asked):
         index, (keys, stages, parts) = lax.axis_index("cta"), dataclasses.astuple(self.tiles)
-        at = lax.div(index, self.cache[2]), lax.rem(index, self.cache[2])
+        at = lax.div(index, self.pool[2]), lax.rem(index, self.pool[2])
         part = lax.axis_index("part") if parts > 1 else jnp.int32(0)
         self.ask(refs, smem, asked, at)
         position = refs["positions"][at[0]]
-        # Past the last slot nothing is written, and the last keys are those of all slots.
-        end = jnp.minimum(position, self.cache[1] - 1)
-        first = jnp.int32(0)
-        if self.problem.window is not None:
-            first = lax.div(jnp.maximum(position - self.problem.window, 0), keys)
-        last = lax.div(end, keys)  # the step of the new token
-        mine = lax.div(jnp.maximum(last - first - part + parts, 0), parts)
+        base, end = self.bounds(refs, at[0], position)
+        steps = jnp.maximum(lax.div(end - base + keys, keys), 0)
+        mine = lax.div(jnp.maximum(steps - part + (parts - 1), 0), parts)
+        begin_of = lambda i: base + (part + i * parts) * keys  # noqa: E731
 
         def bring(i, slot):
-            begin = (first + part + i * parts) * keys
-            for name in ("k", "v"):
-                theirs = refs[name].at[at[0], pl.ds(begin, keys), at[1]]
-                plgpu.copy_gmem_to_smem(theirs, smem[name].at[slot], full.at[slot])
+            """A part's step i, begun; behind the last key any page will do."""
+            places = [self.place(refs, at[0], begin_of(i) + n) for n in range(0, keys, self.unit)]
+
+            def copies():
+                for n, (page, first) in enumerate(places):
+                    own = pl.ds(n * self.unit, self.unit)
+                    for name in ("k", "v"):
+                        theirs = refs[name].at[page, pl.ds(first, self.unit), at[1]]
+                        plgpu.copy_gmem_to_smem(theirs, smem[name].at[slot, own], full.at[slot])
+
+            pl.when(i < mine)(copies)
 
         for slot in range(stages):
-
-            @pl.when(slot < mine)
-            def _(slot=slot):
-                bring(slot, slot)
-
+            bring(slot, slot)
         plgpu.barrier_wait(asked)
         score = self.prepare(refs, smem, at)
-        holds = lax.rem(last - first, parts) == part
-
-        @pl.when(holds & (position < self.cache[1]))
-        def _():
-            for side, name in enumerate(("k", "v")):
-                target = refs[name].at[at[0], position, at[1]]
-                plgpu.copy_smem_to_gmem(smem["new"].at[side], target, commit_group=False)
-            plgpu.commit_smem_to_gmem_group()
+        holds = (steps > 0) & (lax.rem(steps - 1, parts) == part)
+        pl.when(holds & (end == position))(lambda: self.remember(refs, smem, at, position))
 
         def step(i, carry):
-            slot = lax.rem(i, stages)
-            begin = (first + part + i * parts) * keys
+            slot, begin = lax.rem(i, stages), begin_of(i)
             plgpu.barrier_wait(full.at[slot])
 
             @pl.when(begin + keys > end)
@@ -163,20 +167,42 @@ class Kernel:
                 self.patch(smem, slot, position - begin)
 
             carry = self.fold(smem, slot, (begin, position, end), score, carry)
-
-            @pl.when(i + stages < mine)
-            def _():
-                bring(i + stages, slot)
-
+            bring(i + stages, slot)
             return carry
 
         found = lax.fori_loop(0, mine, step, self.nothing())
         self.hand_out(refs, smem, found, (*at, part))
 
+    def bounds(self, refs, row, position):
+        """Places of the first key that is brought, and of the last: that of the new token, or of a
+        dense cache's last slot."""
+        base = jnp.int32(0)
+        if self.problem.window is not None:
+            base = lax.div(jnp.maximum(position - self.problem.window, 0), self.unit) * self.unit
+        if self.table is None:
+            return base, jnp.minimum(position, self.pool[1] - 1)
+        return jnp.maximum(base, refs["firsts"][row] * self.pool[1]), position
+
+    def place(self, refs, row, token):
+        """(page, place in it) of a token of a sequence."""
+        if self.table is None:
+            return row, token
+        column = lax.div(token, self.pool[1]) - refs["firsts"][row]
+        page = refs["table"][row, jnp.clip(column, 0, self.table - 1)]
+        return jnp.clip(page, 0, self.pool[0] - 1), lax.rem(token, self.pool[1])
+
+    def remember(self, refs, smem, at, position):
+        """Writes the new key and value."""
+        page, place = self.place(refs, at[0], position)
+        for side, name in enumerate(("k", "v")):
+            target = refs[name].at[page, place, at[1]]
+            plgpu.copy_smem_to_gmem(smem["new"].at[side], target, commit_group=False)
+        plgpu.commit_smem_to_gmem_group()
+
     def ask(self, refs, smem, asked, at):
         """Brings a group's queries and the new key and value."""
         row, head = at
-        heads, kv_heads = self.problem.heads, self.cache[2]
+        heads, kv_heads = self.problem.heads, self.pool[2]
         for some in self.asks:
             own = pl.ds(head * self.group + some.start, some.size)
             plgpu.copy_gmem_to_smem(refs["qkv"].at[row, own], smem["asked"].at[some], asked)
@@ -294,7 +320,7 @@ class Kernel:
                 highest = jnp.maximum(highest, other)
             sums, totals = jnp.zeros_like(out), jnp.zeros_like(total)
             for i, own in zip(others, peaks, strict=True):
-                decay = jnp.exp2(own - highest)
+                decay = jnp.where(own == -jnp.inf, 0.0, jnp.exp2(own - highest))
                 theirs = (plgpu.cluster_ref(smem[name], {"part": i}) for name in ("sums", "total"))
                 sum_, total_ = next(theirs), next(theirs)
                 totals = totals + self.load(total_, COLUMN) * decay
@@ -306,8 +332,9 @@ class Kernel:
         plgpu.wait_smem_to_gmem(0)
 
     def write(self, refs, smem, sums, total, at):
-        """The result of all keys; the new token sees itself, so that no total is 0."""
-        smem["out"].T[...] = (sums * along(1.0 / total, sums.shape, 1)).astype(self.dtype)
+        """The result of all keys; zeros where there are none."""
+        share = jnp.where(total > 0.0, 1.0 / total, 0.0)
+        smem["out"].T[...] = (sums * along(share, sums.shape, 1)).astype(self.dtype)
         plgpu.commit_smem()
         target = refs["out"].at[at[0], pl.ds(at[1] * self.group, self.group)]
         plgpu.copy_smem_to_gmem(smem["out"].at[pl.ds(0, self.group)], target)
@@ -331,15 +358,18 @@ def attend(
     v: jax.Array,
     positions: jax.Array,
     turns: jax.Array | None,
+    pages: tuple[jax.Array, jax.Array] | None = None,
     *,
     problem: Problem,
     tiles: Tiles,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """See `decode_attention`; any tiles will do."""
+    rows = qkv.shape[0]
     kernel = Kernel(
         problem=problem,
-        cache=k.shape,
+        pool=k.shape,
+        table=None if pages is None else pages[0].shape[1],
         dtype=jnp.dtype(k.dtype),
         rotates=turns is not None,
         tiles=tiles,
@@ -348,6 +378,7 @@ def attend(
     caches = {"k": jax.new_ref(k), "v": jax.new_ref(v)}
     inputs = {"qkv": qkv, "positions": positions}
     inputs |= {} if turns is None else {"turns": turns}
+    inputs |= {} if pages is None else dict(zip(("table", "firsts"), pages, strict=True))
 
     def body(*refs):
         kernel.body(dict(zip((*inputs, "out"), refs, strict=True)) | caches)
@@ -355,8 +386,8 @@ def attend(
     cluster = {"cluster": (tiles.parts,), "cluster_names": ("part",)} if tiles.parts > 1 else {}
     out = plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((k.shape[0], problem.heads, k.shape[3]), qkv.dtype),
-        grid=(k.shape[0] * k.shape[2],),
+        out_type=jax.ShapeDtypeStruct((rows, problem.heads, k.shape[3]), qkv.dtype),
+        grid=(rows * k.shape[2],),
         grid_names=("cta",),
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=1024),
         kernel_name="decode_attention",

@@ -19,16 +19,42 @@ def turned(x: jax.Array, turns: jax.Array | None) -> jax.Array:
     return (wide * turns[:, :1] + swapped * turns[:, 1:]).astype(x.dtype)
 
 
+def _paged(qkv, k, v, positions, turns, pages, *, problem: Problem):
+    """By way of a dense cache of all columns of the table."""
+    table, firsts = pages
+    count, size, kv_heads, width = k.shape
+    dense = [
+        jnp.take(x, table, axis=0, mode="clip").reshape(table.shape[0], -1, kv_heads, width)
+        for x in (k, v)
+    ]
+    offset = firsts * size
+    used = positions >= 0
+    places = jnp.where(used, positions - offset, 0)
+    out, *dense = reference(qkv, *dense, places, turns, problem=problem)
+    out = jnp.where(used[:, None, None], out, jnp.zeros_like(out))
+    rows = jnp.arange(table.shape[0])
+    column = jnp.clip(places // size, 0, table.shape[1] - 1)
+    page = jnp.where(used, table[rows, column], count)
+    k, v = (
+        pool.at[page, places % size].set(new[rows, places], mode="drop")
+        for pool, new in zip((k, v), dense, strict=True)
+    )
+    return out, k, v
+
+
 def reference(
     qkv: jax.Array,
     k: jax.Array,
     v: jax.Array,
     positions: jax.Array,
     turns: jax.Array | None,
+    pages: tuple[jax.Array, jax.Array] | None = None,
     *,
     problem: Problem,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """See `decode_attention`."""
+    if pages is not None:
+        return _paged(qkv, k, v, positions, turns, pages, problem=problem)
     heads, kv_heads = problem.heads, k.shape[2]
     q, new_k, new_v = jnp.split(qkv, (heads, heads + kv_heads), axis=1)
     q, new_k = turned(q, turns), turned(new_k, turns)

@@ -9,9 +9,12 @@ import pytest
 
 from jaxllm.core.choices import taken
 from jaxllm.core.mesh import make_mesh
+from jaxllm.core.tree import single_segments
 from jaxllm.infer.open import run_policy, run_segments
 from jaxllm.infer.programs import Setup
 from jaxllm.nn import api
+from jaxllm.ops.flat import Flat
+from jaxllm.ops.pages import PageTable
 from jaxllm.ops.rope import apply_rope, rope_turns
 from jaxllm.spec.mask import Full, Window
 from jaxllm.spec.model import Head
@@ -19,7 +22,8 @@ from jaxllm.spec.ops import MLP, QKNorm, Temperature
 from jaxllm.spec.rope import LongRopeScaling, Rope, YarnScaling
 from jaxllm.state.dense import DenseKV
 from jaxllm.state.one_token import obstacle
-from jaxllm.state.step import dense_step
+from jaxllm.state.paged import PagedKV, groups, paged_state
+from jaxllm.state.step import dense_step, flat_step
 from pallas_kernels.decode_attention.reference import turned
 from pallas_kernels.target import targeting
 from tests.contracts.specs import heads, model, pre
@@ -80,6 +84,61 @@ def test_steps_are_the_models(name, rows):
     for one, two in zip(jax.tree.leaves(state), jax.tree.leaves(other), strict=True):
         one, two = (np.asarray(x, np.float32) for x in (one, two))
         np.testing.assert_allclose(two, one, atol=0.02, rtol=0.02)
+
+
+def paged(setup, params, policy, tokens: int):
+    """Logits [T, 2, V] of steps of two sequences and a row that is not used, and their pages."""
+    (group,) = groups(setup.spec)
+    table = PageTable(jnp.asarray([[5, 2, 9], [9, 9, 9], [0, 7, 3]]), jnp.zeros(3, jnp.int32))
+    shapes = paged_state(
+        setup.spec, {group: 9}, 3, page_size=16, dtype=jnp.bfloat16, segments=setup.segments
+    )
+    state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+    @jax.jit
+    def step(ids, starts, state):
+        flat = Flat(jnp.asarray([1, 0, 1]), starts, jnp.asarray([0, 3, 1]), 1)
+        hidden, state, _ = api.apply(
+            setup.spec, params, ids, flat_step(flat, 3, {group: table}), state, policy=policy
+        )
+        return api.unembed(setup.spec, params, hidden, policy=policy), state
+
+    found = []
+    for i in range(tokens):
+        ids = jnp.asarray([[i % 64, 63, 5 * i % 64]])
+        logits, state = step(ids, jnp.asarray([i, 0, 28 + i]), state)
+        found.append(np.asarray(logits, np.float32)[0, ::2])
+    return np.stack(found), state
+
+
+@pytest.mark.parametrize("name", ["plain", "window", "norms"])
+def test_steps_over_pages_are_the_models(name):
+    setup, params = setup_of(OPS[name])
+    wanted, state = paged(setup, params, POLICY, 6)
+    with targeting("interpreter"), taken() as heard:
+        found, other = paged(setup, params, BY_NAME, 6)
+    assert heard["attention"] == {"decode_attention"} and "paged attention" not in heard
+    assert np.abs(found - wanted).max() < 0.02 * np.abs(wanted).max()
+    for one, two in zip(jax.tree.leaves(state), jax.tree.leaves(other), strict=True):
+        one, two = (np.asarray(x, np.float32) for x in (one, two))
+        np.testing.assert_allclose(two, one, atol=0.02, rtol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("longest", "kv_dtype", "page", "reason"),
+    [(2, "auto", 16, "one token"), (1, "int8", 16, "no pages of 8 bits"), (1, "auto", 8, "not 8")],
+)
+def test_steps_over_pages_that_it_cannot_serve_go_op_by_op(longest, kv_dtype, page, reason):
+    spec = setup_of(HEADS)[0].spec
+    how = {"page_size": page, "dtype": jnp.bfloat16, "kv_dtype": kv_dtype}
+    shapes = paged_state(spec, {"all": 4}, 2, segments=single_segments(2), **how)
+    held = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    state = jax.tree.leaves(held, is_leaf=lambda x: isinstance(x, PagedKV))[0]
+    flat = Flat(jnp.ones(2, jnp.int32), jnp.zeros(2, jnp.int32), jnp.arange(2), longest)
+    q = jnp.zeros((1, 2, 4, 64), jnp.bfloat16)
+    with targeting("interpreter"):
+        said = obstacle(state, q, step=flat_step(flat, 2), op=HEADS, policy=BY_NAME)
+    assert reason in said
 
 
 @pytest.mark.parametrize("rope", [Rope(), OPS["yarn"].rope])

@@ -7,7 +7,15 @@ import numpy as np
 import pytest
 
 from pallas_kernels.decode_attention.mosaic_gpu import Tiles, attend
-from tests.kernels.test_decode_attention import CASES, check, draw, exact
+from tests.kernels.test_decode_attention import (
+    CASES,
+    PAGES,
+    check,
+    check_pages,
+    draw,
+    draw_pages,
+    exact,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -32,3 +40,14 @@ def test_parts_of_a_cluster_find_what_is_exact_and_the_same_twice(case, keys, pa
     for one, other in zip(found, again, strict=True):
         one, other = (np.asarray(x, np.float32) for x in (one, other))
         np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize(("keys", "parts"), [(64, 1), (128, 1), (128, 2), (128, 8)])
+@pytest.mark.parametrize("case", PAGES)
+def test_pages_are_read_and_written_where_the_table_says(case, keys, parts):
+    arrays, turns, pages, problem = draw_pages(case)
+    tiles = Tiles(keys=keys, stages=2, parts=parts)
+    call = jax.jit(functools.partial(attend, problem=problem, tiles=tiles))
+    found, again = call(*arrays, turns, pages), call(*arrays, turns, pages)
+    check_pages(found, arrays, turns, pages, problem)
+    np.testing.assert_array_equal(*(np.asarray(x[0], np.float32) for x in (found, again)))

@@ -102,6 +102,79 @@ def test_steps_of_any_size_find_the_same(case, keys):
     )
 
 
+# (tokens a page, places of the new tokens, first pages, window); -1 is no token.
+PAGES = {
+    "pages of 64": (64, (70, -1, 128), (0, 0, 0), None),
+    "pages of 16": (16, (70, 5, 31), (0, 0, 0), None),
+    "pages of 128": (128, (300,), (0,), None),
+    "window": (64, (300, 200), (2, 1), 100),
+    "window, pages of 32": (32, (300, 64, -1), (6, 0, 0), 100),
+}
+
+
+def draw_pages(case, columns=8):
+    """(qkv, pools, positions), turns, table and problem of a case of pages in no order. What holds
+    no token is NaN, and pages past a sequence's end have numbers that there are none of."""
+    size, positions, firsts, window = PAGES[case]
+    rows = len(positions)
+    count, rng = rows * columns + 3, np.random.default_rng(0)
+    options = {} if window is None else {"window": window}
+    dense = (8, 2, 64, columns * size, positions, options)
+    (qkv, *_, places), turns, problem = draw(dense, nan=False)
+    table = rng.permutation(count)[: rows * columns].reshape(rows, columns).astype(np.int32)
+    live = np.zeros((count, size), bool)
+    for row, (end, first) in enumerate(zip(positions, firsts, strict=True)):
+        for token in range(first * size, end):
+            live[table[row, token // size - first], token % size] = True
+        for column in range(columns):
+            if (column + first) * size > max(end, 0):
+                table[row, column] = count + 7 if column % 2 else -3
+    keys = jax.random.split(jax.random.key(5))
+    pools = (
+        jnp.where(live[..., None, None], jax.random.normal(key, (count, size, 2, 64)), jnp.nan)
+        for key in keys
+    )
+    pages = (jnp.asarray(table), jnp.asarray(firsts, jnp.int32))
+    return (qkv, *(pool.astype(jnp.bfloat16) for pool in pools), places), turns, pages, problem
+
+
+def check_pages(found, arrays, turns, pages, problem):
+    """Each row as a dense cache of its own pages; pools to the last bit."""
+    qkv, k, v, places = arrays
+    table, firsts = (np.asarray(x) for x in pages)
+    size, pools = k.shape[1], [np.asarray(x, np.float64) for x in (k, v)]
+    for row, place in enumerate(np.asarray(places)):
+        if place < 0:
+            np.testing.assert_array_equal(np.asarray(found[0][row], np.float32), 0.0)
+            continue
+        offset = firsts[row] * size
+        own = np.clip(table[row], 0, len(k) - 1)
+        dense = (jnp.asarray(pool[own].reshape(1, -1, *k.shape[2:]), k.dtype) for pool in pools)
+        alone = (qkv[row : row + 1], *dense, places[row : row + 1] - offset)
+        out, *_ = exact(alone, None if turns is None else turns[row : row + 1], problem)
+        np.testing.assert_allclose(
+            np.asarray(found[0][row], np.float64), out[0], atol=0.012, rtol=0.012
+        )
+    with targeting("cpu"):
+        wanted = decode_attention(
+            *arrays, problem=problem, turns=turns, pages=pages, implementation="reference"
+        )
+    for pool, true in zip(found[1:], wanted[1:], strict=True):
+        pool, true = (np.asarray(x, np.float32) for x in (pool, true))
+        np.testing.assert_array_equal(pool, true)
+
+
+@pytest.mark.parametrize("implementation", ["mosaic_gpu", "reference"])
+@pytest.mark.parametrize("case", PAGES)
+def test_pages_are_read_and_written_where_the_table_says(case, implementation):
+    arrays, turns, pages, problem = draw_pages(case)
+    with targeting("interpreter"):
+        options = {"problem": problem, "implementation": implementation}
+        call = jax.jit(lambda a, t, p: decode_attention(*a, turns=t, pages=p, **options))
+        found = call(arrays, turns, pages)
+    check_pages(found, arrays, turns, pages, problem)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_without_turns_nothing_is_rotated(dtype):
     arrays, _, problem = draw(CASES["wide"], turns=False, dtype=dtype)
@@ -150,6 +223,10 @@ def test_calls_that_do_not_fit_are_refused():
         call(qkv, k, v, positions.astype(jnp.float32))
     with pytest.raises(ShapeError, match=r"turns are \[B, 2, H\]"):
         call(qkv, k, v, positions, turns=turns[:, :1])
+    with pytest.raises(ShapeError, match="k and v alike"):
+        call(qkv, k[:1], v[:1], positions)
+    with pytest.raises(ShapeError, match=r"a table \[B, W\] and firsts \[B\] of 2 rows"):
+        call(qkv, k, v, positions, pages=(jnp.zeros((2, 3), jnp.int32), jnp.zeros(3, jnp.int32)))
 
 
 @pytest.mark.parametrize(
@@ -160,6 +237,7 @@ def test_calls_that_do_not_fit_are_refused():
         ({"dtype": "float32"}, "gpu", "it takes bfloat16 and float16, not float32"),
         ({"width": 96}, "gpu", "it takes heads of 64 or 128, not 96"),
         ({"heads": 18}, "gpu", "up to 8 query heads of a key head, not 9"),
+        ({"slots": 8, "paged": True}, "gpu", "pages of 16, 32, 64 or 128 tokens, not 8"),
         ({"slots": 100}, "gpu", "caches of a multiple of 8 slots, not 100"),
         ({"cache": "float16"}, "gpu", "a cache of the queries' dtype, not float16 beside bfloat16"),
     ],
@@ -168,9 +246,9 @@ def test_what_the_kernel_cannot_serve_is_said(change, platform, reason):
     heads, width = change.get("heads", 8), change.get("width", 64)
     dtype = change.get("dtype", "bfloat16")
     qkv = jax.ShapeDtypeStruct((1, heads + 4, width), dtype)
-    cache = (1, change.get("slots", 128), 2, width)
+    cache, paged = (1, change.get("slots", 128), 2, width), change.get("paged", False)
     k = jax.ShapeDtypeStruct(cache, change.get("cache", dtype))
     with targeting(platform):
         with pytest.raises(UnsupportedError, match=reason):
-            explain(qkv, k, heads=heads, implementation="mosaic_gpu")
-        assert explain(qkv, k, heads=heads).name == "reference"
+            explain(qkv, k, heads=heads, paged=paged, implementation="mosaic_gpu")
+        assert explain(qkv, k, heads=heads, paged=paged).name == "reference"
