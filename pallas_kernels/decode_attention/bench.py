@@ -9,12 +9,15 @@ second cache.
 from __future__ import annotations
 
 import collections
+import dataclasses
 import functools
 import glob
 import json
 import statistics
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,30 +26,30 @@ from pallas_kernels.decode_attention import Problem, decode_attention
 from pallas_kernels.decode_attention.reference import turned
 from pallas_kernels.decode_attention.shapes import CASES, Shaped
 
-__all__ = ["main"]
+__all__ = ["draw", "forms", "main"]
 
 _ROTATED = 200e6
 _MOST = 16  # caches
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _drawn(case: Shaped, key: jax.Array) -> tuple[jax.Array, ...]:
+    keys = jax.random.split(key, 4)
+    cache = (case.sequences, case.slots, case.kv_heads, case.width)
+    qkv = (case.sequences, case.heads + 2 * case.kv_heads, case.width)
+    qkv, k, v = (
+        jax.random.normal(at, shape, jnp.bfloat16)
+        for at, shape in zip(keys, (qkv, cache, cache), strict=False)
+    )
+    angles = 6.0 * jax.random.uniform(keys[3], (case.sequences, case.width // 2))
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    turns = jnp.stack([jnp.concatenate([cos, cos], -1), jnp.concatenate([-sin, sin], -1)], 1)
+    return qkv, k, v, jnp.full(case.sequences, case.position, jnp.int32), turns
+
+
 def draw(case: Shaped, seed: int = 0) -> tuple[jax.Array, ...]:
     """qkv, caches, positions and turns of a case."""
-
-    @jax.jit
-    def arrays(key):
-        keys = jax.random.split(key, 4)
-        cache = (case.sequences, case.slots, case.kv_heads, case.width)
-        qkv = (case.sequences, case.heads + 2 * case.kv_heads, case.width)
-        qkv, k, v = (
-            jax.random.normal(at, shape, jnp.bfloat16)
-            for at, shape in zip(keys, (qkv, cache, cache), strict=False)
-        )
-        angles = 6.0 * jax.random.uniform(keys[3], (case.sequences, case.width // 2))
-        cos, sin = jnp.cos(angles), jnp.sin(angles)
-        turns = jnp.stack([jnp.concatenate([cos, cos], -1), jnp.concatenate([-sin, sin], -1)], 1)
-        return qkv, k, v, jnp.full(case.sequences, case.position, jnp.int32), turns
-
-    return arrays(jax.random.key(seed))
+    return _drawn(case, jax.random.key(seed))
 
 
 def _cudnn(qkv, k, v, positions, turns, *, problem: Problem):
@@ -88,51 +91,68 @@ def _kernels(run, arguments) -> dict[str, list[float]]:
     return times
 
 
-def _timed(call, case: Shaped, copies: int) -> tuple[float, float]:
-    """(microseconds of a call's kernels, of its longest one), medians over rotated caches."""
-    given = [draw(case, seed) for seed in range(copies)]
+@dataclasses.dataclass(frozen=True)
+class _Programs:
+    """Compiled: a call alone, and calls of rotated caches that are given away."""
 
-    @functools.partial(jax.jit, donate_argnums=0)
-    def many(caches, rest):
-        out = []
-        for (k, v), (qkv, *others) in zip(caches, rest, strict=True):
-            found, k, v = call(qkv, k, v, *others)
-            out.append((found, (k, v)))
-        return [y for y, _ in out], [cache for _, cache in out]
+    alone: Any
+    many: Any
+    copies: int
 
-    caches, rest = [(k, v) for _, k, v, *_ in given], [(q, p, t) for q, _, _, p, t in given]
-    for _ in range(2):
-        _, caches = jax.block_until_ready(many(caches, rest))
-    times = _kernels(many, (caches, rest)).values()
-    whole = sum(statistics.median(each) * len(each) for each in times) / copies
-    return whole, max(map(statistics.median, times))
+    @classmethod
+    def of(cls, call, case: Shaped) -> _Programs:
+        copies = min(_MOST, max(2, int(-(-_ROTATED // case.nbytes))))
+        qkv, k, v, positions, turns = jax.eval_shape(functools.partial(draw, case))
+
+        def all_(caches, rest):
+            found = [call(q, *cache, *more) for cache, (q, *more) in zip(caches, rest, strict=True)]
+            return [y for y, *_ in found], [tuple(cache) for _, *cache in found]
+
+        alone = jax.jit(call).lower(qkv, k, v, positions, turns).compile()
+        caches, rest = [(k, v)] * copies, [(qkv, positions, turns)] * copies
+        return cls(alone, jax.jit(all_, donate_argnums=0).lower(caches, rest).compile(), copies)
+
+    def timed(self, case: Shaped) -> tuple[float, float]:
+        """(microseconds of a call's kernels, of its longest one), medians over rotated caches."""
+        given = [draw(case, seed) for seed in range(self.copies)]
+        caches, rest = [(k, v) for _, k, v, *_ in given], [(q, p, t) for q, _, _, p, t in given]
+        for _ in range(2):
+            _, caches = jax.block_until_ready(self.many(caches, rest))
+        times = _kernels(self.many, (caches, rest)).values()
+        whole = sum(statistics.median(each) * len(each) for each in times) / self.copies
+        return whole, max(map(statistics.median, times))
+
+
+def forms(case: Shaped) -> dict:
+    """What is timed, and the reference: functions of qkv, caches, positions and turns."""
+    problem = Problem(heads=case.heads, scale=case.width**-0.5)
+
+    def ours(implementation, qkv, k, v, positions, turns):
+        options = {"turns": turns, "implementation": implementation}
+        return decode_attention(qkv, k, v, positions, problem=problem, **options)
+
+    forms = {name: functools.partial(ours, name) for name in ("mosaic_gpu", "reference")}
+    return forms | {"cudnn": functools.partial(_cudnn, problem=problem)}
 
 
 def main(words: list[str]) -> None:
     """Times the cases whose name holds one of `words`, all without any."""
-    for name, case in CASES.items():
-        if words and not any(word in name for word in words):
-            continue
-        problem = Problem(heads=case.heads, scale=case.width**-0.5)
-        forms = {
-            which: functools.partial(decode_attention, problem=problem, implementation=which)
-            for which in ("mosaic_gpu", "reference")
+    cases = {n: c for n, c in CASES.items() if not words or any(word in n for word in words)}
+    with ThreadPoolExecutor(8) as pool:
+        programs = {
+            (name, form): pool.submit(_Programs.of, call, case)
+            for name, case in cases.items()
+            for form, call in forms(case).items()
         }
-        forms = {
-            which: lambda qkv, k, v, positions, turns, call=call: call(
-                qkv, k, v, positions, turns=turns
-            )
-            for which, call in forms.items()
-        }
-        forms["cudnn"] = functools.partial(_cudnn, problem=problem)
-        copies = min(_MOST, max(2, int(-(-_ROTATED // case.nbytes))))
-        exact = forms["reference"](*draw(case))[0].astype(jnp.float32)
-        for which in ("mosaic_gpu", "cudnn"):
-            line = {"case": name, "implementation": which}
+    for name, case in cases.items():
+        exact = programs[name, "reference"].result().alone(*draw(case))[0].astype(jnp.float32)
+        for form in ("mosaic_gpu", "cudnn"):
+            line = {"case": name, "implementation": form}
             try:
-                found = jax.jit(forms[which])(*draw(case))[0].astype(jnp.float32)
+                built = programs[name, form].result()
+                found = built.alone(*draw(case))[0].astype(jnp.float32)
                 error = float(jnp.max(jnp.abs(found - exact)) / jnp.max(jnp.abs(exact)))
-                whole, longest = _timed(forms[which], case, copies)
+                whole, longest = built.timed(case)
                 line |= {"us": round(whole, 2), "longest_us": round(longest, 2)}
                 line |= {"TB/s": round(case.nbytes / whole / 1e6, 3), "error": round(error, 5)}
             except Exception as reason:  # one that fails is a line, not the end

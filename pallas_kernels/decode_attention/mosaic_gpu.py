@@ -47,8 +47,11 @@ class Tiles:
 
 
 def tiles_for(programs: int, slots: int, processors: int) -> Tiles:
-    """As many parts as there are processors and steps of keys for, by measured times (NOTES.md)."""
-    tiles, parts = Tiles(), 1
+    """As many parts as there are processors and steps of keys for, by measured times (NOTES.md).
+
+    Of more programs than two a processor, four fit on one with short steps.
+    """
+    tiles, parts = Tiles(keys=64 if programs > 2 * processors else 128), 1
     while (
         2 * parts <= _MOST_PARTS
         and 2 * parts * programs <= processors
@@ -69,7 +72,7 @@ class Kernel:
     """
 
     problem: Problem
-    pool: tuple[int, int, int, int]
+    pool: tuple[int, ...]
     table: int | None
     dtype: jnp.dtype
     rotates: bool

@@ -23,14 +23,14 @@ def _paged(qkv, k, v, positions, turns, pages, *, problem: Problem):
     """By way of a dense cache of all columns of the table."""
     table, firsts = pages
     count, size, kv_heads, width = k.shape
-    dense = [
+    keys, values = (
         jnp.take(x, table, axis=0, mode="clip").reshape(table.shape[0], -1, kv_heads, width)
         for x in (k, v)
-    ]
+    )
     offset = firsts * size
     used = positions >= 0
     places = jnp.where(used, positions - offset, 0)
-    out, *dense = reference(qkv, *dense, places, turns, problem=problem)
+    out, *dense = reference(qkv, keys, values, places, turns, problem=problem)
     out = jnp.where(used[:, None, None], out, jnp.zeros_like(out))
     rows = jnp.arange(table.shape[0])
     column = jnp.clip(places // size, 0, table.shape[1] - 1)

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.decode_attention import Problem, decode_attention, explain
+from pallas_kernels.decode_attention import Problem, bench, decode_attention, explain
 from pallas_kernels.decode_attention.mosaic_gpu import Tiles, attend, tiles_for
+from pallas_kernels.decode_attention.shapes import CASES as TIMED
 from pallas_kernels.errors import ShapeError, UnsupportedError
 from pallas_kernels.target import targeting
 from tests.kernels.lowered import kernel_calls
@@ -252,3 +253,18 @@ def test_what_the_kernel_cannot_serve_is_said(change, platform, reason):
         with pytest.raises(UnsupportedError, match=reason):
             explain(qkv, k, heads=heads, paged=paged, implementation="mosaic_gpu")
         assert explain(qkv, k, heads=heads, paged=paged).name == "reference"
+
+
+@pytest.mark.parametrize("name", ["1B, 1 x 512", "MHA, 8 x 1,024"])
+def test_what_the_bench_draws_and_times_fits(name):
+    case = TIMED[name]
+    qkv, k, v, positions, turns = jax.eval_shape(lambda: bench.draw(case))
+    assert k.shape == v.shape == (case.sequences, case.slots, case.kv_heads, case.width)
+    assert case.position < case.slots and turns.shape == (case.sequences, 2, case.width)
+    forms = bench.forms(case)
+    assert set(forms) == {"mosaic_gpu", "reference", "cudnn"}
+    for name in ("mosaic_gpu", "reference"):
+        with targeting("gpu"):
+            out, *caches = jax.eval_shape(forms[name], qkv, k, v, positions, turns)
+        assert out.shape == (case.sequences, case.heads, case.width)
+        assert [cache.shape for cache in caches] == [k.shape, v.shape]
