@@ -53,8 +53,8 @@ class Policy:
         `mosaic_tpu`).
       decode: how a step of few tokens runs: op by op (`plain`), norms, products, activations and
         residuals together in our kernel for Hopper GPUs where it serves (`fused`), or as many
-        products of layers as can be in one (`chained`); weights in bfloat16 or int4. `auto` takes
-        chains for one token.
+        products of layers as can be in one (`chained`); weights in bfloat16 or int4. Up to four
+        tokens `auto` takes chains of bfloat16 and single products of int4.
       remat: what a backward pass recomputes inside a layer: nothing (`none`), all but the results
         of matrix products and of attention (`save_dots`), all but those of attention
         (`save_attention`), as `save_dots` with what is kept held in the host's memory (`offload`),

@@ -26,8 +26,9 @@ from pallas_kernels.target import not_hopper, target
 __all__ = ["AUTO_ROWS", "fused", "obstacle"]
 
 MOST_ROWS = 8
-AUTO, AUTO_ROWS = "chained", 1
-"""What `auto` takes, and up to how many tokens it was faster on a card (docs/benchmarks.md)."""
+AUTO, AUTO_ROWS = "chained", 4
+"""What `auto` takes for weights in bfloat16, and up to how many tokens it takes our kernels at all:
+as measured (docs/benchmarks.md). Packed weights it takes one by one, a kernel a product."""
 
 _ACTIVATIONS = ("silu", "gelu_tanh", "relu")
 
@@ -63,7 +64,7 @@ def fused(function: Callable[..., Any], *, policy: Policy, rows: int) -> Callabl
     if reason is None and (policy.decode != "auto" or rows <= AUTO_ROWS):
         name = AUTO if policy.decode == "auto" else policy.decode
         took("decode", name)
-        return functools.partial(_run, function, name)
+        return functools.partial(_run, function, name, policy.decode != "auto")
     if policy.decode != "auto":
         raise UnsupportedError(f"decode {policy.decode!r}: {reason}; use 'auto'")
     took("decode", "plain")
@@ -77,16 +78,24 @@ class Way:
     Attributes:
       name: `fused` or `chained`; see `Policy.decode`.
       counter: of programs, for all chains of the step; None where there are none.
+      packed: whether packed weights are chained too.
     """
 
     name: str
     counter: Any = None
+    packed: bool = True
+
+    def chains(self, w: Any) -> bool:
+        """Whether a product with these weights may follow another in one kernel."""
+        from pallas_kernels.decode_matmul import Packed
+
+        return self.name == "chained" and (self.packed or not isinstance(w, Packed))
 
 
-def _run(function: Callable[..., Any], name: str, *args: Any) -> Any:
+def _run(function: Callable[..., Any], name: str, packed: bool, *args: Any) -> Any:
     flat, tree = jax.tree.flatten(args)
     counter = jax.new_ref(jnp.zeros(1, jnp.int32)) if name == "chained" else None
-    way = Way(name, counter)
+    way = Way(name, counter, packed)
     trees: list[Any] = []
 
     def inner(*leaves: Any) -> Any:
@@ -308,7 +317,7 @@ def _gated(given: list[Any], mlp: Any) -> bool:
 def _chain(last: Waiting) -> list[Waiting]:
     """A product with those before it that nothing else has needed so far."""
     chain = [last]
-    while chain[0].args.way.name == "chained":
+    while chain[0].args.way.chains(last.args.w):
         source = chain[0].args.source
         if not isinstance(source, Waiting) or source.known or source.kind not in ("hidden", "sum"):
             break

@@ -125,6 +125,9 @@ def test_a_step_lowers_to_few_kernels(name):
     assert kernel_calls(few) == SPECS[name][1] and kernel_calls(plain) == 8 * packed
     if packed:  # queries; the rest of a layer with the next queries; the last one's; the head
         assert kernel_calls(text("chained")) == 4
+    # By itself: chains of products in bfloat16, a kernel for each of packed weights.
+    by_itself = {"llama": 3, "packed": SPECS[name][1]}
+    assert kernel_calls(text("auto")) == by_itself.get(name, kernel_calls(text("chained")))
     assert plain.count("stablehlo.rsqrt") == 5
     assert few.count("stablehlo.rsqrt") == SPECS[name][2]
 
