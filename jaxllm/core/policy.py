@@ -30,7 +30,7 @@ AttentionKind = Literal[
 ]
 LatentKind = Literal["auto", "plain", "absorbed"]
 ScanKind = Literal["auto", "reference", "chunked", "mosaic_gpu", "mosaic_tpu"]
-DecodeKind = Literal["auto", "plain", "folded", "fused", "chained"]
+DecodeKind = Literal["auto", "plain", "fused", "chained"]
 ExpertsKind = Literal["auto", "blocked", "ragged_dot", "mosaic_gpu", "mosaic_tpu"]
 
 
@@ -51,10 +51,10 @@ class Policy:
       experts: implementation of the products of experts: block by block of rows (`blocked`, for
         CPUs), XLA's own (`ragged_dot`), or our kernels for Hopper GPUs and TPUs (`mosaic_gpu`,
         `mosaic_tpu`).
-      decode: how a step of few tokens runs: op by op (`plain`), with the norms of one token's
-        products taken after them (`folded`), or norms, products, activations and
+      decode: how a step of few tokens runs: op by op (`plain`), norms, products, activations and
         residuals together in our kernel for Hopper GPUs where it serves (`fused`), or as many
-        products of layers as can be in one (`chained`); weights in bfloat16 or int4.
+        products of layers as can be in one (`chained`); weights in bfloat16 or int4. Up to four
+        tokens `auto` takes chains of bfloat16 and single products of int4.
       remat: what a backward pass recomputes inside a layer: nothing (`none`), all but the results
         of matrix products and of attention (`save_dots`), all but those of attention
         (`save_attention`), as `save_dots` with what is kept held in the host's memory (`offload`),

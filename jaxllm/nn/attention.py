@@ -21,9 +21,12 @@ from jaxllm.ops.rope import apply_rope, query_temperature
 from jaxllm.spec import ops as spec_ops
 from jaxllm.spec.mask import Full
 from jaxllm.state.attend import attend, global_tokens
+from jaxllm.state.one_token import attend_token, obstacle
 from jaxllm.state.step import Step, sequence_lengths
 
 __all__ = ["Attention"]
+
+_BY_HEAD = ("batch", "length", "heads", "head_dim")
 
 
 class Attention(nn.Module):
@@ -56,6 +59,28 @@ class Attention(nn.Module):
         found, _ = attend(None, (q, k, v), step=step, op=whole, policy=self.policy)
         return jnp.where(special[:, :, None, None], found, out)
 
+    def _attend(
+        self, state: Any, qkv: tuple[Array, Array, Array], *, step: Step, leaves: Leaves
+    ) -> tuple[Array, Any]:
+        """(what each query found, the new state) of queries, keys and values before their rope."""
+        op, policy = self.op, self.policy
+        q, k, v = qkv
+        if op.rope is not None:
+            lengths = sequence_lengths(step) if op.rope.follows_length else None
+            q, k = (apply_rope(y, step.positions, op.rope, lengths=lengths) for y in (q, k))
+        if op.qk_norm is not None and op.qk_norm.after_rope:
+            q, k = self._norm(q, "q_norm", leaves), self._norm(k, "k_norm", leaves)
+        if op.temperature is not None:
+            q = q * query_temperature(step.positions, op.temperature).astype(q.dtype)
+        by_kv_head = ("batch", "length", "kv_heads", "head_dim")
+        q = constrain(q, _BY_HEAD, policy.rules)
+        k, v = constrain(k, by_kv_head, policy.rules), constrain(v, by_kv_head, policy.rules)
+        sinks = leaves["sinks"] if op.sinks else None
+        if op.length_projection is not None:
+            k = project_length(k, leaves["k_length"], step.lengths)
+            v = project_length(v, leaves["v_length"], step.lengths)
+        return attend(state, (q, k, v), step=step, op=op, sinks=sinks, policy=policy)
+
     @nn.compact
     def __call__(
         self, x: Float[Array, "B T D"], *, step: Step, state: Any, aux: LayerAux
@@ -71,25 +96,13 @@ class Attention(nn.Module):
         q, k, v = keep(q), keep(k), keep(v)
         if op.qk_norm is not None and not op.qk_norm.after_rope:
             q, k = self._norm(q, "q_norm", leaves), self._norm(k, "k_norm", leaves)
-        if op.rope is not None:
-            lengths = sequence_lengths(step) if op.rope.follows_length else None
-            q, k = (apply_rope(y, step.positions, op.rope, lengths=lengths) for y in (q, k))
-        if op.qk_norm is not None and op.qk_norm.after_rope:
-            q, k = self._norm(q, "q_norm", leaves), self._norm(k, "k_norm", leaves)
-        if op.temperature is not None:
-            q = q * query_temperature(step.positions, op.temperature).astype(q.dtype)
-        by_head = ("batch", "length", "heads", "head_dim")
-        by_kv_head = ("batch", "length", "kv_heads", "head_dim")
-        q = constrain(q, by_head, policy.rules)
-        k, v = constrain(k, by_kv_head, policy.rules), constrain(v, by_kv_head, policy.rules)
-        sinks = leaves["sinks"] if op.sinks else None
-        if op.length_projection is not None:
-            k = project_length(k, leaves["k_length"], step.lengths)
-            v = project_length(v, leaves["v_length"], step.lengths)
-        out, state = attend(state, (q, k, v), step=step, op=op, sinks=sinks, policy=policy)
+        if obstacle(state, q, step=step, op=op, policy=policy) is None:
+            out, state = attend_token(state, (q, k, v), step=step, op=op)
+        else:
+            out, state = self._attend(state, (q, k, v), step=step, leaves=leaves)
         if op.global_projections:
             out = self._global_rows(x, out, step=step, leaves=leaves)
-        out = keep(constrain(out, by_head, policy.rules), "attention")
+        out = keep(constrain(out, _BY_HEAD, policy.rules), "attention")
         if op.gate:
             gate = leaves.product("out_gate", x, "BTD,DNH->BTNH")
             out = out * jax.nn.sigmoid(gate)

@@ -26,9 +26,9 @@ from pallas_kernels.target import not_hopper, target
 __all__ = ["AUTO_ROWS", "fused", "obstacle"]
 
 MOST_ROWS = 8
-AUTO, AUTO_ROWS = "fused", 0
-"""What `auto` takes, and up to how many tokens: none before whole models' answers by our kernels
-have been compared on a card."""
+AUTO, AUTO_ROWS = "chained", 4
+"""What `auto` takes for weights in bfloat16, and up to how many tokens it takes our kernels at all:
+as measured (docs/benchmarks.md). Packed weights it takes one by one, a kernel a product."""
 
 _ACTIVATIONS = ("silu", "gelu_tanh", "relu")
 
@@ -40,16 +40,11 @@ def obstacle(policy: Policy) -> str | None:
         return f"they are for Hopper GPUs, this is {platform}"
     if policy.compute_dtype != "bfloat16":
         return f"they compute in bfloat16, not {policy.compute_dtype}"
-    return _spread(policy) or not_hopper(platform)
-
-
-def _spread(policy: Policy) -> str | None:
-    """Why no products of a step are joined under a policy, on any platform, or None."""
     if not jax.sharding.get_abstract_mesh().empty:
         return "they run on one device"
     if policy.matrices != "out_in" or policy.layout != "unrolled":
         return "they take an array a layer, outputs first"
-    return None
+    return not_hopper(platform)
 
 
 def fused(function: Callable[..., Any], *, policy: Policy, rows: int) -> Callable[..., Any]:
@@ -65,26 +60,42 @@ def fused(function: Callable[..., Any], *, policy: Policy, rows: int) -> Callabl
     """
     if policy.decode == "plain" or rows > MOST_ROWS:
         return function
-    if policy.decode == "folded":
-        if (reason := _spread(policy)) is not None:
-            raise UnsupportedError(f"decode 'folded': {reason}; use 'auto'")
-        if rows > 1:  # several rows are a product of matrices, which takes nothing along
-            return function
-        took("decode", "folded")
-        return functools.partial(_run, function, "folded")
     reason = obstacle(policy)
     if reason is None and (policy.decode != "auto" or rows <= AUTO_ROWS):
         name = AUTO if policy.decode == "auto" else policy.decode
         took("decode", name)
-        return functools.partial(_run, function, name)
+        return functools.partial(_run, function, name, policy.decode != "auto")
     if policy.decode != "auto":
         raise UnsupportedError(f"decode {policy.decode!r}: {reason}; use 'auto'")
     took("decode", "plain")
     return function
 
 
-def _run(function: Callable[..., Any], way: str, *args: Any) -> Any:
+@dataclasses.dataclass(frozen=True, eq=False)
+class Way:
+    """How a step runs.
+
+    Attributes:
+      name: `fused` or `chained`; see `Policy.decode`.
+      counter: of programs, for all chains of the step; None where there are none.
+      packed: whether packed weights are chained too.
+    """
+
+    name: str
+    counter: Any = None
+    packed: bool = True
+
+    def chains(self, w: Any) -> bool:
+        """Whether a product with these weights may follow another in one kernel."""
+        from pallas_kernels.decode_matmul import Packed
+
+        return self.name == "chained" and (self.packed or not isinstance(w, Packed))
+
+
+def _run(function: Callable[..., Any], name: str, packed: bool, *args: Any) -> Any:
     flat, tree = jax.tree.flatten(args)
+    counter = jax.new_ref(jnp.zeros(1, jnp.int32)) if name == "chained" else None
+    way = Way(name, counter, packed)
     trees: list[Any] = []
 
     def inner(*leaves: Any) -> Any:
@@ -147,19 +158,19 @@ class Product:
       x: [R, I]; waiting or not.
       w: [O, I], plain or packed.
       out_dtype: of the result.
-      plain: computes it without our kernel, and without folding.
+      plain: computes it without our kernel.
       gate: activation of the first half of the outputs, which multiplies the second, or None.
       residual: what is added, of any shape; waiting or not.
-      way: `fused`, `chained` or `folded`; see `Policy.decode`.
+      way: how the step runs.
     """
 
     x: Any
     w: Any
     out_dtype: Any
     plain: Callable[[], Any]
+    way: Way
     gate: str | None = None
     residual: Any = None
-    way: str = "fused"
 
     @property
     def norm(self) -> Waiting | None:
@@ -177,7 +188,7 @@ def _value(x: Any) -> Any:
     return x.value() if isinstance(x, Waiting) else x
 
 
-def _evaluate(closed: Any, flat: list[Any], way: str) -> list[Any]:
+def _evaluate(closed: Any, flat: list[Any], way: Way) -> list[Any]:
     """The results of a trace, its marked equations as late as they can be."""
     jaxpr, known = closed.jaxpr, {}
 
@@ -202,7 +213,7 @@ def _evaluate(closed: Any, flat: list[Any], way: str) -> list[Any]:
     return [read(v) for v in jaxpr.outvars]
 
 
-def _later(equation: Any, given: list[Any], way: str) -> list[Any] | None:
+def _later(equation: Any, given: list[Any], way: Way) -> list[Any] | None:
     """What an equation gives, to be computed later, or None if it is computed now."""
     name, params = equation.primitive.name, equation.params
     if equation.primitive is MARK:
@@ -259,7 +270,7 @@ def _waiting(shape: tuple[int, ...], kind: str, args: Product) -> Waiting:
     return found
 
 
-def _marked(kind: str, function: Any, static: dict[str, Any], given: list[Any], way: str) -> Any:
+def _marked(kind: str, function: Any, static: dict[str, Any], given: list[Any], way: Way) -> Any:
     def plain() -> Any:
         return function(*map(_value, given), **static)
 
@@ -269,9 +280,9 @@ def _marked(kind: str, function: Any, static: dict[str, Any], given: list[Any], 
         (x, w), out = given, jnp.dtype(static["out_dtype"])
         args = Product(x, w, out, plain, way=way)
         return _waiting((x.shape[0], w.shape[0]), "product", args)
-    if kind == "packed" and way != "folded":
+    if kind == "packed":
         return _packed(static, given, plain, way)
-    if kind == "hidden" and way != "folded" and _gated(given, static["mlp"]):
+    if kind == "hidden" and _gated(given, static["mlp"]):
         args = dataclasses.replace(
             given[0].args[0], gate=static["mlp"].activation, plain=plain, residual=None
         )
@@ -280,7 +291,7 @@ def _marked(kind: str, function: Any, static: dict[str, Any], given: list[Any], 
     return plain()
 
 
-def _packed(static: dict[str, Any], given: list[Any], plain: Any, way: str) -> Any:
+def _packed(static: dict[str, Any], given: list[Any], plain: Any, way: Way) -> Any:
     """A product with a quantized matrix, which waits if our kernel takes such codes."""
     from pallas_kernels.decode_matmul import Packed
 
@@ -306,7 +317,7 @@ def _gated(given: list[Any], mlp: Any) -> bool:
 def _chain(last: Waiting) -> list[Waiting]:
     """A product with those before it that nothing else has needed so far."""
     chain = [last]
-    while chain[0].args.way == "chained":
+    while chain[0].args.way.chains(last.args.w):
         source = chain[0].args.source
         if not isinstance(source, Waiting) or source.known or source.kind not in ("hidden", "sum"):
             break
@@ -355,9 +366,6 @@ def _halved(w: Any) -> Any:
 
 def _made(last: Waiting) -> Any:
     """A product, [R, O] or in the shape of its residual."""
-    if last.args.way == "folded":
-        y = _folded(last.args)
-        return y if last.args.residual is None else y + _value(last.args.residual)
     from pallas_kernels.decode_matmul import decode_chain
 
     chain = _chain(last)
@@ -374,19 +382,9 @@ def _made(last: Waiting) -> Any:
     x = _value(source).reshape(rows, inputs)
     if residual is not None:
         residual = _value(residual).reshape(rows, -1)
-    *before, y = decode_chain(x, tuple(links), residual=residual, out_dtype=args.out_dtype)
+    *before, y = decode_chain(
+        x, tuple(links), residual=residual, out_dtype=args.out_dtype, counter=args.way.counter
+    )
     for waiting, array in zip(chain, before, strict=False):
         waiting.made = array
     return y
-
-
-def _folded(args: Product) -> Any:
-    """One row's product of a norm: rstd * (W (x * weight)), so that the norm is no array of its own
-    and XLA makes one fusion of its weight and the product."""
-    if args.norm is None or args.residual is not None:
-        return args.plain()
-    _, scale, static = args.norm.args
-    wide = _value(args.source).reshape(args.x.shape).astype(jnp.float32)
-    rstd = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + static["eps"])
-    y = jnp.sum(wide * scale.astype(jnp.float32)[None] * args.w.astype(jnp.float32), axis=1)
-    return (y[None] * rstd).astype(args.out_dtype)

@@ -21,7 +21,7 @@ from jaxllm.spec.rope import (
 )
 from jaxllm.typing import AnyArray
 
-__all__ = ["apply_rope", "frequencies", "frequencies_at", "query_temperature"]
+__all__ = ["apply_rope", "frequencies", "frequencies_at", "query_temperature", "rope_turns"]
 
 
 def frequencies(rope: Rope, head_dim: int) -> Float32[np.ndarray, "pairs"]:
@@ -101,6 +101,45 @@ def frequencies_at(
     return jnp.broadcast_to(table[None, None], (*lengths.shape, pairs))
 
 
+def _waves(
+    width: int, positions: Int[AnyArray, "B T"], rope: Rope, lengths: Int[AnyArray, "B t"] | None
+) -> tuple[Float32[Array, "B T pairs"], Float32[Array, "B T pairs"]]:
+    """Cosines and sines of heads of a width, times the rope's magnitude."""
+    if rope.follows_length:
+        if lengths is None:
+            raise ShapeError(f"a rope with {rope.scaling} needs the lengths of the sequences")
+        freqs = frequencies_at(rope, width, lengths)
+    else:
+        freqs = frequencies(rope, width)[None, None]
+    angles = positions[..., None].astype(jnp.float32) * freqs
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    if rope.magnitude != 1:
+        cos, sin = cos * rope.magnitude, sin * rope.magnitude
+    return cos, sin
+
+
+def rope_turns(
+    width: int,
+    positions: Int[AnyArray, "B T"],
+    rope: Rope,
+    *,
+    lengths: Int[AnyArray, "B t"] | None = None,
+) -> Float32[Array, "B T 2 H"]:
+    """What rotates whole heads by halves: y = x turns[0] + (x with its halves swapped) turns[1].
+
+    Args:
+      width: H, of which all dims are rotated, pairs half a head apart.
+      positions, rope, lengths: see `apply_rope`.
+
+    Raises:
+      ShapeError: as `apply_rope`.
+    """
+    cos, sin = _waves(width, positions, rope, lengths)
+    return jnp.stack(
+        [jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)], axis=-2
+    )
+
+
 def apply_rope(
     x: Float[Array, "B T N H"],
     positions: Int[AnyArray, "B T"],
@@ -123,17 +162,8 @@ def apply_rope(
     Raises:
       ShapeError: the rope follows the length and there are no lengths.
     """
-    if rope.follows_length:
-        if lengths is None:
-            raise ShapeError(f"a rope with {rope.scaling} needs the lengths of the sequences")
-        freqs = frequencies_at(rope, x.shape[-1], lengths)
-    else:
-        freqs = frequencies(rope, x.shape[-1])[None, None]
-    angles = positions[..., None].astype(jnp.float32) * freqs
-    cos, sin = (f(angles)[:, :, None, :] for f in (jnp.cos, jnp.sin))
-    if rope.magnitude != 1:
-        cos, sin = cos * rope.magnitude, sin * rope.magnitude
-    dims = 2 * freqs.shape[-1]
+    cos, sin = (y[:, :, None, :] for y in _waves(x.shape[-1], positions, rope, lengths))
+    dims = 2 * cos.shape[-1]
     rotated, rest = x[..., :dims].astype(jnp.float32), x[..., dims:]
     if rope.layout == "half":
         a, b = jnp.split(rotated, 2, axis=-1)

@@ -44,6 +44,7 @@ __all__ = [
     "page_axes",
     "page_bytes",
     "paged_state",
+    "pages_of",
 ]
 
 
@@ -237,7 +238,12 @@ def paged_state(
 _SCALES = (None, "kv_heads", None, None)
 
 
-def _table(step: Step, mask: Mask) -> tuple[Any, Any]:
+def pages_of(step: Step, mask: Mask) -> tuple[PageTable, Flat]:
+    """The pages of the layers with a mask, and whose the tokens of a step are.
+
+    Raises:
+      UnsupportedError: a step without pages; a mask that looks ahead, at marks or at rows' ends.
+    """
     if step.flat is None or step.page_table is None:
         raise UnsupportedError("a paged state needs a flat step with page tables; see flat_step")
     _check(mask)
@@ -258,7 +264,7 @@ def attend_pages(
     On a mesh each device has the pages of its own heads. The kernel for TPUs is taken where the
     policy names it, else what `paged_attention` chooses.
     """
-    table, flat = _table(step, mask)
+    table, flat = pages_of(step, mask)
     named = policy.attention if policy.attention == "mosaic_tpu" else "auto"
 
     def one(qkv: Any, pool: Pool, table: PageTable, flat: Flat, scores: Scores) -> Any:
@@ -297,7 +303,7 @@ def attend_latent_pages(
     scores: Scores,
 ) -> tuple[Float[Array, "1 T N R"], PagedLatent]:
     """The same for absorbed queries, whose values are the first dims of the keys."""
-    table, flat = _table(step, op.mask)
+    table, flat = pages_of(step, op.mask)
     state = PagedLatent(write_pages(state.both, both, table, flat))
     pool = Pool(state.both, None, width=op.kv_rank)
     found = paged_attention(q, pool, table, flat, mask=op.mask, scores=scores)

@@ -31,7 +31,7 @@ IMPLEMENTATIONS = ("mosaic_gpu", "reference")
 MOST_ROWS = 8
 _ROOM = 232_448 - 3_072  # bytes of shared memory less what barriers and sums of warps take
 _ROW = 3_584  # bytes of a row's scale, sums and what is added
-_MOST_STAGES = 24  # of packed weights
+_MOST_STAGES = 8  # of packed weights: with more on their way, what is asked for next comes late
 _HELD = 150_000  # bytes of x and norms, which leave room for enough weights in flight
 
 
@@ -81,9 +81,7 @@ def tiles_for(rows: int, parts: tuple[Part, ...]) -> Tiles:
         width = math.gcd(most, *(part.inputs // fold for part in parts))
         scales = HIGH * (width // packed.group) * jnp.dtype(packed.scale).itemsize
         room, step = _ROOM - _ROW * rows - held, HIGH * width // 2 + scales
-        few = rows == 1 and packed.group == 128  # sums, so that registers suffice for three
-        stages, consumers = min(room // step, _MOST_STAGES), 3 if few else 2
-        return Tiles(width=width, stages=stages, consumers=consumers, woven=True)
+        return Tiles(width=width, stages=min(room // step, _MOST_STAGES), consumers=2, woven=True)
     in_place = held <= _HELD
     if not in_place:
         fold = next(n for n in (2, 4, 8) if rows * n % 8 == 0)
@@ -218,6 +216,7 @@ def decode_chain(
     residual: jax.Array | None = None,
     out_dtype=None,
     implementation: str = "auto",
+    counter: Any = None,
 ) -> list[jax.Array]:
     """Products of a few rows one after the other, each of the result before, in one kernel.
 
@@ -231,6 +230,8 @@ def decode_chain(
       residual: [M, O] that links add whose `residual` is `given`.
       out_dtype: of the last result; x's by default, as that of the others.
       implementation: `auto`, `mosaic_gpu` (Hopper: bfloat16, 1 to 8 rows) or `reference`.
+      counter: a `jax.Ref` of int32 [1] that holds 0, as it does again afterwards; chains that
+        follow each other may share one, so that not each has to make it.
 
     Returns:
       [M, O] of each link. They have no derivative: they are for decoding.
@@ -251,7 +252,7 @@ def decode_chain(
     parts = tuple(link.part for link in links)
     weights, norms = tuple(link.w for link in links), tuple(link.norm for link in links)
     options = {"parts": parts, "tiles": tiles_for(rows, parts), "out_dtype": str(out_dtype)}
-    return list(run(x, weights, norms, residual, **options))
+    return list(run(x, weights, norms, residual, counter, **options))
 
 
 def _one_by_one(x, links, residual, out_dtype, name: str) -> list[jax.Array]:

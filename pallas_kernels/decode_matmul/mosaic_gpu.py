@@ -24,6 +24,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
 
 from pallas_kernels.decode_matmul.packed import Packed, Packing, arrange, rounds_of, scales_of
 from pallas_kernels.decode_matmul.reference import ACTIVATIONS
@@ -148,11 +149,26 @@ class Kernel:
 
     def load(self, refs, smem, full, free):
         """The memory warpgroup's part: the weights of all products in one stream."""
+        if self.ahead:
+            name = self.x_name(self.parts[0])
+            self.bring(refs["x0"], smem[name], full[name], self.parts[0])
+            self.bring_norms(refs, smem, full)
         before = jnp.int32(0)
         for index, part in enumerate(self.parts):
             before = self.load_part(refs, smem, full, free, (index, part, before))
-        for slot in range(self.tiles.stages):
-            plgpu.barrier_wait(free.at[slot])
+        for slot in range(self.tiles.stages if self.interpret else 0):  # no barrier ends half-way
+            pl.when(slot < before)(lambda slot=slot: plgpu.barrier_wait(free.at[slot]))
+
+    @property
+    def ahead(self) -> bool:
+        """Whether rows and norms are asked for before weights, behind which they would wait."""
+        return self.tiles.held and not self.tiles.vector and not self.tiles.early
+
+    def bring_norms(self, refs, smem, full):
+        for index, part in enumerate(self.parts):
+            if part.eps is not None and not self.tiles.vector:
+                norm = f"norm{index}"
+                self.bring(refs[norm], smem[norm], full[norm], part)
 
     def load_part(self, refs, smem, full, free, at):
         (index, part, before), tiles, high = at, self.tiles, self.tiles.outputs
@@ -163,7 +179,7 @@ class Kernel:
             tile, k = lax.div(i, steps), lax.rem(i, steps)
             first = (begin + lax.div(tile, part.halves)) * high
             first += lax.rem(tile, part.halves) * part.outputs
-            plgpu.barrier_wait(free.at[slot])
+            pl.when(before + i >= tiles.stages)(lambda: plgpu.barrier_wait(free.at[slot]))
             for c in range(tiles.fold):
                 start = (k * tiles.fold + c) if tiles.woven else c * steps + k
                 deep = pl.ds(start * tiles.width, tiles.width)
@@ -185,19 +201,11 @@ class Kernel:
         lax.fori_loop(0, total, one, None)
         return before + total
 
-    def compute(self, refs, smem, full, free, done):
+    def compute(self, refs, smem, full, free):
         """A multiplying warpgroup's part."""
         wg = lax.axis_index("wg")
-        for slot in range(self.tiles.stages):
-            plgpu.barrier_arrive(free.at[slot])
-
-        @pl.when(wg == 0)
-        def _():
-            for index, part in enumerate(self.parts):
-                if part.eps is not None and not self.tiles.vector:
-                    norm = f"norm{index}"
-                    self.bring(refs[norm], smem[norm], full[norm], part)
-
+        if not self.ahead:
+            pl.when(wg == 0)(lambda: self.bring_norms(refs, smem, full))
         if self.tiles.early and not self.interpret:
             plgpu.griddepcontrol_wait()
             plgpu.griddepcontrol_launch_dependents()
@@ -210,14 +218,14 @@ class Kernel:
             @pl.when(wg == 0)
             def _(index=index, part=part):
                 if index:  # all programs have what all of them have made
-                    plgpu.semaphore_signal(done, memory_scope="gpu")
-                    wanted = index * self.ctas
-                    plgpu.semaphore_wait(done, wanted, decrement=False, memory_scope="gpu")
+                    gather(refs["counter"], index * self.ctas)
                     fence()
                 self.prepare(refs, smem, full, index, part)
 
             self.meet(full)
             before = self.compute_part(refs, smem, full, free, (index, part, before))
+        if len(self.parts) > 1:
+            pl.when(wg == 0)(lambda: leave(refs["counter"], len(self.parts) * self.ctas))
 
     def meet(self, full):
         """Multiplying warpgroups wait for each other."""
@@ -233,7 +241,8 @@ class Kernel:
             scales = self.copied(refs, held, index, part)
         elif self.tiles.held:
             ready = full[self.x_name(part)]
-            self.bring(source, held, ready, part)
+            if index or not self.ahead:
+                self.bring(source, held, ready, part)
             plgpu.barrier_wait(ready)
             if part.eps is not None:
                 plgpu.barrier_wait(full[f"norm{index}"])
@@ -527,14 +536,13 @@ class Kernel:
         if self.rows > 1 and any(part.residual is not None for part in self.parts):
             smem["kept"] = plgpu.SMEM((tiles.consumers, 2, self.rows, HIGH), jnp.float32)
         free = plgpu.Barrier(num_arrivals=tiles.consumers, num_barriers=stages)
-        done = pl.get_global(plgpu.SemaphoreType.REGULAR) if len(self.parts) > 1 else None
 
         def scoped(smem, full, free):
             wg = lax.axis_index("wg")
 
             @pl.when(wg < tiles.consumers)
             def _():
-                self.compute(refs, smem, full, free, done)
+                self.compute(refs, smem, full, free)
 
             @pl.when(wg == tiles.consumers)
             def _():
@@ -559,18 +567,52 @@ def fence() -> None:
     both()
 
 
+def _semaphore(counter) -> utils.SemaphoreRef:
+    """A counter in the device's memory as Mosaic's semaphore."""
+    return utils.SemaphoreRef(utils.memref_ptr(counter))
+
+
+def gather(counter, wanted: int) -> None:
+    """A warpgroup's program is here; waits until so many are, each time counted anew."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+    def both(_, counter):
+        semaphore = _semaphore(counter)
+        semaphore.signal(1, memory_scope="gpu")
+        semaphore.wait(wanted, decrement=False, memory_scope="gpu")
+
+    both(counter)
+
+
+def leave(counter, most: int) -> None:
+    """A program waits no more; the last one, with which the counter has `most`, sets it to 0."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+    def count(_, counter):
+        utils.inline_ptx(
+            "red.relaxed.gpu.global.inc.u32 [$0], $1;",
+            _semaphore(counter).ptr,
+            utils.c(most - 1, ir.IntegerType.get_signless(32)),
+            predicate=utils.single_thread_predicate(utils.ThreadSubset.WARPGROUP),
+            has_side_effects=True,
+        )
+
+    count(counter)
+
+
 @lowered_once("parts", "tiles", "out_dtype")
 def run(
     x: jax.Array,
     weights: tuple[jax.Array | Packed, ...],
     norms: tuple[jax.Array | None, ...],
     residual: jax.Array | None,
+    counter: Any = None,
     *,
     parts: tuple[Part, ...],
     tiles: Tiles,
     out_dtype: str,
 ) -> tuple[jax.Array, ...]:
-    """[M, O] of each part, the last one of `out_dtype`; see `decode_matmul` for the rest.
+    """[M, O] of each part, the last one of `out_dtype`; see `decode_chain` for the rest.
 
     Weights are all packed or none; packed ones need a fold of 8 and rows that are held and woven.
     """
@@ -599,9 +641,12 @@ def run(
         kinds.append(jax.ShapeDtypeStruct(shape, out_dtype if last else jnp.bfloat16))
     if residual is not None:
         given["residual"] = residual
+    if len(parts) > 1 and counter is None:
+        counter = jax.new_ref(jnp.zeros(1, jnp.int32))
+    held = {"counter": counter}
     names = (*given, *(f"out{index}" for index in range(len(parts))))
     found = plgpu.kernel(
-        lambda *refs: kernel.body(dict(zip(names, refs, strict=True))),
+        lambda *refs: kernel.body(dict(zip(names, refs, strict=True)) | held),
         out_type=tuple(kinds),
         grid=(ctas,),
         grid_names=("cta",),

@@ -138,7 +138,8 @@ class KeyValueGradients:
 
             def one(i, _):
                 slot = lax.rem(step + i - low, self.tiles.stages)
-                queries = pl.ds(walk.block_at(place, i, refs) * walk.block, walk.block)
+                block = walk.block_at(place, self.turned(i, low, high), refs)
+                queries = pl.ds(block * walk.block, walk.block)
                 plgpu.barrier_wait(free["q"].at[slot])
                 for i, name in enumerate(("lse", "delta")):
                     where, there = refs[name].at[batch, head, queries], smem["stats"].at[slot, i]
@@ -153,6 +154,11 @@ class KeyValueGradients:
             return step + (high - low)
 
         return lax.fori_loop(0, group, head_steps, step)
+
+    def turned(self, i, first, end):
+        """Which of the blocks from `first` to before `end` comes as the one of this index."""
+        del first, end
+        return i
 
     def begin(self, full, free):
         """All slots of queries are free; waits for the keys and values."""

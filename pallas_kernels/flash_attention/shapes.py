@@ -29,10 +29,12 @@ class Shaped:
 
     @property
     def pairs(self) -> float:
-        """Query-key pairs of one head that see each other; a causal square counts as half."""
+        """Query-key pairs of one head that see each other; a causal square counts as half, so does
+        the one in which a causal window's first rows see less than the window."""
         whole = float(self.length) ** 2 / self.documents
         if self.window is not None and self.window[0] is not None and self.causal:
-            return self.length * min(self.window[0] + 1, self.length / 2)
+            seen = min(self.window[0] + 1, self.length)
+            return seen * (self.length - seen / 2)
         return whole / 2 if self.causal else whole
 
     @property

@@ -13,6 +13,7 @@ from pallas_kernels.flash_attention.mosaic_gpu_backward import BackwardTiles
 from pallas_kernels.flash_attention.pieces import Shape
 from pallas_kernels.flash_attention.problem import Extras, Spec
 from pallas_kernels.flash_attention.ranges import Walk, runs
+from pallas_kernels.flash_attention.shapes import Shaped
 
 
 @pytest.mark.parametrize(
@@ -123,3 +124,13 @@ def test_every_entry_of_the_table_names_tiles() -> None:
         for entry in tiles._table()[kind]:
             assert made(**entry["tiles"]) is not None
             assert entry["device"].startswith("H")
+
+
+@pytest.mark.parametrize("seen", [None, 1, 30, 64, 100])
+def test_cases_count_the_pairs_that_see_each_other(seen) -> None:
+    """Up to half a diagonal: what rates a visible pair are made of."""
+    sizes = {"batch": 1, "length": 64, "heads": 1, "kv_heads": 1, "width": 64}
+    away = np.subtract.outer(np.arange(64), np.arange(64))
+    visible = (away >= 0) & (away < (64 if seen is None else seen))
+    window = None if seen is None else (seen - 1, 0)
+    assert abs(Shaped(window=window, **sizes).pairs - visible.sum()) <= 64 / 2
