@@ -186,9 +186,9 @@ class OneSum:
             lax.fori_loop(0, self.tiles.rounds, whole, None)
         elif self.tiles.rounds:
             whole(0, None)
-        if self.share.each == self.share.steps:
+        if self.share.each == self.share.steps and not before:
             shared(0, None)
-        elif self.share.each:
+        else:  # some programs may have none
             count = lax.div(end - 1, share.steps) + 1 - lax.div(begin, share.steps)
             lax.fori_loop(0, jnp.where(end > begin, count, 0), shared, None)
         plgpu.wait_smem_to_gmem(0)

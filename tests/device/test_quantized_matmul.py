@@ -64,7 +64,8 @@ STREAMED = CASES | {
 }
 
 
-WHOLE = [(13056, 1024), (26112, 1024)]  # tiles of 128 and of 256 outputs, one program each
+# Whole tiles of 128 outputs; of 192 and shares of the rest; and a rest of nearly as many.
+WHOLE = [(13056, 1024), (26112, 1024), (50560, 1024)]
 
 
 @pytest.mark.parametrize("sizes", WHOLE)
