@@ -28,11 +28,10 @@ __all__ = [
 ]
 
 _BLOCK = 128  # inputs and outputs of a scale, of what our kernel for eight-bit floats takes
-FEW, MANY = 16, 64
-"""More rows than FEW, and up to MANY, go to the streamed kernel for Hopper in any layout, and any
-number up to MANY of NF4, which the first kernel does not take. 28672 x 8192, int4 on an H200, with
-what stands around kernels: 47 us for 32 rows and 66 for 64 (2 more to bring x into the order of
-codes), where the first one takes 86 and 148 (2026-11-29, `docs/quantization.md`)."""
+FEW = 16
+"""Rows of NF4 up to which the streamed kernel for Hopper is taken in any layout: the first one does
+not know it. Integers of 17 to 64 rows go there in the third layout alone, until the tests of its
+last form have run on a device (`docs/quantization.md`)."""
 _TILE = 2**19
 """Values that a CPU unpacks at a time: what its second cache level holds in float32."""
 
@@ -114,9 +113,8 @@ def _kernel(version: int, kind: str, rows: int, dtype: str) -> str:
     """The kernel for a layout version, a format and rows in a dtype on the platform at hand."""
     if target() == "tpu":
         return "mosaic_tpu"
-    first = 1 if kind == "nf4" else FEW + 1
-    many = first <= rows <= MANY and dtype == "bfloat16"
-    return "mosaic_gpu_streamed" if version == 3 or many else "mosaic_gpu"
+    other = kind == "nf4" and rows <= FEW and dtype == "bfloat16"
+    return "mosaic_gpu_streamed" if version == 3 or other else "mosaic_gpu"
 
 
 def unfit(
