@@ -23,6 +23,7 @@ __all__ = [
     "SQUARE",
     "Spare",
     "along",
+    "capped",
     "clear",
     "drain",
     "iota",
@@ -30,6 +31,7 @@ __all__ = [
     "roles",
     "run_kernel",
     "swizzled",
+    "weighed",
 ]
 
 CONSUMERS = 2  # warpgroups that compute; one more loads
@@ -71,6 +73,31 @@ def clear(block, low: jax.Array | int, high: jax.Array | int) -> None:
         shape = (block.shape[0], _WIDTH)
         row = iota(shape, 0)
         part[...] = jnp.where((row >= low) & (row < high), part[...], zero)
+
+
+def capped(scores: jax.Array, scale: float, softcap: float | None) -> tuple[jax.Array, float]:
+    """(products as they are or capped, the factor that makes scores in units of log2 e of them)."""
+    if softcap is None:
+        return scores, scale * LOG2E
+    return jnp.tanh(scores * (scale / softcap)), softcap * LOG2E
+
+
+def weighed(
+    scores: jax.Array, seen: jax.Array, peak: jax.Array, dim: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(weights, factor of what was summed before, peak) of one more step of an online softmax.
+
+    Args:
+      scores: in units of log2 e.
+      seen: which of them count.
+      peak: of all before, -inf where there were none.
+      dim: along which keys lie.
+    """
+    scores = jnp.where(seen, scores, -jnp.inf)
+    higher = jnp.maximum(peak, jnp.max(scores, axis=dim))
+    level = jnp.where(higher == -jnp.inf, 0.0, higher)
+    weights = jnp.exp2(scores - along(level, scores.shape, 1 - dim))
+    return weights, jnp.exp2(peak - level), higher
 
 
 def multiply(acc, left: jax.Array, right, stage=None) -> None:

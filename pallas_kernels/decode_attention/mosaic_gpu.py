@@ -4,8 +4,8 @@
 
 A dense cache is one page a sequence; pages of a pool are found in a table.
 
-A cluster of up to eight programs of one warpgroup shares a sequence's keys of one head, 64 of them
-at a time in turns; its first program adds their sums up, which it reads from their shared memory.
+A cluster of up to eight programs of one warpgroup shares a sequence's keys of one head, steps in
+turns; its first program adds their sums up, which it reads from their shared memory.
 Keys are the rows of a product and queries its columns. The new key never lies in a tile: its
 score is a sum of registers that is made while the first keys are on their way.
 """
@@ -23,7 +23,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.decode_attention.problem import Problem
 from pallas_kernels.once import lowered_once
-from pallas_kernels.warpgroups import COLUMN, LOG2E, ROW, along, iota, swizzled
+from pallas_kernels.warpgroups import COLUMN, ROW, along, capped, iota, swizzled, weighed
 
 __all__ = ["MOST_GROUP", "Tiles", "attend", "tiles_for"]
 
@@ -281,18 +281,11 @@ class Kernel:
         scores = product(smem["k"].at[slot], smem["q"].T, shape)
         key = iota(shape, 0) + begin
         scores = jnp.where(key == position, along(score, shape, 1), scores)
-        factor = problem.scale * LOG2E
-        if problem.softcap is not None:
-            scores = jnp.tanh(scores * (problem.scale / problem.softcap))
-            factor = problem.softcap * LOG2E
+        scores, factor = capped(scores, problem.scale, problem.softcap)
         seen = key <= end
         if problem.window is not None:
             seen = seen & (key >= position - problem.window)
-        scores = jnp.where(seen, scores * factor, -jnp.inf)
-        higher = jnp.maximum(peak, jnp.max(scores, axis=0))
-        level = jnp.where(higher == -jnp.inf, 0.0, higher)
-        weights = jnp.exp2(scores - along(level, shape, 1))
-        decay = jnp.exp2(peak - level)
+        weights, decay, higher = weighed(scores * factor, seen, peak, 0)
         total = total * along(decay, shape, 1) + weights
         smem["weights"].T[...] = weights.astype(self.dtype)
         plgpu.commit_smem()

@@ -32,10 +32,12 @@ from pallas_kernels.warpgroups import (
     LOG2E,
     ROW,
     along,
+    capped,
     clear,
     iota,
     multiply,
     swizzled,
+    weighed,
 )
 
 __all__ = ["ROWS", "UNIT", "Kernel", "Tiles", "attend", "folded", "known_of"]
@@ -393,19 +395,12 @@ def folded(kernel: Kernel, q, k, places, begin, statistics, scales=None):
     scores = pl.run_scoped(product, plgpu.ACC(shape, jnp.float32))
     if scales is not None:
         scores = scores * along(scales[0], shape, 1)
-    factor = problem.scale * LOG2E
-    if problem.softcap is not None:
-        scores = jnp.tanh(scores * (problem.scale / problem.softcap))
-        factor = problem.softcap * LOG2E
+    scores, factor = capped(scores, problem.scale, problem.softcap)
     key, query = iota(shape, 1) + begin, along(places, shape, 0)
     seen = key <= query
     if problem.window is not None:
         seen = seen & (key >= query - problem.window)
-    scores = jnp.where(seen, scores * factor, -jnp.inf)
-    higher = jnp.maximum(peak, jnp.max(scores, axis=1))
-    level = jnp.where(higher == -jnp.inf, 0.0, higher)
-    weights = jnp.exp2(scores - along(level, shape, 0))
-    decay = jnp.exp2(peak - level)
+    weights, decay, higher = weighed(scores * factor, seen, peak, 1)
     total = total * decay + jnp.sum(weights, axis=1)
     if scales is not None:
         weights = weights * along(scales[1], shape, 1)

@@ -21,7 +21,17 @@ from pallas_kernels.once import lowered_once
 from pallas_kernels.paged_attention.mosaic_gpu import UNIT, Tiles, known_of
 from pallas_kernels.paged_attention.mosaic_gpu_whole import Blocks, Whole
 from pallas_kernels.paged_attention.problem import Problem
-from pallas_kernels.warpgroups import COLUMN, LOG2E, ROW, along, iota, multiply, swizzled
+from pallas_kernels.warpgroups import (
+    COLUMN,
+    LOG2E,
+    ROW,
+    along,
+    capped,
+    iota,
+    multiply,
+    swizzled,
+    weighed,
+)
 
 __all__ = ["MOST", "Few", "attend_few"]
 
@@ -124,19 +134,12 @@ class Few(Whole):
             scores = scores * along(self.scale(smem, slot, 0), shape, 0)
         if walk is not None:
             walk[0]((0,))
-        factor = problem.scale * LOG2E
-        if problem.softcap is not None:
-            scores = jnp.tanh(scores * (problem.scale / problem.softcap))
-            factor = problem.softcap * LOG2E
+        scores, factor = capped(scores, problem.scale, problem.softcap)
         key, query = iota(shape, 0) + (end - left), along(places, shape, 1)
         seen = key <= query
         if problem.window is not None:
             seen = seen & (key >= query - problem.window)
-        scores = jnp.where(seen, scores * factor, -jnp.inf)
-        higher = jnp.maximum(peak, jnp.max(scores, axis=0))
-        level = jnp.where(higher == -jnp.inf, 0.0, higher)
-        weights = jnp.exp2(scores - along(level, shape, 1))
-        decay = jnp.exp2(peak - level)
+        weights, decay, higher = weighed(scores * factor, seen, peak, 0)
         total = total * along(decay, shape, 1) + weights
         if walk is not None:
             walk[1]()
