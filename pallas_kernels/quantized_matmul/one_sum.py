@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.quantized_matmul.reference import numbers
-from pallas_kernels.quantized_matmul.shares import CHUNK, OUTPUTS, Coding, Share, Tiles, layouts
+from pallas_kernels.quantized_matmul.shares import CHUNK, OUTPUTS, Form, layouts
 from pallas_kernels.quantized_matmul.widen import of_scale, of_shared, scaled, widen
 from pallas_kernels.warpgroups import Spare, along, drain, roles
 
@@ -30,7 +30,7 @@ CENTRE = 8  # which is subtracted from codes in uint4 with offsets, so that less
 
 
 @dataclasses.dataclass(frozen=True)
-class OneSum:
+class OneSum(Form):
     """One compiled kernel; see `streamed.Product`.
 
     Attributes:
@@ -41,13 +41,6 @@ class OneSum:
       halved: parts of sums leave as two numbers of 16 bits each, turned round.
     """
 
-    group: int
-    tiles: Tiles
-    share: Share
-    coding: Coding
-    bits: int
-    turned: bool
-    interpret: bool
     inputs: int
     centred: bool
     beside: int

@@ -9,7 +9,7 @@ import dataclasses
 import numpy as np
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-__all__ = ["CHUNK", "OUTPUTS", "Coding", "Share", "Tiles", "bits_of", "layouts"]
+__all__ = ["CHUNK", "OUTPUTS", "Coding", "Form", "Share", "Tiles", "bits_of", "layouts"]
 
 CHUNK = 128  # inputs that are widened at a time
 OUTPUTS = 64  # rows of one product: what a warpgroup's instruction has
@@ -120,3 +120,22 @@ class Share:
         places = [one + [0] * (most - len(one)) for one in found]
         there = [[1.0] * len(one) + [0.0] * (most - len(one)) for one in found]
         return np.asarray(places, np.int32), np.asarray(there, np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """What all kernels of a product are told.
+
+    Attributes:
+      group: inputs that have a scale together.
+      bits: of a code.
+      turned: results leave turned round, in 16 bits, from tiles that are whole.
+    """
+
+    group: int
+    tiles: Tiles
+    share: Share
+    coding: Coding
+    bits: int
+    turned: bool
+    interpret: bool

@@ -31,6 +31,7 @@ from pallas_kernels.quantized_matmul.shares import (
     CHUNK,
     OUTPUTS,
     Coding,
+    Form,
     Share,
     Tiles,
     bits_of,
@@ -147,16 +148,9 @@ def _even(tiles: Tiles, inputs: int, outputs: int, processors: int, most: int = 
 
 
 @dataclasses.dataclass(frozen=True)
-class Product:
+class Product(Form):
     """One compiled kernel."""
 
-    group: int
-    tiles: Tiles
-    share: Share
-    coding: Coding
-    bits: int
-    turned: bool
-    interpret: bool
     beside: int = 0
 
     def widened(self, w_smem, dtype, pairs=None):
@@ -368,7 +362,7 @@ def run(
     pairs = {}
     if coding.kind == "table" and not interpret:
         pairs["pairs"] = jnp.asarray(pairs_of(coding.table))
-    form = group, tiles, share, coding, bits_of(values.dtype), turned, interpret
+    form = Form(group, tiles, share, coding, bits_of(values.dtype), turned, interpret)
     if tiles.one_sum:
         given = {"values": values, "scale": scale, "x": x} | pairs
         found = _by_one_sum(given, form, out_dtype, offset)
@@ -377,7 +371,7 @@ def run(
             found += _shifts(sums, offset, scale, coding.kind)
         return found.astype(out_dtype)
     here = offset is None and tiles.rows <= BESIDE
-    kernel = Product(*form, _beside(scale, group, inputs, width) if here else 0)
+    kernel = Product(**vars(form), beside=_beside(scale, group, inputs, width) if here else 0)
     scratch = {"out_smem": held}
     if pairs:
         scratch |= {"pairs": plgpu.SMEM((256, LANES), jnp.int32), "come": plgpu.Barrier()}
@@ -408,13 +402,13 @@ def _beside(scale: jax.Array, group: int, inputs: int, width: int) -> int:
     return beside if whole and group < inputs and scale.dtype != jnp.float8_e8m0fnu else 0
 
 
-def _by_one_sum(given: dict, form: tuple, out_dtype: Any, offset: jax.Array | None) -> jax.Array:
+def _by_one_sum(given: dict, form: Form, out_dtype: Any, offset: jax.Array | None) -> jax.Array:
     """The product of `given`: [rows, O], of parts in float32."""
-    group, tiles, share, coding, bits, turned, interpret = form
+    group, tiles, coding, turned = form.group, form.tiles, form.coding, form.turned
     scale, (count, inputs), outputs = given["scale"], given["x"].shape, given["values"].shape[0]
     beside, row_tiles = _beside(scale, group, inputs, tiles.inputs), -(-count // tiles.rows)
     left = outputs - tiles.rounds * tiles.programs * tiles.outputs
-    share = dataclasses.replace(share, tiles=-(-left // tiles.outputs))
+    share = dataclasses.replace(form.share, tiles=-(-left // tiles.outputs))
     halved = jnp.dtype(out_dtype).itemsize == 2 and (not turned or tiles.rounds > 0)
     out = {}
     if turned or tiles.rounds:
@@ -425,7 +419,7 @@ def _by_one_sum(given: dict, form: tuple, out_dtype: Any, offset: jax.Array | No
     elif not turned:
         shape = (row_tiles, share.programs, share.slots, tiles.outputs, tiles.rows)
         out["parts"] = jax.ShapeDtypeStruct(shape, jnp.float32)
-    step = tiles.outputs * (tiles.inputs * bits // 8 + 16 * (beside > 0))
+    step = tiles.outputs * (tiles.inputs * form.bits // 8 + 16 * (beside > 0))
     step += tiles.rows * tiles.inputs * 2
     sums = OUTPUTS * tiles.warpgroups * tiles.rows * (4 if "parts" in out else 2)
     stages = (ROOM - _memory(coding.kind)[1] - sums) // step
@@ -434,10 +428,11 @@ def _by_one_sum(given: dict, form: tuple, out_dtype: Any, offset: jax.Array | No
     fine = (not halved and not turned) or scale.shape[1] < MANY_GROUPS
     fine = fine and scale.dtype not in (jnp.bfloat16, jnp.float8_e8m0fnu)
     centred = offset is not None and coding.kind == "uint4"
-    form = group, tiles, share, coding, bits, turned, interpret
-    kernel = OneSum(*form, inputs, centred, beside, halved, fine)
+    more = {"centred": centred, "beside": beside, "halved": halved, "fine": fine}
+    common = vars(form) | {"tiles": tiles, "share": share}
+    kernel = OneSum(**common, inputs=inputs, **more)
     grid = {"program": tiles.programs or share.programs, "rows": row_tiles}
-    options = {"name": "quantized_matmul_one_sum", "grid": grid, "interpret": interpret}
+    options = {"name": "quantized_matmul_one_sum", "grid": grid, "interpret": form.interpret}
     found = dict(zip(out, run_kernel(kernel, given, out, **options), strict=True))
     if "parts" not in found:
         return found["out"]
