@@ -26,10 +26,17 @@ from pallas_kernels.decode_attention import Problem, decode_attention
 from pallas_kernels.decode_attention.reference import turned
 from pallas_kernels.decode_attention.shapes import CASES, Shaped
 
-__all__ = ["draw", "forms", "main"]
+__all__ = ["draw", "draw_turns", "forms", "main"]
 
 _ROTATED = 200e6
 _MOST = 16  # caches
+
+
+def draw_turns(key: jax.Array, rows: int, width: int) -> jax.Array:
+    """[B, 2, H] of random angles."""
+    angles = 6.0 * jax.random.uniform(key, (rows, width // 2))
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    return jnp.stack([jnp.concatenate([cos, cos], -1), jnp.concatenate([-sin, sin], -1)], 1)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -41,9 +48,7 @@ def _drawn(case: Shaped, key: jax.Array) -> tuple[jax.Array, ...]:
         jax.random.normal(at, shape, jnp.bfloat16)
         for at, shape in zip(keys, (qkv, cache, cache), strict=False)
     )
-    angles = 6.0 * jax.random.uniform(keys[3], (case.sequences, case.width // 2))
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
-    turns = jnp.stack([jnp.concatenate([cos, cos], -1), jnp.concatenate([-sin, sin], -1)], 1)
+    turns = draw_turns(keys[3], case.sequences, case.width)
     return qkv, k, v, jnp.full(case.sequences, case.position, jnp.int32), turns
 
 

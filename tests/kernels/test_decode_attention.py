@@ -41,9 +41,7 @@ def draw(case, *, turns=True, dtype="bfloat16", nan=True):
     if nan:
         never = jnp.arange(slots)[None] >= places[:, None]
         k, v = (jnp.where(never[..., None, None], jnp.nan, x).astype(dtype) for x in (k, v))
-    angles = 6.0 * jax.random.uniform(keys[3], (batch, width // 2))
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
-    both = jnp.stack([jnp.concatenate([cos, cos], -1), jnp.concatenate([-sin, sin], -1)], 1)
+    both = bench.draw_turns(keys[3], batch, width)
     problem = Problem(heads=heads, scale=width**-0.5, **options)
     return (qkv, k, v, places), both if turns else None, problem
 
