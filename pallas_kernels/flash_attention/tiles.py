@@ -62,7 +62,7 @@ def forward_tiles(q: tuple[int, ...], v: tuple[int, ...], spec: Spec) -> Tiles:
         return Tiles(block_kv=64)
     if width <= 64:
         return Tiles(stages=4, ahead=True)
-    return Tiles(joined=spec.packed, by_data=spec.packed)
+    return Tiles(joined=True, by_data=spec.packed)
 
 
 def backward_tiles(q: tuple[int, ...], v: tuple[int, ...], spec: Spec) -> BackwardTiles:

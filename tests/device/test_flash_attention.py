@@ -1,5 +1,7 @@
 """Flash attention on a Hopper GPU: JAX_PLATFORMS=cuda,cpu python -m pytest -m gpu tests/device."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -38,6 +40,18 @@ def short_rows_go_in_one_pass_too(monkeypatch) -> None:
 @pytest.mark.parametrize("name", FEATURES)
 def test_features_are_as_exact_as_a_plain_form(name: str) -> None:
     one = FEATURES[name]
+    assert failures(one, errors(one, jnp.bfloat16, by_name("mosaic_gpu"))) == {}
+
+
+@pytest.mark.parametrize("name", [n for n, one in FEATURES.items() if 64 < one.width <= 128])
+def test_features_of_heads_that_share_no_keys(name: str) -> None:
+    one = dataclasses.replace(FEATURES[name], kv_heads=FEATURES[name].heads)
+    assert failures(one, errors(one, jnp.bfloat16, by_name("mosaic_gpu"))) == {}
+
+
+@pytest.mark.parametrize("name", [n for n, one in FEATURES.items() if one.width == 128])
+def test_features_of_narrow_heads(name: str) -> None:
+    one = dataclasses.replace(FEATURES[name], width=64)
     assert failures(one, errors(one, jnp.bfloat16, by_name("mosaic_gpu"))) == {}
 
 

@@ -114,7 +114,7 @@ def test_packed_rows_of_wide_heads_are_dealt_out_on_the_device() -> None:
         ahead, back = of(width, packed=True)
         assert (ahead.joined, ahead.by_data, back.by_data) == (True, True, True)
         ahead, back = of(width)
-        assert (ahead.joined, ahead.by_data, back.by_data) == (False, False, False)
+        assert (ahead.joined, ahead.by_data, back.by_data) == (True, False, False)
     for width in (64, 192, 256):
         assert of(width, packed=True) == of(width)
 
