@@ -70,7 +70,7 @@ class ForwardAhead(Forward):
         tiles, walk = self.tiles, self.walk
         wg = lax.axis_index("wg")
         form = (walk.spec, self.shape.dtype, walk.names)
-        softmax, spare = Softmax.of(*form, polynomial=tiles.polynomial), Spare.of(smem, wg)
+        softmax, spare = Softmax.of(*form), Spare.of(smem, wg)
         square = plgpu.ACC((tiles.block_q, tiles.block_kv), jnp.float32)
         mine = pl.ds(wg * tiles.block_q, tiles.block_q)
         slot_of = lambda step: lax.rem(step, tiles.stages)  # noqa: E731
@@ -143,7 +143,7 @@ class ForwardAhead(Forward):
                 def products(following):
                     multiply(following, turn_of(1), step + 1)
                     await_keys(1)
-                    weights, _, total = softmax.summed(powers, peak, before, decay, visible)
+                    weights, total = softmax.summed(powers, before, decay)
                     weights, total = lax.optimization_barrier((weights, total))
                     await_queries(1)
                     return plgpu.wgmma_accumulator_load(following, wait_n=0), peak, total, weights
@@ -167,7 +167,7 @@ class ForwardAhead(Forward):
                     def products(following):
                         multiply(following, turn_of(i + 1), step + i + 1)
                         await_keys(i + 1)
-                        now, _, sums = softmax.summed(powers, peak, total, decay, visible)
+                        now, sums = softmax.summed(powers, total, decay)
                         now, sums = lax.optimization_barrier((now, sums))
                         await_queries(i + 1)
                         return plgpu.wgmma_accumulator_load(following, wait_n=0), now, sums

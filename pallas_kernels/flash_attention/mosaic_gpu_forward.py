@@ -48,7 +48,6 @@ class Tiles:
       block_kv: keys of one step, a multiple of 64 (32 and 16 also lower).
       stages: key and value blocks in flight.
       persistent: as many programs as processors, each walking over many tiles.
-      polynomial: columns of a step whose exponentials are polynomials.
       share: the output leaves through q's memory, where there is no room for its own; the next
         tile's q then comes later. Needs H = Hv.
       ahead: scores are multiplied a block before their softmax, see `ForwardAhead`; for heads of up
@@ -63,7 +62,6 @@ class Tiles:
     block_kv: int = 128
     stages: int = 2
     persistent: bool = True
-    polynomial: int = 0
     share: bool = False
     ahead: bool = False
     own: bool = False
@@ -85,25 +83,23 @@ class Softmax:
 
     Attributes:
       fixed: the soft-cap bounds the scores so well that no peak is needed.
-      polynomial: columns of an unmasked step whose exponentials are polynomials, so that the
-        special function unit has less to do.
     """
 
     spec: Spec
     fixed: bool = False
-    polynomial: int = 0
 
     @classmethod
-    def of(cls, spec: Spec, dtype, names: tuple[str, ...], *, polynomial: int = 0) -> Softmax:
+    def of(cls, spec: Spec, dtype, names: tuple[str, ...]) -> Softmax:
         """The form for a call with the extras of these names."""
         bounded = spec.softcap is not None and spec.softcap <= _BOUNDED
         bounded = bounded and spec.bias is None and not {"sinks", "alibi_slopes"} & set(names)
-        return cls(spec, bounded and dtype == jnp.bfloat16, polynomial)
+        return cls(spec, bounded and dtype == jnp.bfloat16)
 
     def step(self, scores, peak, total, keep, bias=None):
         """(weights, peak, total, factor of what was summed before or None for 1)."""
         powers, peak, decay = self.shifted(scores, peak, keep, bias)
-        return *self.summed(powers, peak, total, decay, keep), decay
+        weights, total = self.summed(powers, total, decay)
+        return weights, peak, total, decay
 
     def shifted(self, scores, peak, keep, bias=None):
         """(exponents of 2, peak, factor of what was summed before or None for 1)."""
@@ -122,37 +118,14 @@ class Softmax:
             base = jnp.where(new_peak == -jnp.inf, 0.0, new_peak)
         return scores * factor - along(base, scores.shape, 0), new_peak, jnp.exp2(peak - base)
 
-    def summed(self, powers, peak, total, decay, keep):
-        """(weights, peak, total) from what `shifted` gave."""
-        hidden = keep is not None or self.spec.bias is not None
-        weights = self.exp2(powers, hidden or self.fixed)
+    def summed(self, powers, total, decay):
+        """(weights, total) from what `shifted` gave."""
+        weights = jnp.exp2(powers)
         total = total if decay is None else total * decay
-        return weights, peak, total + jnp.sum(weights, axis=1)
-
-    def exp2(self, x, masked: bool):
-        """2^x for x up to 0."""
-        if masked or not self.polynomial:
-            return jnp.exp2(x)
-        first = x[:, : self.polynomial]
-        return jnp.concatenate([_exp2(first), jnp.exp2(x[:, self.polynomial :])], axis=1)
+        return weights, total + jnp.sum(weights, axis=1)
 
 
 _BOUNDED = 60.0  # e^60 times a million keys and their values stays far from float32's end
-_EXP2 = (1.0, 0.69314718, 0.24022651, 0.05550411)
-
-
-def _exp2(x):
-    """2^x for x in [-126, 0] by additions and products alone; below, 2^-126."""
-    x = jnp.maximum(x, -126.0)
-    # 1.5 * 2^23: the last bits of the sum are x rounded to an integer. The barrier keeps XLA, which
-    # the interpreter uses, from taking the number away again at once.
-    whole = lax.optimization_barrier(x + 12582912.0)
-    part = x - (whole - 12582912.0)
-    c0, c1, c2, c3 = _EXP2
-    power = ((c3 * part + c2) * part + c1) * part + c0
-    bits = lax.bitcast_convert_type(power, jnp.int32)
-    bits = bits + lax.shift_left(lax.bitcast_convert_type(whole, jnp.int32), jnp.int32(23))
-    return lax.bitcast_convert_type(bits, jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,7 +192,7 @@ class Forward:
         wg = lax.axis_index("wg")
         q_smem = smem["q"].at[pl.ds(wg * tiles.block_q, tiles.block_q)]
         form = (walk.spec, self.shape.dtype, walk.names)
-        softmax, spare = Softmax.of(*form, polynomial=tiles.polynomial), Spare.of(smem, wg)
+        softmax, spare = Softmax.of(*form), Spare.of(smem, wg)
         shape = (tiles.block_q, tiles.block_kv)
 
         for name in ("k", "v"):

@@ -35,7 +35,7 @@ class ForwardJoined(ForwardAhead):
         tiles, walk = self.tiles, self.walk
         wg = lax.axis_index("wg")
         form = (walk.spec, self.shape.dtype, walk.names)
-        softmax, spare = Softmax.of(*form, polynomial=tiles.polynomial), Spare.of(smem, wg)
+        softmax, spare = Softmax.of(*form), Spare.of(smem, wg)
         square = plgpu.ACC((tiles.block_q, tiles.block_kv), jnp.float32)
         mine = pl.ds(wg * tiles.block_q, tiles.block_q)
         slot_of = lambda step: lax.rem(step, tiles.stages)  # noqa: E731

@@ -61,20 +61,20 @@ INTERPRETED = {
         Tiles(block_kv=64, persistent=False),
         BackwardTiles(),
     ),
-    "apart, polynomial": (
+    "apart": (
         case(256, causal=True, window=(200, 0), **SMALL),
-        Tiles(block_kv=64, polynomial=16),
+        Tiles(block_kv=64),
         BackwardTiles(),
     ),
     "alibi": (
         case(150, 170, softcap=3.0, arrays=("alibi_slopes",), **SMALL),
-        Tiles(block_kv=64, polynomial=16),
+        Tiles(block_kv=64),
         BackwardTiles(),
     ),
     "alibi, split": (case(130, causal=True, arrays=("alibi_slopes",), **SMALL), Tiles(), SPLIT),
     "bias": (
         case(130, 170, bias=chunked, **SMALL),
-        Tiles(block_kv=64, polynomial=16),
+        Tiles(block_kv=64),
         BackwardTiles(),
     ),
     "bias, everything": (
