@@ -40,7 +40,6 @@ __all__ = ["Part", "Tiles", "run"]
 
 HIGH = 64  # rows of an instruction
 SPREAD = 128  # times that a number stands beside itself, one for each thread
-PLAIN = 1024  # inputs that a warpgroup has in registers, eight a thread
 FLIGHT = 32  # columns of sums of codes that are waited for together; more find no registers
 TURNED = plgpu.Layout.WGMMA_TRANSPOSED
 
@@ -54,23 +53,17 @@ class Tiles:
       width: inputs of a piece that come in one step; a multiple of 64.
       stages: steps in flight.
       held: x is kept in shared memory, and does not come with each step.
-      programs: for each processor.
       consumers: warpgroups that multiply, a tile each in turn.
-      vector: one row is multiplied in registers instead of by the tensor cores; fold is 1.
       woven: neighbouring steps of `fold` x `width` inputs are cut into the pieces, instead of all
         inputs at once, so that a step reads them in one go; fold is 8, and x is held.
-      early: the weights are asked for before the kernel before has ended.
     """
 
     fold: int = 8
     width: int = 256
     stages: int = 6
     held: bool = True
-    programs: int = 1
     consumers: int = 2
-    vector: bool = False
     woven: bool = False
-    early: bool = False
 
     @property
     def outputs(self) -> int:
@@ -149,24 +142,19 @@ class Kernel:
 
     def load(self, refs, smem, full, free):
         """The memory warpgroup's part: the weights of all products in one stream."""
-        if self.ahead:
+        if self.tiles.held:
             name = self.x_name(self.parts[0])
             self.bring(refs["x0"], smem[name], full[name], self.parts[0])
             self.bring_norms(refs, smem, full)
-        before = jnp.int32(0)
+        before = jnp.int32(0)  # rows and norms are asked for first: behind weights they would wait
         for index, part in enumerate(self.parts):
             before = self.load_part(refs, smem, full, free, (index, part, before))
         for slot in range(self.tiles.stages if self.interpret else 0):  # no barrier ends half-way
             pl.when(slot < before)(lambda slot=slot: plgpu.barrier_wait(free.at[slot]))
 
-    @property
-    def ahead(self) -> bool:
-        """Whether rows and norms are asked for before weights, behind which they would wait."""
-        return self.tiles.held and not self.tiles.vector and not self.tiles.early
-
     def bring_norms(self, refs, smem, full):
         for index, part in enumerate(self.parts):
-            if part.eps is not None and not self.tiles.vector:
+            if part.eps is not None:
                 norm = f"norm{index}"
                 self.bring(refs[norm], smem[norm], full[norm], part)
 
@@ -204,11 +192,6 @@ class Kernel:
     def compute(self, refs, smem, full, free):
         """A multiplying warpgroup's part."""
         wg = lax.axis_index("wg")
-        if not self.ahead:
-            pl.when(wg == 0)(lambda: self.bring_norms(refs, smem, full))
-        if self.tiles.early and not self.interpret:
-            plgpu.griddepcontrol_wait()
-            plgpu.griddepcontrol_launch_dependents()
         before = jnp.int32(0)
         for index, part in enumerate(self.parts):
             if index:
@@ -237,11 +220,9 @@ class Kernel:
         """One warpgroup's part for all: x in shared memory, and the scales of its rows."""
         held, source = smem[self.x_name(part)], refs[f"out{index - 1}" if index else "x0"]
         scales = []
-        if self.tiles.vector:
-            scales = self.copied(refs, held, index, part)
-        elif self.tiles.held:
+        if self.tiles.held:
             ready = full[self.x_name(part)]
-            if index or not self.ahead:
+            if index:
                 self.bring(source, held, ready, part)
             plgpu.barrier_wait(ready)
             if part.eps is not None:
@@ -364,20 +345,6 @@ class Kernel:
         assert part.eps is not None
         return lax.rsqrt(squares / part.inputs + part.eps)
 
-    def copied(self, refs, x, index, part: Part):
-        """Brings one row, for `vector`; 1 / its root mean square, if it has a norm."""
-        squares, source = [], refs[f"out{index - 1}" if index else "x0"]
-        for i in range(0, part.inputs, PLAIN):
-            here = pl.ds(i, PLAIN)
-            values = source[0, here]
-            if part.eps is not None:
-                wide = values.astype(jnp.float32)
-                squares.append(jnp.sum(wide * wide))
-                weight = refs[f"norm{index}"][0, here]
-                values = (wide * weight.astype(jnp.float32)).astype(values.dtype)
-            x[0, here] = values
-        return [self.scale(sum(squares), part)] if squares else []
-
     def turned(self, ref):
         """[inputs, 8] of shared memory [8, inputs]."""
         if self.interpret:
@@ -405,21 +372,6 @@ class Kernel:
             lax.fori_loop(0, steps, one, None)
             return acc[...]
 
-        def add(k, sums):
-            slot = lax.rem(begun + k, tiles.stages)
-            plgpu.barrier_wait(full["w"].at[slot])
-            for i in range(0, tiles.width, 64):
-                w = self.squared(w_smem.at[slot, :, pl.ds(i, 64)])
-                x = self.loaded(of_x(k, slot).at[0, pl.ds(i, 64)])
-                sums += w.astype(jnp.float32) * along(x.astype(jnp.float32), w.shape, 1)
-            plgpu.barrier_arrive(free.at[slot])
-            return sums
-
-        if tiles.vector:
-            empty = jnp.zeros((HIGH, 64), jnp.float32)
-            if not self.interpret:
-                empty = plgpu.layout_cast(empty, SQUARE)
-            return [jnp.sum(lax.fori_loop(0, steps, add, empty), axis=1)]
         sums = pl.run_scoped(run, plgpu.ACC((HIGH, self.columns), jnp.float32))
         return [self.diagonal(sums, m) for m in range(self.rows)]
 
@@ -521,9 +473,9 @@ class Kernel:
             copies = self.steps(part) if tiles.woven else 1
             name, piece = self.x_name(part), self.piece(part)
             x = (columns, piece) if tiles.held else (stages, columns, tiles.width)
-            smem[name] = plgpu.SMEM(x, dtype) if tiles.vector else swizzled(x, dtype)
+            smem[name] = swizzled(x, dtype)
             full[name] = plgpu.Barrier(num_arrivals=copies * self.rows if tiles.woven else 1)
-            if part.eps is not None and not tiles.vector:
+            if part.eps is not None:
                 smem[f"norm{index}"] = swizzled((tiles.fold, piece), dtype)
                 full[f"norm{index}"] = plgpu.Barrier(num_arrivals=copies)
         if tiles.consumers > 1:
@@ -619,7 +571,7 @@ def run(
     rows, fold = x.shape[0], tiles.fold
     most = min(part.outputs for part in parts) // tiles.outputs
     interpret = interpreting()
-    ctas = min(processors() * tiles.programs, most)
+    ctas = min(processors(), most)
     kernel = Kernel(rows=rows, parts=parts, tiles=tiles, ctas=ctas, interpret=interpret)
     if interpret and kernel.packed is not None and kernel.packed.arranged:
         kind = kernel.packed.kind  # the interpreter widens codes where they are

@@ -73,7 +73,6 @@ def test_kernel_and_reference_are_as_near_as_bfloat16_allows(rows, inputs, outpu
         (2, 24, {"woven": True}),
         pytest.param(8, 64, {"fold": 1}, marks=SLOW),
         pytest.param(8, 96, {"fold": 2, "held": False}, marks=SLOW),
-        pytest.param(1, 64, {"fold": 1, "vector": True}, marks=SLOW),
         (1, 24, {"width": 128, "stages": 5, "consumers": 1}),
     ],
 )
