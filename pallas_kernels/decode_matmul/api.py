@@ -32,6 +32,7 @@ MOST_ROWS = 8
 _ROOM = 232_448 - 3_072  # bytes of shared memory less what barriers and sums of warps take
 _ROW = 3_584  # bytes of a row's scale, sums and what is added
 _MOST_STAGES = 8  # of packed weights: with more on their way, what is asked for next comes late
+_MANY_TILES = 1_024  # of a packed product, from which three warpgroups multiply: eight a program
 _HELD = 150_000  # bytes of x and norms, which leave room for enough weights in flight
 
 
@@ -81,7 +82,12 @@ def tiles_for(rows: int, parts: tuple[Part, ...]) -> Tiles:
         width = math.gcd(most, *(part.inputs // fold for part in parts))
         scales = HIGH * (width // packed.group) * jnp.dtype(packed.scale).itemsize
         room, step = _ROOM - _ROW * rows - held, HIGH * width // 2 + scales
-        return Tiles(width=width, stages=min(room // step, _MOST_STAGES), consumers=2, woven=True)
+        tiles = sum(part.outputs * part.halves for part in parts) * fold // HIGH
+        many = (
+            rows == 1 and len(parts) == 1 and tiles >= _MANY_TILES
+        )  # three have no more registers
+        stages = min(room // step, _MOST_STAGES)
+        return Tiles(width=width, stages=stages, consumers=3 if many else 2, woven=True)
     in_place = held <= _HELD
     if not in_place:
         fold = next(n for n in (2, 4, 8) if rows * n % 8 == 0)

@@ -7,7 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.decode_matmul import Link, Packed, decode_chain, decode_matmul, explain, packed
+from pallas_kernels.decode_matmul import (
+    Link,
+    Packed,
+    api,
+    decode_chain,
+    decode_matmul,
+    explain,
+    packed,
+)
 from pallas_kernels.decode_matmul.api import tiles_for
 from pallas_kernels.decode_matmul.mosaic_gpu import Part
 from pallas_kernels.decode_matmul.packed import Packing
@@ -44,7 +52,8 @@ FORMS = [
 
 
 @pytest.mark.parametrize(("rows", "outputs", "form", "how"), FORMS)
-def test_kernel_and_reference_are_as_near_as_bfloat16_allows(rows, outputs, form, how):
+def test_kernel_and_reference_are_as_near_as_bfloat16_allows(rows, outputs, form, how, monkeypatch):
+    monkeypatch.setattr(api, "_MANY_TILES", 8)  # three warpgroups for one row
     x, w, options = draw(rows, 1024, outputs, **form)
     w, wide = packing(*w.shape, **how)
     wanted = exact(x, wide, **options)
@@ -174,6 +183,16 @@ def test_tiles_keep_weights_in_flight():
             tiles = tiles_for(case.rows, (part,))
             assert tiles.stages * tiles.width * 32 >= 40_960, name
             assert tiles.woven and tiles.held and part.inputs // 8 % tiles.width == 0
+
+
+def test_large_products_of_one_row_have_three_warpgroups():
+    def consumers(rows, *sizes):
+        parts = (Part(inputs=2048, outputs=n, gate=gate, packed=Packing()) for n, gate in sizes)
+        return tiles_for(rows, tuple(parts)).consumers
+
+    gate, head, qkv = (8192, "silu"), (128_256, None), (3072, None)
+    assert [consumers(1, one) for one in (gate, head, qkv)] == [3, 3, 2]
+    assert consumers(2, gate) == consumers(1, (2048, None), gate) == 2
 
 
 def test_refusals():
