@@ -24,8 +24,9 @@ from pallas_kernels.quantized_matmul.shares import CHUNK, OUTPUTS, Form, layouts
 from pallas_kernels.quantized_matmul.widen import of_scale, of_shared, scaled, widen
 from pallas_kernels.warpgroups import Spare, along, drain, roles
 
-__all__ = ["CENTRE", "OneSum"]
+__all__ = ["CENTRE", "LEAVING", "OneSum"]
 
+LEAVING = 64  # rows of x whose results leave together, at most
 CENTRE = 8  # which is subtracted from codes in uint4 with offsets, so that less is rounded
 
 
@@ -60,18 +61,28 @@ class OneSum(Form):
     @property
     def ahead(self) -> bool:
         """Whether there is something to be done to widened codes after products were waited for."""
-        return self.group < self.inputs
+        return self.group < self.inputs and self.tiles.ahead
 
     @property
     def part(self) -> int:
         """Inputs that are widened with one scale."""
         return min(self.group, self.chunk)
 
+    @property
+    def piece(self) -> int:
+        """Inputs that are widened at a time: what there are registers for beside the sums."""
+        return min(self.chunk, self.tiles.piece)
+
+    @property
+    def columns(self) -> int:
+        """Rows of x whose results leave together."""
+        return min(self.tiles.rows, LEAVING)
+
     def body(self, refs):
         tiles = self.tiles
-        sums = (OUTPUTS, tiles.rows)
-        shape = sums[::-1] if self.turned else sums
-        shape = (tiles.warpgroups, *((2, *sums[::-1]) if self.halved else shape))
+        sums, leaving = (OUTPUTS, tiles.rows), (OUTPUTS, self.columns)
+        shape = leaving[::-1] if self.turned else leaving
+        shape = (tiles.warpgroups, *((2, *leaving[::-1]) if self.halved else shape))
         kinds = {
             "w": plgpu.SMEM(
                 (tiles.stages, tiles.outputs, tiles.inputs),
@@ -91,7 +102,7 @@ class OneSum(Form):
             )
         if "pairs" in refs:
             kinds["pairs"] = plgpu.SMEM(refs["pairs"].shape, refs["pairs"].dtype)
-        kinds |= Spare.kinds(self, (OUTPUTS, self.chunk), sums)
+        kinds |= Spare.kinds(self, (OUTPUTS, self.piece), sums)
         full = plgpu.Barrier(num_arrivals=2 + (self.beside > 0), num_barriers=tiles.stages)
         full = {"ring": full, "pairs": plgpu.Barrier()}
         free = plgpu.Barrier(num_arrivals=tiles.warpgroups, num_barriers=tiles.stages)
@@ -100,7 +111,7 @@ class OneSum(Form):
     @property
     def shared(self) -> int:
         """The first of the outputs whose steps are shared by all programs."""
-        return self.tiles.rounds * self.tiles.programs * self.tiles.outputs
+        return self.tiles.programs * self.tiles.own
 
     def mine(self):
         """The first of this program's steps of shared outputs, and the one after its last."""
@@ -109,16 +120,26 @@ class OneSum(Form):
         end = jnp.minimum(begin + share.each, share.tiles * share.steps)
         return begin, jnp.maximum(begin, end)
 
+    def height(self, tile):
+        """Outputs of a program's own tile: of the last `slim` ones 64 fewer."""
+        slim = tile >= self.tiles.rounds - self.tiles.slim
+        return OUTPUTS * (self.tiles.warpgroups - slim.astype(jnp.int32))
+
     def first(self, tile, refs, *, whole: bool):
         """The first output of a tile of this program's own, or of a shared one.
 
         The last of these lies over the one before, where there are not enough outputs for it.
         """
-        high = self.tiles.outputs
-        if whole:
-            return (lax.axis_index("program") + tile * self.tiles.programs) * high
-        last = refs["values"].shape[0] - high
-        return jnp.minimum(self.shared + tile * high, last)
+        tiles, last = self.tiles, refs["values"].shape[0]
+        if not whole:
+            return jnp.minimum(self.shared + tile * tiles.outputs, last - tiles.outputs)
+        slim = jnp.maximum(tile - (tiles.rounds - tiles.slim), 0)
+        first = lax.axis_index("program") * tiles.own + tile * tiles.outputs - slim * OUTPUTS
+        return jnp.minimum(first, last - self.height(tile))
+
+    def box(self, first, refs):
+        """The first of the outputs that are loaded for a tile, which fit into all of them."""
+        return jnp.minimum(first, refs["values"].shape[0] - self.tiles.outputs)
 
     def load(self, refs, smem, full, free):
         """The memory warpgroup's part."""
@@ -141,7 +162,7 @@ class OneSum(Form):
                 first = jnp.where(i < before, own, first)
                 k = jnp.where(i < before, lax.rem(i, share.steps), k)
             deep = pl.ds(k * tiles.inputs, tiles.inputs)
-            outputs = pl.ds(pl.multiple_of(first, OUTPUTS), tiles.outputs)
+            outputs = pl.ds(pl.multiple_of(self.box(first, refs), OUTPUTS), tiles.outputs)
             plgpu.barrier_wait(free["ring"].at[slot])
             values, x = refs["values"].at[outputs, deep], refs["x"].at[rows, deep]
             plgpu.copy_gmem_to_smem(values, smem["w"].at[slot], full.at[slot])
@@ -156,7 +177,7 @@ class OneSum(Form):
     def compute(self, refs, smem, full, free):
         """A multiplying warpgroup's part."""
         share, (begin, end) = self.share, self.mine()
-        ring = full["ring"], free["ring"]
+        ring, wg = (full["ring"], free["ring"]), lax.axis_index("wg")
         if "pairs" in refs:
             plgpu.barrier_wait(full["pairs"])
         for slot in range(self.tiles.stages):
@@ -164,8 +185,13 @@ class OneSum(Form):
         before = self.tiles.rounds * share.steps
 
         def whole(i, _):
-            first = self.first(i, refs, whole=True)
-            self.tile(refs, smem, ring, (first, i * share.steps, 0, share.steps, None))
+            first, begun = self.first(i, refs, whole=True), i * share.steps
+            make = lambda: self.tile(refs, smem, ring, (first, begun, 0, share.steps, None))  # noqa: E731
+            if not self.tiles.slim:
+                return make()
+            works = wg * OUTPUTS < self.height(i)
+            pl.when(works)(make)
+            pl.when(~works)(lambda: self.passed(ring, begun))
 
         def shared(i, _):
             tile = lax.div(begin, share.steps) + i
@@ -178,13 +204,24 @@ class OneSum(Form):
         if self.tiles.rounds > 1:
             lax.fori_loop(0, self.tiles.rounds, whole, None)
         elif self.tiles.rounds:
-            whole(0, None)
-        if self.share.each == self.share.steps and not before:
+            whole(jnp.int32(0), None)
+        if share.each == share.steps and not before:
             shared(0, None)
-        else:  # some programs may have none
+        elif share.tiles:  # some programs may have none
             count = lax.div(end - 1, share.steps) + 1 - lax.div(begin, share.steps)
             lax.fori_loop(0, jnp.where(end > begin, count, 0), shared, None)
         plgpu.wait_smem_to_gmem(0)
+
+    def passed(self, ring, before):
+        """A tile of this program that has nothing for this warpgroup."""
+        full, free = ring
+
+        def one(i, _):
+            slot = lax.rem(before + i, self.tiles.stages)
+            plgpu.barrier_wait(full.at[slot])
+            plgpu.barrier_arrive(free.at[slot])
+
+        lax.fori_loop(0, self.share.steps, one, None)
 
     def tile(self, refs, smem, ring, at):
         """Makes a tile's sums.
@@ -194,9 +231,12 @@ class OneSum(Form):
         """
         (first, before, k, count, slot), tiles, wg = at, self.tiles, lax.axis_index("wg")
         spare, (full, free) = Spare.of(smem, wg), ring
-        high = pl.multiple_of(wg * OUTPUTS, OUTPUTS)
-        held, own = pl.ds(high, OUTPUTS), pl.ds(pl.multiple_of(first + high, OUTPUTS), OUTPUTS)
+        high = first - self.box(first, refs) + wg * OUTPUTS if tiles.slim else wg * OUTPUTS
+        high = pl.multiple_of(high, OUTPUTS)
+        own = pl.ds(pl.multiple_of(first + wg * OUTPUTS, OUTPUTS), OUTPUTS)
+        held = pl.ds(high, OUTPUTS)
         chunks = range(0, tiles.inputs, self.chunk)
+        pieces = range(0, self.chunk, self.piece)
 
         def run(acc):
             def one(i, scales):
@@ -210,13 +250,16 @@ class OneSum(Form):
                 each = len(scales) // len(chunks)
                 for n, c in enumerate(chunks):
                     deep, factors = pl.ds(c, self.chunk), scales[n * each : (n + 1) * each]
-                    left = self.widened(smem["w"].at[slot, held, deep], smem.get("pairs"))
-                    self.ended(n, before + i, i > 0, free)
-                    if self.ahead:
-                        left = self.scaled(left, factors)
-                    spare.add(acc, left, smem["x"].at[slot, :, deep].T)
-                    if not self.ahead and not self.interpret:
-                        plgpu.wgmma_wait(0)
+                    codes = self.codes(smem["w"].at[slot, held, deep])
+                    for p in pieces:
+                        left = self.widened(codes[:, p : p + self.piece], smem.get("pairs"))
+                        self.ended(n + p, before + i, i > 0, free)
+                        if self.group < self.inputs:
+                            left = self.scaled(left, self.of_piece(factors, p))
+                        columns = pl.ds(c + p, self.piece)
+                        spare.add(acc, left, smem["x"].at[slot, :, columns].T)
+                        if not self.ahead and not self.interpret:
+                            plgpu.wgmma_wait(0)
                 return later
 
             begun = [] if self.beside else self.scales(refs["scale"], own, k)
@@ -253,55 +296,80 @@ class OneSum(Form):
         """The first of the groups whose scales come with step k."""
         return lax.div(lax.div(k * self.tiles.inputs, self.group), self.beside) * self.beside
 
-    def ended(self, chunk, step, begun, free) -> None:
-        """Waits for the chunk before; with a step's last one, its place in the ring is free."""
+    def of_piece(self, factors, start: int) -> list[jax.Array]:
+        """The scales of a piece of a chunk's inputs, of all of the chunk's."""
+        first, stop = start // self.part, -(-(start + self.piece) // self.part)
+        return factors[first:stop]
+
+    def ended(self, start, step, begun, free) -> None:
+        """Waits for the piece before; with a step's last one, its place in the ring is free."""
         if self.ahead and not self.interpret:
             plgpu.wgmma_wait(0)
-        if chunk == 0:
+        if start == 0:
 
             @pl.when(begun)
             def _():
                 plgpu.barrier_arrive(free.at[lax.rem(step - 1, self.tiles.stages)])
 
-    def widened(self, codes, pairs):
+    def codes(self, held):
+        """A chunk of them in registers; in the interpreter the numbers that they stand for."""
         if not self.interpret:
-            codes = plgpu.load(codes, layout=plgpu.Layout.WGMMA_UPCAST_4X)
-            kind = "uint4_centred" if self.centred else self.coding.kind
-            return widen(codes, kind, self.coding.table, pairs)
-        found = numbers(plgpu.load(codes), self.coding.table)
+            return plgpu.load(held, layout=plgpu.Layout.WGMMA_UPCAST_4X)
+        found = numbers(plgpu.load(held), self.coding.table)
         return (found - CENTRE if self.centred else found).astype(self.dtype)
+
+    def widened(self, codes, pairs):
+        if self.interpret:
+            return codes
+        kind = "uint4_centred" if self.centred else self.coding.kind
+        return widen(codes, kind, self.coding.table, pairs)
 
     def scaled(self, w, scales):
         if not self.interpret:
             return scaled(w, scales, fine=self.fine)
-        high = OUTPUTS, self.part
+        high = OUTPUTS, w.shape[1] // len(scales)
         if not self.fine:
             scales = [one.astype(self.dtype) for one in scales]
         wide = [along(one.astype(jnp.float32), high, 0) for one in scales]
         return (w.astype(jnp.float32) * jnp.concatenate(wide, axis=1)).astype(self.dtype)
 
     def send(self, refs, shared, y, where):
-        """Stores a warpgroup's results."""
-        (own, slot), tiles = where, self.tiles
-        wg, program, rows = (lax.axis_index(name) for name in ("wg", "program", "rows"))
+        """Stores a warpgroup's results, some columns after the others."""
+        own, slot = where
         if self.group == self.inputs:
             scale = of_scale(refs["scale"].at[own, 0], interpret=self.interpret)
             y = y * along(scale, y.shape, 0)
+        for start in range(0, self.tiles.rows, self.columns):
+            part = y[:, start : start + self.columns]
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            self.leave(refs, shared, part, (own, slot, start))
+
+    def leave(self, refs, shared, y, where):
+        """Stores columns of results from `start` on: where they belong, or among the parts."""
+        (own, slot, start), tiles, count = where, self.tiles, y.shape[1]
+        wg, program, rows = (lax.axis_index(name) for name in ("wg", "program", "rows"))
         here = pl.ds(wg * OUTPUTS, OUTPUTS)
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        columns = pl.ds(start, count)
         if slot is None or (self.turned and not self.halved):
             out, held = refs["out"], shared.at[0] if self.halved else shared
-            held.T[...] = y.astype(out.dtype)
-            count = min(out.shape[0], tiles.rows)
-            held, to = held.at[pl.ds(0, count)], out.at[pl.ds(rows * count, count), own]
+            held.at[pl.ds(0, count)].T[...] = y.astype(out.dtype)
+            count = min(out.shape[0], count)
+            held, to = (
+                held.at[pl.ds(0, count)],
+                out.at[pl.ds(rows * tiles.rows + start, count), own],
+            )
         elif self.halved:
             top = y.astype(shared.dtype)
-            shared.at[0].T[...] = top
-            shared.at[1].T[...] = (y - top.astype(y.dtype)).astype(shared.dtype)
+            shared.at[0, pl.ds(0, count)].T[...] = top
+            shared.at[1, pl.ds(0, count)].T[...] = (y - top.astype(y.dtype)).astype(shared.dtype)
             place = (rows * self.share.programs + program) * self.share.slots + slot
-            held, to = shared, refs["parts"].at[pl.ds(2 * place, 2), :, here]
+            held = shared.at[:, pl.ds(0, count)]
+            to = refs["parts"].at[pl.ds(2 * place, 2), columns, here]
         else:
-            shared[...] = y
-            held, to = shared, refs["parts"].at[rows, program, slot, here]
+            held, to = (
+                shared.at[:, pl.ds(0, count)],
+                refs["parts"].at[rows, program, slot, here, columns],
+            )
+            held[...] = y
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(held, to)

@@ -32,6 +32,7 @@ class Tiles:
       one_sum: for each result over all inputs, of codes times scales; or sums of groups are scaled
         (`one_sum.py`, `streamed.py`).
       rounds: for `one_sum`: tiles that each program makes alone, before its steps of what is left.
+      slim: rounds, the last ones, of one warpgroup fewer.
       programs: for `rounds`.
     """
 
@@ -42,12 +43,20 @@ class Tiles:
     rows: int = 8
     one_sum: bool = False
     rounds: int = 0
+    slim: int = 0
+    piece: int = 128
+    ahead: bool = True
     programs: int = 0
 
     @property
     def outputs(self) -> int:
         """Of one tile."""
         return OUTPUTS * self.warpgroups
+
+    @property
+    def own(self) -> int:
+        """Outputs of a program's rounds."""
+        return OUTPUTS * (self.rounds * self.warpgroups - self.slim)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

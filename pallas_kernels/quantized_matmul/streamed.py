@@ -24,7 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.once import lowered_once
-from pallas_kernels.quantized_matmul.one_sum import CENTRE, OneSum
+from pallas_kernels.quantized_matmul.one_sum import CENTRE, LEAVING, OneSum
 from pallas_kernels.quantized_matmul.order import natural, stored
 from pallas_kernels.quantized_matmul.reference import numbers
 from pallas_kernels.quantized_matmul.shares import (
@@ -132,6 +132,38 @@ def _one_sum_tiles(count, inputs, outputs, kind, group, processors) -> Tiles:
         how = {"rounds": rounds, "programs": processors}
         return dataclasses.replace(cut, steps=each, warpgroups=3, **how)
     return _even(cut, inputs, outputs, processors)
+
+
+def _many_tiles(
+    count,
+    inputs,
+    outputs,
+    kind,
+    processors,
+    *,
+    warpgroups=4,
+    most=128,
+    piece=64,
+    ahead=True,
+    shares=None,
+):
+    row_tiles = -(-count // most)
+    rows = -(-count // (8 * row_tiles)) * 8
+    width = next(n for n in (128, 64, 32) if inputs % n == 0)
+    cut = Tiles(inputs=width, stages=8, rows=rows, one_sum=True, piece=piece, ahead=ahead)
+    programs, units, steps = processors // row_tiles, outputs // OUTPUTS, inputs // width
+    each = -(-units // programs)
+    if (units > 0.75 * each * programs and each > 1) if shares is None else not shares:
+        rounds = -(-each // warpgroups)
+        high = -(-each // rounds)
+        how = {"rounds": rounds, "slim": rounds * high - each, "programs": -(-units // each)}
+        return dataclasses.replace(cut, steps=steps, warpgroups=high, **how)
+    tiles = -(-outputs // (OUTPUTS * warpgroups))
+    share = -(-steps * tiles // programs)
+    splits = steps // share
+    if splits and steps % splits == 0 and steps // splits < 1.1 * share:
+        share = steps // splits
+    return dataclasses.replace(cut, steps=share, warpgroups=warpgroups)
 
 
 def _even(tiles: Tiles, inputs: int, outputs: int, processors: int, most: int = 4) -> Tiles:
@@ -350,7 +382,7 @@ def run(
     share = Share(outputs // tiles.outputs, inputs // width, tiles.steps)
     # Only values of 16 bits can be turned round on the way to shared memory.
     turned = share.whole and narrow
-    turned = turned and (count < tiles.rows or count % tiles.rows == 0)
+    turned = turned and (tiles.one_sum or count < tiles.rows or count % tiles.rows == 0)
     turned = turned and not (tiles.one_sum and shift)
     if turned:
         out_type = jax.ShapeDtypeStruct((count, outputs), out_dtype)
@@ -407,12 +439,15 @@ def _by_one_sum(given: dict, form: Form, out_dtype: Any, offset: jax.Array | Non
     group, tiles, coding, turned = form.group, form.tiles, form.coding, form.turned
     scale, (count, inputs), outputs = given["scale"], given["x"].shape, given["values"].shape[0]
     beside, row_tiles = _beside(scale, group, inputs, tiles.inputs), -(-count // tiles.rows)
-    left = outputs - tiles.rounds * tiles.programs * tiles.outputs
+    left = max(0, outputs - tiles.programs * tiles.own)
     share = dataclasses.replace(form.share, tiles=-(-left // tiles.outputs))
-    halved = jnp.dtype(out_dtype).itemsize == 2 and (not turned or tiles.rounds > 0)
+    halved = jnp.dtype(out_dtype).itemsize == 2 and (not turned or tiles.rounds > 0) and left > 0
     out = {}
     if turned or tiles.rounds:
-        out["out"] = jax.ShapeDtypeStruct((count, outputs), out_dtype)
+        high = (
+            row_tiles * tiles.rows if form.interpret else count
+        )  # TMA leaves out what is not there
+        out["out"] = jax.ShapeDtypeStruct((high, outputs), out_dtype)
     if halved:
         pieces = row_tiles * share.programs * share.slots * 2
         out["parts"] = jax.ShapeDtypeStruct((pieces, tiles.rows, tiles.outputs), out_dtype)
@@ -421,7 +456,7 @@ def _by_one_sum(given: dict, form: Form, out_dtype: Any, offset: jax.Array | Non
         out["parts"] = jax.ShapeDtypeStruct(shape, jnp.float32)
     step = tiles.outputs * (tiles.inputs * form.bits // 8 + 16 * (beside > 0))
     step += tiles.rows * tiles.inputs * 2
-    sums = OUTPUTS * tiles.warpgroups * tiles.rows * (4 if "parts" in out else 2)
+    sums = OUTPUTS * tiles.warpgroups * min(tiles.rows, LEAVING) * (4 if "parts" in out else 2)
     stages = (ROOM - _memory(coding.kind)[1] - sums) // step
     tiles = dataclasses.replace(tiles, stages=max(2, min(tiles.stages, stages)))
     # A scale's rounding is a result's, if it is one of many, but more than that in one of float32.
