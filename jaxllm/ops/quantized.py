@@ -29,9 +29,8 @@ __all__ = [
 
 _BLOCK = 128  # inputs and outputs of a scale, of what our kernel for eight-bit floats takes
 FEW = 16
-"""Rows of NF4 up to which the streamed kernel for Hopper is taken in any layout: the first one does
-not know it. Integers of 17 to 64 rows go there in the third layout alone, until the tests of its
-last form have run on a device (`docs/quantization.md`)."""
+"""Rows of integers up to which the first kernel for Hopper is taken in the first layout, and the
+streamed one past them; it alone knows NF4."""
 _TILE = 2**19
 """Values that a CPU unpacks at a time: what its second cache level holds in float32."""
 
@@ -113,8 +112,9 @@ def _kernel(version: int, kind: str, rows: int, dtype: str) -> str:
     """The kernel for a layout version, a format and rows in a dtype on the platform at hand."""
     if target() == "tpu":
         return "mosaic_tpu"
-    other = kind == "nf4" and rows <= FEW and dtype == "bfloat16"
-    return "mosaic_gpu_streamed" if version == 3 or other else "mosaic_gpu"
+    suits = kind == "nf4" or (kind in ("int4", "uint4", "int8") and rows > FEW)
+    suits = suits and dtype == "bfloat16"
+    return "mosaic_gpu_streamed" if version == 3 or suits else "mosaic_gpu"
 
 
 def unfit(

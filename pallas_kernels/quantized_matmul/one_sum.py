@@ -12,6 +12,7 @@ of all inputs multiplies the sums.
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,7 @@ from pallas_kernels.warpgroups import Spare, along, drain, roles
 
 __all__ = ["CENTRE", "LEAVING", "OneSum"]
 
-LEAVING = 64  # rows of x whose results leave together, at most
+LEAVING = 32  # rows of x whose results leave together, at most
 CENTRE = 8  # which is subtracted from codes in uint4 with offsets, so that less is rounded
 
 
@@ -36,9 +37,11 @@ class OneSum(Form):
 
     Attributes:
       centred: CENTRE is subtracted from codes.
-      beside: scales of a row that come with a step, what 16 bytes hold; 0: they are read from the
-        device's memory, or are for all inputs.
+      beside: scales of a row that come with a step, what 16 bytes hold, and as many offsets; 0:
+        they are read from the device's memory, or are for all inputs.
       fine: scales have more digits than bfloat16, and all of them count.
+      weighted: codes are multiplied by their scales before the product, or one of all inputs
+        multiplies sums.
       halved: parts of sums leave as two numbers of 16 bits each, turned round.
     """
 
@@ -47,6 +50,7 @@ class OneSum(Form):
     beside: int
     halved: bool
     fine: bool
+    weighted: bool
 
     dtype = jnp.bfloat16
 
@@ -59,19 +63,14 @@ class OneSum(Form):
         return min(self.tiles.inputs, CHUNK)
 
     @property
-    def ahead(self) -> bool:
-        """Whether there is something to be done to widened codes after products were waited for."""
-        return self.group < self.inputs and self.tiles.ahead
-
-    @property
     def part(self) -> int:
         """Inputs that are widened with one scale."""
         return min(self.group, self.chunk)
 
     @property
     def piece(self) -> int:
-        """Inputs that are widened at a time: what there are registers for beside the sums."""
-        return min(self.chunk, self.tiles.piece)
+        """Inputs that are multiplied at a time: what there are registers for beside the sums."""
+        return min(self.chunk, 64 if self.tiles.rows > 64 and self.tiles.warpgroups > 3 else CHUNK)
 
     @property
     def columns(self) -> int:
@@ -96,17 +95,22 @@ class OneSum(Form):
             ),
             "out": plgpu.SMEM(shape, next(refs[n].dtype for n in ("out", "parts") if n in refs)),
         }
-        if self.beside:
-            kinds["scales"] = plgpu.SMEM(
-                (tiles.stages, tiles.outputs, self.beside), refs["scale"].dtype
-            )
+        for name in self.columns_of(refs) if self.beside else ():
+            shape = tiles.stages, tiles.outputs, self.beside
+            kinds[name] = plgpu.SMEM(shape, refs[name].dtype)
         if "pairs" in refs:
             kinds["pairs"] = plgpu.SMEM(refs["pairs"].shape, refs["pairs"].dtype)
         kinds |= Spare.kinds(self, (OUTPUTS, self.piece), sums)
-        full = plgpu.Barrier(num_arrivals=2 + (self.beside > 0), num_barriers=tiles.stages)
+        arrivals = 2 + (len(self.columns_of(refs)) if self.beside else 0)
+        full = plgpu.Barrier(num_arrivals=arrivals, num_barriers=tiles.stages)
         full = {"ring": full, "pairs": plgpu.Barrier()}
         free = plgpu.Barrier(num_arrivals=tiles.warpgroups, num_barriers=tiles.stages)
         roles(self, refs, kinds, full, {"ring": free})
+
+    @staticmethod
+    def columns_of(refs) -> list[str]:
+        """Scales, and offsets if there are any."""
+        return [name for name in ("scale", "offset") if name in refs]
 
     @property
     def shared(self) -> int:
@@ -167,9 +171,9 @@ class OneSum(Form):
             values, x = refs["values"].at[outputs, deep], refs["x"].at[rows, deep]
             plgpu.copy_gmem_to_smem(values, smem["w"].at[slot], full.at[slot])
             plgpu.copy_gmem_to_smem(x, smem["x"].at[slot], full.at[slot])
-            if self.beside:
-                scales = refs["scale"].at[outputs, pl.ds(self.group_beside(k), self.beside)]
-                plgpu.copy_gmem_to_smem(scales, smem["scales"].at[slot], full.at[slot])
+            for name in self.columns_of(refs) if self.beside else ():
+                those = refs[name].at[outputs, pl.ds(self.group_beside(k), self.beside)]
+                plgpu.copy_gmem_to_smem(those, smem[name].at[slot], full.at[slot])
 
         lax.fori_loop(0, before + end - begin, one, None)
         drain(free)
@@ -187,11 +191,12 @@ class OneSum(Form):
         def whole(i, _):
             first, begun = self.first(i, refs, whole=True), i * share.steps
             make = lambda: self.tile(refs, smem, ring, (first, begun, 0, share.steps, None))  # noqa: E731
-            if not self.tiles.slim:
-                return make()
-            works = wg * OUTPUTS < self.height(i)
-            pl.when(works)(make)
-            pl.when(~works)(lambda: self.passed(ring, begun))
+            if self.tiles.slim:
+                works = wg * OUTPUTS < self.height(i)
+                pl.when(works)(make)
+                pl.when(~works)(lambda: self.passed(ring, begun))
+            else:
+                make()
 
         def shared(i, _):
             tile = lax.div(begin, share.steps) + i
@@ -243,10 +248,11 @@ class OneSum(Form):
                 slot, later = lax.rem(before + i, tiles.stages), scales
                 if not self.beside:
                     soon = jnp.minimum(k + i + 1, self.share.steps - 1)
-                    later = self.scales(refs["scale"], own, soon)
+                    later = self.scales(refs, own, soon)
                 plgpu.barrier_wait(full.at[slot])
                 if self.beside:
-                    scales = self.scales_beside(smem["scales"].at[slot], high, k + i)
+                    held_now = {name: smem[name].at[slot] for name in self.columns_of(refs)}
+                    scales = self.scales_beside(held_now, high, k + i)
                 each = len(scales) // len(chunks)
                 for n, c in enumerate(chunks):
                     deep, factors = pl.ds(c, self.chunk), scales[n * each : (n + 1) * each]
@@ -254,15 +260,15 @@ class OneSum(Form):
                     for p in pieces:
                         left = self.widened(codes[:, p : p + self.piece], smem.get("pairs"))
                         self.ended(n + p, before + i, i > 0, free)
-                        if self.group < self.inputs:
+                        if self.weighted:
                             left = self.scaled(left, self.of_piece(factors, p))
                         columns = pl.ds(c + p, self.piece)
                         spare.add(acc, left, smem["x"].at[slot, :, columns].T)
-                        if not self.ahead and not self.interpret:
+                        if not self.weighted and not self.interpret:
                             plgpu.wgmma_wait(0)
                 return later
 
-            begun = [] if self.beside else self.scales(refs["scale"], own, k)
+            begun = [] if self.beside else self.scales(refs, own, k)
             lax.fori_loop(0, count, one, begun)
             found = spare.read(acc, 0)
             plgpu.barrier_arrive(free.at[lax.rem(before + count - 1, tiles.stages)])
@@ -277,33 +283,43 @@ class OneSum(Form):
         chunks = range(0, self.tiles.inputs, self.chunk)
         return [[lax.div(start + c + g, self.group) for g in parts] for c in chunks]
 
-    def scales(self, scale, own, k) -> list[jax.Array]:
-        """Of step k's chunks, one after the other; none where they are for all inputs."""
-        if self.group == self.inputs:
+    def scales(self, refs, own, k) -> list[tuple[jax.Array, ...]]:
+        """Of step k's chunks, one after the other, and offsets; none if one is for all inputs."""
+        if not self.weighted:
             return []
         places = [at for some in self.groups(k) for at in some]
-        return [of_scale(scale.at[own, at], interpret=self.interpret) for at in places]
+        columns = [refs[name] for name in self.columns_of(refs)]
+        read = functools.partial(of_scale, interpret=self.interpret)
+        return [self.centred_too(*(read(c.at[own, at]) for c in columns)) for at in places]
 
-    def scales_beside(self, scale, high, k) -> list[jax.Array]:
+    def scales_beside(self, held, high, k) -> list[tuple[jax.Array, ...]]:
         """As `scales`, from [outputs of a tile, beside] of groups that came with step k."""
-        first = self.group_beside(k)
+        first, columns = self.group_beside(k), [held[name] for name in self.columns_of(held)]
         places = [at - first for some in self.groups(k) for at in some]
-        if self.interpret:
-            return [scale[pl.ds(high, OUTPUTS), at].astype(jnp.float32) for at in places]
-        return [of_shared(scale, high, at) for at in places]
+
+        def read(column, at):
+            if self.interpret:
+                return column[pl.ds(high, OUTPUTS), at].astype(jnp.float32)
+            return of_shared(column, high, at)
+
+        return [self.centred_too(*(read(c, at) for c in columns)) for at in places]
+
+    def centred_too(self, scale, *offset) -> tuple[jax.Array, ...]:
+        """A scale, and its offset, to which what was subtracted from codes is added."""
+        return scale, *(one + CENTRE * scale if self.centred else one for one in offset)
 
     def group_beside(self, k):
         """The first of the groups whose scales come with step k."""
         return lax.div(lax.div(k * self.tiles.inputs, self.group), self.beside) * self.beside
 
-    def of_piece(self, factors, start: int) -> list[jax.Array]:
+    def of_piece(self, factors, start: int) -> list:
         """The scales of a piece of a chunk's inputs, of all of the chunk's."""
         first, stop = start // self.part, -(-(start + self.piece) // self.part)
         return factors[first:stop]
 
     def ended(self, start, step, begun, free) -> None:
         """Waits for the piece before; with a step's last one, its place in the ring is free."""
-        if self.ahead and not self.interpret:
+        if self.weighted and not self.interpret:
             plgpu.wgmma_wait(0)
         if start == 0:
 
@@ -324,52 +340,53 @@ class OneSum(Form):
         kind = "uint4_centred" if self.centred else self.coding.kind
         return widen(codes, kind, self.coding.table, pairs)
 
-    def scaled(self, w, scales):
+    def scaled(self, w, factors):
+        scales, *offsets = zip(*factors, strict=True)
         if not self.interpret:
-            return scaled(w, scales, fine=self.fine)
+            return scaled(w, scales, *offsets, fine=self.fine)
         high = OUTPUTS, w.shape[1] // len(scales)
-        if not self.fine:
-            scales = [one.astype(self.dtype) for one in scales]
-        wide = [along(one.astype(jnp.float32), high, 0) for one in scales]
-        return (w.astype(jnp.float32) * jnp.concatenate(wide, axis=1)).astype(self.dtype)
+
+        def wide(columns, exact):
+            columns = columns if exact else [one.astype(self.dtype) for one in columns]
+            wide = [along(one.astype(jnp.float32), high, 0) for one in columns]
+            return jnp.concatenate(wide, axis=1)
+
+        found = w.astype(jnp.float32) * wide(scales, self.fine)
+        return sum((wide(one, False) for one in offsets), found).astype(self.dtype)
 
     def send(self, refs, shared, y, where):
-        """Stores a warpgroup's results, some columns after the others."""
+        """Stores a warpgroup's results, some columns a time; the last may lie over those before."""
         own, slot = where
-        if self.group == self.inputs:
+        if not self.weighted:
             scale = of_scale(refs["scale"].at[own, 0], interpret=self.interpret)
             y = y * along(scale, y.shape, 0)
         for start in range(0, self.tiles.rows, self.columns):
+            start = min(start, self.tiles.rows - self.columns)
             part = y[:, start : start + self.columns]
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             self.leave(refs, shared, part, (own, slot, start))
 
     def leave(self, refs, shared, y, where):
         """Stores columns of results from `start` on: where they belong, or among the parts."""
-        (own, slot, start), tiles, count = where, self.tiles, y.shape[1]
+        (own, slot, start), tiles = where, self.tiles
         wg, program, rows = (lax.axis_index(name) for name in ("wg", "program", "rows"))
-        here = pl.ds(wg * OUTPUTS, OUTPUTS)
-        columns = pl.ds(start, count)
+        here, columns = pl.ds(wg * OUTPUTS, OUTPUTS), pl.ds(start, self.columns)
         if slot is None or (self.turned and not self.halved):
             out, held = refs["out"], shared.at[0] if self.halved else shared
-            held.at[pl.ds(0, count)].T[...] = y.astype(out.dtype)
-            count = min(out.shape[0], count)
+            held.T[...] = y.astype(out.dtype)
+            count = min(out.shape[0], self.columns)
             held, to = (
                 held.at[pl.ds(0, count)],
                 out.at[pl.ds(rows * tiles.rows + start, count), own],
             )
         elif self.halved:
             top = y.astype(shared.dtype)
-            shared.at[0, pl.ds(0, count)].T[...] = top
-            shared.at[1, pl.ds(0, count)].T[...] = (y - top.astype(y.dtype)).astype(shared.dtype)
+            shared.at[0].T[...] = top
+            shared.at[1].T[...] = (y - top.astype(y.dtype)).astype(shared.dtype)
             place = (rows * self.share.programs + program) * self.share.slots + slot
-            held = shared.at[:, pl.ds(0, count)]
-            to = refs["parts"].at[pl.ds(2 * place, 2), columns, here]
+            held, to = shared, refs["parts"].at[pl.ds(2 * place, 2), columns, here]
         else:
-            held, to = (
-                shared.at[:, pl.ds(0, count)],
-                refs["parts"].at[rows, program, slot, here, columns],
-            )
-            held[...] = y
+            shared[...] = y
+            held, to = shared, refs["parts"].at[rows, program, slot, here, columns]
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(held, to)

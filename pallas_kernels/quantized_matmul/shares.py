@@ -44,8 +44,6 @@ class Tiles:
     one_sum: bool = False
     rounds: int = 0
     slim: int = 0
-    piece: int = 128
-    ahead: bool = True
     programs: int = 0
 
     @property

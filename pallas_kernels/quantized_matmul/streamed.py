@@ -24,7 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.once import lowered_once
-from pallas_kernels.quantized_matmul.one_sum import CENTRE, LEAVING, OneSum
+from pallas_kernels.quantized_matmul.one_sum import LEAVING, OneSum
 from pallas_kernels.quantized_matmul.order import natural, stored
 from pallas_kernels.quantized_matmul.reference import numbers
 from pallas_kernels.quantized_matmul.shares import (
@@ -53,8 +53,9 @@ __all__ = [
     "unfit",
 ]
 
-MOST_ROWS = 512
-FEW, MANY = 16, 64  # rows: more than FEW, and up to MANY, have one sum over all inputs
+MOST_ROWS = 8192
+FEW, MANY = 16, 64  # rows: more than FEW have one sum over all inputs, more than MANY in tiles
+MOST_AT_ONCE = 128  # rows of a tile
 ROOM = 231_000  # bytes of shared memory
 MANY_GROUPS = 16
 BESIDE = 32  # rows for which sums of groups have their scales come with each step
@@ -91,21 +92,23 @@ def tiles_for(
     """How a product is cut: one program for every processor, with an equal share of all steps.
 
     For 17 to 64 rows and outputs that are a multiple of 128 as many whole tiles as each program can
-    have, and shares of what is left; or whole tiles alone, if they keep most processors busy.
+    have, and shares of what is left; or whole tiles alone, if they keep most processors busy. For
+    more rows an equal number of outputs for each program, or shares, in tiles of up to 128 rows.
     `kind` is a `Coding`'s.
     """
-    if FEW < count <= MANY and outputs % (2 * OUTPUTS) == 0:
+    if count > MANY:
+        return _many_tiles(count, inputs, outputs, processors)
+    if count > FEW and outputs % (2 * OUTPUTS) == 0:
         return _one_sum_tiles(count, inputs, outputs, kind, group, processors)
     bits, kept = _memory(kind)
-    wide = count <= 64 and (256 % group == 0 or group % 256 == 0)
-    rows = min(-(-count // 8) * 8, 128)
+    wide = 256 % group == 0 or group % 256 == 0
+    rows = -(-count // 8) * 8
     width = next(n for n in (256 if wide else 128, 128, 64, 32) if inputs % n == 0)
-    row_tiles = -(-count // rows)
     # With four that compute the registers that Mosaic asks for are more than a program begins with.
     warpgroups = 2 if outputs % 128 == 0 else 1
     steps = inputs // width
     total = steps * (outputs // (64 * warpgroups))
-    each = -(-total * row_tiles // processors)
+    each = -(-total // processors)
     held = 64 * warpgroups * (width * bits // 8 + 16 * (rows <= BESIDE)) + rows * width * 2
     room = 220_000 - kept - 64 * warpgroups * rows * 4  # less what results take
     stages = max(2, min(8, room // held))
@@ -134,36 +137,30 @@ def _one_sum_tiles(count, inputs, outputs, kind, group, processors) -> Tiles:
     return _even(cut, inputs, outputs, processors)
 
 
-def _many_tiles(
-    count,
-    inputs,
-    outputs,
-    kind,
-    processors,
-    *,
-    warpgroups=4,
-    most=128,
-    piece=64,
-    ahead=True,
-    shares=None,
-):
-    row_tiles = -(-count // most)
+def _many_tiles(count: int, inputs: int, outputs: int, processors: int) -> Tiles:
+    """Whole tiles as high as four warpgroups, or three, so that all processors end together."""
+    row_tiles, units = -(-count // MOST_AT_ONCE), outputs // OUTPUTS
     rows = -(-count // (8 * row_tiles)) * 8
     width = next(n for n in (128, 64, 32) if inputs % n == 0)
-    cut = Tiles(inputs=width, stages=8, rows=rows, one_sum=True, piece=piece, ahead=ahead)
-    programs, units, steps = processors // row_tiles, outputs // OUTPUTS, inputs // width
+    programs = max(1, processors // row_tiles)
     each = -(-units // programs)
-    if (units > 0.75 * each * programs and each > 1) if shares is None else not shares:
-        rounds = -(-each // warpgroups)
-        high = -(-each // rounds)
-        how = {"rounds": rounds, "slim": rounds * high - each, "programs": -(-units // each)}
-        return dataclasses.replace(cut, steps=steps, warpgroups=high, **how)
-    tiles = -(-outputs // (OUTPUTS * warpgroups))
-    share = -(-steps * tiles // programs)
-    splits = steps // share
-    if splits and steps % splits == 0 and steps // splits < 1.1 * share:
-        share = steps // splits
-    return dataclasses.replace(cut, steps=share, warpgroups=warpgroups)
+    cut = Tiles(inputs=width, stages=8, rows=rows, one_sum=True, steps=inputs // width)
+    if each == 1 or units < 0.75 * each * programs:
+        return _in_parts(cut, outputs, programs)
+    rounds = -(-each // 4)
+    high = -(-each // rounds)
+    how = {"rounds": rounds, "slim": rounds * high - each, "programs": -(-units // each)}
+    return dataclasses.replace(cut, warpgroups=high, **how)
+
+
+def _in_parts(tiles: Tiles, outputs: int, programs: int) -> Tiles:
+    """Equal shares of all steps, of whole tiles or whole parts of one if that costs little."""
+    steps, warpgroups = tiles.steps, min(4, outputs // OUTPUTS)
+    total = -(-outputs // (OUTPUTS * warpgroups)) * steps
+    each = max(-(-total // programs), min(steps, 4))
+    even = [n for n in range(each, 6 * each // 5 + 1) if n % steps == 0 or steps % n == 0]
+    how = {"rounds": 0, "slim": 0, "programs": 0, "warpgroups": warpgroups}
+    return dataclasses.replace(tiles, steps=even[0] if even else each, **how)
 
 
 def _even(tiles: Tiles, inputs: int, outputs: int, processors: int, most: int = 4) -> Tiles:
@@ -366,10 +363,14 @@ def run(
     (count, inputs), outputs = x.shape, values.shape[0]
     group, width = inputs // scale.shape[1], tiles.inputs
     row_tiles, narrow = -(-count // tiles.rows), jnp.dtype(out_dtype).itemsize == 2
-    if tiles.rounds and (offset is not None or not narrow):  # whose whole tiles are parts too
-        tiles = _even(tiles, inputs, outputs, tiles.programs, most=2)
+    if tiles.rounds and not narrow:  # whose whole tiles are parts too
+        if count > MANY:
+            whole = dataclasses.replace(tiles, steps=inputs // width)
+            tiles = _in_parts(whole, outputs, tiles.programs)
+        else:
+            tiles = _even(tiles, inputs, outputs, tiles.programs, most=2)
     shift = ()
-    if offset is not None:
+    if offset is not None and not tiles.one_sum:
         part = min(group, width, CHUNK)
         sums = jnp.sum(x.astype(jnp.float32).reshape(count, -1, part), axis=2)
         shift = offset, jnp.pad(sums.T, ((0, 0), (0, row_tiles * tiles.rows - count)))
@@ -383,7 +384,6 @@ def run(
     # Only values of 16 bits can be turned round on the way to shared memory.
     turned = share.whole and narrow
     turned = turned and (tiles.one_sum or count < tiles.rows or count % tiles.rows == 0)
-    turned = turned and not (tiles.one_sum and shift)
     if turned:
         out_type = jax.ShapeDtypeStruct((count, outputs), out_dtype)
         held = plgpu.SMEM((tiles.warpgroups, tiles.rows, OUTPUTS), out_dtype)
@@ -396,12 +396,8 @@ def run(
         pairs["pairs"] = jnp.asarray(pairs_of(coding.table))
     form = Form(group, tiles, share, coding, bits_of(values.dtype), turned, interpret)
     if tiles.one_sum:
-        given = {"values": values, "scale": scale, "x": x} | pairs
-        found = _by_one_sum(given, form, out_dtype, offset)
-        found = found[:count]
-        if offset is not None:
-            found += _shifts(sums, offset, scale, coding.kind)
-        return found.astype(out_dtype)
+        given = {"values": values, "scale": scale, "offset": offset, "x": x} | pairs
+        return _by_one_sum(given, form, out_dtype)[:count].astype(out_dtype)
     here = offset is None and tiles.rows <= BESIDE
     kernel = Product(**vars(form), beside=_beside(scale, group, inputs, width) if here else 0)
     scratch = {"out_smem": held}
@@ -434,11 +430,13 @@ def _beside(scale: jax.Array, group: int, inputs: int, width: int) -> int:
     return beside if whole and group < inputs and scale.dtype != jnp.float8_e8m0fnu else 0
 
 
-def _by_one_sum(given: dict, form: Form, out_dtype: Any, offset: jax.Array | None) -> jax.Array:
+def _by_one_sum(given: dict, form: Form, out_dtype: Any) -> jax.Array:
     """The product of `given`: [rows, O], of parts in float32."""
+    given = {name: array for name, array in given.items() if array is not None}
     group, tiles, coding, turned = form.group, form.tiles, form.coding, form.turned
     scale, (count, inputs), outputs = given["scale"], given["x"].shape, given["values"].shape[0]
     beside, row_tiles = _beside(scale, group, inputs, tiles.inputs), -(-count // tiles.rows)
+    shifted = "offset" in given
     left = max(0, outputs - tiles.programs * tiles.own)
     share = dataclasses.replace(form.share, tiles=-(-left // tiles.outputs))
     halved = jnp.dtype(out_dtype).itemsize == 2 and (not turned or tiles.rounds > 0) and left > 0
@@ -454,7 +452,7 @@ def _by_one_sum(given: dict, form: Form, out_dtype: Any, offset: jax.Array | Non
     elif not turned:
         shape = (row_tiles, share.programs, share.slots, tiles.outputs, tiles.rows)
         out["parts"] = jax.ShapeDtypeStruct(shape, jnp.float32)
-    step = tiles.outputs * (tiles.inputs * form.bits // 8 + 16 * (beside > 0))
+    step = tiles.outputs * (tiles.inputs * form.bits // 8 + 16 * (1 + shifted) * (beside > 0))
     step += tiles.rows * tiles.inputs * 2
     sums = OUTPUTS * tiles.warpgroups * min(tiles.rows, LEAVING) * (4 if "parts" in out else 2)
     stages = (ROOM - _memory(coding.kind)[1] - sums) // step
@@ -462,8 +460,8 @@ def _by_one_sum(given: dict, form: Form, out_dtype: Any, offset: jax.Array | Non
     # A scale's rounding is a result's, if it is one of many, but more than that in one of float32.
     fine = (not halved and not turned) or scale.shape[1] < MANY_GROUPS
     fine = fine and scale.dtype not in (jnp.bfloat16, jnp.float8_e8m0fnu)
-    centred = offset is not None and coding.kind == "uint4"
-    more = {"centred": centred, "beside": beside, "halved": halved, "fine": fine}
+    more = {"centred": shifted and coding.kind == "uint4", "weighted": shifted or group < inputs}
+    more |= {"beside": beside, "halved": halved, "fine": fine}
     common = vars(form) | {"tiles": tiles, "share": share}
     kernel = OneSum(**common, inputs=inputs, **more)
     grid = {"program": tiles.programs or share.programs, "rows": row_tiles}
@@ -472,12 +470,13 @@ def _by_one_sum(given: dict, form: Form, out_dtype: Any, offset: jax.Array | Non
     if "parts" not in found:
         return found["out"]
     added = _joined(found["parts"], share) if halved else _gathered(found["parts"], share)
-    if not tiles.rounds:
-        return added
     over = added.shape[1] - left  # outputs that the last tile has with the one before
     high = added.shape[1] - tiles.outputs
-    parts = added[:, :high], added[:, high + over :]
-    rest = jnp.concatenate(parts, axis=1)[: found["out"].shape[0]].astype(out_dtype)
+    if over:
+        added = jnp.concatenate((added[:, :high], added[:, high + over :]), axis=1)
+    if not tiles.rounds:
+        return added
+    rest = added[: found["out"].shape[0]].astype(out_dtype)
     return lax.dynamic_update_slice(found["out"], rest, (0, outputs - left))
 
 
@@ -507,13 +506,3 @@ def _joined(found: jax.Array, share: Share) -> jax.Array:
     found = found.reshape(-1, share.programs, share.slots, 2, rows, high)
     total = _added(found, share).sum(2)
     return total.transpose(0, 2, 1, 3).reshape(len(total) * rows, -1)
-
-
-def _shifts(sums: jax.Array, offset: jax.Array, scale: jax.Array, kind: str) -> jax.Array:
-    """float32 [rows, O] that offsets [O, G] give, of sums [rows, parts of groups] of x."""
-    offset = offset.astype(jnp.float32)
-    if kind == "uint4":  # whose codes are 8 less in the kernel
-        offset += CENTRE * scale.astype(jnp.float32)
-    sums = sums.reshape(sums.shape[0], offset.shape[1], -1).sum(2)
-    dims = (((1,), (1,)), ((), ()))
-    return lax.dot_general(sums, offset, dims, precision=lax.Precision.HIGHEST)

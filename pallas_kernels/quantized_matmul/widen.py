@@ -266,8 +266,14 @@ def _lane(held: Any) -> tuple[Word, Word]:
     return first, arith.shli(lane, constant(2))
 
 
-def scaled(w: jax.Array, scales: Sequence[jax.Array], *, fine: bool = False) -> jax.Array:
-    """bfloat16 [64, K] for the tensor cores times its rows' scales, rounded to bfloat16.
+def scaled(
+    w: jax.Array,
+    scales: Sequence[jax.Array],
+    offsets: Sequence[jax.Array] = (),
+    *,
+    fine: bool = False,
+) -> jax.Array:
+    """bfloat16 [64, K] for the tensor cores times its rows' scales, and offsets added, in bfloat16.
 
     Nothing of it is done before products that were waited for in the program's order: a register
     that a product reads must not be written while any is on its way, or the assembler has them wait
@@ -276,29 +282,31 @@ def scaled(w: jax.Array, scales: Sequence[jax.Array], *, fine: bool = False) -> 
     Args:
       w: in the layout WGMMA.
       scales: float32 [64], each for an equal part of K; they are rounded to bfloat16.
-      fine: what that rounding took from a scale is a second one, so that only products are rounded.
+      offsets: as many, rounded likewise, or none.
+      fine: what that rounding took from a scale is a second one, so that only products are rounded
+        (and offsets).
     """
-    shape, square = w.shape, plgpu.Layout.WGMMA
+    shape, square, count = w.shape, plgpu.Layout.WGMMA, len(scales)
     result = plgpu.ShapeDtypeStruct(shape, jnp.bfloat16, layout=square)
     times, add = "mul.bf16x2 $0, $1, $2;", "fma.rn.bf16x2 $0, $1, $2, $3;"
 
-    @plgpu.inline_mgpu(arg_types=(square, *[ROW] * len(scales)), return_type=result)
-    def call(_, w, *scales):
+    def words(column, fine):
+        return {at[2]: _twice(one, fine) for at, one in np.ndenumerate(column.registers)}
+
+    @plgpu.inline_mgpu(arg_types=(square, *[ROW] * (count + len(offsets))), return_type=result)
+    def call(_, w, *columns):
         word, pair = ir.IntegerType.get_signless(32), ir.VectorType.get((2,), ir.BF16Type.get())
-        factors = [
-            {at[2]: _twice(one, fine) for at, one in np.ndenumerate(scale.registers)}
-            for scale in scales
-        ]
+        factors = [words(scale, fine) for scale in columns[:count]]
+        shifts = [words(offset, False) for offset in columns[count:]]
         registers = np.empty(w.registers.shape, dtype=object)
         for at, register in np.ndenumerate(w.registers):
-            factor = factors[at[1] * 8 * len(factors) // shape[1]][at[4]]
+            part = at[1] * 8 * count // shape[1]
+            factor = factors[part][at[4]]
+            rest = shifts[part][at[4]] if shifts else []
             one = mgpu.utils.bitcast(register, word)
-            if len(factor) > 1:
-                rest = ptx(times, one, factor[1], fixed=True)
-                one = ptx(add, one, factor[0], rest, fixed=True)
-            else:
-                one = ptx(times, one, factor[0], fixed=True)
-            registers[at] = mgpu.utils.bitcast(one, pair)
+            for number in reversed(factor):
+                rest = [ptx(add if rest else times, one, number, *rest, fixed=True)]
+            registers[at] = mgpu.utils.bitcast(rest[0], pair)
         return mgpu.FragmentedArray(_registers=registers, _layout=w.layout, _is_signed=None)
 
-    return call(w, *scales)
+    return call(w, *scales, *offsets)

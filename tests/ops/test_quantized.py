@@ -157,15 +157,28 @@ def test_a_gpu_multiplies_packed_numbers_by_our_kernel(name):
     assert np.abs(d_x.astype(jnp.float32) - d_wanted).max() < 2**-6 * np.abs(d_wanted).max()
 
 
-def test_nf4_of_few_rows_goes_to_the_streamed_kernel_in_any_layout():
+@pytest.mark.parametrize("rows", [3, 70])
+def test_nf4_goes_to_the_streamed_kernel_in_any_layout(rows):
     q = leaf("nf4", planes=False)
-    x = draw(3, q.shape[0]).astype(jnp.bfloat16)
+    x = draw(rows, q.shape[0]).astype(jnp.bfloat16)
     wanted = x.astype(jnp.float32) @ dequantize(q, jnp.float32).reshape(q.shape[0], -1)
     with targeting("interpreter"), taken() as heard:
         y = quantized.quantized_product(x, q, jnp.float32)
-        assert quantized.kernel_obstacle(jnp.repeat(x, 6, 0), q) is not None
     assert heard["packed product"] == {"mosaic_gpu_streamed"}
     assert np.abs(y - wanted).max() < 2**-7 * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize("name", ["int4", "int8", "offset"])
+def test_integers_of_many_rows_go_to_the_streamed_kernel(name):
+    q = quantize_jit(draw(256, 2, 64), KERNEL[name])
+    x = draw(130, 256).astype(jnp.bfloat16)
+    wanted = x.astype(jnp.float32) @ dequantize(q, jnp.float32).reshape(256, -1)
+    with targeting("interpreter"), taken() as heard:
+        y = quantized.quantized_product(x, q, jnp.bfloat16)
+        assert heard["packed product"] == {"mosaic_gpu_streamed"}
+        quantized.quantized_product(x[:16], q, jnp.bfloat16)
+    assert heard["packed product"] == {"mosaic_gpu_streamed", "mosaic_gpu"}
+    assert np.abs(y.astype(jnp.float32) - wanted).max() < 2**-7 * np.abs(wanted).max()
 
 
 def test_what_the_kernel_cannot_serve_is_said():
@@ -179,14 +192,15 @@ def test_what_the_kernel_cannot_serve_is_said():
         assert "multiples of 128" in obstacle(x, q)
     with targeting("gpu"):
         assert "not float32" in obstacle(draw(3, 256), q)
-        assert "1 to 64 rows" in obstacle(jnp.repeat(x, 30, 0), q)
+        assert obstacle(jnp.repeat(x, 30, 0), q) is None
+        assert "1 to 64 rows" in obstacle(jnp.repeat(x, 30, 0).astype(jnp.float16), q)
         assert "first or third layout" in obstacle(x, as_planes(q))
         assert "not table" in obstacle(x, leaf("mxfp4", planes=False))
         assert obstacle(x, leaf("nf4", planes=False)) is None
         assert "groups of 32" in obstacle(x, leaf("int4", planes=False))
         held = as_operand(q)
         assert obstacle(jnp.repeat(x, 30, 0), held) is None
-        assert "1 to 512 rows" in obstacle(jnp.repeat(x, 200, 0), held)
+        assert "1 to 8192 rows" in obstacle(jnp.repeat(x, 3000, 0), held)
         assert "not float32" in obstacle(draw(3, 256), held)
 
 
