@@ -158,7 +158,7 @@ def quantized_matmul(
       arranged: the inputs of values are in the order of `order.stored`, which spares the kernel
         for Hopper to bring x into an order of its own.
       implementation: `mosaic_gpu` (Hopper: integers, 1 to 64 rows), `mosaic_gpu_streamed` (Hopper:
-        all of these, 1 to 8192 rows), `mosaic_tpu` (int4 and int8 in groups of a multiple of 128)
+        all of these, 1 to 4096 rows), `mosaic_tpu` (int4 and int8 in groups of a multiple of 128)
         or `reference`.
       out_dtype: of the result; sums are kept in float32.
 

@@ -1,12 +1,16 @@
 # Types of jax's Mosaic GPU objects are not public.
 # pyright: reportPrivateImportUsage=false, reportAbstractUsage=false, reportIndexIssue=false, reportAttributeAccessIssue=false, reportCallIssue=false
-"""x of tens of rows times packed numbers on Hopper: one sum for each result, over all inputs.
+"""x of 17 rows or more times packed numbers on Hopper: one sum for each result, over all inputs.
 
 As in `streamed.py` the weights are the register operand and x lies in shared memory. There a
 group's sums are waited for, scaled and added, which is little for few rows. Here each code is
-multiplied by its scale in registers (and rounded to bfloat16, as weights that are unpacked
-beforehand are), so that codes are widened while the products before them are on their way. A scale
-of all inputs multiplies the sums.
+multiplied by its scale in registers, and an offset added (and rounded to bfloat16, as weights that
+are unpacked beforehand are), so that codes are widened while the products before them are on their
+way. A scale of all inputs multiplies the sums.
+
+Many rows lie in tiles of up to 128. Each program makes as many outputs of its tile as any other, in
+rounds of as many warpgroups, the last ones of one fewer; where outputs are few, all programs share
+their steps.
 """
 
 from __future__ import annotations
@@ -375,10 +379,8 @@ class OneSum(Form):
             out, held = refs["out"], shared.at[0] if self.halved else shared
             held.T[...] = y.astype(out.dtype)
             count = min(out.shape[0], self.columns)
-            held, to = (
-                held.at[pl.ds(0, count)],
-                out.at[pl.ds(rows * tiles.rows + start, count), own],
-            )
+            first = rows * tiles.rows + start
+            held, to = held.at[pl.ds(0, count)], out.at[pl.ds(first, count), own]
         elif self.halved:
             top = y.astype(shared.dtype)
             shared.at[0].T[...] = top

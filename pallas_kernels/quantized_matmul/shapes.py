@@ -53,7 +53,10 @@ def _of(rows: int, inputs: int, outputs: int, **more) -> Shaped:
 
 
 CASES = {
-    **{f"W4 70B gate/up, {m} rows": _of(m, 8192, 28672) for m in (1, 16, 32, 64, 128, 256, 512)},
+    **{
+        f"W4 70B gate/up, {m} rows": _of(m, 8192, 28672)
+        for m in (1, 16, 32, 64, 128, 256, 512, 4096)
+    },
     "W4 8B down, 1 row": _of(1, 14336, 4096),
     "W4 8B gate/up, 1 row": _of(1, 4096, 28672),
     "W4 8B qkv, 1 row": _of(1, 4096, 6144),

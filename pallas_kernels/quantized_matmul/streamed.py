@@ -53,7 +53,7 @@ __all__ = [
     "unfit",
 ]
 
-MOST_ROWS = 8192
+MOST_ROWS = 4096
 FEW, MANY = 16, 64  # rows: more than FEW have one sum over all inputs, more than MANY in tiles
 MOST_AT_ONCE = 128  # rows of a tile
 ROOM = 231_000  # bytes of shared memory
@@ -442,9 +442,8 @@ def _by_one_sum(given: dict, form: Form, out_dtype: Any) -> jax.Array:
     halved = jnp.dtype(out_dtype).itemsize == 2 and (not turned or tiles.rounds > 0) and left > 0
     out = {}
     if turned or tiles.rounds:
-        high = (
-            row_tiles * tiles.rows if form.interpret else count
-        )  # TMA leaves out what is not there
+        # On a device TMA leaves out rows that are not there.
+        high = row_tiles * tiles.rows if form.interpret else count
         out["out"] = jax.ShapeDtypeStruct((high, outputs), out_dtype)
     if halved:
         pieces = row_tiles * share.programs * share.slots * 2

@@ -200,7 +200,7 @@ def test_what_the_kernel_cannot_serve_is_said():
         assert "groups of 32" in obstacle(x, leaf("int4", planes=False))
         held = as_operand(q)
         assert obstacle(jnp.repeat(x, 30, 0), held) is None
-        assert "1 to 8192 rows" in obstacle(jnp.repeat(x, 3000, 0), held)
+        assert "1 to 4096 rows" in obstacle(jnp.repeat(x, 3000, 0), held)
         assert "not float32" in obstacle(draw(3, 256), held)
 
 
