@@ -28,9 +28,9 @@ __all__ = [
 ]
 
 _BLOCK = 128  # inputs and outputs of a scale, of what our kernel for eight-bit floats takes
-FEW = 16
-"""Rows of integers up to which the first kernel for Hopper is taken in the first layout, and the
-streamed one past them; it alone knows NF4."""
+_STREAMED = ("int4", "uint4", "int8", "nf4")
+"""Formats whose products take the streamed kernel for Hopper in the first layout too, as timed
+(`docs/quantization.md`); the first kernel takes integers times float16."""
 _TILE = 2**19
 """Values that a CPU unpacks at a time: what its second cache level holds in float32."""
 
@@ -108,12 +108,11 @@ KINDS = {"fp8": "float8_e4m3fn"} | dict.fromkeys(("nf4", "fp4", "mxfp4", "bnb_fp
 """What our kernel calls formats that have other names there."""
 
 
-def _kernel(version: int, kind: str, rows: int, dtype: str) -> str:
-    """The kernel for a layout version, a format and rows in a dtype on the platform at hand."""
+def _kernel(version: int, kind: str, dtype: str) -> str:
+    """The kernel for a layout version, a format and a dtype of rows on the platform at hand."""
     if target() == "tpu":
         return "mosaic_tpu"
-    suits = kind == "nf4" or (kind in ("int4", "uint4", "int8") and rows > FEW)
-    suits = suits and dtype == "bfloat16"
+    suits = kind in _STREAMED and dtype == "bfloat16"
     return "mosaic_gpu_streamed" if version == 3 or suits else "mosaic_gpu"
 
 
@@ -135,7 +134,7 @@ def unfit(
     from pallas_kernels import quantized_matmul  # Pallas takes a third of a second to import
 
     options = {"dtype": dtype, "rows": rows, "kind": KINDS.get(kind, kind), "sizes": sizes}
-    chosen = _kernel(version, kind, rows, dtype)
+    chosen = _kernel(version, kind, dtype)
     return quantized_matmul.unfit(chosen, platform=platform, **options)
 
 
@@ -198,7 +197,7 @@ def _by_kernel(x: Array, leaf: QArray, out_dtype: Any) -> Array:
         table=CODES.get(leaf.format, ()),
         arranged=leaf.version == 3,
         out_dtype=str(jnp.dtype(out_dtype)),
-        implementation=_kernel(leaf.version, leaf.format, *_rows(x)),
+        implementation=_kernel(leaf.version, leaf.format, str(x.dtype)),
     )
     return y.reshape(*x.shape[:-1], -1)
 
@@ -301,7 +300,7 @@ def quantized_product(
         took("packed product", "both_rounded")
         return _both_rounded(x, leaf, out_dtype)
     if kernel_obstacle(x, leaf) is None:
-        took("packed product", _kernel(leaf.version, leaf.format, *_rows(x)))
+        took("packed product", _kernel(leaf.version, leaf.format, str(x.dtype)))
         return _by_kernel(x, leaf, out_dtype)
     took("packed product", "tiled" if _on_cpu() else "whole")
     if not _on_cpu():

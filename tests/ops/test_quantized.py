@@ -169,14 +169,14 @@ def test_nf4_goes_to_the_streamed_kernel_in_any_layout(rows):
 
 
 @pytest.mark.parametrize("name", ["int4", "int8", "offset"])
-def test_integers_of_many_rows_go_to_the_streamed_kernel(name):
+def test_integers_go_to_the_streamed_kernel_and_float16_to_the_first(name):
     q = quantize_jit(draw(256, 2, 64), KERNEL[name])
     x = draw(130, 256).astype(jnp.bfloat16)
     wanted = x.astype(jnp.float32) @ dequantize(q, jnp.float32).reshape(256, -1)
     with targeting("interpreter"), taken() as heard:
         y = quantized.quantized_product(x, q, jnp.bfloat16)
         assert heard["packed product"] == {"mosaic_gpu_streamed"}
-        quantized.quantized_product(x[:16], q, jnp.bfloat16)
+        quantized.quantized_product(x[:16].astype(jnp.float16), q, jnp.float16)
     assert heard["packed product"] == {"mosaic_gpu_streamed", "mosaic_gpu"}
     assert np.abs(y.astype(jnp.float32) - wanted).max() < 2**-7 * np.abs(wanted).max()
 
@@ -197,7 +197,9 @@ def test_what_the_kernel_cannot_serve_is_said():
         assert "first or third layout" in obstacle(x, as_planes(q))
         assert "not table" in obstacle(x, leaf("mxfp4", planes=False))
         assert obstacle(x, leaf("nf4", planes=False)) is None
-        assert "groups of 32" in obstacle(x, leaf("int4", planes=False))
+        assert obstacle(x, leaf("int4", planes=False)) is None
+        narrow = obstacle(x.astype(jnp.float16), leaf("int4", planes=False))
+        assert "groups of 32" in narrow
         held = as_operand(q)
         assert obstacle(jnp.repeat(x, 30, 0), held) is None
         assert "1 to 4096 rows" in obstacle(jnp.repeat(x, 3000, 0), held)
