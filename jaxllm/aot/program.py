@@ -6,9 +6,11 @@ an argument of another shape is an error, never a silent recompile.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from jaxllm.aot import fingerprint
@@ -25,6 +27,42 @@ def abstract_like(x: Any) -> Any:
     import jax
 
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+
+
+_CHANGE = threading.Lock()
+_compiling = 0
+"""How many compile without jax's own cache at the moment."""
+
+
+@contextlib.contextmanager
+def _compiling_anew() -> Iterator[None]:
+    """XLA compiles here, whatever jax's own cache holds (`jax_compilation_cache_dir`).
+
+    An executable that came from there cannot be serialized again: on a CPU what is read back lacks
+    functions when it runs (jax 0.11.2). Other threads do without that cache meanwhile.
+    """
+    global _compiling
+    import jax
+    from jax.experimental.compilation_cache import compilation_cache
+
+    def use(on: bool) -> None:
+        jax.config.update("jax_enable_compilation_cache", on)
+        compilation_cache.reset_cache()  # jax looks at the option only once
+
+    with _CHANGE:
+        config = jax.config
+        used = config.jax_compilation_cache_dir and config.jax_enable_compilation_cache
+        if used:
+            use(False)
+        counted = int(bool(used or _compiling))
+        _compiling += counted
+    try:
+        yield
+    finally:
+        with _CHANGE:
+            _compiling -= counted
+            if counted and not _compiling:
+                use(True)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -121,8 +159,6 @@ class Program:
 
     def lower(self) -> Any:
         """Trace and lower, ready to inspect or compile."""
-        import contextlib
-
         import jax
 
         shardings = {} if self.out_shardings is None else {"out_shardings": self.out_shardings}
@@ -167,7 +203,8 @@ class Program:
                 fingerprint=key,
             )
         log.info("program %s: compiling", self.name)
-        made = self.compile()
+        with _compiling_anew():
+            made = self.compile()
         store.save(self.name, key, made.compiled, made.report)
         log.info("program %s: compiled in %.1f s; %s", self.name, made.seconds, made.report)
         return made

@@ -86,12 +86,15 @@ class Store:
 
     def save(self, name: str, fingerprint: str, compiled: Any, report: Report) -> None:
         """Store an executable and its report; one that jax cannot serialize is only warned of."""
+        from jax.errors import JaxRuntimeError
         from jax.experimental import serialize_executable
 
+        unable = (AttributeError, TypeError, pickle.PicklingError, NotImplementedError)
         try:
             payload = pickle.dumps(serialize_executable.serialize(compiled))
-        except (AttributeError, TypeError, pickle.PicklingError, NotImplementedError) as error:
-            # cuDNN's attention on several GPUs carries a local function of jax's partitioner.
+        except (*unable, JaxRuntimeError) as error:
+            # cuDNN's attention on several GPUs carries a local function of jax's partitioner, a
+            # sort on a CPU a comparison.
             reason = str(error).partition("\n")[0]
             log.warning("program %s cannot be stored, it compiles at each start: %s", name, reason)
             return

@@ -32,6 +32,43 @@ def test_the_second_load_traces_and_compiles_nothing(tmp_path, counts):
     assert counts.look() == (0, 0)
 
 
+@pytest.fixture
+def jax_cache(tmp_path):
+    """jax's own cache, which keeps every program."""
+    from jax.experimental.compilation_cache import compilation_cache
+
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    folder = tmp_path / "jax"
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    compilation_cache.reset_cache()
+    yield folder
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+def test_stored_programs_are_none_of_those_in_the_cache_of_jax(tmp_path, jax_cache):
+    """What came from there could be stored, and could not be run when it was read again."""
+    shape = jax.ShapeDtypeStruct((64, 64), np.float32)
+
+    def build():
+        return lambda x: jax.nn.softmax(
+            jnp.tanh(x @ x) + jax.random.normal(jax.random.key(0), (64, 64))
+        )
+
+    made, x = program(build=build, args=(shape,)), np.ones((64, 64), np.float32)
+    wanted = made.compile()(x)  # without a store jax's cache is used
+    assert list(jax_cache.iterdir())
+    (tmp_path / "ours").mkdir()
+    made.load(Store(tmp_path / "ours"))
+    again = made.load(Store(tmp_path / "ours"))
+    assert again.stored
+    assert np.array_equal(again(x), wanted)
+    assert jax.config.jax_enable_compilation_cache
+
+
 def test_without_a_store_it_compiles(tmp_path, counts):
     for _ in range(2):
         assert not program().load().stored

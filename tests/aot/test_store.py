@@ -12,6 +12,7 @@ import types
 
 import numpy as np
 import pytest
+from jax.errors import JaxRuntimeError
 from jax.experimental import serialize_executable
 
 from jaxllm.aot import store as stores
@@ -179,11 +180,12 @@ def test_the_checksum_is_read_before_the_pickle(made, tmp_path, monkeypatch, war
     assert "damaged" in warned[0]
 
 
-def test_what_cannot_be_serialized_is_not_stored_and_said(tmp_path, monkeypatch, warned):
+@pytest.mark.parametrize("kind", [AttributeError, JaxRuntimeError])
+def test_what_cannot_be_serialized_is_not_stored_and_said(kind, tmp_path, monkeypatch, warned):
     from jax.experimental import serialize_executable
 
     def refuse(_):
-        raise AttributeError("Can't pickle local object")
+        raise kind("Can't pickle local object")
 
     monkeypatch.setattr(serialize_executable, "serialize", refuse)
     store = Store(tmp_path)
