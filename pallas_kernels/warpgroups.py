@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -28,8 +29,10 @@ __all__ = [
     "drain",
     "iota",
     "multiply",
+    "pass_over",
     "roles",
     "run_kernel",
+    "slot_of",
     "swizzled",
     "weighed",
 ]
@@ -184,6 +187,28 @@ class Spare:
             return fresh[...]
 
         acc[...] = acc[...] + pl.run_scoped(run, plgpu.ACC(acc.shape, jnp.float32))
+
+
+def slot_of(step, stages: int):
+    """Where the block of a step lies among so many."""
+    return step & (stages - 1) if stages.bit_count() == 1 else lax.rem(step, stages)
+
+
+def pass_over(full, free, stages: Mapping[str, int], steps) -> None:
+    """Lets go of blocks that came and that a consumer does not look at.
+
+    Args:
+      stages: how many of each name are in flight.
+      steps: first and end.
+    """
+
+    def one(step, _):
+        for name, count in stages.items():
+            slot = slot_of(step, count)
+            plgpu.barrier_wait(full[name].at[slot])
+            plgpu.barrier_arrive(free[name].at[slot])
+
+    lax.fori_loop(*steps, one, None)
 
 
 def drain(free: dict) -> None:

@@ -82,10 +82,9 @@ def tiles_for(rows: int, parts: tuple[Part, ...]) -> Tiles:
         width = math.gcd(most, *(part.inputs // fold for part in parts))
         scales = HIGH * (width // packed.group) * jnp.dtype(packed.scale).itemsize
         room, step = _ROOM - _ROW * rows - held, HIGH * width // 2 + scales
-        tiles = sum(part.outputs * part.halves for part in parts) * fold // HIGH
-        many = (
-            rows == 1 and len(parts) == 1 and tiles >= _MANY_TILES
-        )  # three have no more registers
+        tiles = parts[0].outputs * parts[0].halves * fold // HIGH
+        # Three find registers for one row.
+        many = rows == 1 and len(parts) == 1 and tiles >= _MANY_TILES
         stages = min(room // step, _MOST_STAGES)
         return Tiles(width=width, stages=stages, consumers=3 if many else 2, woven=True)
     in_place = held <= _HELD

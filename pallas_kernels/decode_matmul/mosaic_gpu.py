@@ -34,7 +34,7 @@ from pallas_kernels.quantized_matmul.reference import numbers
 from pallas_kernels.quantized_matmul.streamed import CHUNK, layouts
 from pallas_kernels.quantized_matmul.widen import widen
 from pallas_kernels.target import interpreting, processors
-from pallas_kernels.warpgroups import COLUMN, SQUARE, along, multiply, swizzled
+from pallas_kernels.warpgroups import COLUMN, SQUARE, along, multiply, pass_over, swizzled
 
 __all__ = ["Part", "Tiles", "run"]
 
@@ -252,12 +252,8 @@ class Kernel:
 
             @pl.when(~own)
             def _():  # another's; all of them count what has come, and no one runs ahead
-                def one(k, _):
-                    slot = lax.rem(before + i * part.halves * steps + k, tiles.stages)
-                    plgpu.barrier_wait(full["w"].at[slot])
-                    plgpu.barrier_arrive(free.at[slot])
-
-                lax.fori_loop(0, part.halves * steps, one, None)
+                begun, stages = before + i * part.halves * steps, {"w": tiles.stages}
+                pass_over(full, {"w": free}, stages, (begun, begun + part.halves * steps))
 
         def multiplied(i):
             first = (begin + i) * tiles.outputs

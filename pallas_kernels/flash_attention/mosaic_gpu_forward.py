@@ -103,7 +103,7 @@ class Softmax:
 
     def shifted(self, scores, peak, keep, bias=None):
         """(exponents of 2, peak, factor of what was summed before or None for 1)."""
-        scores, factor = capped(scores, self.spec)
+        scores, factor = capped(scores, self.spec.scale, self.spec.softcap)
         if bias is not None:
             scores, factor = scores * factor + bias, 1.0
         if self.fixed:

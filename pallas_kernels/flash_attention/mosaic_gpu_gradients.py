@@ -91,7 +91,7 @@ class BackwardTiles:
 
 def exponents(scores, lse, spec: Spec, keep, dim: int, bias=None):
     """(exponents of 2 of a block's softmax weights, d score / d capped score or None)."""
-    scores, factor = capped(scores, spec)
+    scores, factor = capped(scores, spec.scale, spec.softcap)
     powers = scores * factor if bias is None else scores * factor + bias
     powers = powers - along(lse, scores.shape, dim)
     if keep is not None:

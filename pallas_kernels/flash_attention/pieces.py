@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import heapq
 import operator
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -20,7 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.flash_attention.bias import Bias, evaluate
 from pallas_kernels.flash_attention.padding import pad
-from pallas_kernels.flash_attention.problem import Extras, Spec
+from pallas_kernels.flash_attention.problem import Extras
 from pallas_kernels.flash_attention.ranges import BOTH, HIGH, LOW, Walk, runs
 from pallas_kernels.warpgroups import (
     COLUMN,
@@ -30,8 +29,11 @@ from pallas_kernels.warpgroups import (
     SQUARE,
     Spare,
     along,
+    capped,
     drain,
     iota,
+    pass_over,
+    slot_of,
     swizzled,
 )
 
@@ -58,35 +60,6 @@ __all__ = [
 
 SECTION_BYTES = 24 << 20  # keys and values that are read again and again: half of an H100's L2
 TILE_COSTS = 192  # what a tile costs beside its blocks, in keys
-
-
-def capped(scores: jax.Array, spec: Spec) -> tuple[jax.Array, float]:
-    """(x, factor): factor * x are the scores in units of log2 e."""
-    if spec.softcap is None:
-        return scores, spec.scale * LOG2E
-    return jnp.tanh(scores * (spec.scale / spec.softcap)), spec.softcap * LOG2E
-
-
-def slot_of(step, stages: int):
-    """Where the block of a step lies among so many."""
-    return step & (stages - 1) if stages.bit_count() == 1 else lax.rem(step, stages)
-
-
-def pass_over(full, free, stages: Mapping[str, int], steps) -> None:
-    """Lets go of blocks that came and that a consumer does not look at.
-
-    Args:
-      stages: how many of each name are in flight.
-      steps: first and end.
-    """
-
-    def one(step, _):
-        for name, count in stages.items():
-            slot = slot_of(step, count)
-            plgpu.barrier_wait(full[name].at[slot])
-            plgpu.barrier_arrive(free[name].at[slot])
-
-    lax.fori_loop(*steps, one, None)
 
 
 def keeper(walk: Walk, refs, batch, rows):

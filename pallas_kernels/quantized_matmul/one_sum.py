@@ -27,7 +27,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.quantized_matmul.reference import numbers
 from pallas_kernels.quantized_matmul.shares import CHUNK, OUTPUTS, Form, layouts
 from pallas_kernels.quantized_matmul.widen import of_scale, of_shared, scaled, widen
-from pallas_kernels.warpgroups import Spare, along, drain, roles
+from pallas_kernels.warpgroups import Spare, along, drain, pass_over, roles
 
 __all__ = ["CENTRE", "LEAVING", "OneSum"]
 
@@ -198,7 +198,8 @@ class OneSum(Form):
             if self.tiles.slim:
                 works = wg * OUTPUTS < self.height(i)
                 pl.when(works)(make)
-                pl.when(~works)(lambda: self.passed(ring, begun))
+                stages, steps = {"ring": self.tiles.stages}, (begun, begun + share.steps)
+                pl.when(~works)(lambda: pass_over(full, free, stages, steps))
             else:
                 make()
 
@@ -220,17 +221,6 @@ class OneSum(Form):
             count = lax.div(end - 1, share.steps) + 1 - lax.div(begin, share.steps)
             lax.fori_loop(0, jnp.where(end > begin, count, 0), shared, None)
         plgpu.wait_smem_to_gmem(0)
-
-    def passed(self, ring, before):
-        """A tile of this program that has nothing for this warpgroup."""
-        full, free = ring
-
-        def one(i, _):
-            slot = lax.rem(before + i, self.tiles.stages)
-            plgpu.barrier_wait(full.at[slot])
-            plgpu.barrier_arrive(free.at[slot])
-
-        lax.fori_loop(0, self.share.steps, one, None)
 
     def tile(self, refs, smem, ring, at):
         """Makes a tile's sums.
@@ -263,7 +253,7 @@ class OneSum(Form):
                     codes = self.codes(smem["w"].at[slot, held, deep])
                     for p in pieces:
                         left = self.widened(codes[:, p : p + self.piece], smem.get("pairs"))
-                        self.ended(n + p, before + i, i > 0, free)
+                        self.ended(c + p, before + i, i > 0, free)
                         if self.weighted:
                             left = self.scaled(left, self.of_piece(factors, p))
                         columns = pl.ds(c + p, self.piece)

@@ -16,7 +16,6 @@ from pallas_kernels.decode_matmul import (
     explain,
     packed,
 )
-from pallas_kernels.decode_matmul.api import tiles_for
 from pallas_kernels.decode_matmul.mosaic_gpu import Part
 from pallas_kernels.decode_matmul.packed import Packing
 from pallas_kernels.decode_matmul.shapes import CASES
@@ -180,7 +179,7 @@ def test_tiles_keep_weights_in_flight():
         eps = 1e-6 if case.norm else None
         part = Part(inputs=case.inputs, outputs=case.outputs, eps=eps, packed=Packing())
         if case.rows * case.inputs <= 75_000:
-            tiles = tiles_for(case.rows, (part,))
+            tiles = api.tiles_for(case.rows, (part,))
             assert tiles.stages * tiles.width * 32 >= 40_960, name
             assert tiles.woven and tiles.held and part.inputs // 8 % tiles.width == 0
 
@@ -188,7 +187,7 @@ def test_tiles_keep_weights_in_flight():
 def test_large_products_of_one_row_have_three_warpgroups():
     def consumers(rows, *sizes):
         parts = (Part(inputs=2048, outputs=n, gate=gate, packed=Packing()) for n, gate in sizes)
-        return tiles_for(rows, tuple(parts)).consumers
+        return api.tiles_for(rows, tuple(parts)).consumers
 
     gate, head, qkv = (8192, "silu"), (128_256, None), (3072, None)
     assert [consumers(1, one) for one in (gate, head, qkv)] == [3, 3, 2]
