@@ -54,14 +54,14 @@ def _compiling_anew() -> Iterator[None]:
         used = config.jax_compilation_cache_dir and config.jax_enable_compilation_cache
         if used:
             use(False)
-        counted = int(bool(used or _compiling))
-        _compiling += counted
+        without = bool(used or _compiling)
+        _compiling += without
     try:
         yield
     finally:
         with _CHANGE:
-            _compiling -= counted
-            if counted and not _compiling:
+            _compiling -= without
+            if without and not _compiling:
                 use(True)
 
 

@@ -93,8 +93,8 @@ class Store:
         try:
             payload = pickle.dumps(serialize_executable.serialize(compiled))
         except (*unable, JaxRuntimeError) as error:
-            # cuDNN's attention on several GPUs carries a local function of jax's partitioner, a
-            # sort on a CPU a comparison.
+            # cuDNN's attention on several GPUs carries a local function of jax's partitioner; XLA
+            # names what it cannot write.
             reason = str(error).partition("\n")[0]
             log.warning("program %s cannot be stored, it compiles at each start: %s", name, reason)
             return
