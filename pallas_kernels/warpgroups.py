@@ -194,7 +194,7 @@ def slot_of(step, stages: int):
     return step & (stages - 1) if stages.bit_count() == 1 else lax.rem(step, stages)
 
 
-def pass_over(full, free, stages: Mapping[str, int], steps) -> None:
+def pass_over(full, free, stages: Mapping[str, int], steps: tuple[Any, Any]) -> None:
     """Lets go of blocks that came and that a consumer does not look at.
 
     Args:
