@@ -11,7 +11,7 @@ from typing import Any
 
 from jaxllm.core import runtime
 
-__all__ = ["digest", "environment", "package_hash", "signature"]
+__all__ = ["digest", "environment", "package_hash", "settings", "signature"]
 
 _ROOT = Path(__file__).parents[1]
 
@@ -42,6 +42,37 @@ def _cpu_features() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), "")
 
 
+_SETTINGS = (
+    "jax_allow_f16_reductions",
+    "jax_compiler_enable_remat_pass",
+    "jax_default_matmul_precision",
+    "jax_default_prng_impl",
+    "jax_disable_most_optimizations",
+    "jax_enable_x64",
+    "jax_error_checking_behavior_divide",
+    "jax_error_checking_behavior_nan",
+    "jax_error_checking_behavior_oob",
+    "jax_high_dynamic_range_gumbel",
+    "jax_memory_fitting_level",
+    "jax_optimization_level",
+    "jax_pallas_enable_debug_checks",
+    "jax_ragged_dot_use_gpu_pallas_triton_lowering",
+    "jax_random_seed_offset",
+    "jax_softmax_custom_jvp",
+    "jax_threefry_partitionable",
+    "jax_use_shardy_partitioner",
+)
+"""Of jax's settings those that trace or compile the same code to other programs."""
+
+
+def settings() -> dict[str, str]:
+    """jax's settings that change a program, as they are now in this thread."""
+    import jax
+
+    values = jax.config.values
+    return {name: str(values[name]) for name in _SETTINGS}
+
+
 def environment(devices: Sequence[Any]) -> dict[str, Any]:
     """What of the machine and the software a program for these devices depends on.
 
@@ -60,6 +91,7 @@ def environment(devices: Sequence[Any]) -> dict[str, Any]:
         "num_devices": 1 if len(devices) == 1 else device.client.device_count(),
         "cpu_features": _cpu_features() if device.platform == "cpu" else "",
         "xla_flags": runtime.xla_flags(),
+        "settings": settings(),
         "sources": package_hash(),
     }
 

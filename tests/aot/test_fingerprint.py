@@ -86,6 +86,37 @@ def test_xla_flags_are_part_of_it(monkeypatch):
     assert program().fingerprint() != before
 
 
+SETTINGS = {
+    "jax_default_matmul_precision": "highest",
+    "jax_disable_most_optimizations": not jax.config.values["jax_disable_most_optimizations"],
+    "jax_softmax_custom_jvp": True,
+    "jax_threefry_partitionable": False,
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_settings_of_jax_are_part_of_it(name):
+    """A program for other precision must never be taken for one of this."""
+    before, value = program().fingerprint(), jax.config.values[name]
+    try:
+        jax.config.update(name, SETTINGS[name])
+        assert program().fingerprint() != before
+    finally:
+        jax.config.update(name, value)
+    assert program().fingerprint() == before
+
+
+def test_a_setting_for_a_while_is_part_of_it():
+    before = program().fingerprint()
+    with jax.default_matmul_precision("highest"):
+        assert program().fingerprint() != before
+    assert program().fingerprint() == before
+
+
+def test_every_setting_is_one_that_jax_has():
+    assert set(fingerprint.settings()) <= set(jax.config.values)
+
+
 def test_the_sources_are_part_of_it(tmp_path, monkeypatch):
     """Any changed, new or renamed file of the package."""
     folder = tmp_path / "jaxllm"
@@ -125,7 +156,7 @@ def test_it_is_the_same_in_another_process():
         "print(program(depends=to_dict(SPECS['gqa'])).fingerprint())"
     )
     environment = {"PYTHONHASHSEED": "1", "PYTHONPATH": ":".join(sys.path)}
-    environment |= {name: os.environ[name] for name in ("JAX_PLATFORMS", "JAX_NUM_CPU_DEVICES")}
+    environment |= {name: value for name, value in os.environ.items() if name.startswith("JAX_")}
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
