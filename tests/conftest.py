@@ -24,6 +24,14 @@ os.environ.setdefault(
 os.environ["JAXLLM_CACHE"] = tempfile.mkdtemp(prefix="jaxllm-test-cache-")
 for name in ("HF_ENDPOINT", "XLA_FLAGS"):
     os.environ.pop(name, None)
+if os.environ["JAX_PLATFORMS"] == "cpu" and not os.environ.get("JAXLLM_TEST_OPTIMIZED"):
+    # Programs that run a few times compile in half the time without LLVM's passes, by XLA's older
+    # emitters and in one piece. `scripts/test --slow` compiles them as everybody's are.
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+    os.environ["XLA_FLAGS"] = (
+        "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters=true"
+        " --xla_cpu_parallel_codegen_split_count=1"
+    )
 
 if importlib.util.find_spec("beartype"):  # a device machine may lack it
     from jaxtyping import install_import_hook

@@ -156,7 +156,8 @@ def test_it_is_the_same_in_another_process():
         "print(program(depends=to_dict(SPECS['gqa'])).fingerprint())"
     )
     environment = {"PYTHONHASHSEED": "1", "PYTHONPATH": ":".join(sys.path)}
-    environment |= {name: value for name, value in os.environ.items() if name.startswith("JAX_")}
+    same = [name for name in os.environ if name.startswith(("JAX_", "XLA_"))]
+    environment |= {name: os.environ[name] for name in same}
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
